@@ -1,0 +1,26 @@
+"""vlmdeploy puts a vision-language model of the CogVLM kind on a 16 GB GPU or a Jetson.
+
+`open` gives the torch-free runtime session of a bundle; `load_model` the PyTorch reference of a checkpoint. Both are
+imported on first use, so that neither pays for the other.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_model", "open"]
+
+if TYPE_CHECKING:
+    from vlmdeploy.model.weights import load_model
+    from vlmdeploy.runtime.session import open_bundle as open
+
+_LAZY = {"open": ("vlmdeploy.runtime.session", "open_bundle"), "load_model": ("vlmdeploy.model.weights", "load_model")}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names by lazy import."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vlmdeploy' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,87 @@
+"""Writing an output folder so that it is either whole or absent: everything goes into a folder aside, which takes the
+final name in one step. An existing folder is replaced only with `force`, and only if vlmdeploy made it."""
+
+import ctypes
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmdeploy.errors import ExportError
+
+_STAGING_SUFFIX = ".staging"
+_MARKER = ".vlmdeploy-staging"
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+_AT_FDCWD = -100
+
+
+def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ExportError unless a folder may be written at `out`."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise ExportError(f"{out}: exists and is not a folder; choose another output")
+    if not force:
+        raise ExportError(f"{out}: exists already; choose another output or replace it with --force")
+    if not is_ours(out):
+        raise ExportError(f"{out}: exists and was not made by vlmdeploy, so --force does not replace it")
+
+
+@contextmanager
+def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder aside that becomes `out` when the block ends well and is removed when it does not.
+
+    Raises ExportError if `out` may not be written or the disk refuses. What a killed run left aside is removed first.
+    """
+    check_output(out, force, is_ours)
+    out = out.absolute()
+    _remove_leftovers(out)
+    staging = out.with_name(f".{out.name}.{os.getpid()}{_STAGING_SUFFIX}")
+    try:
+        staging.mkdir(parents=True)
+        (staging / _MARKER).touch()
+        yield staging
+        (staging / _MARKER).unlink()
+        _publish(staging, out)
+    except OSError as error:
+        raise ExportError(
+            f"{out}: cannot be written: {error.strerror or error} ({error.filename or staging})"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
+        owner = folder.name[len(out.name) + 2 : -len(_STAGING_SUFFIX)]
+        if (folder / _MARKER).is_file() and owner.isdigit() and not _is_another_process(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_another_process(process_id: int) -> bool:
+    """Whether that process runs and is not this one: in containers a killed run often had our own number."""
+    return process_id != os.getpid() and Path(f"/proc/{process_id}").exists()
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Give the finished folder its name.
+
+    An old folder is exchanged in one step, so that one of the two is always there; `staging` then holds the old one.
+    """
+    if not out.exists():
+        staging.rename(out)
+    elif not _exchange(staging, out):
+        old = staging.with_name(staging.name + ".old")
+        out.rename(old)
+        staging.rename(out)
+        shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically where the system and the file system can (Linux), else return False."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return int(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE)) == 0

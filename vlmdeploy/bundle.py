@@ -1,0 +1,342 @@
+"""The bundle's manifest: what the runtime must know about a model, as dataclasses with a strict JSON form.
+
+A bundle is a folder that holds `manifest.json` and the files the manifest lists with size and SHA-256. The manifest's
+last entry is the SHA-256 of the bytes before it, checked before anything else in it is believed. Format versions are
+`major.minor`: a higher major is refused, keys unknown to this version are ignored.
+"""
+
+import hashlib
+import json
+import types
+import typing
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vlmdeploy.errors import BundleError
+
+FORMAT_VERSION = "1.0"
+MANIFEST_NAME = "manifest.json"
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How a picture becomes the vision encoder's input: RGB, resized to a square, scaled, normalized.
+
+    resize "squash": straight to size_px x size_px, the aspect ratio is not kept. filter "bicubic": Pillow's, with
+    antialiasing, on 8-bit data. Then (value / 255 - mean) / std per channel.
+    """
+
+    size_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Literal["squash"] = "squash"
+    filter: Literal["bicubic"] = "bicubic"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt: fixed text, the text of a turn, or one token id.
+
+    Neighbouring texts are joined before they are tokenized; a token id separates them.
+    """
+
+    kind: Literal["text", "user", "assistant", "token"]
+    text: str = ""
+    token_id: int = -1
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written down: every past turn, then the open one. BOS and image rows are not part of it."""
+
+    name: str
+    past_turn: tuple[Piece, ...]
+    last_turn: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """Special ids, and where the rows of an image stand in the prompt.
+
+    image_place "after_bos": right after BOS, whichever turn it came with; the ids there are `placeholder_id`, one for
+    each of the `rows_per_image` rows. positions "patches_share_one": the inner rows of an image share one position id.
+    vision_rows "all_but_last": of an image's rows all but the last use the vision expert; "none": no vision expert.
+    """
+
+    bos_id: int
+    pad_id: int
+    placeholder_id: int
+    stop_ids: tuple[int, ...]
+    rows_per_image: int
+    max_images: int
+    image_place: Literal["after_bos"] = "after_bos"
+    positions: Literal["patches_share_one"] = "patches_share_one"
+    vision_rows: Literal["all_but_last", "none"] = "all_but_last"
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's generation_config.json proposes; None where it is silent."""
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The KV cache and the rotary tables as the graphs want them.
+
+    One key and one value tensor per layer, [1, kv_heads, capacity, head_dim]; `head_dim` may be padded, and
+    `inv_freq` has head_dim / 2 entries with zeros in the padding.
+    """
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    inv_freq: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph. Dimensions are lengths, or names where they vary."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One exported graph: its file, the file with its weights, and what goes in and out (the KV cache not listed)."""
+
+    file: str
+    data_file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """The embedding table, memory-mapped: rows [vocab, hidden] of `dtype`.
+
+    int8 and int4 rows are codes (int4: two per byte, low nibble first, zero point 8; int8: zero point 128) followed in
+    the file, from `scales_offset` on, by fp16 scales [vocab, hidden / group_size].
+    """
+
+    file: str
+    dtype: Literal["fp32", "fp16", "int8", "int4"]
+    vocab_size: int
+    hidden: int
+    group_size: int = 0
+    scales_offset: int = 0
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageVerdict:
+    """The largest difference to PyTorch found in one stage, beside the bound it had to keep."""
+
+    stage: str
+    check: str  # "structure" (exact arithmetic) or "shipped" (the graphs as they are)
+    max_error: float
+    tolerance: float
+    tensor: str  # where the largest error was found
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict of the gate that every bundle passes before it is published."""
+
+    passed: bool
+    stages: tuple[StageVerdict, ...]
+    top1_agreement: float  # shipped graphs against PyTorch, share of compared rows with the same best token
+    greedy_tokens_equal: int  # leading tokens of the greedy continuation that agree
+    greedy_tokens_total: int
+    host: str  # processor family and engine version of the machine that verified
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made the bundle."""
+
+    checkpoint_sha256: str  # of the checkpoint's config and tensor index
+    versions: dict[str, str]
+    quantization: str  # e.g. "none", "rtn"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime knows about a bundle."""
+
+    family: str
+    target: str
+    provider: Literal["cpu", "cuda"]
+    context_tokens: int
+    image: ImageRecipe
+    templates: tuple[ChatTemplate, ...]
+    default_template: str
+    tokens: TokenRules
+    generation: GenerationDefaults
+    cache: CacheShape
+    graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"
+    embedding: EmbeddingInfo
+    has_tokenizer: bool
+    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4
+    group_sizes: dict[str, int]  # part -> weights per scale, 0 where not quantized
+    requested_group: int  # what was asked for, before it was fitted to the widths
+    kept_in_float: tuple[str, ...]  # linears that no group size divides
+    memory_bytes: dict[str, int]  # weights that a phase needs: vision, prefill, decode; kv_per_token
+    files: dict[str, FileEntry]
+    made_by: Provenance
+    verification: Verification | None = None
+    format_version: str = FORMAT_VERSION
+
+    def template(self, name: str | None) -> ChatTemplate:
+        """The template of that name, or the default one; raises BundleError and lists the names there are."""
+        wanted = name or self.default_template
+        for template in self.templates:
+            if template.name == wanted:
+                return template
+        known = ", ".join(template.name for template in self.templates)
+        raise BundleError(f'template "{wanted}" is not in this bundle; it has: {known}')
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into the folder, its own hash as the last entry."""
+    body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+    assert body.endswith("\n}"), "json.dumps with indent ends an object on its own line"
+    signed = body[:-2].encode() + b',\n "sha256": "'
+    digest = hashlib.sha256(signed).hexdigest()
+    (folder / MANIFEST_NAME).write_bytes(signed + digest.encode() + b'"\n}\n')
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle. Raises BundleError if it is missing, truncated, altered or of a newer format."""
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; expected a bundle made by `vlmdeploy export`")
+    if not path.is_file():
+        raise BundleError(f"{folder}: has no {MANIFEST_NAME}; expected a bundle made by `vlmdeploy export`")
+    content = path.read_bytes()
+    data = _checked_json(path, content)
+    _check_version(path, data)
+    return from_json(Manifest, data, str(path))
+
+
+def _checked_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The parsed manifest, after its bytes were compared with the hash they end in."""
+    signed, marker, tail = content.rpartition(b'"sha256": "')
+    if not marker or tail[64:] != b'"\n}\n':
+        raise BundleError(f"{path}: truncated, its closing hash is missing; copy the bundle again")
+    digest = hashlib.sha256(signed + marker).hexdigest()
+    if digest != tail[:64].decode("ascii", "replace"):
+        raise BundleError(f"{path}: altered, its bytes do not fit its own hash; copy the bundle again")
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: holds a {type(data).__name__}, expected an object")
+    return data
+
+
+def _check_version(path: Path, data: dict[str, Any]) -> None:
+    version = str(data.get("format_version", "missing"))
+    major, _, minor = version.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        raise BundleError(f"{path}: format_version is {version!r}, expected major.minor such as {FORMAT_VERSION}")
+    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        raise BundleError(
+            f"{path}: format {version} is newer than {FORMAT_VERSION}, the newest this version of vlmdeploy reads; "
+            "update vlmdeploy on this device or export the bundle again with the version installed here"
+        )
+
+
+def from_json(kind: type[Record], data: Any, where: str) -> Record:
+    """A dataclass from its JSON form. Unknown keys are ignored; a missing one or a wrong type raises BundleError."""
+    return typing.cast(Record, _value(kind, data, where))
+
+
+def _value(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _record(kind, data, where)
+    if origin is tuple:
+        return _tuple(arguments, data, where)
+    if origin is dict:
+        _require(isinstance(data, dict), data, "an object", where)
+        return {key: _value(arguments[1], item, f"{where}: {key}") for key, item in data.items()}
+    if origin is Literal:
+        _require(data in arguments, data, " or ".join(map(repr, arguments)), where)
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    fits = isinstance(data, kind) and not (kind is int and isinstance(data, bool))
+    _require(fits, data, kind.__name__, where)
+    return data
+
+
+def _record(kind: Any, data: Any, where: str) -> Any:
+    _require(isinstance(data, dict), data, "an object", where)
+    hints = typing.get_type_hints(kind)
+    missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]
+    if missing:
+        raise BundleError(f'{where}: key "{missing[0]}" is missing; was the bundle made by an older version?')
+    known = {item.name for item in fields(kind)}
+    return kind(**{key: _value(hints[key], data[key], f"{where}: {key}") for key in data if key in known})
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _tuple(arguments: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    _require(isinstance(data, list), data, "a list", where)
+    kinds = [arguments[0]] * len(data) if arguments[-1] is Ellipsis else list(arguments)
+    _require(len(kinds) == len(data), data, f"{len(kinds)} items", where)
+    return tuple(
+        _value(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
+    )
+
+
+def _union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    kinds = [kind for kind in arguments if kind is not type(None)]
+    if len(kinds) == 1:
+        return _value(kinds[0], data, where)
+    _require(isinstance(data, tuple(kinds)), data, " or ".join(kind.__name__ for kind in kinds), where)
+    return data
+
+
+def _require(holds: bool, data: Any, expected: str, where: str) -> None:
+    if not holds:
+        raise BundleError(f"{where}: found {json.dumps(data)[:80]}, expected {expected}")
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file, read in blocks of 1 MiB."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(size, digest.hexdigest())

@@ -1,0 +1,34 @@
+"""The model families. Each module here (besides `spec` and `config`) reads one kind of checkpoint and is found by
+being here: it offers NAME, detect, spec and weights as `spec.Family` describes."""
+
+import pkgutil
+from importlib import import_module
+
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.families.spec import Config, Family
+
+_NOT_FAMILIES = {"spec", "config"}
+
+
+def all_families() -> tuple[Family, ...]:
+    """Every family module, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_FAMILIES)
+    return tuple(import_module(f"{__name__}.{name}") for name in names)
+
+
+def find_family(config: Config, tensor_names: frozenset[str]) -> Family:
+    """The family that reads a checkpoint with this config.json and these tensors; ConfigError if there is none."""
+    if "vision_config" not in config:
+        kind = config.get("model_type") or config.get("architectures")
+        raise ConfigError(
+            f'config.json: no "vision_config" (model type {kind!r}): a text-only model; expected a vision-language one'
+        )
+    matches = [family for family in all_families() if family.detect(config, tensor_names)]
+    if len(matches) == 1:
+        return matches[0]
+    assert not matches, f"families that claim the same checkpoint: {[family.NAME for family in matches]}"
+    known = ", ".join(family.NAME for family in all_families())
+    raise ConfigError(
+        f"config.json: architecture {config.get('architectures')!r} (model_type {config.get('model_type')!r}) "
+        f"is not supported; known families: {known}"
+    )

@@ -1,0 +1,48 @@
+"""CogVLM2 (llama3-chat-19B, English and Chinese): CogVLM with a 2 x 2 convolution before the connector, grouped KV
+heads, a bias on the vision expert's QKV and Llama-3's vocabulary.
+
+The number of KV heads and the rotary base stand in the authors' code, not in the published config.json.
+"""
+
+from dataclasses import replace
+
+from vlmdeploy.bundle import TokenRules
+from vlmdeploy.families.cogvlm import (
+    DOWNSAMPLE_TENSOR,
+    TokenDefaults,
+    build_spec,
+    is_cogvlm,
+    read_decoder,
+    weights,
+)
+from vlmdeploy.families.config import ConfigReader
+from vlmdeploy.families.spec import Config, ExpertSpec, ModelSpec, RopeSpec
+
+__all__ = ["NAME", "detect", "spec", "weights"]
+
+NAME = "cogvlm2"
+ROPE_BASE = 500000.0
+NUM_KV_HEADS = 8
+TOKENS = TokenDefaults(bos_id=128000, pad_id=128002, stop_ids=(128001, 128009))
+
+
+def detect(config: Config, tensor_names: frozenset[str]) -> bool:
+    """The CogVLM architecture string together with the downsampling convolution."""
+    return is_cogvlm(config) and DOWNSAMPLE_TENSOR in tensor_names
+
+
+def spec(config: Config, generation_config: Config) -> ModelSpec:
+    """Geometry and rules of a CogVLM2 checkpoint."""
+    reader = ConfigReader(config)
+    experts = (ExpertSpec("language"), ExpertSpec("vision", qkv_bias=True))
+    num_kv_heads = reader.count("num_multi_query_heads", NUM_KV_HEADS)
+    decoder = read_decoder(reader, num_kv_heads, RopeSpec(ROPE_BASE), experts)
+    whole = build_spec(NAME, reader, generation_config, decoder, downsample=True, defaults=TOKENS)
+    return replace(whole, tokens=_with_end_of_turn(whole.tokens))
+
+
+def _with_end_of_turn(tokens: TokenRules) -> TokenRules:
+    """Early uploads list only end_of_text as a stop id; the model also ends with eot_id."""
+    if tokens.stop_ids == TOKENS.stop_ids[:1]:
+        return replace(tokens, stop_ids=TOKENS.stop_ids)
+    return tokens

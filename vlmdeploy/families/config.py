@@ -1,0 +1,83 @@
+"""Typed reading of a checkpoint's config.json: each key with its type and either REQUIRED or a default, so that a
+missing or senseless value is named where it stands."""
+
+from typing import Any, Final, TypeVar
+
+from vlmdeploy.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
+
+
+class _Required:
+    """Marks a key that has no default."""
+
+
+REQUIRED: Final = _Required()
+
+
+class ConfigReader:
+    """Reads one (nested) object of a config file; `where` names it in messages."""
+
+    def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
+        self.values = values
+        self.where = where
+
+    def section(self, key: str) -> "ConfigReader":
+        """The object under `key`."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self._error(key, value, "an object")
+        return ConfigReader(value, f"{self.where}: {key}")
+
+    def count(self, key: str, default: int | _Required = REQUIRED) -> int:
+        """A whole number of at least 1."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._error(key, value, "a whole number of at least 1")
+        return value
+
+    def token_id(self, key: str, default: int | _Required = REQUIRED) -> int:
+        """A whole number of at least 0."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._error(key, value, "a token id")
+        return value
+
+    def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """One token id or a list of them, without repetition."""
+        value = self._get(key, list(default))
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+            raise self._error(key, value, "a token id or a list of them")
+        return tuple(dict.fromkeys(ids))
+
+    def positive(self, key: str, default: float | _Required = REQUIRED) -> float:
+        """A number above 0, such as an epsilon."""
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self._error(key, value, "a number above 0")
+        return float(value)
+
+    def choice(self, key: str, allowed: tuple[Any, ...], default: Any = REQUIRED) -> Any:
+        """One of the values that we support."""
+        value = self._get(key, default)
+        if value not in allowed:
+            raise self._error(key, value, " or ".join(map(repr, allowed)))
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is REQUIRED:
+            raise ConfigError(f'{self.where}: key "{key}" is missing')
+        return default
+
+    def _error(self, key: str, value: Any, expected: str) -> ConfigError:
+        return ConfigError(f'{self.where}: "{key}" is {value!r}, expected {expected}')
+
+
+def check_divides(whole: int, part: int, what: str) -> None:
+    """Raise ConfigError unless `part` divides `whole`; `what` says which keys these are."""
+    if whole % part:
+        raise ConfigError(f"config.json: {what}: {part} does not divide {whole}")

@@ -1,0 +1,89 @@
+"""A batch's layout for the PyTorch reference: inputs checked, token types, positions and expert mask derived.
+
+The rules themselves are in `vlmdeploy.layout`; padding may stand on either side, rows with and without an image mix.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmdeploy.errors import PromptError
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.layout import Ints, position_ids, token_types_of, vision_expert_mask
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The resolved layout of a batch: int64 [batch, seq] each, vision_mask bool."""
+
+    token_type_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    vision_mask: Tensor
+
+
+def derive_layout(
+    spec: ModelSpec,
+    input_ids: Tensor,
+    images: Tensor | None,
+    token_type_ids: Tensor | None,
+    positions: Tensor | None,
+    attention_mask: Tensor | None,
+) -> Layout:
+    """Check a batch and fill in what was not given; shapes as in VisionLanguageModel.forward. Raises PromptError."""
+    _check_ids(spec, input_ids)
+    _check_images(spec, images)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    for name, given in (("token_type_ids", token_type_ids), ("position_ids", positions), ("attention_mask", mask)):
+        if given is not None and given.shape != input_ids.shape:
+            raise PromptError(f"{name} is {list(given.shape)}, expected the shape of input_ids {list(input_ids.shape)}")
+    if token_type_ids is None:
+        types = _derived_types(spec, input_ids.cpu().numpy(), mask.cpu().numpy(), 0 if images is None else len(images))
+    else:
+        types = token_type_ids.cpu().numpy() * mask.cpu().numpy()
+    device = input_ids.device
+    if positions is None:
+        positions = torch.from_numpy(position_ids(types, mask.cpu().numpy())).to(device)
+    vision_mask = torch.from_numpy(vision_expert_mask(types, spec.tokens)).to(device)
+    return Layout(torch.from_numpy(types).to(device), positions, mask, vision_mask)
+
+
+def _check_ids(spec: ModelSpec, input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise PromptError(f"input_ids is {list(input_ids.shape)}, expected [batch, seq] with at least one token")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= spec.decoder.vocab_size:
+        raise PromptError(f"input_ids holds {lowest}..{highest}, expected 0..{spec.decoder.vocab_size - 1}")
+    if input_ids.shape[1] > spec.decoder.context_tokens:
+        raise PromptError(f"the prompt has {input_ids.shape[1]} tokens, the context {spec.decoder.context_tokens}")
+
+
+def _check_images(spec: ModelSpec, images: Tensor | None) -> None:
+    expected = (3, spec.vision.image_px, spec.vision.image_px)
+    if images is not None and (images.ndim != 4 or tuple(images.shape[1:]) != expected):
+        raise PromptError(f"images is {list(images.shape)}, expected [images, {', '.join(map(str, expected))}]")
+
+
+def _derived_types(spec: ModelSpec, ids: Ints, mask: Ints, num_images: int) -> Ints:
+    """Token types [batch, seq]: an image row is one whose real tokens hold placeholders right after BOS."""
+    types = np.zeros_like(ids)
+    if num_images == 0:
+        return types
+    every_row = num_images == len(ids)  # then a row without placeholders is told what it lacks
+    with_image = [row for row in range(len(ids)) if every_row or _holds_image(spec, ids[row][mask[row] == 1])]
+    if len(with_image) != num_images:
+        raise PromptError(
+            f"{num_images} images were given, but {len(with_image)} of {len(ids)} rows hold "
+            f"{spec.tokens.rows_per_image} placeholders ({spec.tokens.placeholder_id}) after BOS"
+        )
+    for row in with_image:
+        real = mask[row] == 1
+        types[row, real] = token_types_of(ids[row][real], spec.tokens, has_image=True)
+    return types
+
+
+def _holds_image(spec: ModelSpec, ids: Ints) -> bool:
+    held = ids[1 : 1 + spec.tokens.rows_per_image]
+    return len(held) == spec.tokens.rows_per_image and bool((held == spec.tokens.placeholder_id).all())

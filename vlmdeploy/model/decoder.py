@@ -1,0 +1,179 @@
+"""The decoder: causal layers with rotary positions and grouped KV heads, each token routed to its expert's weights.
+
+Routing changes the four projections only; the norms and the attention are shared by all tokens of the row.
+Source: the authors' code of CogVLM and CogVLM2; docs/families/cogvlm.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmdeploy.families.spec import DecoderSpec, ExpertSpec
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, all of it in float32, then cast back: the order of the authors' code."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same shape and dtype."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+class Expert(nn.Module):
+    """One weight set of a layer."""
+
+    def __init__(self, spec: DecoderSpec, expert: ExpertSpec) -> None:
+        super().__init__()
+        attention_width = spec.num_heads * spec.head_dim
+        self.qkv = nn.Linear(spec.hidden, spec.qkv_width, bias=expert.qkv_bias)
+        self.dense = nn.Linear(attention_width, spec.hidden, bias=False)
+        self.gate_up = nn.Linear(spec.hidden, 2 * spec.mlp_width, bias=False)
+        self.down = nn.Linear(spec.mlp_width, spec.hidden, bias=False)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """down(silu(gate(x)) * up(x)), [..., hidden] -> the same shape."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+@dataclass
+class LayerCache:
+    """Keys (after rotation) and values of one layer, [batch, kv_heads, past, head_dim]; empty before the prefill."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions and return all of them."""
+        self.key = key if self.key is None else torch.cat((self.key, key), 2)
+        self.value = value if self.value is None else torch.cat((self.value, value), 2)
+        return self.key, self.value
+
+
+@dataclass
+class Cache:
+    """The KV cache of all layers."""
+
+    layers: list[LayerCache] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, num_layers: int) -> "Cache":
+        """A cache before the prefill."""
+        return cls([LayerCache() for _ in range(num_layers)])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one forward pass shares.
+
+    cos, sin [batch, seq, head_dim / 2] float32. vision_mask bool [batch, seq], or None when no token uses the vision
+    expert. attention_mask bool [batch, 1, seq, past + seq], True where a query may look.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    vision_mask: Tensor | None
+    attention_mask: Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on pairs (t, t + head_dim / 2). x [batch, heads, seq, head_dim]; computed in float32."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP; each token's projections come from its expert."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attention_norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.mlp_norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.expert_names = tuple(expert.name for expert in spec.experts)
+        for expert in spec.experts:
+            self.add_module(expert.name, Expert(spec, expert))
+
+    def route(self, x: Tensor, step: Step, apply: Callable[[Expert, Tensor], Tensor]) -> Tensor:
+        """Apply the vision expert where the mask is True and the language expert elsewhere. x [batch, seq, width]."""
+        language: Expert = self.get_submodule("language")  # type: ignore[assignment]
+        if step.vision_mask is None:
+            return apply(language, x)
+        vision: Expert = self.get_submodule("vision")  # type: ignore[assignment]
+        text_rows = apply(language, x[~step.vision_mask])
+        image_rows = apply(vision, x[step.vision_mask])
+        result = text_rows.new_empty(*x.shape[:2], text_rows.shape[-1])
+        result[~step.vision_mask] = text_rows
+        result[step.vision_mask] = image_rows
+        return result
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """[batch, seq, hidden] -> the same shape; appends to the cache."""
+        qkv = self.route(self.attention_norm(x), step, lambda expert, rows: expert.qkv(rows))
+        mixed = self.attention(qkv, step, cache)
+        x = x + self.route(mixed, step, lambda expert, rows: expert.dense(rows))
+        return x + self.route(self.mlp_norm(x), step, lambda expert, rows: expert.mlp(rows))
+
+    def attention(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """Causal attention over cache and new positions: [batch, seq, qkv] -> [batch, seq, heads * head_dim]."""
+        spec = self.spec
+        heads = qkv.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+        key, value = cache.append(rotate(k, step.cos, step.sin), v)
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, step.cos, step.sin), key, value, attn_mask=step.attention_mask, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm. The embedding and the head belong to the whole model."""
+
+    inv_freq: Tensor
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_layers))
+        self.norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.register_buffer("inv_freq", default_inv_freq(spec))
+
+    def step(self, position_ids: Tensor, vision_mask: Tensor | None, attention_mask: Tensor) -> Step:
+        """What the layers share. position_ids int64 [batch, seq]; angles are float32 whatever the model's dtype."""
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq.float()
+        routed = vision_mask if vision_mask is not None and bool(vision_mask.any()) else None
+        return Step(angles.cos(), angles.sin(), routed, attention_mask)
+
+    def forward(self, x: Tensor, step: Step, cache: Cache) -> Tensor:
+        """Rows [batch, seq, hidden] -> normed hidden states, the same shape; appends to the cache."""
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, step, layer_cache)
+        return self.norm(x)
+
+
+def default_inv_freq(spec: DecoderSpec) -> Tensor:
+    """Rotary frequencies [head_dim / 2] float32, for checkpoints that do not store them."""
+    return spec.rope.base ** -(torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+
+
+def causal_mask(attention_mask: Tensor, past: int = 0) -> Tensor:
+    """Where queries may look: bool [batch, 1, seq, past + seq] from a padding mask [batch, past + seq].
+
+    Causal by index, never by position id. A padded query sees itself, so that its (unused) output stays finite.
+    """
+    total = attention_mask.shape[1]
+    index = torch.arange(total, device=attention_mask.device)
+    causal = index[None, :] <= index[past:, None]
+    itself = index[None, :] == index[past:, None]
+    return (causal & (attention_mask[:, None, None, :].bool() | itself)) if past < total else causal

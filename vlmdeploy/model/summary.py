@@ -1,0 +1,44 @@
+"""A checkpoint in a few lines, for people: read from its config and tensor headers."""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from vlmdeploy.model.weights import Checkpoint
+
+PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
+
+
+def checkpoint_summary(folder: Path) -> dict[str, Any]:
+    """Family, geometry and parameters by part. Raises ConfigError and WeightsError."""
+    checkpoint = Checkpoint(folder)
+    spec = checkpoint.spec
+    parameters = dict.fromkeys(PARTS, 0)
+    for target, rule in checkpoint.rules.items():
+        if target != "decoder.inv_freq":
+            parameters[target.split(".")[0]] += prod(rule.shape)
+    return {
+        "family": spec.family,
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "image_px": spec.image.size_px,
+        "tokens_per_image": spec.tokens.rows_per_image,
+        "vision_layers": spec.vision.num_layers,
+        "decoder_layers": spec.decoder.num_layers,
+        "experts": [expert.name for expert in spec.decoder.experts],
+        "heads": spec.decoder.num_heads,
+        "kv_heads": spec.decoder.num_kv_heads,
+        "head_dim": spec.decoder.head_dim,
+        "vocab_size": spec.decoder.vocab_size,
+        "context_tokens": spec.decoder.context_tokens,
+        "stop_ids": list(spec.tokens.stop_ids),
+        "shards": sorted(set(checkpoint.shard_of.values())),
+    }
+
+
+def checkpoint_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Label and value of each line."""
+    counts = ", ".join(f"{part} {count:,}" for part, count in summary["parameters"].items())
+    others = [
+        [key.replace("_", " "), str(value)] for key, value in summary.items() if key not in ("family", "parameters")
+    ]
+    return [["family", summary["family"]], ["parameters", counts], *others]

@@ -1,0 +1,64 @@
+"""The vision encoder: a transformer over image patches whose norms sit on the branch output.
+
+Source: EVA2-CLIP-E as CogVLM's authors use it (63 of 64 layers, no final norm); docs/families/cogvlm.md.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmdeploy.families.spec import VisionSpec
+
+ACTIVATIONS = {"gelu": F.gelu}
+
+
+class VisionLayer(nn.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x)); every token attends to all."""
+
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.dense = nn.Linear(spec.width, spec.width)
+        self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.fc1 = nn.Linear(spec.width, spec.mlp_width)
+        self.fc2 = nn.Linear(spec.mlp_width, spec.width)
+        self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[images, 1 + patches, width] -> the same shape."""
+        x = x + self.attention_norm(self.attention(x))
+        mlp = self.fc2(ACTIVATIONS[self.spec.activation](self.fc1(x)))
+        return x + self.mlp_norm(mlp)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Unmasked multi-head attention, [images, 1 + patches, width] -> the same shape."""
+        heads = (3, self.spec.num_heads, self.spec.head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, heads).permute(2, 0, 3, 1, 4)  # each [images, heads, seq, head_dim]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.dense(mixed.transpose(1, 2).flatten(2))
+
+
+class VisionEncoder(nn.Module):
+    """Pixels to patch features."""
+
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.patch = nn.Conv2d(3, spec.width, spec.patch_px, spec.patch_px)
+        self.class_embedding = nn.Parameter(torch.empty(spec.width))
+        self.positions = nn.Parameter(torch.empty(spec.num_patches + 1, spec.width))
+        self.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.num_layers))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches with the class token first and positions added: [images, 3, S, S] -> [images, 1 + patches, width]."""
+        patches = self.patch(images).flatten(2).transpose(1, 2)  # row by row over the grid
+        class_token = self.class_embedding.expand(len(images), 1, -1)
+        return torch.cat((class_token, patches), 1) + self.positions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels [images, 3, S, S] -> features without the class token [images, patches, width]."""
+        x = self.embed(images)
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, 1:]
