@@ -1,0 +1,272 @@
+"""The command line: each command parses, calls one function and prints its result. Heavy imports stay inside commands,
+so that `--help` and `run` work where torch is not installed."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import vlmdeploy
+from vlmdeploy.console import print_json, print_rows, progress_bar, warn
+from vlmdeploy.errors import VlmdeployError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
+TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4"])
+FOLDER = click.Path(path_type=Path)
+
+
+class Group(click.Group):
+    """Prints our errors as one line on stderr and exits with status 1; --debug shows the traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(context)
+        except VlmdeployError as error:
+            if context.params.get("debug"):
+                raise
+            print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+            context.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            print("Error: interrupted", file=sys.stderr)
+            context.exit(1)
+        except ModuleNotFoundError as error:
+            if context.params.get("debug") or error.name is None or error.name.startswith("vlmdeploy"):
+                raise
+            print(f'Error: {error.name} is not installed: pip install "vlmdeploy[cpu,toolchain]"', file=sys.stderr)
+            context.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(vlmdeploy.__version__, prog_name="vlmdeploy")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Put a vision-language model of the CogVLM kind on a small device: exact, verified, small and fast."""
+
+
+def json_option(command: Command) -> Command:
+    """--json, the same for every command."""
+    return click.option("as_json", "--json", is_flag=True, help="Print one JSON document on stdout.")(command)
+
+
+def force_option(command: Command) -> Command:
+    """--force, the same for every command that writes a folder."""
+    return click.option("--force", is_flag=True, help="Replace an output folder that vlmdeploy made.")(command)
+
+
+def threads_option(command: Command) -> Command:
+    """--threads, the same for every command that runs a bundle."""
+    kind = click.IntRange(min=1)
+    return click.option("--threads", type=kind, help="Threads of the inference engine.  [default: one per core]")(
+        command
+    )
+
+
+@main.command()
+@click.argument("config", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="The checkpoint folder to write.")
+@force_option
+@json_option
+def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
+    """Train a model as CONFIG (a TOML file) says; the same command continues an interrupted run."""
+    from vlmdeploy.train.run import run
+
+    with progress_bar() as progress:
+        result = run(config, out, force, progress)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{out}: {result.message}")
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, help="A checkpoint, run in PyTorch.")
+@click.option("--bundle", type=FOLDER, help="A bundle, run in its runtime.")
+@click.option("--data", type=FOLDER, required=True, help="A JSONL file, or a folder with data.jsonl.")
+@click.option("--per-task", type=click.IntRange(min=1), help="At most this many items of each task.")
+@click.option("--seed", type=int, default=0, help="Which items --per-task takes.")
+@click.option("--compare", type=FOLDER, help="Also score this bundle and count equal answers.")
+@threads_option
+@json_option
+def validate(
+    ckpt: Path | None,
+    bundle: Path | None,
+    data: Path,
+    per_task: int | None,
+    seed: int,
+    compare: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Score a checkpoint or a bundle on a data set, with 95 % intervals."""
+    from vlmdeploy.calib.report import score_model
+
+    if (ckpt is None) == (bundle is None):
+        raise click.UsageError("give one of --ckpt and --bundle")
+    with progress_bar() as progress:
+        result = score_model(ckpt, bundle, data, per_task, seed, compare, threads, progress)
+    if as_json:
+        print_json(result.as_json())
+    else:
+        for title, columns, rows in result.tables():
+            print_rows(title, columns, rows)
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The checkpoint folder (Hugging Face layout, safetensors).")
+@click.option("--target", type=TARGET, required=True, help="What the bundle runs on, and how precise it is.")
+@click.option("--out", type=FOLDER, required=True, help="The bundle folder to write.")
+@click.option("--quant", type=click.Choice(["rtn"]), help="How int4 codes of a float checkpoint are chosen.")
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
+@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
+@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
+@click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
+@click.option("--kv", type=click.Choice(["fp32"]), default="fp32", help="Precision of the KV cache.")
+@click.option("--group", type=int, default=128, help="Weights that share a scale.")
+@click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
+@click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
+@click.option("--provider", type=click.Choice(["cpu"]), default="cpu", help="ONNX Runtime's execution provider.")
+@click.option("--seed", type=int, default=0, help="Seed of the verification's picture and prompt.")
+@threads_option
+@force_option
+@json_option
+def export(
+    ckpt: Path,
+    target: str,
+    out: Path,
+    quant: str | None,
+    tokenizer: Path | None,
+    vision: str | None,
+    connector: str | None,
+    lm_head: str | None,
+    embedding: str | None,
+    kv: str,
+    group: int,
+    context: int | None,
+    template: str | None,
+    provider: str,
+    seed: int,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
+    from vlmdeploy.export.exporter import ExportOptions, export_bundle
+    from vlmdeploy.runtime.summary import bundle_rows
+
+    if quant is None and target.endswith("int4"):
+        warn("--quant is not given: int4 codes are rounded to nearest (--quant rtn)")
+    chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
+    precisions = {part: precision for part, precision in chosen.items() if precision}
+    options = ExportOptions(target, precisions, group, context, tokenizer, template, "cpu", force, seed, threads)
+    with progress_bar() as progress:
+        manifest, warnings = export_bundle(ckpt, out, options, progress)
+    for message in warnings:
+        warn(message)
+    if as_json:
+        print_json({"bundle": str(out), "warnings": warnings, "manifest": asdict(manifest)})
+    else:
+        print_rows(f"{out}: verified bundle", ["", ""], bundle_rows(manifest))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--ckpt", type=FOLDER, help="Compare every stage with this checkpoint in PyTorch.")
+@threads_option
+@json_option
+def verify(bundle: Path, ckpt: Path | None, threads: int | None, as_json: bool) -> None:
+    """Check a bundle on this machine: every hash, then every stage against --ckpt, or else the recorded run."""
+    if ckpt is None:
+        from vlmdeploy.runtime.replay import replay
+
+        verdicts = replay(bundle, threads)
+    else:
+        from vlmdeploy.export.verify import verify_bundle
+
+        with progress_bar() as progress:
+            verdicts = verify_bundle(bundle, ckpt, threads, progress)
+    if as_json:
+        print_json({"passed": True, "stages": [asdict(verdict) for verdict in verdicts]})
+        return
+    columns = ["stage", "check", "error", "allowed", "largest at"]
+    rows = [[v.stage, v.check, f"{v.max_error:.2e}", f"{v.tolerance:.0e}", v.tensor] for v in verdicts]
+    print_rows(f"{bundle}: agrees in all {len(rows)} comparisons", columns, rows)
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--image", multiple=True, help="A picture: a path or a data URL.")
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--template", help="The prompt template.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int, default=256, help="Longest answer.")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the best token every time.")
+@click.option("--top-k", type=int, default=0, help="Draw from the k best tokens; 0 is off.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Draw from the best tokens with this much probability; 1 is off."
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: repeat less; 1 is off.")
+@click.option("--seed", type=int, help="Makes a drawn answer repeatable.")
+@click.option("--stop", multiple=True, help="End the answer before this text.")
+@click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
+@click.option(
+    "--residency", type=click.Choice(["all", "phase"]), default="all", help="phase: drop what a prompt needed."
+)
+@threads_option
+@json_option
+def run(
+    bundle: Path,
+    image: tuple[str, ...],
+    prompt: str,
+    template: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    draw: Path | None,
+    residency: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Ask a bundle one question, with or without a picture."""
+    from vlmdeploy.runtime.ask import ask
+    from vlmdeploy.runtime.sampling import SamplingOptions
+
+    options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stop)
+    show = None if as_json else lambda piece: print(piece, end="", flush=True)
+    session = vlmdeploy.open(bundle, threads=threads, residency=residency)
+    answer = ask(session, image, prompt, options, template, draw, show)
+    if as_json:
+        print_json(answer.as_json())
+    else:
+        print()
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@json_option
+def inspect(folder: Path, as_json: bool) -> None:
+    """Describe a checkpoint or a bundle."""
+    from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
+
+    if (folder / MANIFEST_NAME).is_file():
+        from vlmdeploy.runtime.summary import bundle_rows
+
+        manifest = read_manifest(folder)
+        rows, content = bundle_rows(manifest), asdict(manifest)
+    else:
+        from vlmdeploy.model.summary import checkpoint_rows, checkpoint_summary
+
+        content = checkpoint_summary(folder)
+        rows = checkpoint_rows(content)
+    if as_json:
+        print_json(content)
+    else:
+        print_rows(str(folder), ["", ""], rows)

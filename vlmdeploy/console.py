@@ -1,0 +1,53 @@
+"""What the command line shows: results on stdout, progress and warnings on stderr, one line for an error."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+ReportProgress = Callable[[str, int, int], None]
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
+
+
+def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; plain text when stdout is not a terminal."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def warn(message: str) -> None:
+    """One warning line on stderr."""
+    print(f"Warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ReportProgress]:
+    """A function (stage, done, total) that draws a bar on a terminal and nothing elsewhere."""
+    if not stderr.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)

@@ -1,0 +1,1 @@
+"""From a checkpoint to a verified bundle: graphs are built from the family's spec, weights streamed into them."""

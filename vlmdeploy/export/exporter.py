@@ -1,0 +1,237 @@
+"""From a checkpoint to a bundle: graphs and embedding written aside, verified against PyTorch, then published.
+
+Peak memory follows the largest tensor, not the model: weights are read and written block by block, and the gate holds
+one PyTorch layer at a time.
+"""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vlmdeploy
+from vlmdeploy.artifact import check_output, staged_folder
+from vlmdeploy.bundle import (
+    MANIFEST_NAME,
+    CacheShape,
+    EmbeddingInfo,
+    FileEntry,
+    GraphInfo,
+    Manifest,
+    Provenance,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from vlmdeploy.errors import BundleError, ExportError
+from vlmdeploy.export.decoder_graph import HeadLayout, build_decoder, graph_name
+from vlmdeploy.export.graph import DataFile, GraphBuilder
+from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
+from vlmdeploy.export.precision import PrecisionPlan, plan_precision
+from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.export.verify import verify_staged
+from vlmdeploy.export.vision_graph import build_vision
+from vlmdeploy.export.weights import WeightReader
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.grid import pack_nibbles
+
+TOKENIZER_NAME = "tokenizer.json"
+EMBEDDING_NAME = "embedding.bin"
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
+
+
+def export_bundle(
+    ckpt: str | Path, out: Path, options: ExportOptions, progress: Progress = no_progress
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Export a checkpoint as a verified bundle at `out`; the manifest and what the user should know.
+
+    Raises ConfigError and WeightsError for the checkpoint, ExportError for the output and ParityError when a stage
+    differs from PyTorch; in every case nothing is left at `out` that was not there before.
+    """
+    check_output(out, options.force, is_bundle)
+    checkpoint = Checkpoint(ckpt)
+    spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
+    plan = plan_precision(spec, options.target, options.precisions, options.group)
+    reader = WeightReader(checkpoint, plan)
+    warnings = list(_plan_warnings(plan, options))
+    with staged_folder(out, options.force, is_bundle) as folder:
+        has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
+        _copy_licences(checkpoint.folder, folder)
+        graphs, hashes = _write_graphs(reader, spec, folder, progress)
+        embedding = _write_embedding(reader, folder)
+        cache = HeadLayout(spec.decoder).cache_shape(_inv_freq(checkpoint))
+        manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
+        verification, record = verify_staged(reader, spec, folder, manifest, options.seed, options.threads, progress)
+        record.write(folder)
+        files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
+        manifest = replace(
+            manifest, files=files, verification=verification, memory_bytes=_memory_bytes(manifest, files)
+        )
+        write_manifest(folder, manifest)
+    return manifest, tuple(warnings)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version or altered."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return False
+    try:
+        read_manifest(folder)
+    except BundleError:
+        return b'"format_version"' in path.read_bytes() and b'"graphs"' in path.read_bytes()
+    return True
+
+
+def _plan_warnings(plan: PrecisionPlan, options: ExportOptions) -> Iterable[str]:
+    changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, options.group)}
+    if changed:
+        sizes = ", ".join(f"{part} {size}" for part, size in changed.items())
+        yield f"group size {options.group} does not fit every width: used instead: {sizes}"
+    if plan.kept_in_float:
+        names = ", ".join(plan.kept_in_float[:3])
+        yield f"{len(plan.kept_in_float)} linears stay in fp32, no group size divides their width: {names}"
+
+
+def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Path, warnings: list[str]) -> bool:
+    source = find_tokenizer(options.tokenizer or checkpoint.folder)
+    if source is None:
+        if options.tokenizer is not None:
+            raise ExportError(f"{options.tokenizer}: holds no tokenizer.json and no tokenizer.model")
+        warnings.append(
+            f"{checkpoint.folder} holds no tokenizer.json and no tokenizer.model: the bundle takes ids only; give "
+            "--tokenizer FILE for text"
+        )
+        return False
+    tokenizer = import_tokenizer(source)
+    size, vocab_size = tokenizer.get_vocab_size(with_added_tokens=True), checkpoint.spec.decoder.vocab_size
+    if size > vocab_size:
+        raise ExportError(f"{source}: has {size} tokens, the model's vocabulary only {vocab_size}")
+    tokenizer.save(str(folder / TOKENIZER_NAME))
+    return True
+
+
+def _copy_licences(source: Path, folder: Path) -> None:
+    for pattern in LICENCE_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _write_graphs(
+    reader: WeightReader, spec: ModelSpec, folder: Path, progress: Progress
+) -> tuple[dict[str, GraphInfo], dict[str, FileEntry]]:
+    """Every graph with its data file; also the hashes of the data files, taken while they were written."""
+    graphs, hashes = {}, {}
+    names = ["vision", *(graph_name(expert) for expert in spec.decoder.experts)]
+    for index, name in enumerate(names):
+        progress("graphs", index, len(names))
+        with DataFile(folder / f"{name}.data") as data:
+            builder = GraphBuilder(name, reader, data)
+            if name == "vision":
+                build_vision(builder, spec)
+            else:
+                build_decoder(builder, spec.decoder, spec.decoder.experts[index - 1])
+        graphs[name] = builder.write(folder)
+        hashes[data.path.name] = data.entry()
+    progress("graphs", len(names), len(names))
+    return graphs, hashes
+
+
+def _write_embedding(reader: WeightReader, folder: Path) -> EmbeddingInfo:
+    """The embedding table in its planned precision: rows, then (aligned) the scales of int8 and int4 rows."""
+    target = "embedding.weight"
+    precision = reader.plan[target]
+    rows, hidden = reader.matrix_shape(target)
+    scales = np.empty((rows, hidden // precision.group_size if precision.bits else 0), np.float16)
+    with DataFile(folder / EMBEDDING_NAME) as data:
+        data.append(_embedding_blocks(reader, target, scales))
+        offset = data.append([scales])[0] if precision.bits else 0
+    kinds: dict[str, Literal["fp32", "fp16", "int8", "int4"]] = {
+        "fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"
+    }  # fmt: skip
+    return EmbeddingInfo(EMBEDDING_NAME, kinds[precision.type], rows, hidden, precision.group_size, offset)
+
+
+def _embedding_blocks(reader: WeightReader, target: str, scales: NDArray[np.float16]) -> Iterable[NDArray[np.generic]]:
+    precision = reader.plan[target]
+    for start, stop in reader.blocks(target):
+        if precision.bits:
+            part = reader.quantized(target, start, stop)
+            scales[start:stop] = part.scales
+            yield pack_nibbles(part.codes) if precision.bits == 4 else part.codes
+        else:
+            yield (
+                reader.half_rows(target, start, stop) if precision.type == "fp16" else reader.rows(target, start, stop)
+            )
+
+
+def _inv_freq(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """The stored rotary frequencies, or the exact ones where the checkpoint has none."""
+    if "decoder.inv_freq" in checkpoint:
+        return np.asarray(checkpoint.parameter("decoder.inv_freq").numpy())
+    return np.asarray(default_inv_freq(checkpoint.spec.decoder).numpy())
+
+
+def _manifest(
+    reader: WeightReader,
+    spec: ModelSpec,
+    options: ExportOptions,
+    graphs: dict[str, GraphInfo],
+    embedding: EmbeddingInfo,
+    cache: CacheShape,
+    has_tokenizer: bool,
+) -> Manifest:
+    """The manifest before verification: no file hashes and no verdict yet."""
+    return Manifest(
+        family=spec.family,
+        target=options.target,
+        provider=options.provider,
+        context_tokens=spec.decoder.context_tokens,
+        image=spec.image,
+        templates=spec.templates,
+        default_template=spec.default_template,
+        tokens=spec.tokens,
+        generation=spec.generation,
+        cache=cache,
+        graphs=graphs,
+        embedding=embedding,
+        has_tokenizer=has_tokenizer,
+        precision={**reader.plan.parts, "kv": cache.dtype},
+        group_sizes=reader.plan.group_sizes,
+        requested_group=options.group,
+        kept_in_float=reader.plan.kept_in_float,
+        memory_bytes={},
+        files={},
+        made_by=_provenance(reader),
+    )
+
+
+def _provenance(reader: WeightReader) -> Provenance:
+    packages = ("torch", "onnx", "onnxruntime", "numpy", "safetensors", "tokenizers")
+    versions = {"vlmdeploy": vlmdeploy.__version__, **{name: version(name) for name in packages}}
+    return Provenance(reader.checkpoint.fingerprint(), versions, "rtn" if reader.plan.is_quantized else "none")
+
+
+def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, int]:
+    """Weight bytes that each phase reads, and the cache's bytes per token."""
+    graphs = {name: files[graph.file].bytes + files[graph.data_file].bytes for name, graph in manifest.graphs.items()}
+    cache = manifest.cache
+    return {
+        "vision": graphs["vision"],
+        "prefill": graphs["decoder_text"] + graphs.get("decoder_vision", 0),
+        "decode": graphs["decoder_text"],
+        "kv_per_token": 2 * 4 * cache.num_layers * cache.kv_heads * cache.head_dim,
+    }
+
+
+def _bundle_files(folder: Path) -> list[Path]:
+    """Every file of the bundle but the manifest (and our hidden marker)."""
+    return sorted(path for path in folder.iterdir() if path.name != MANIFEST_NAME and not path.name.startswith("."))

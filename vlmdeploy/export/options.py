@@ -1,0 +1,48 @@
+"""What a user may choose for an export, checked against the checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from vlmdeploy.errors import ExportError
+from vlmdeploy.export.precision import DEFAULT_GROUP
+from vlmdeploy.families.spec import ModelSpec
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the command line offers; None means the target's or the checkpoint's default."""
+
+    target: str
+    precisions: dict[str, str] = field(default_factory=dict)  # part -> precision
+    group: int = DEFAULT_GROUP
+    context_tokens: int | None = None
+    tokenizer: Path | None = None
+    default_template: str | None = None
+    provider: Literal["cpu"] = "cpu"
+    force: bool = False
+    seed: int = 0
+    threads: int | None = None
+
+
+def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
+    """The spec with the context and the default template that the user chose; raises ExportError."""
+    context = context_tokens or spec.decoder.context_tokens
+    least = spec.tokens.rows_per_image + 2
+    if not least < context <= spec.decoder.context_tokens:
+        raise ExportError(
+            f"--context is {context}, expected {least + 1} (an image and a word) to {spec.decoder.context_tokens} "
+            "(the checkpoint's own context)"
+        )
+    names = [item.name for item in spec.templates]
+    if template is not None and template not in names:
+        raise ExportError(f'--template is "{template}", expected one of {", ".join(names)}')
+    decoder = replace(spec.decoder, context_tokens=context)
+    return replace(spec, decoder=decoder, default_template=template or spec.default_template)

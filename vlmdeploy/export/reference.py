@@ -1,0 +1,48 @@
+"""What a bundle is verified with: a drawn picture, a prompt of seeded ids, and ids to decode after it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.generate import Prompt
+from vlmdeploy.runtime.replay import sample_prompt
+
+PICTURE_SIZE = (96, 72)  # width, height: neither square nor the model's
+PROMPT_TOKENS = 16
+DECODE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture uint8 [height, width, 3], the prompt made from it, and ids to decode one by one after it."""
+
+    picture: NDArray[np.uint8]
+    prompt: Prompt
+    decode_ids: Ints
+
+
+def draw_sample(manifest: Manifest, seed: int) -> Sample:
+    """A seeded picture and prompt; the text is cut short where the context is small."""
+    random = np.random.default_rng(seed)
+    tokens, vocab_size = manifest.tokens, manifest.embedding.vocab_size
+    room = manifest.context_tokens - 1 - tokens.rows_per_image - DECODE_TOKENS
+    text = random.integers(0, vocab_size, max(1, min(PROMPT_TOKENS, room)))
+    ids = np.concatenate(([tokens.bos_id], np.full(tokens.rows_per_image, tokens.placeholder_id), text)).astype(
+        np.int64
+    )
+    picture = draw_picture(random)
+    decode_ids = random.integers(0, vocab_size, max(0, min(DECODE_TOKENS, room - len(text) + DECODE_TOKENS)))
+    return Sample(picture, sample_prompt(manifest, ids, picture), decode_ids)
+
+
+def draw_picture(random: np.random.Generator) -> NDArray[np.uint8]:
+    """Soft colour waves, a bright disc and some noise, so that every patch differs: uint8 [height, width, 3]."""
+    width, height = PICTURE_SIZE
+    y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
+    waves = [np.sin(2 * np.pi * (fx * x + fy * y + phase)) for fx, fy, phase in random.uniform(0.3, 3.0, (3, 3))]
+    disc = ((x - 0.6) ** 2 + (y - 0.4) ** 2 < 0.04)[..., None]
+    picture = 128 + 80 * np.stack(waves, -1) + 90 * disc + random.normal(0, 12, (height, width, 3))
+    return np.asarray(np.clip(picture, 0, 255), np.uint8)

@@ -1,0 +1,131 @@
+"""Running a bundle's graphs with their inner values as extra outputs, for verification.
+
+The graph file is edited in memory only; the weights are the bundle's own external data.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.errors import BackendError
+from vlmdeploy.export.decoder_graph import decoder_taps, graph_name
+from vlmdeploy.export.graph import FULL_ACCURACY
+from vlmdeploy.export.reference import Sample
+from vlmdeploy.export.vision_graph import vision_taps
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.runtime.backend import Floats, rope_table, slot_positions
+from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend, OrtCache, import_onnxruntime, session_options
+
+EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+class TappedRun:
+    """One pass of the sample through a bundle, decoded tokens included, with the inner values kept.
+
+    `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, where rows that
+    the bundle does not compute are NaN. keys and values [kv_heads, seq, padded head_dim] per layer; `logits` [seq, vocab].
+    """
+
+    def __init__(
+        self, spec: ModelSpec, folder: Path, manifest: Manifest, sample: Sample, exact: bool, threads: int | None
+    ) -> None:
+        self.spec = spec
+        self.sample = sample
+        self.ids = np.concatenate((sample.prompt.ids, sample.decode_ids))
+        self.stages: dict[str, Floats] = {}
+        taps = _taps_of(spec)
+        ort = import_onnxruntime()
+
+        def load(graph: str) -> Any:
+            path = folder / manifest.graphs[graph].file
+            return tapped_session(ort, path, list(taps[graph].values()), exact, manifest.provider, threads)
+
+        backend = OrtBackend(folder, manifest, threads, load_graph=load)
+        self._run_vision(backend, taps["vision"])
+        backend.drop("vision")
+        self._run_decoder(backend, EmbeddingTable(folder, manifest.embedding), taps, manifest)
+
+    def _run_vision(self, backend: OrtBackend, taps: dict[str, str]) -> None:
+        values = backend.session("vision").run([*taps.values(), "rows"], {"pixels": self.sample.prompt.pixels})
+        self.stages.update(zip(taps, values, strict=False))
+        self.image_rows: Floats = values[-1][0]
+
+    def _run_decoder(
+        self, backend: OrtBackend, embedding: EmbeddingTable, taps: dict[str, dict[str, str]], manifest: Manifest
+    ) -> None:
+        prompt, total = self.sample.prompt, len(self.ids)
+        rows = embedding[self.ids]
+        rows[: len(prompt.ids)][prompt.types == 1] = self.image_rows
+        self.stages["decoder.input"] = rows
+        self.positions = slot_positions(prompt.positions, total)
+        self.vision_mask = np.concatenate((prompt.vision_mask, np.zeros(len(self.sample.decode_ids), np.bool_)))
+        self.logits = np.full((total, manifest.embedding.vocab_size), np.nan, np.float32)
+        cache = backend.new_cache(rope_table(manifest.cache, self.positions))
+        for start, stop in _calls(self.vision_mask, len(prompt.ids)):
+            self._run_rows(backend, cache, rows, start, stop, taps)
+        self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+        self.values = [cache.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+
+    def _run_rows(
+        self, backend: OrtBackend, cache: OrtCache, rows: Floats, start: int, stop: int, taps: dict[str, dict[str, str]]
+    ) -> None:
+        """One segment (or one decoded token): its stages and logits go to their rows of the whole."""
+        expert = "vision" if self.vision_mask[start] else "language"
+        names = taps["decoder_vision" if expert == "vision" else "decoder_text"]
+        asked = ("logits",) if expert == "language" else ()
+        outputs = backend.run_graph(expert, rows[start:stop], cache, np.arange(stop - start), (*names.values(), *asked))
+        for stage, name in names.items():
+            whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
+            whole[start:stop] = outputs[name]
+        if asked:
+            self.logits[start:stop] = outputs["logits"]
+
+
+def _calls(vision_mask: np.ndarray[Any, np.dtype[np.bool_]], prompt_length: int) -> list[tuple[int, int]]:
+    """Row ranges of the graph calls: the prompt's segments, then one token at a time."""
+    edges = [0, *(np.flatnonzero(np.diff(vision_mask[:prompt_length])) + 1).tolist(), prompt_length]
+    segments = list(zip(edges[:-1], edges[1:], strict=True))
+    return segments + [(row, row + 1) for row in range(prompt_length, len(vision_mask))]
+
+
+def _taps_of(spec: ModelSpec) -> dict[str, dict[str, str]]:
+    """For each graph the stages that are read: our stage name -> the value's name in the graph."""
+    decoders = {graph_name(expert): decoder_taps(spec.decoder, expert) for expert in spec.decoder.experts}
+    return {"vision": _thinned(vision_taps(spec), spec.vision.num_layers), **decoders}
+
+
+def _thinned(taps: dict[str, str], num_layers: int) -> dict[str, str]:
+    """At most about eight layers of the encoder, so that big pictures fit in memory; the last layer is among them."""
+    every = -(-num_layers // 8)
+    kept = {f"vision.layer.{index}" for index in range(num_layers) if (num_layers - 1 - index) % every == 0}
+    return {stage: name for stage, name in taps.items() if not stage.startswith("vision.layer.") or stage in kept}
+
+
+def tapped_session(
+    ort: ModuleType, path: Path, taps: list[str], exact: bool, provider: str, threads: int | None
+) -> Any:
+    """A session of a graph with extra outputs; `exact` switches MatMulNBits to float activations."""
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps)
+    if exact:
+        set_accuracy(model, FULL_ACCURACY)
+    options = session_options(ort, threads)
+    options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[provider]])
+    except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
+        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
+
+
+def set_accuracy(model: onnx.ModelProto, level: int) -> None:
+    """Change the accuracy_level of every MatMulNBits in place."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level

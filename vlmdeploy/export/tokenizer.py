@@ -1,0 +1,144 @@
+"""Reading a checkpoint's tokenizer: tokenizer.json, or a SentencePiece tokenizer.model converted to its ids exactly.
+
+Only the Llama and Vicuna kind of SentencePiece model is converted: BPE without text normalization. Its rules are those
+of sentencepiece's bpe_model.cc and normalizer.cc; anything else is refused rather than converted approximately.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from vlmdeploy.errors import ConfigError
+
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # ▁, how SentencePiece writes a space
+MANY = 1 << 16  # more spaces than an answer begins with
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+
+
+def find_tokenizer(folder_or_file: Path) -> Path | None:
+    """The tokenizer file itself, or the one in a folder: tokenizer.json before tokenizer.model; None if there is none.
+
+    Raises ConfigError if the path does not exist.
+    """
+    if folder_or_file.is_file():
+        return folder_or_file
+    if not folder_or_file.is_dir():
+        raise ConfigError(f"tokenizer: {folder_or_file} does not exist, expected a file or a folder with one")
+    candidates = (folder_or_file / name for name in FILE_NAMES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json or SentencePiece file; raises ConfigError if it is neither or not supported."""
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"tokenizer {source}: cannot be read ({error.strerror})") from error
+    if TIKTOKEN_LINE.match(content):
+        raise ConfigError(f"tokenizer {source}: holds tiktoken ranks, expected tokenizer.json or a SentencePiece model")
+    if content.lstrip()[:1] == b"{":
+        return _read_json(content, source)
+    return _convert(_parse_sentencepiece(content, source), source)
+
+
+def _read_json(content: bytes, source: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more precise
+        raise ConfigError(f"tokenizer {source}: not a valid tokenizer.json ({error})") from error
+
+
+def _parse_sentencepiece(content: bytes, source: Path) -> Any:
+    """The SentencePiece ModelProto, a protobuf message."""
+    try:
+        sentencepiece = importlib.import_module("sentencepiece")
+        schema = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError as error:
+        needed = "reading a SentencePiece model needs the packages sentencepiece and protobuf"
+        raise ConfigError(f"tokenizer {source}: {needed}; install vlmdeploy[toolchain] ({error})") from error
+    try:
+        return schema.ModelProto.FromString(
+            sentencepiece.SentencePieceProcessor(model_proto=content).serialized_model_proto()
+        )
+    except RuntimeError as error:
+        found = f"starts with {content[:16]!r}" if content else "is empty"
+        raise ConfigError(f"tokenizer {source}: {found}, expected tokenizer.json or a SentencePiece model") from error
+
+
+def _convert(model: Any, source: Path) -> tokenizers.Tokenizer:
+    _check_supported(model, source)
+    kinds = model.SentencePiece.Type
+    special = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    unknown = model.trainer_spec.unk_piece
+    bpe = models.BPE(
+        vocab={piece.piece: token_id for token_id, piece in enumerate(model.pieces)},
+        merges=_merges(model),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=any(piece.type == kinds.BYTE for piece in model.pieces),
+    )
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = _normalizer(model.normalizer_spec)
+    tokenizer.decoder = _decoder(model.normalizer_spec)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer
+
+
+def _check_supported(model: Any, source: Path) -> None:
+    """Refuse everything that the conversion would change."""
+    trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece.Type
+    model_type = trainer.ModelType.Name(trainer.model_type)
+    odd_pieces = [piece.piece for piece in model.pieces if piece.type in (kinds.USER_DEFINED, kinds.UNUSED)]
+    problems = {
+        f"model type {model_type}": model_type != "BPE",
+        f'text normalization "{normalizer.name}"': bool(normalizer.precompiled_charsmap),
+        "spaces that are not escaped": not normalizer.escape_whitespaces,
+        "the space mark as a suffix": trainer.treat_whitespace_as_suffix,
+        f"user-defined or unused pieces such as {odd_pieces[:1]}": bool(odd_pieces),
+        "two pieces of the same name": len({piece.piece for piece in model.pieces}) < len(model.pieces),
+    }
+    found = [problem for problem, is_there in problems.items() if is_there]
+    if found:
+        expected = "only BPE models without text normalization, as of Llama and Vicuna, can be converted"
+        raise ConfigError(f"tokenizer {source}: has {found[0]}; {expected}; give a tokenizer.json instead")
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Every way to make a piece from two others, best score first.
+
+    SentencePiece joins the neighbours whose joined piece has the best score; it stores no merges. Special and byte
+    pieces never come from text.
+    """
+    normal = model.SentencePiece.Type.NORMAL
+    ids = {piece.piece: token_id for token_id, piece in enumerate(model.pieces) if piece.type == normal}
+    ranked = []
+    for joined, token_id in ids.items():
+        for cut in range(1, len(joined)):
+            left, right = joined[:cut], joined[cut:]
+            if left in ids and right in ids:
+                ranked.append((-model.pieces[token_id].score, token_id, ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def _normalizer(rules: Any) -> normalizers.Normalizer:
+    """Spaces become marks, the first word gets one too; runs and ends are trimmed first if the model says so."""
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE_MARK)]
+    if rules.remove_extra_whitespaces:
+        runs = tokenizers.Regex(" {2,}")
+        steps = [normalizers.Replace(tokenizers.Regex(r"\A +"), ""), normalizers.Replace(runs, " "), *steps]
+        steps.append(normalizers.Replace(tokenizers.Regex(rf"{SPACE_MARK}+\z"), ""))
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE_MARK))
+    return normalizers.Sequence(steps)
+
+
+def _decoder(rules: Any) -> decoders.Decoder:
+    """Marks become spaces and byte pieces UTF-8; the mark put before the first word goes, or all where runs are trimmed."""
+    leading_spaces = MANY if rules.remove_extra_whitespaces else int(rules.add_dummy_prefix)
+    strip = decoders.Strip(" ", leading_spaces, 0)
+    return decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), strip])

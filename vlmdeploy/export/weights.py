@@ -1,0 +1,82 @@
+"""The weights as a bundle holds them: read from the checkpoint a few rows at a time, in the planned precision.
+
+`effective` gives the float values that the bundle's arithmetic stands for; verification fills PyTorch with them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmdeploy.errors import ExportError
+from vlmdeploy.export.precision import Precision, PrecisionPlan
+from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, quantize_rtn
+
+Ints = NDArray[np.int64]
+BLOCK_BYTES = 64 << 20  # rows are read in blocks of about this many float32 bytes
+
+
+@dataclass(frozen=True)
+class WeightReader:
+    """Weights of a checkpoint in the precisions of a plan."""
+
+    checkpoint: Checkpoint
+    plan: PrecisionPlan
+
+    def matrix_shape(self, target: str) -> tuple[int, int]:
+        """Rows and columns of a parameter seen as a matrix [out, in]."""
+        shape = self.checkpoint.shape(target)
+        return shape[0], int(np.prod(shape[1:]))
+
+    def vector(self, target: str) -> Floats:
+        """A whole parameter, float32, in its own shape."""
+        return np.asarray(self.checkpoint.parameter(target).numpy())
+
+    def rows(self, target: str, start: int, stop: int) -> Floats:
+        """Rows of a matrix, float32 [stop - start, in]."""
+        return np.asarray(self.checkpoint.rows(target, start, stop).flatten(1).numpy())
+
+    def half_rows(self, target: str, start: int, stop: int) -> NDArray[np.float16]:
+        """Rows as fp16. Raises ExportError where a value overflows."""
+        rows = self.rows(target, start, stop)
+        with np.errstate(over="ignore"):
+            halves = rows.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise ExportError(
+                f'"{target}" holds a value of magnitude {np.abs(rows).max():.3g}, beyond fp16 (65504): keep that part in '
+                f"fp32 with --{target.split('.')[0].replace('_', '-')} fp32"
+            )
+        return halves
+
+    def quantized(self, target: str, start: int, stop: int) -> Quantized:
+        """Rows as codes and scales, rounded to nearest."""
+        precision = self.plan[target]
+        return quantize_rtn(self.rows(target, start, stop), Grid(precision.bits, precision.group_size))
+
+    def effective_rows(self, target: str, start: int, stop: int) -> Floats:
+        """The float32 values that the stored rows stand for."""
+        precision = self.plan.by_target.get(target, Precision("fp32"))
+        if precision.bits:
+            return dequantize(self.quantized(target, start, stop))
+        if precision.type == "fp16":
+            return self.half_rows(target, start, stop).astype(np.float32)
+        return self.rows(target, start, stop)
+
+    def effective(self, target: str) -> Tensor:
+        """The whole parameter as the bundle's arithmetic sees it, float32, in its own shape."""
+        shape = self.checkpoint.shape(target)
+        if target not in self.plan.by_target:
+            return self.checkpoint.parameter(target)
+        values = torch.empty(self.matrix_shape(target))
+        for start, stop in self.blocks(target):
+            values[start:stop] = torch.from_numpy(self.effective_rows(target, start, stop))
+        return values.reshape(shape)
+
+    def blocks(self, target: str) -> list[tuple[int, int]]:
+        """Row ranges that cover a matrix in blocks of bounded size."""
+        rows, width = self.matrix_shape(target)
+        size = max(1, BLOCK_BYTES // (4 * width))
+        return [(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,0 +1,63 @@
+"""The narrow door between the generate loop and whatever executes the graphs.
+
+The loop encodes images, runs segments of equal expert over one KV cache and asks for logits of single rows; everything
+but speed is the same behind every backend.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import CacheShape
+from vlmdeploy.layout import Ints
+
+Floats = NDArray[np.float32]
+
+
+class KvCache(Protocol):
+    """The KV cache of one prompt, written in place; `length` positions are filled."""
+
+    length: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of every cache slot's position, float32 [capacity, head_dim / 2]."""
+
+    cos: Floats
+    sin: Floats
+
+
+class Backend(Protocol):
+    """What a backend offers."""
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""
+
+    def new_cache(self, rope: RopeTable) -> KvCache:
+        """An empty cache with one slot for each row of the table."""
+
+    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """Run rows [rows, hidden] of one expert, append them to the cache, return logits [asked, vocab] of the rows
+        asked for (counted inside the segment; none for the vision expert)."""
+
+    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+        """Run one new token's row [1, hidden] on the language expert; logits [vocab], valid until the next call."""
+
+    def end_prefill(self) -> None:
+        """The prompt is in the cache: what only a prompt needs may be released (phase residency)."""
+
+
+def rope_table(shape: CacheShape, positions: Ints) -> RopeTable:
+    """Angles position * inv_freq in float32 for each slot. positions int64 [capacity]."""
+    angles = positions.astype(np.float32)[:, None] * np.array(shape.inv_freq, np.float32)
+    return RopeTable(np.cos(angles), np.sin(angles))
+
+
+def slot_positions(prompt_positions: Ints, capacity: int) -> Ints:
+    """Position ids of all cache slots: the prompt's, then one more for each new token."""
+    new = int(prompt_positions[-1]) + 1 + np.arange(capacity - len(prompt_positions))
+    return np.concatenate((prompt_positions, new))

@@ -1,0 +1,241 @@
+"""From OpenAI-style messages to prompt ids, and from new ids back to text.
+
+The only prompt renderer of the project: training, calibration and verification use it too. What a prompt looks like is
+data of the bundle (ChatTemplate, TokenRules); this module only follows it. Pictures are collected here, not opened.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from PIL import Image
+
+from vlmdeploy.bundle import ChatTemplate, Piece, TokenRules
+from vlmdeploy.errors import BundleError, PromptError
+from vlmdeploy.runtime.image import ImageSource
+
+Message: TypeAlias = Mapping[str, Any]
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not UTF-8, or not yet
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer; the open turn, the last one, has none yet."""
+
+    user: str
+    assistant: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Checked messages: at least one turn, only the last one open; images in the order they were given, unopened."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageSource, ...] = ()
+
+
+def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
+    """The conversation in OpenAI-style messages: user and assistant in turn, the user first and last.
+
+    `content` is a string or a list of parts {"type": "text", "text"}, {"type": "image", "image": path, bytes or Pillow
+    image} and {"type": "image_url", "image_url": {"url": path or data URL}}; several texts are joined without a
+    separator. Raises PromptError for anything else, and for more images than the model has slots.
+    """
+    if not isinstance(messages, list | tuple):
+        raise PromptError(f"messages are a {type(messages).__name__}, expected a list of {{role, content}}")
+    if not messages:
+        raise PromptError("the list of messages is empty, expected at least one from the user")
+    texts, images = [], []
+    for index, message in enumerate(messages):
+        _check_role(message, index)
+        text, message_images = _read_content(message, f"message {index}")
+        texts.append(text)
+        images.extend(message_images)
+    if len(texts) % 2 == 0:
+        raise PromptError("the last message is from the assistant, expected one from the user to answer")
+    _check_image_count(len(images), max_images)
+    turns = [Turn(user, assistant) for user, assistant in zip(texts[0:-1:2], texts[1::2], strict=True)]
+    return Conversation((*turns, Turn(texts[-1])), tuple(images))
+
+
+def render(turns: Sequence[Turn], template: ChatTemplate) -> list[str | int]:
+    """The prompt as texts and token ids in order; neighbouring texts are one string, empty ones are left out."""
+    parts: list[str | int] = []
+    for turn in turns:
+        pieces = template.last_turn if turn.assistant is None else template.past_turn
+        for piece in pieces:
+            _append(parts, _rendered(piece, turn))
+    return parts
+
+
+class Tokenizer:
+    """A tokenizer.json whose special tokens cannot be written: in a text, "</s>" is four characters."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Take over a tokenizer of the tokenizers library; its settings are changed in place."""
+        tokenizer.encode_special_tokens = True  # the library's name for "special tokens in a text are plain text"
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.byte_ids = frozenset(token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """The tokenizer in a tokenizer.json; raises BundleError if it cannot be read."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises nothing more precise
+            raise BundleError(f"{path}: cannot be read as tokenizer.json ({error}); copy the bundle again") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or any other special token."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True))
+
+
+class StreamDecoder:
+    """Turns ids into text as they arrive. All pieces, with the one from `finish`, join to the decoded whole.
+
+    Text that later ids may still change is held back: incomplete UTF-8, and runs of byte tokens up to their end,
+    because decoders judge such a run as a whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the ids that still matter for the text to come
+        self._given_chars = 0  # of the window's text
+
+    def add(self, token_id: int) -> str:
+        """The text that the next id makes certain, maybe none."""
+        self._window.append(int(token_id))
+        if token_id in self._tokenizer.byte_ids:
+            return ""
+        text = self._tokenizer.decode(self._window)
+        certain = text.rstrip(REPLACEMENT)
+        piece = certain[self._given_chars :]
+        self._given_chars += len(piece)
+        if certain == text:
+            self._shorten_window()
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, now that no more ids come."""
+        rest = self._tokenizer.decode(self._window)[self._given_chars :]
+        self._window, self._given_chars = [], 0
+        return rest
+
+    def _shorten_window(self) -> None:
+        """Keep only the last id, so that a long answer takes linear time.
+
+        One id with visible text must stay: decoders drop the leading space of whatever comes first.
+        """
+        text = self._tokenizer.decode(self._window[-1:])
+        if text and REPLACEMENT not in text:
+            self._window, self._given_chars = self._window[-1:], len(text)
+
+
+def prompt_ids(
+    conversation: Conversation, template: ChatTemplate, tokens: TokenRules, tokenizer: Tokenizer
+) -> npt.NDArray[np.int64]:
+    """Prompt ids int64 [L]: BOS, the placeholders of every image's rows, then the rendered conversation."""
+    ids = [tokens.bos_id] + [tokens.placeholder_id] * (tokens.rows_per_image * len(conversation.images))
+    for part in render(conversation.turns, template):
+        ids.extend([part] if isinstance(part, int) else tokenizer.encode(part))
+    return np.array(ids, dtype=np.int64)
+
+
+def _check_role(message: Message, index: int) -> None:
+    """Even messages are the user's, odd ones the assistant's."""
+    if not isinstance(message, Mapping):
+        raise PromptError(f"message {index} is a {type(message).__name__}, expected {{role, content}}")
+    role, expected = message.get("role"), ("user", "assistant")[index % 2]
+    if role == "system":
+        raise PromptError(f"message {index} is a system message; this model's prompt has no place for one")
+    if role not in ("user", "assistant"):
+        raise PromptError(f'message {index} has the role {role!r}, expected "user" or "assistant"')
+    if role != expected:
+        raise PromptError(f"message {index} is from the {role}, expected {expected}: they take turns, the user first")
+
+
+def _read_content(message: Message, where: str) -> tuple[str, list[ImageSource]]:
+    """Text and images of one message."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return _checked_text(content, where), []
+    if not isinstance(content, list | tuple):
+        raise PromptError(f"{where}: content is a {type(content).__name__}, expected a string or a list of parts")
+    text, images = "", list[ImageSource]()
+    for index, part in enumerate(content):
+        part_where = f"{where}, part {index}"
+        if _part_type(part, part_where) == "text":
+            text += _checked_text(part.get("text"), part_where)
+        elif message["role"] == "user":
+            images.append(_read_image(part, part_where))
+        else:
+            raise PromptError(f"{part_where}: an image from the assistant, expected images from the user only")
+    return text, images
+
+
+def _part_type(part: object, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "image", "image_url"):
+        found = f"type {kind!r}" if isinstance(part, Mapping) else f"a {type(part).__name__}"
+        raise PromptError(f'{where}: {found}, expected an object of type "text", "image" or "image_url"')
+    return str(kind)
+
+
+def _checked_text(text: object, where: str) -> str:
+    if not isinstance(text, str):
+        raise PromptError(f"{where}: text is a {type(text).__name__}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a command line hands on bytes that are not UTF-8 as lone surrogates
+        raise PromptError(f"{where}: text is not valid UTF-8 at character {error.start}") from error
+    return text
+
+
+def _read_image(part: Message, where: str) -> ImageSource:
+    source = part.get("image")
+    if part["type"] == "image_url":
+        holder = part.get("image_url")
+        source = holder.get("url") if isinstance(holder, Mapping) else None
+        if not isinstance(source, str):
+            raise PromptError(f'{where}: expected {{"type": "image_url", "image_url": {{"url": path or data URL}}}}')
+    if not isinstance(source, str | PathLike | bytes | Image.Image):
+        raise PromptError(f"{where}: image is a {type(source).__name__}, expected a path, bytes or a Pillow image")
+    return source
+
+
+def _check_image_count(found: int, max_images: int) -> None:
+    if found > max_images == 1:
+        raise PromptError(f"{found} images given: an image was given to a second image slot, and this model has one")
+    if found > max_images:
+        raise PromptError(f"{found} images given, but this model has {max_images} image slots")
+
+
+def _rendered(piece: Piece, turn: Turn) -> str | int:
+    if piece.kind == "token":
+        return piece.token_id
+    if piece.kind == "assistant":
+        assert turn.assistant is not None, "a template for the open turn has no place for an answer"
+        return turn.assistant
+    return turn.user if piece.kind == "user" else piece.text
+
+
+def _append(parts: list[str | int], part: str | int) -> None:
+    if isinstance(part, str) and parts and isinstance(parts[-1], str):
+        parts[-1] += part
+    elif part != "":
+        parts.append(part)

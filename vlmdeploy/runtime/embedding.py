@@ -1,0 +1,43 @@
+"""The embedding table of a bundle, memory-mapped: only the rows of a prompt are ever read."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import EmbeddingInfo
+from vlmdeploy.errors import BundleError
+from vlmdeploy.layout import Ints
+
+FLOAT_TYPES = {"fp32": np.float32, "fp16": np.float16}
+CODES_PER_BYTE = {"int8": 1, "int4": 2}
+ZERO_POINTS = {"int8": 128, "int4": 8}
+
+
+class EmbeddingTable:
+    """Looks up rows; float32 out, whatever is stored."""
+
+    def __init__(self, folder: Path, info: EmbeddingInfo) -> None:
+        self.info = info
+        path, shape = folder / info.file, (info.vocab_size, info.hidden)
+        try:
+            if info.dtype in FLOAT_TYPES:
+                self._rows: NDArray[np.generic] = np.memmap(path, FLOAT_TYPES[info.dtype], "r", shape=shape)
+                return
+            packed = (info.vocab_size, info.hidden // CODES_PER_BYTE[info.dtype])
+            self._rows = np.memmap(path, np.uint8, "r", shape=packed)
+            groups = (info.vocab_size, info.hidden // info.group_size)
+            self._scales = np.memmap(path, np.float16, "r", offset=info.scales_offset, shape=groups)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: cannot be mapped as an embedding of {shape} {info.dtype} ({error})") from error
+
+    def __getitem__(self, ids: Ints) -> NDArray[np.float32]:
+        """Rows of the ids, float32 [seq, hidden]."""
+        rows = np.asarray(self._rows[ids])
+        if self.info.dtype in FLOAT_TYPES:
+            return rows.astype(np.float32)
+        if self.info.dtype == "int4":
+            rows = np.stack((rows & 0x0F, rows >> 4), -1).reshape(len(ids), -1)
+        steps = rows.astype(np.float32).reshape(len(ids), -1, self.info.group_size) - ZERO_POINTS[self.info.dtype]
+        values = steps * self._scales[ids].astype(np.float32)[..., None]
+        return np.asarray(values.reshape(len(ids), self.info.hidden), np.float32)

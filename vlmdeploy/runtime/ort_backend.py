@@ -1,0 +1,217 @@
+"""The ONNX Runtime backend: one session per graph, loaded when first needed, over one KV cache written in place.
+
+Past and present of a layer are bound to the same buffer, which GroupQueryAttention recognizes by its address. A decoded
+token costs one session call; its bindings are made once.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import CacheShape, Manifest
+from vlmdeploy.errors import BackendError
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.backend import Floats, KvCache, RopeTable
+
+GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
+PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+class OrtCache:
+    """Keys and values of every layer, [1, kv_heads, capacity, head_dim] each, and the rotary table of the slots."""
+
+    def __init__(self, ort: ModuleType, shape: CacheShape, rope: RopeTable) -> None:
+        self.length = 0
+        self.capacity = len(rope.cos)
+        dims = (1, shape.kv_heads, self.capacity, shape.head_dim)
+        self.arrays = {
+            f"{kind}.{layer}": np.zeros(dims, np.float32)
+            for layer in range(shape.num_layers)
+            for kind in ("key", "value")
+        }
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
+        self.tables = {
+            "cos": ort.OrtValue.ortvalue_from_numpy(rope.cos),
+            "sin": ort.OrtValue.ortvalue_from_numpy(rope.sin),
+        }
+
+    def bind(self, binding: Any) -> None:
+        """Bind tables, past and present of an io-binding to this cache."""
+        for name, value in self.tables.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+
+
+class DecodeBinding:
+    """One token's bindings: buffers that are filled anew for each step and bound once."""
+
+    def __init__(self, ort: ModuleType, session: Any, cache: OrtCache, hidden: int, vocab_size: int) -> None:
+        self.cache = cache
+        self.hidden = np.zeros((1, hidden), np.float32)
+        self.logits = np.zeros((1, vocab_size), np.float32)
+        self.past = np.zeros(1, np.int32)  # filled places before this token, as GroupQueryAttention's seqlens_k counts
+        self.total = np.zeros((), np.int32)
+        self._session = session
+        self._binding = session.io_binding()
+        cache.bind(self._binding)
+        inputs: dict[str, NDArray[Any]] = {
+            "hidden": self.hidden, "logit_rows": np.zeros(1, np.int64), "seqlens_k": self.past,
+            "total_sequence_length": self.total,
+        }  # fmt: skip
+        self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        self._buffers["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        for name in inputs:
+            self._binding.bind_ortvalue_input(name, self._buffers[name])
+        self._binding.bind_ortvalue_output("logits", self._buffers["logits"])
+
+    def run(self, hidden: Floats) -> Floats:
+        """Append one row; logits [vocab], valid until the next call."""
+        self.hidden[:] = hidden
+        self.past[0] = self.cache.length
+        self.total[...] = self.cache.length + 1
+        self._session.run_with_iobinding(self._binding)
+        self.cache.length += 1
+        logits: Floats = self.logits[0]
+        return logits
+
+
+class OrtBackend:
+    """Executes a bundle's graphs with ONNX Runtime."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        residency: str = "all",
+        load_graph: Callable[[str], Any] | None = None,
+    ) -> None:
+        """`load_graph` makes the session of a graph; verification hands in one that adds outputs."""
+        self.ort = import_onnxruntime()
+        self.folder = folder
+        self.manifest = manifest
+        self.threads = threads
+        self.residency = residency
+        self._load_graph = load_graph or self._load_file
+        self._sessions: dict[str, Any] = {}
+        self._decode: DecodeBinding | None = None
+
+    def session(self, graph: str) -> Any:
+        """The session of a graph, loaded on first use."""
+        if graph not in self._sessions:
+            self._sessions[graph] = self._load_graph(graph)
+        return self._sessions[graph]
+
+    def _load_file(self, graph: str) -> Any:
+        return load_session(
+            self.ort, self.folder / self.manifest.graphs[graph].file, self.manifest.provider, self.threads
+        )
+
+    def drop(self, graph: str) -> None:
+        """Release a graph's memory; it is loaded again when needed."""
+        self._sessions.pop(graph, None)
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """See Backend."""
+        rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
+        return rows
+
+    def new_cache(self, rope: RopeTable) -> OrtCache:
+        """See Backend."""
+        return OrtCache(self.ort, self.manifest.cache, rope)
+
+    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """See Backend."""
+        outputs = self.run_graph(expert, hidden, cache, logit_rows, ("logits",) if expert == "language" else ())
+        return outputs.get("logits", np.zeros((0, self.manifest.embedding.vocab_size), np.float32))
+
+    def run_graph(
+        self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints, outputs: tuple[str, ...]
+    ) -> dict[str, Floats]:
+        """One call of an expert's decoder graph; the named outputs beside the cache."""
+        assert isinstance(cache, OrtCache), "a cache made by this backend"
+        session = self.session(GRAPH_OF_EXPERT[expert])
+        binding, total = session.io_binding(), cache.length + len(hidden)
+        cache.bind(binding)
+        inputs: dict[str, NDArray[Any]] = {
+            "hidden": hidden,
+            "seqlens_k": np.array([total - 1], np.int32),
+            "total_sequence_length": np.array(total, np.int32),
+        }
+        if expert == "language":
+            inputs["logit_rows"] = logit_rows
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        cache.length = total
+        values = binding.get_outputs()[len(cache.values) :]  # in the order they were bound
+        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+        """See Backend."""
+        assert isinstance(cache, OrtCache), "a cache made by this backend"
+        if self._decode is None or self._decode.cache is not cache:
+            info = self.manifest.embedding
+            self._decode = DecodeBinding(self.ort, self.session("decoder_text"), cache, info.hidden, info.vocab_size)
+        return self._decode.run(hidden)
+
+    def end_prefill(self) -> None:
+        """Drop the prompt's graphs when only the current phase shall be resident."""
+        if self.residency == "phase":
+            for graph in PROMPT_ONLY:
+                self.drop(graph)
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module; raises BackendError where it is missing or installed twice."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) == 2:
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall both, then install one of vlmdeploy[cpu] and vlmdeploy[cuda]"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported ({error}): pip install vlmdeploy[cpu]") from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def session_options(ort: ModuleType, threads: int | None) -> Any:
+    """Options shared by all sessions: quiet, and as many threads as asked for (default: one per core)."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None) -> Any:
+    """A session of one graph on exactly the wanted provider; raises BackendError if it got another."""
+    wanted = PROVIDERS[provider]
+    try:
+        session = ort.InferenceSession(str(path), session_options(ort, threads), providers=[wanted])
+    except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
+        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
+    if session.get_providers()[0] != wanted:
+        raise BackendError(f"{path}: wanted {wanted}, onnxruntime chose {session.get_providers()[0]}")
+    return session

@@ -1,0 +1,223 @@
+"""A bundle opened on a backend: messages in, text out; or ids in, ids and logits out.
+
+session = vlmdeploy.open("bundle")
+for piece in session.generate([{"role": "user", "content": "..."}]): ...
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.errors import BackendError, BundleError, PromptError
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.backend import Backend, Floats, KvCache, rope_table, slot_positions
+from vlmdeploy.runtime.boxes import Box, parse_boxes
+from vlmdeploy.runtime.chat import Conversation, Message, StreamDecoder, Tokenizer, prompt_ids, read_messages
+from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.runtime.generate import Prompt, Timings, decode, make_prompt, prefill, prompt_rows
+from vlmdeploy.runtime.image import load_image, preprocess
+from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.ort_backend import OrtBackend
+from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. `boxes` are in pixels of the upright picture; `ids` include the stop id."""
+
+    text: str
+    ids: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    timings_ms: dict[str, float]
+    prompt_tokens: int
+    new_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The document that `run --json` prints."""
+        return asdict(self)
+
+
+class Session:
+    """An opened bundle. Not for use by several threads at once."""
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.backend = backend
+        self.embedding = EmbeddingTable(folder, manifest.embedding)
+        self._tokenizer = Tokenizer.from_file(folder / TOKENIZER_NAME) if manifest.has_tokenizer else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer; raises BundleError on an ids-only bundle."""
+        if self._tokenizer is None:
+            raise BundleError(
+                f"{self.folder}: an ids-only bundle, exported without a tokenizer: `generate_ids` and `logits` work; "
+                "for text export again with --tokenizer FILE"
+            )
+        return self._tokenizer
+
+    def generate(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        template: str | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the answer to OpenAI-style messages as they become certain; greedy unless a temperature is given.
+
+        Messages and options are checked before the first piece is asked for. Raises PromptError and DataError.
+        """
+        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, tuple(stop))
+        return self.start(messages, options, template).pieces()
+
+    def answer(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Answer:
+        """The whole answer with its boxes and timings."""
+        running = self.start(messages, options, template)
+        return running.finish("".join(running.pieces()))
+
+    def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> "Running":
+        """Check and prepare everything of an answer; nothing runs before its pieces are asked for."""
+        tokenizer, timings = self.tokenizer, Timings()
+        conversation = read_messages(messages, self.manifest.tokens.max_images)
+        ids = prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
+        start = time.perf_counter()
+        pixels, size = self._pictures(conversation)
+        timings.preprocess_ms = 1000 * (time.perf_counter() - start)
+        prompt = self._prompt(ids, pixels)
+        return Running(self, prompt, options, size, timings)
+
+    def generate_ids(
+        self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, max_new_tokens: int = 16
+    ) -> Ints:
+        """Greedy continuation of one prompt. input_ids int64 [seq], images float32 [images, 3, S, S] preprocessed.
+
+        Returns int64 [new], the stop id included. Raises PromptError.
+        """
+        options = SamplingOptions(max_new_tokens=max_new_tokens)
+        prompt = self._prompt(np.asarray(input_ids), images)
+        return np.fromiter(self._tokens(prompt, options, Timings()), np.int64)
+
+    def logits(self, input_ids: NDArray[Any], images: NDArray[Any] | None = None) -> Floats:
+        """Logits of every prompt position, float32 [seq, vocab]; NaN in rows of the vision expert, which has no head.
+
+        input_ids int64 [seq], images float32 [images, 3, S, S] preprocessed. Raises PromptError.
+        """
+        prompt = self._prompt(np.asarray(input_ids), images)
+        wanted = np.flatnonzero(~prompt.vision_mask)
+        result = np.full((len(prompt.ids), self.manifest.embedding.vocab_size), np.nan, np.float32)
+        rows = prompt_rows(prompt, self.backend, self.embedding)
+        result[wanted] = prefill(prompt, rows, self.backend, self._cache(prompt, 0), wanted)
+        self.backend.end_prefill()
+        return result
+
+    def _pictures(self, conversation: Conversation) -> tuple[Floats | None, tuple[int, int]]:
+        """Preprocessed pixels of the images and the upright size of the first one, in pixels."""
+        pictures = [load_image(source) for source in conversation.images]
+        if not pictures:
+            return None, (0, 0)
+        return np.stack([preprocess(picture, self.manifest.image) for picture in pictures]), pictures[0].size
+
+    def _prompt(self, ids: NDArray[Any], images: NDArray[Any] | None) -> Prompt:
+        manifest = self.manifest
+        pixels = None if images is None else np.asarray(images, np.float32)
+        prompt = make_prompt(ids, pixels, manifest.tokens, manifest.embedding.vocab_size, manifest.image.size_px)
+        if len(ids) >= manifest.context_tokens:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens (an image takes {manifest.tokens.rows_per_image}) and the context "
+                f"holds {manifest.context_tokens}: shorten the text, or export with a larger --context"
+            )
+        return prompt
+
+    def _cache(self, prompt: Prompt, new_tokens: int) -> KvCache:
+        capacity = len(prompt.ids) + new_tokens
+        return self.backend.new_cache(rope_table(self.manifest.cache, slot_positions(prompt.positions, capacity)))
+
+    def _tokens(self, prompt: Prompt, options: SamplingOptions, timings: Timings) -> Iterator[int]:
+        """Token ids of the answer, one by one."""
+        room = self.manifest.context_tokens - len(prompt.ids)
+        cache = self._cache(prompt, min(options.max_new_tokens, room) - 1)
+        start = time.perf_counter()
+        rows = prompt_rows(prompt, self.backend, self.embedding)
+        encoded = time.perf_counter()
+        logits = prefill(prompt, rows, self.backend, cache, np.array([len(prompt.ids) - 1]))[0]
+        self.backend.end_prefill()
+        timings.vision_ms = 1000 * (encoded - start)
+        timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
+        stop_ids = self.manifest.tokens.stop_ids
+        yield from decode(logits, prompt, self.backend, cache, self.embedding, Sampler(options), stop_ids, timings)
+
+
+class Running:
+    """One answer in the making."""
+
+    def __init__(
+        self, session: Session, prompt: Prompt, options: SamplingOptions, image_size: tuple[int, int], timings: Timings
+    ) -> None:
+        self.ids: list[int] = []
+        self._session = session
+        self._prompt = prompt
+        self._options = options
+        self._image_size = image_size
+        self._timings = timings
+
+    def pieces(self) -> Iterator[str]:
+        """Text as it becomes certain, cut before a stop string."""
+        decoder, stop = StreamDecoder(self._session.tokenizer), StopStrings(self._options.stop)
+        for token in self._session._tokens(self._prompt, self._options, self._timings):
+            self.ids.append(token)
+            if token in self._session.manifest.tokens.stop_ids:
+                break
+            if piece := stop.add(decoder.add(token)):
+                yield piece
+            if stop.stopped:
+                return
+        if piece := stop.add(decoder.finish()) + stop.finish():
+            yield piece
+
+    def finish(self, text: str) -> Answer:
+        """The answer after all pieces were taken."""
+        timings, decoded = self._timings, self._timings.decode_ms
+        phases = {
+            "preprocess": timings.preprocess_ms, "vision": timings.vision_ms, "prefill": timings.prefill_ms,
+            "decode_per_token": sum(decoded) / len(decoded) if decoded else 0.0,
+        }  # fmt: skip
+        boxes = parse_boxes(text, *self._image_size) if self._prompt.pixels is not None else ()
+        return Answer(text, tuple(self.ids), boxes, phases, len(self._prompt.ids), len(self.ids))
+
+
+def open_bundle(
+    folder: str | Path,
+    check: str = "auto",
+    provider: str | None = None,
+    threads: int | None = None,
+    residency: str = "all",
+) -> Session:
+    """Open a bundle for inference.
+
+    check "auto" hashes every file the first time a bundle is seen, "full" always. residency "phase" drops what only a
+    prompt needs once the prompt is read, and loads it again for the next one. Raises BundleError and BackendError.
+    """
+    folder = Path(folder)
+    if residency not in ("all", "phase"):
+        raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
+    manifest = check_bundle(folder, check)
+    if provider is not None and provider != manifest.provider:
+        raise BackendError(
+            f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
+            f"--provider {provider}"
+        )
+    return Session(folder, manifest, OrtBackend(folder, manifest, threads, residency))

@@ -1,0 +1,43 @@
+"""A bundle in a few lines, for people."""
+
+from vlmdeploy.bundle import Manifest
+
+
+def bundle_rows(manifest: Manifest) -> list[list[str]]:
+    """Label and value of each line."""
+    parts = ", ".join(f"{part} {precision}" for part, precision in manifest.precision.items())
+    groups = ", ".join(f"{part} {size}" for part, size in manifest.group_sizes.items() if size)
+    memory = ", ".join(f"{phase} {megabytes(size)}" for phase, size in manifest.memory_bytes.items())
+    rows = [
+        ["family", manifest.family],
+        ["target", f"{manifest.target}, provider {manifest.provider}"],
+        ["precision", parts],
+        ["group sizes", groups or "none"],
+        ["context", f"{manifest.context_tokens} tokens, {manifest.tokens.rows_per_image} of them for an image"],
+        [
+            "templates",
+            ", ".join(template.name for template in manifest.templates) + f"; default {manifest.default_template}",
+        ],
+        ["tokenizer", "yes" if manifest.has_tokenizer else "no: the bundle takes ids only"],
+        ["size on disk", megabytes(sum(entry.bytes for entry in manifest.files.values()))],
+        ["weights in memory", memory],
+        ["verified", _verdict(manifest)],
+    ]
+    if manifest.kept_in_float:
+        rows.append(["kept in float", f"{len(manifest.kept_in_float)} linears, first {manifest.kept_in_float[0]}"])
+    return rows
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 10^6."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _verdict(manifest: Manifest) -> str:
+    verification = manifest.verification
+    if verification is None:
+        return "no"
+    worst = max(verification.stages, key=lambda stage: stage.max_error / stage.tolerance)
+    checks = f"{len(verification.stages)} comparisons with PyTorch on {verification.host}"
+    tightest = f"tightest {worst.stage} ({worst.check}): {worst.max_error:.1e} of {worst.tolerance:.0e}"
+    return f"{'yes' if verification.passed else 'FAILED'}: {checks}; {tightest}"
