@@ -16,6 +16,7 @@ from vlmdeploy.errors import VlmdeployError
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4"])
+RESIDENCY = click.Choice(["all", "phase"])
 FOLDER = click.Path(path_type=Path)
 
 
@@ -60,10 +61,8 @@ def force_option(command: Command) -> Command:
 
 def threads_option(command: Command) -> Command:
     """--threads, the same for every command that runs a bundle."""
-    kind = click.IntRange(min=1)
-    return click.option("--threads", type=kind, help="Threads of the inference engine.  [default: one per core]")(
-        command
-    )
+    text = "Threads of the inference engine.  [default: one per core]"
+    return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
 
 
 @main.command()
@@ -156,7 +155,8 @@ def export(
     as_json: bool,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
-    from vlmdeploy.export.exporter import ExportOptions, export_bundle
+    from vlmdeploy.export.exporter import export_bundle
+    from vlmdeploy.export.options import ExportOptions
     from vlmdeploy.runtime.summary import bundle_rows
 
     if quant is None and target.endswith("int4"):
@@ -206,16 +206,12 @@ def verify(bundle: Path, ckpt: Path | None, threads: int | None, as_json: bool) 
 @click.option("--max-new-tokens", type=int, default=256, help="Longest answer.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the best token every time.")
 @click.option("--top-k", type=int, default=0, help="Draw from the k best tokens; 0 is off.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Draw from the best tokens with this much probability; 1 is off."
-)
+@click.option("--top-p", type=float, default=1.0, help="Draw from the tokens that hold this much probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: repeat less; 1 is off.")
 @click.option("--seed", type=int, help="Makes a drawn answer repeatable.")
 @click.option("--stop", multiple=True, help="End the answer before this text.")
 @click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
-@click.option(
-    "--residency", type=click.Choice(["all", "phase"]), default="all", help="phase: drop what a prompt needed."
-)
+@click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
 @threads_option
 @json_option
 def run(

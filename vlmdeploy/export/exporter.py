@@ -71,9 +71,8 @@ def export_bundle(
         verification, record = verify_staged(reader, spec, folder, manifest, options.seed, options.threads, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
-        manifest = replace(
-            manifest, files=files, verification=verification, memory_bytes=_memory_bytes(manifest, files)
-        )
+        memory = _memory_bytes(manifest, files)
+        manifest = replace(manifest, files=files, verification=verification, memory_bytes=memory)
         write_manifest(folder, manifest)
     return manifest, tuple(warnings)
 

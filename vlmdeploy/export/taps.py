@@ -3,6 +3,7 @@
 The graph file is edited in memory only; the weights are the bundle's own external data.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ class TappedRun:
     """One pass of the sample through a bundle, decoded tokens included, with the inner values kept.
 
     `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, where rows that
-    the bundle does not compute are NaN. keys and values [kv_heads, seq, padded head_dim] per layer; `logits` [seq, vocab].
+    the bundle does not compute are NaN. Per layer keys, values [kv_heads, seq, padded head_dim]; logits [seq, vocab].
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TappedRun:
 def _calls(vision_mask: np.ndarray[Any, np.dtype[np.bool_]], prompt_length: int) -> list[tuple[int, int]]:
     """Row ranges of the graph calls: the prompt's segments, then one token at a time."""
     edges = [0, *(np.flatnonzero(np.diff(vision_mask[:prompt_length])) + 1).tolist(), prompt_length]
-    segments = list(zip(edges[:-1], edges[1:], strict=True))
+    segments = list(pairwise(edges))
     return segments + [(row, row + 1) for row in range(prompt_length, len(vision_mask))]
 
 

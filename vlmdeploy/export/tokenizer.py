@@ -62,23 +62,21 @@ def _parse_sentencepiece(content: bytes, source: Path) -> Any:
         needed = "reading a SentencePiece model needs the packages sentencepiece and protobuf"
         raise ConfigError(f"tokenizer {source}: {needed}; install vlmdeploy[toolchain] ({error})") from error
     try:
-        return schema.ModelProto.FromString(
-            sentencepiece.SentencePieceProcessor(model_proto=content).serialized_model_proto()
-        )
+        sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the schema does
     except RuntimeError as error:
         found = f"starts with {content[:16]!r}" if content else "is empty"
         raise ConfigError(f"tokenizer {source}: {found}, expected tokenizer.json or a SentencePiece model") from error
+    return schema.ModelProto.FromString(content)
 
 
 def _convert(model: Any, source: Path) -> tokenizers.Tokenizer:
     _check_supported(model, source)
     kinds = model.SentencePiece.Type
     special = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    unknown = model.trainer_spec.unk_piece
     bpe = models.BPE(
         vocab={piece.piece: token_id for token_id, piece in enumerate(model.pieces)},
         merges=_merges(model),
-        unk_token=unknown,
+        unk_token=model.trainer_spec.unk_piece,
         fuse_unk=True,
         byte_fallback=any(piece.type == kinds.BYTE for piece in model.pieces),
     )
@@ -138,7 +136,7 @@ def _normalizer(rules: Any) -> normalizers.Normalizer:
 
 
 def _decoder(rules: Any) -> decoders.Decoder:
-    """Marks become spaces and byte pieces UTF-8; the mark put before the first word goes, or all where runs are trimmed."""
+    """Marks become spaces and byte pieces UTF-8; the mark before the first word goes, or all of them if trimmed."""
     leading_spaces = MANY if rules.remove_extra_whitespaces else int(rules.add_dummy_prefix)
     strip = decoders.Strip(" ", leading_spaces, 0)
     return decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), strip])

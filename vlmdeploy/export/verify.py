@@ -274,9 +274,8 @@ def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress:
     checkpoint = Checkpoint(ckpt)
     if checkpoint.fingerprint() != manifest.made_by.checkpoint_sha256:
         raise ExportError(f"{folder}: was not made from {ckpt}: its config, tensors or file sizes differ")
-    plan = plan_precision(
-        checkpoint.spec, manifest.target, {part: manifest.precision[part] for part in PARTS}, manifest.requested_group
-    )
+    parts = {part: manifest.precision[part] for part in PARTS}
+    plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group)
     spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template)
     verification, _ = verify_staged(WeightReader(checkpoint, plan), spec, folder, manifest, 0, threads, progress)
     return verification.stages

@@ -46,8 +46,8 @@ class WeightReader:
             halves = rows.astype(np.float16)
         if not np.isfinite(halves).all():
             raise ExportError(
-                f'"{target}" holds a value of magnitude {np.abs(rows).max():.3g}, beyond fp16 (65504): keep that part in '
-                f"fp32 with --{target.split('.')[0].replace('_', '-')} fp32"
+                f'"{target}" holds a value of magnitude {np.abs(rows).max():.3g}, beyond fp16 (65504): keep that part '
+                f"in fp32 with --{target.split('.')[0].replace('_', '-')} fp32"
             )
         return halves
 

@@ -38,7 +38,6 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
 def checkpoint_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Label and value of each line."""
     counts = ", ".join(f"{part} {count:,}" for part, count in summary["parameters"].items())
-    others = [
-        [key.replace("_", " "), str(value)] for key, value in summary.items() if key not in ("family", "parameters")
-    ]
+    rest = {key: value for key, value in summary.items() if key not in ("family", "parameters")}
+    others = [[key.replace("_", " "), str(value)] for key, value in rest.items()]
     return [["family", summary["family"]], ["parameters", counts], *others]

@@ -1,4 +1,4 @@
-"""Do two implementations agree? One table says how far they may differ and why; a gate compares and names what does not.
+"""Do two implementations agree? One table says how far they may differ and why; a gate names what does not.
 
 "structure": MatMulNBits with exact float activations (accuracy_level 0) over the shipped weights. Only the order of
 float32 sums differs, so a wrong expert, position, norm or packing shows. Errors are max|a - b| / max(1, max|b|).
@@ -61,8 +61,9 @@ class Gate:
         self.verdicts.append(verdict)
         if not verdict.passed:
             raise ParityError(
-                f"{self.where}: {stage} ({check}) is the first stage that differs from PyTorch: error {error:.2e}, allowed "
-                f"{tolerance.bound:.0e}; largest at {verdict.tensor}: bundle {found[worst]:.6g}, PyTorch {expected[worst]:.6g}"
+                f"{self.where}: {stage} ({check}) is the first stage that differs from PyTorch: error {error:.2e}, "
+                f"allowed {tolerance.bound:.0e}; largest at {verdict.tensor}: bundle {found[worst]:.6g}, PyTorch "
+                f"{expected[worst]:.6g}"
             )
 
 

@@ -8,16 +8,14 @@ def bundle_rows(manifest: Manifest) -> list[list[str]]:
     parts = ", ".join(f"{part} {precision}" for part, precision in manifest.precision.items())
     groups = ", ".join(f"{part} {size}" for part, size in manifest.group_sizes.items() if size)
     memory = ", ".join(f"{phase} {megabytes(size)}" for phase, size in manifest.memory_bytes.items())
+    templates = ", ".join(template.name for template in manifest.templates)
     rows = [
         ["family", manifest.family],
         ["target", f"{manifest.target}, provider {manifest.provider}"],
         ["precision", parts],
         ["group sizes", groups or "none"],
         ["context", f"{manifest.context_tokens} tokens, {manifest.tokens.rows_per_image} of them for an image"],
-        [
-            "templates",
-            ", ".join(template.name for template in manifest.templates) + f"; default {manifest.default_template}",
-        ],
+        ["templates", f"{templates}; default {manifest.default_template}"],
         ["tokenizer", "yes" if manifest.has_tokenizer else "no: the bundle takes ids only"],
         ["size on disk", megabytes(sum(entry.bytes for entry in manifest.files.values()))],
         ["weights in memory", memory],
