@@ -88,7 +88,9 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--data", type=FOLDER, required=True, help="A JSONL file, or a folder with data.jsonl.")
 @click.option("--per-task", type=click.IntRange(min=1), help="At most this many items of each task.")
 @click.option("--seed", type=int, default=0, help="Which items --per-task takes.")
-@click.option("--compare", type=FOLDER, help="Also score this bundle and count equal answers.")
+@click.option("--compare", type=FOLDER, help="A second checkpoint or bundle: scored too, equal answers counted.")
+@click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @threads_option
 @json_option
 def validate(
@@ -98,21 +100,24 @@ def validate(
     per_task: int | None,
     seed: int,
     compare: Path | None,
+    template: str | None,
+    tokenizer: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Score a checkpoint or a bundle on a data set, with 95 % intervals."""
-    from vlmdeploy.calib.report import score_model
+    from vlmdeploy.calib.scorecard import ScoreOptions, score_models
 
-    if (ckpt is None) == (bundle is None):
+    given = tuple(model for model in (ckpt, bundle) if model is not None)
+    if len(given) != 1:
         raise click.UsageError("give one of --ckpt and --bundle")
+    options = ScoreOptions(data, per_task, seed, template, tokenizer, threads)
     with progress_bar() as progress:
-        result = score_model(ckpt, bundle, data, per_task, seed, compare, threads, progress)
+        card = score_models((*given, *((compare,) if compare else ())), options, progress)
     if as_json:
-        print_json(result.as_json())
+        print_json(card.as_json())
     else:
-        for title, columns, rows in result.tables():
-            print_rows(title, columns, rows)
+        print_rows(card.data, card.columns(), card.rows())
 
 
 @main.command()
@@ -130,7 +135,7 @@ def validate(
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
 @click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
 @click.option("--provider", type=click.Choice(["cpu"]), default="cpu", help="ONNX Runtime's execution provider.")
-@click.option("--seed", type=int, default=0, help="Seed of the verification's picture and prompt.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the verification's picture and prompt.")
 @threads_option
 @force_option
 @json_option

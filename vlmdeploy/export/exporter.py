@@ -110,10 +110,11 @@ def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Pat
         )
         return False
     tokenizer = import_tokenizer(source)
-    size, vocab_size = tokenizer.get_vocab_size(with_added_tokens=True), checkpoint.spec.decoder.vocab_size
-    if size > vocab_size:
-        raise ExportError(f"{source}: has {size} tokens, the model's vocabulary only {vocab_size}")
-    tokenizer.save(str(folder / TOKENIZER_NAME))
+    vocab_size = checkpoint.spec.decoder.vocab_size
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= vocab_size:
+        raise ExportError(f"{source}: has ids up to {largest}, the model's vocabulary only 0..{vocab_size - 1}")
+    (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return True
 
 

@@ -193,11 +193,11 @@ class GraphBuilder:
             yield pack_nibbles(codes) if part.grid.bits == 4 else codes
 
     def _spans(self, weight: str, order: Ints) -> Iterable[tuple[Ints, tuple[int, int]]]:
-        """Blocks of output rows, each with the range of stored rows that it needs."""
+        """Blocks of output rows, each with the range of stored rows that it needs (row 0 where it needs none)."""
         size = self.weights.blocks(weight)[0][1]
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            stored = rows[rows >= 0]
+            stored = rows[rows >= 0] if (rows >= 0).any() else np.zeros(1, np.int64)
             yield rows, (int(stored.min()), int(stored.max()) + 1)
 
     def write(self, folder: Path) -> GraphInfo:

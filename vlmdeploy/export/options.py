@@ -34,7 +34,7 @@ class ExportOptions:
 
 def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
     """The spec with the context and the default template that the user chose; raises ExportError."""
-    context = context_tokens or spec.decoder.context_tokens
+    context = spec.decoder.context_tokens if context_tokens is None else context_tokens
     least = spec.tokens.rows_per_image + 2
     if not least < context <= spec.decoder.context_tokens:
         raise ExportError(

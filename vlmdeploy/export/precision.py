@@ -143,9 +143,9 @@ def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int
 
 def common_group(widths: set[int], requested: int) -> int:
     """One group size for all these input widths, smaller than each: the requested one if it divides them all, else the
-    largest smaller one that divides every width that 16 divides; 0 if there is none."""
-    for size in (requested, *(smaller for smaller in GROUP_SIZES if smaller < requested)):
-        usable = {width for width in widths if size == requested or (width % 16 == 0 and width > 16)}
-        if usable and all(width % size == 0 and size < width for width in usable):
-            return size
-    return 0
+    largest of 64, 32 and 16 up to it that divides every width which 16 divides; 0 if there is none."""
+    if widths and all(width % requested == 0 and requested < width for width in widths):
+        return requested
+    usable = {width for width in widths if width % 16 == 0 and width > 16}
+    smaller = (size for size in GROUP_SIZES[1:] if size <= requested)
+    return next((size for size in smaller if usable and all(width % size == 0 and size < width for width in usable)), 0)

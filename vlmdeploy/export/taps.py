@@ -30,7 +30,8 @@ class TappedRun:
     """One pass of the sample through a bundle, decoded tokens included, with the inner values kept.
 
     `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, where rows that
-    the bundle does not compute are NaN. Per layer keys, values [kv_heads, seq, padded head_dim]; logits [seq, vocab].
+    the bundle does not compute are NaN. Per layer keys, values [kv_heads, seq, padded head_dim]; logits of
+    the language expert's positions, in order, [text, vocab].
     """
 
     def __init__(
@@ -66,17 +67,18 @@ class TappedRun:
         self.stages["decoder.input"] = rows
         self.positions = slot_positions(prompt.positions, total)
         self.vision_mask = np.concatenate((prompt.vision_mask, np.zeros(len(self.sample.decode_ids), np.bool_)))
-        self.logits = np.full((total, manifest.embedding.vocab_size), np.nan, np.float32)
+        logits: list[Floats] = []
         cache = backend.new_cache(rope_table(manifest.cache, self.positions))
         for start, stop in _calls(self.vision_mask, len(prompt.ids)):
-            self._run_rows(backend, cache, rows, start, stop, taps)
+            logits += self._run_rows(backend, cache, rows, start, stop, taps)
+        self.logits = np.concatenate(logits)
         self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
         self.values = [cache.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
 
     def _run_rows(
         self, backend: OrtBackend, cache: OrtCache, rows: Floats, start: int, stop: int, taps: dict[str, dict[str, str]]
-    ) -> None:
-        """One segment (or one decoded token): its stages and logits go to their rows of the whole."""
+    ) -> list[Floats]:
+        """One segment (or one decoded token): its stages go to their rows of the whole; its logits, if any."""
         expert = "vision" if self.vision_mask[start] else "language"
         names = taps["decoder_vision" if expert == "vision" else "decoder_text"]
         asked = ("logits",) if expert == "language" else ()
@@ -84,8 +86,7 @@ class TappedRun:
         for stage, name in names.items():
             whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
             whole[start:stop] = outputs[name]
-        if asked:
-            self.logits[start:stop] = outputs["logits"]
+        return [outputs[name] for name in asked]
 
 
 def _calls(vision_mask: np.ndarray[Any, np.dtype[np.bool_]], prompt_length: int) -> list[tuple[int, int]]:
@@ -118,6 +119,7 @@ def tapped_session(
         set_accuracy(model, FULL_ACCURACY)
     options = session_options(ort, threads)
     options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
+    options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[provider]])
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public

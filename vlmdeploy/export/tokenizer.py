@@ -39,6 +39,8 @@ def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
         content = source.read_bytes()
     except OSError as error:
         raise ConfigError(f"tokenizer {source}: cannot be read ({error.strerror})") from error
+    if not content:
+        raise ConfigError(f"tokenizer {source}: is empty (0 bytes)")
     if TIKTOKEN_LINE.match(content):
         raise ConfigError(f"tokenizer {source}: holds tiktoken ranks, expected tokenizer.json or a SentencePiece model")
     if content.lstrip()[:1] == b"{":
@@ -64,8 +66,8 @@ def _parse_sentencepiece(content: bytes, source: Path) -> Any:
     try:
         sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the schema does
     except RuntimeError as error:
-        found = f"starts with {content[:16]!r}" if content else "is empty"
-        raise ConfigError(f"tokenizer {source}: {found}, expected tokenizer.json or a SentencePiece model") from error
+        expected = "expected tokenizer.json or a SentencePiece model"
+        raise ConfigError(f"tokenizer {source}: starts with {content[:16]!r}, {expected}") from error
     return schema.ModelProto.FromString(content)
 
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmdeploy.errors import ExportError
+from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.export.precision import Precision, PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
-BLOCK_BYTES = 64 << 20  # rows are read in blocks of about this many float32 bytes
+BLOCK_BYTES = 8 << 20  # rows are read in blocks of about this many float32 bytes: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ class WeightReader:
             halves = rows.astype(np.float16)
         if not np.isfinite(halves).all():
             raise ExportError(
-                f'"{target}" holds a value of magnitude {np.abs(rows).max():.3g}, beyond fp16 (65504): keep that part '
-                f"in fp32 with --{target.split('.')[0].replace('_', '-')} fp32"
+                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {_in_fp32(target)}'
             )
         return halves
 
     def quantized(self, target: str, start: int, stop: int) -> Quantized:
-        """Rows as codes and scales, rounded to nearest."""
+        """Rows as codes and scales, rounded to nearest. Raises QuantizationError where a scale overflows."""
         precision = self.plan[target]
-        return quantize_rtn(self.rows(target, start, stop), Grid(precision.bits, precision.group_size))
+        try:
+            return quantize_rtn(self.rows(target, start, stop), Grid(precision.bits, precision.group_size))
+        except QuantizationError as error:
+            raise QuantizationError(f'"{target}": {error}: {_in_fp32(target)}') from error
 
     def effective_rows(self, target: str, start: int, stop: int) -> Floats:
         """The float32 values that the stored rows stand for."""
@@ -80,3 +82,10 @@ class WeightReader:
         rows, width = self.matrix_shape(target)
         size = max(1, BLOCK_BYTES // (4 * width))
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _in_fp32(target: str) -> str:
+    """What the user can do about a value that a narrow type cannot hold."""
+    part = target.split(".")[0]
+    option = "--target ort-fp32" if part == "decoder" else f"--{part.replace('_', '-')} fp32"
+    return f"keep that part in fp32 with {option}"

@@ -32,3 +32,8 @@ def find_family(config: Config, tensor_names: frozenset[str]) -> Family:
         f"config.json: architecture {config.get('architectures')!r} (model_type {config.get('model_type')!r}) "
         f"is not supported; known families: {known}"
     )
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; the name comes from a ModelSpec."""
+    return next(family for family in all_families() if name == family.NAME)

@@ -120,9 +120,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """[batch, seq, hidden] -> the same shape; appends to the cache."""
+        return self.mlp_half(self.attention_half(x, step, cache), step)
+
+    def attention_half(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """The residual stream after attention, [batch, seq, hidden]; appends to the cache."""
         qkv = self.route(self.attention_norm(x), step, lambda expert, rows: expert.qkv(rows))
         mixed = self.attention(qkv, step, cache)
-        x = x + self.route(mixed, step, lambda expert, rows: expert.dense(rows))
+        return x + self.route(mixed, step, lambda expert, rows: expert.dense(rows))
+
+    def mlp_half(self, x: Tensor, step: Step) -> Tensor:
+        """The residual stream after the MLP, [batch, seq, hidden]."""
         return x + self.route(self.mlp_norm(x), step, lambda expert, rows: expert.mlp(rows))
 
     def attention(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdeploy.errors import ConfigError, WeightsError
-from vlmdeploy.families import find_family
+from vlmdeploy.families import family_named, find_family
 from vlmdeploy.families.spec import Config, ModelSpec, Source, WeightRule
 from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.vlm import VisionLanguageModel
@@ -242,7 +242,7 @@ def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: 
 
     The rotary frequencies keep float32: rounded to `dtype`, the saved model would answer differently.
     """
-    family = find_family(config, frozenset())
+    family = family_named(model.spec.family)
     tensors: dict[str, Tensor] = {}
     state = model.state_dict()
     for rule in family.weights(model.spec):

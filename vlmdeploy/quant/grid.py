@@ -52,8 +52,10 @@ def quantize_rtn(weights: Floats, grid: Grid) -> Quantized:
         raise QuantizationError(f"group size {grid.group_size} does not divide the input width {width}")
     groups = weights.reshape(rows, -1, grid.group_size)
     scales = symmetric_scales(groups, grid)
-    steps = np.rint(groups / scales[..., None]) + grid.zero_point
-    codes = np.clip(steps, 0, grid.max_code).astype(np.uint8)
+    steps = groups / scales[..., None]
+    np.rint(steps, out=steps)
+    steps += grid.zero_point
+    codes = np.clip(steps, 0, grid.max_code, out=steps).astype(np.uint8)
     return Quantized(codes.reshape(rows, width), scales, grid)
 
 
@@ -62,7 +64,7 @@ def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
 
     A group of zeros gets scale 1. Raises QuantizationError where fp16 cannot hold the scale.
     """
-    largest = np.abs(groups).max(-1)
+    largest = np.maximum(groups.max(-1), -groups.min(-1))
     scales = largest / (grid.max_code / 2)
     if scales.max(initial=0.0) > LARGEST_SCALE:
         raise QuantizationError(f"a weight of magnitude {largest.max():.3g} needs a scale beyond fp16")
@@ -74,9 +76,10 @@ def dequantize(quantized: Quantized) -> Floats:
     """Float values, scale * (code - zero point), float32 [rows, in]."""
     rows, width = quantized.codes.shape
     grid = quantized.grid
-    steps = quantized.codes.astype(np.float32).reshape(rows, -1, grid.group_size) - np.float32(grid.zero_point)
-    values: Floats = (steps * quantized.scales[..., None]).reshape(rows, width)
-    return values
+    values: Floats = quantized.codes.astype(np.float32).reshape(rows, -1, grid.group_size)
+    values -= np.float32(grid.zero_point)
+    values *= quantized.scales[..., None]
+    return values.reshape(rows, width)
 
 
 def pack_nibbles(codes: Codes) -> Codes:

@@ -85,8 +85,9 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self.byte_ids = frozenset(token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
+        vocabulary, added = tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_added_tokens_decoder()
+        byte_ids = {token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token)}
+        self._byte_and_special_ids = byte_ids | {token_id for token_id, token in added.items() if token.special}
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
@@ -104,6 +105,10 @@ class Tokenizer:
         """Text of ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True))
 
+    def ends_byte_run(self, token_id: int) -> bool:
+        """Whether a run of byte tokens before this id is over; ids without text of their own do not end it."""
+        return token_id not in self._byte_and_special_ids and self._tokenizer.id_to_token(token_id) is not None
+
 
 class StreamDecoder:
     """Turns ids into text as they arrive. All pieces, with the one from `finish`, join to the decoded whole.
@@ -120,7 +125,7 @@ class StreamDecoder:
     def add(self, token_id: int) -> str:
         """The text that the next id makes certain, maybe none."""
         self._window.append(int(token_id))
-        if token_id in self._tokenizer.byte_ids:
+        if not self._tokenizer.ends_byte_run(int(token_id)):
             return ""
         text = self._tokenizer.decode(self._window)
         certain = text.rstrip(REPLACEMENT)
@@ -142,7 +147,7 @@ class StreamDecoder:
         One id with visible text must stay: decoders drop the leading space of whatever comes first.
         """
         text = self._tokenizer.decode(self._window[-1:])
-        if text and REPLACEMENT not in text:
+        if text:
             self._window, self._given_chars = self._window[-1:], len(text)
 
 

@@ -57,11 +57,11 @@ def make_prompt(ids: Ints, pixels: Floats | None, rules: TokenRules, vocab_size:
     return Prompt(ids, types, positions, vision_expert_mask(types[None], rules)[0], pixels if has_image else None)
 
 
-def prompt_rows(prompt: Prompt, backend: Backend, embedding: EmbeddingTable) -> Floats:
+def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embedding: EmbeddingTable) -> Floats:
     """What enters the first decoder layer, float32 [seq, hidden]: embeddings, and image rows where the type is 1."""
     rows = embedding[prompt.ids]
     if prompt.pixels is not None:
-        rows[prompt.types == 1] = backend.encode_images(prompt.pixels).reshape(-1, rows.shape[1])
+        rows[prompt.types == 1] = encode_images(prompt.pixels).reshape(-1, rows.shape[1])
     return rows
 
 

@@ -162,6 +162,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         return _rgb(_upright(image, name))
+    except MemoryError as error:
+        raise DataError(f"{name}: not enough memory to decode {image.width} x {image.height} pixels") from error
     except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
         raise DataError(f"{name}: damaged or truncated, or of a kind that cannot be used ({error})") from error
 

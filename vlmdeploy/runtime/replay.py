@@ -4,6 +4,8 @@
 the same, up to the rounding of its own kernels.
 """
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlmdeploy.bundle import Manifest, StageVerdict
-from vlmdeploy.errors import BundleError
+from vlmdeploy.errors import BundleError, ParityError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backend import Floats
@@ -48,9 +50,9 @@ def read_record(folder: Path) -> Record:
     """The record of a bundle; raises BundleError if it cannot be read."""
     path = folder / REFERENCE_NAME
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return Record(**{name: stored[name] for name in ("picture", "ids", "image_rows", "logits", "greedy_ids")})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error
 
 
@@ -75,6 +77,26 @@ def replay(folder: Path, threads: int | None = None) -> tuple[StageVerdict, ...]
     assert prompt.pixels is not None, "the recorded prompt has a picture"
     rows = kept_rows(backend.encode_images(prompt.pixels)[0])
     gate.compare("image rows", "shipped", rows, record.image_rows, parity.REPLAY)
-    logits = Session(folder, manifest, backend).logits(prompt.ids, prompt.pixels)[-1:]
+    session = Session(folder, manifest, backend)
+    logits = session.logits(prompt.ids, prompt.pixels)[-1:]
     gate.compare("logits", "shipped", logits, record.logits[None], parity.REPLAY)
+    _check_greedy(gate, session, prompt, record)
     return tuple(gate.verdicts)
+
+
+def _check_greedy(gate: parity.Gate, session: Session, prompt: Prompt, record: Record) -> None:
+    """The recorded continuation, token by token; where it differs, the two tokens must be nearly as good here."""
+    wanted = record.greedy_ids
+    found = session.generate_ids(prompt.ids, prompt.pixels, len(wanted))
+    shared = min(len(found), len(wanted))
+    equal = int((found[:shared] == wanted[:shared]).cumprod().sum())
+    if equal == len(wanted):
+        return
+    continued = np.concatenate((prompt.ids, wanted[:equal]))
+    logits = session.logits(continued, prompt.pixels)[-1]
+    lead = float(logits.max() - logits[wanted[equal]])
+    if lead > parity.REPLAY.bound * float(np.abs(logits).max()):
+        raise ParityError(
+            f"{gate.where}: greedy token {equal} is {int(logits.argmax())}, recorded was {wanted[equal]}, which it "
+            f"leads by {lead:.3g}"
+        )

@@ -4,6 +4,7 @@ session = vlmdeploy.open("bundle")
 for piece in session.generate([{"role": "user", "content": "..."}]): ...
 """
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from vlmdeploy.runtime.ort_backend import OrtBackend
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
 
 TOKENIZER_NAME = "tokenizer.json"
+KEPT_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Session:
         self.manifest = manifest
         self.backend = backend
         self.embedding = EmbeddingTable(folder, manifest.embedding)
+        self._image_rows: dict[bytes, Floats] = {}  # the least recently used first
         self._tokenizer = Tokenizer.from_file(folder / TOKENIZER_NAME) if manifest.has_tokenizer else None
 
     @property
@@ -74,14 +77,15 @@ class Session:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         template: str | None = None,
     ) -> Iterator[str]:
         """Pieces of the answer to OpenAI-style messages as they become certain; greedy unless a temperature is given.
 
         Messages and options are checked before the first piece is asked for. Raises PromptError and DataError.
         """
-        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, tuple(stop))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stops)
         return self.start(messages, options, template).pieces()
 
     def answer(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Answer:
@@ -119,10 +123,21 @@ class Session:
         prompt = self._prompt(np.asarray(input_ids), images)
         wanted = np.flatnonzero(~prompt.vision_mask)
         result = np.full((len(prompt.ids), self.manifest.embedding.vocab_size), np.nan, np.float32)
-        rows = prompt_rows(prompt, self.backend, self.embedding)
+        rows = prompt_rows(prompt, self._encode_images, self.embedding)
         result[wanted] = prefill(prompt, rows, self.backend, self._cache(prompt, 0), wanted)
         self.backend.end_prefill()
         return result
+
+    def _encode_images(self, pixels: Floats) -> Floats:
+        """Decoder rows of the images; those of the last few prompts are kept, so a second question costs no encoding."""
+        key = hashlib.sha256(pixels.tobytes()).digest()
+        rows = self._image_rows.pop(key, None)
+        if rows is None:
+            rows = self.backend.encode_images(pixels)
+        self._image_rows[key] = rows
+        if len(self._image_rows) > KEPT_IMAGES:
+            del self._image_rows[next(iter(self._image_rows))]
+        return rows
 
     def _pictures(self, conversation: Conversation) -> tuple[Floats | None, tuple[int, int]]:
         """Preprocessed pixels of the images and the upright size of the first one, in pixels."""
@@ -151,7 +166,7 @@ class Session:
         room = self.manifest.context_tokens - len(prompt.ids)
         cache = self._cache(prompt, min(options.max_new_tokens, room) - 1)
         start = time.perf_counter()
-        rows = prompt_rows(prompt, self.backend, self.embedding)
+        rows = prompt_rows(prompt, self._encode_images, self.embedding)
         encoded = time.perf_counter()
         logits = prefill(prompt, rows, self.backend, cache, np.array([len(prompt.ids) - 1]))[0]
         self.backend.end_prefill()

@@ -1,0 +1,113 @@
+"""Peak memory and time of an export at CogVLM-17B's layer widths.
+
+Writes a synthetic bf16 checkpoint with the real shapes of CogVLM (490 px) but few layers, exports it to ort-int4 with
+the whole verification gate, and prints the peak resident memory of the exporting process beside the sizes it should
+follow: the largest tensor, one decoder layer in float32, and the whole checkpoint.
+
+    python benchmarks/export_memory.py [--family cogvlm|cogvlm2] [--layers 2] [--work FOLDER]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vlmdeploy.families import cogvlm, cogvlm2
+from vlmdeploy.families.spec import Config, Source
+
+FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2}
+VISION = {
+    "in_channels": 3, "patch_size": 14, "hidden_size": 1792, "num_heads": 16, "intermediate_size": 15360,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+DECODER = {
+    "architectures": ["CogVLMForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "template_version": "chat",
+}  # fmt: skip
+WIDTHS: dict[str, dict[str, Any]] = {
+    "cogvlm": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, "image_size": 490},
+    "cogvlm2": {"vocab_size": 128256, "intermediate_size": 14336, "max_position_embeddings": 8192, "image_size": 1344},
+}
+SHARD_BYTES = 1 << 30
+
+
+def config_of(family: str, layers: int) -> Config:
+    """config.json with the released widths and `layers` layers on both sides."""
+    widths = dict(WIDTHS[family])
+    image_px = widths.pop("image_size")
+    vision = {"image_size": image_px, "num_positions": (image_px // 14) ** 2 + 1, "num_hidden_layers": layers}
+    return {**DECODER, **widths, "num_hidden_layers": layers, "vision_config": {**VISION, **vision}}
+
+
+def write_checkpoint(folder: Path, family: str, layers: int) -> Config:
+    """A random bf16 checkpoint in shards of about 1 GiB, written tensor by tensor."""
+    config = config_of(family, layers)
+    module = FAMILIES[family]
+    sources = [source for rule in module.weights(module.spec(config, {})) for source in rule.sources]
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    for source in sources:
+        shard[source.name] = random_tensor(source, generator)
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES or source is sources[-1]:
+            name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(shard, folder / name)
+            weight_map |= dict.fromkeys(shard, name)
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def random_tensor(source: Source, generator: torch.Generator) -> torch.Tensor:
+    """Norms near one, rotary frequencies as they are, everything else small and normal."""
+    if source.name.endswith("inv_freq"):
+        width = 2 * source.shape[0]
+        return (10000.0 ** -(torch.arange(0, width, 2) / width)).to(torch.bfloat16)
+    values = torch.randn(source.shape, generator=generator, dtype=torch.float32) / max(1, source.shape[-1]) ** 0.5
+    return (1 + values if "norm" in source.name and source.name.endswith("weight") else values).to(torch.bfloat16)
+
+
+def largest_sizes(family: str, config: Config) -> tuple[int, int, int]:
+    """Bytes in float32 of the largest tensor and of one decoder layer, and in bf16 of the whole checkpoint."""
+    rules = FAMILIES[family].weights(FAMILIES[family].spec(config, {}))
+    sizes = {rule.target: prod(rule.shape) for rule in rules}
+    layer = sum(size for target, size in sizes.items() if target.startswith("decoder.layers.0."))
+    return 4 * max(sizes.values()), 4 * layer, 2 * sum(sizes.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="cogvlm")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--target", default="ort-int4")
+    parser.add_argument("--work", type=Path, help="folder for checkpoint and bundle  [default: a temporary one]")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        checkpoint, bundle = Path(temporary) / "checkpoint", Path(temporary) / "bundle"
+        checkpoint.mkdir()
+        config = write_checkpoint(checkpoint, options.family, options.layers)
+        command = [sys.executable, "-m", "vlmdeploy", "export", "--ckpt", str(checkpoint), "--target", options.target]
+        start = time.perf_counter()
+        subprocess.run([*command, "--out", str(bundle), "--quant", "rtn"], check=True)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        size = sum(path.stat().st_size for path in bundle.iterdir())
+        tensor, layer, whole = largest_sizes(options.family, config)
+    print(f"{options.family} widths, {options.layers} + {options.layers} layers, {options.target}, gate included")
+    print(f"peak resident memory {peak / 1e9:.2f} GB, {seconds:.0f} s, bundle {size / 1e9:.2f} GB")
+    print(f"largest tensor {tensor / 1e9:.2f} GB float32, one decoder layer {layer / 1e9:.2f} GB, both experts")
+    print(f"whole checkpoint {whole / 1e9:.2f} GB bf16; peak / checkpoint = {peak / whole:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Contract tests: the manifest comes back as it was written, and anything else in its place is one clear error."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmdeploy.bundle import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    CacheShape,
+    ChatTemplate,
+    EmbeddingInfo,
+    FileEntry,
+    GenerationDefaults,
+    GraphInfo,
+    ImageRecipe,
+    Manifest,
+    Piece,
+    Provenance,
+    StageVerdict,
+    TensorInfo,
+    TokenRules,
+    Verification,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from vlmdeploy.errors import BundleError
+
+GRAPH = GraphInfo(
+    "decoder.onnx", "decoder.data", (TensorInfo("x", "float32", (1, "seq", 8)),), (TensorInfo("y", "float16", ()),)
+)
+MANIFEST = Manifest(
+    family="cogvlm",
+    target="ort-int4",
+    provider="cpu",
+    context_tokens=128,
+    image=ImageRecipe(56, (0.5, 0.4, 0.25), (0.25, 0.5, 1.0)),
+    templates=(ChatTemplate("chät", (Piece("user"),), (Piece("text", '→ "q"\n\\ 问'), Piece("token", token_id=3))),),
+    default_template="chät",
+    tokens=TokenRules(1, 0, 0, (2, 5), rows_per_image=18, max_images=1),
+    generation=GenerationDefaults(True, 0.6, None, 40),
+    cache=CacheShape(2, 4, 32, "float16", (1.0, 0.1)),
+    graphs={"vision": GRAPH, "decoder_text": replace(GRAPH, inputs=())},
+    embedding=EmbeddingInfo("embedding.data", "int4", 320, 128, 32, 4096),
+    has_tokenizer=True,
+    precision={"vision": "int8"},
+    group_sizes={"vision": 0},
+    requested_group=128,
+    kept_in_float=("decoder.layers.0.language.qkv",),
+    memory_bytes={"decode": 12345678901},
+    files={"decoder.onnx": FileEntry(3, "ab" * 32)},
+    made_by=Provenance("cd" * 32, {"torch": "2.0"}, "rtn", ("a note",)),
+    verification=Verification(True, (StageVerdict("vision", "shipped", 1e-5, 3e-4, "y", True),), 1.0, 16, 16, "x86"),
+)
+
+
+def signed(folder: Path, data: Any) -> Path:
+    """A manifest with this content and a hash that fits, as another version of vlmdeploy might write it."""
+    body = json.dumps(data, indent=1)[:-2].encode() + b',\n "sha256": "'
+    (folder / MANIFEST_NAME).write_bytes(body + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n')
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    """The JSON of a good manifest, without its hash."""
+    write_manifest(tmp_path, MANIFEST)
+    content: dict[str, Any] = json.loads((tmp_path / MANIFEST_NAME).read_bytes())
+    del content["sha256"]
+    return content
+
+
+@pytest.mark.parametrize("verification", [MANIFEST.verification, None])
+def test_manifest_reads_back_as_written(tmp_path: Path, verification: Verification | None) -> None:
+    write_manifest(tmp_path, replace(MANIFEST, verification=verification))
+    assert read_manifest(tmp_path) == replace(MANIFEST, verification=verification)
+
+
+def test_equal_manifests_are_equal_bytes(tmp_path: Path) -> None:
+    contents = []
+    for _ in range(2):
+        write_manifest(tmp_path, MANIFEST)
+        contents.append((tmp_path / MANIFEST_NAME).read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path, bit: int) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / MANIFEST_NAME
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(BundleError, match="copy the bundle again"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("space", [b" ", b"\r", b"\t"])
+def test_other_white_space_at_the_end_is_noticed(tmp_path: Path, space: bytes) -> None:
+    """The closing newline was once compared after stripping: another blank in its place went unseen."""
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / MANIFEST_NAME
+    path.write_bytes(path.read_bytes()[:-1] + space)
+    with pytest.raises(BundleError, match="copy the bundle again"):
+        read_manifest(tmp_path)
+
+
+def test_truncated_manifest_is_noticed_at_every_length(tmp_path: Path) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / MANIFEST_NAME
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(BundleError, match=r"truncated|altered"):
+            read_manifest(tmp_path)
+
+
+def test_longer_manifest_is_noticed(tmp_path: Path) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    with (tmp_path / MANIFEST_NAME).open("ab") as stream:
+        stream.write(b"\n")
+    with pytest.raises(BundleError, match="copy the bundle again"):
+        read_manifest(tmp_path)
+
+
+def test_missing_folder_and_missing_manifest_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nowhere: no such folder"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=f"has no {MANIFEST_NAME}"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["2.0", "10.3"])
+def test_newer_major_format_is_refused_before_anything_else(tmp_path: Path, version: str) -> None:
+    with pytest.raises(BundleError, match=f"format {version} is newer than {FORMAT_VERSION}.*update vlmdeploy"):
+        read_manifest(signed(tmp_path, {"format_version": version, "files": "what we cannot know"}))
+
+
+@pytest.mark.parametrize("version", ["1", "one.two", "", None, 1, "1.x", "-1.0"])
+def test_senseless_format_version_is_refused(tmp_path: Path, data: dict[str, Any], version: Any) -> None:
+    with pytest.raises(BundleError, match=r"format_version is .*expected major.minor"):
+        read_manifest(signed(tmp_path, data | {"format_version": version}))
+
+
+def test_keys_of_a_newer_minor_format_are_ignored(tmp_path: Path, data: dict[str, Any]) -> None:
+    data |= {"format_version": "1.7", "speculative": {"draft": 4}}
+    data["image"]["crop"] = "none"
+    data["graphs"]["vision"]["inputs"][0]["layout"] = "nchw"
+    assert read_manifest(signed(tmp_path, data)) == replace(MANIFEST, format_version="1.7")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("family",), ("files",), ("image", "mean"), ("tokens", "stop_ids"), ("cache", "inv_freq"),
+        ("graphs", "vision", "inputs", 0, "shape"), ("made_by", "quantization"), ("files", "decoder.onnx", "sha256"),
+        ("verification", "stages", 0, "tolerance"), ("templates", 0, "last_turn", 1, "kind"),
+    ],
+    ids=lambda path: path[-1],
+)  # fmt: skip
+def test_missing_key_is_named_with_its_place(tmp_path: Path, data: dict[str, Any], path: tuple[Any, ...]) -> None:
+    inner(data, path).pop(path[-1])
+    place = ".*".join(str(step) for step in path[:-1])
+    with pytest.raises(BundleError, match=rf'{MANIFEST_NAME}.*{place}.*key "{path[-1]}" is missing'):
+        read_manifest(signed(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("family",), 7, "expected str"),
+        (("context_tokens",), "128", "expected int"),
+        (("context_tokens",), True, "expected int"),
+        (("context_tokens",), 128.0, "expected int"),
+        (("has_tokenizer",), 1, "expected bool"),
+        (("provider",), "tpu", "expected 'cpu' or 'cuda'"),
+        (("image",), [], "expected an object"),
+        (("image", "mean"), [0.5, 0.5], "expected 3 items"),
+        (("image", "std", 1), "0.5", "expected float"),
+        (("tokens", "stop_ids"), 2, "expected a list"),
+        (("tokens", "stop_ids", 0), None, "expected int"),
+        (("generation", "top_p"), "0.9", "expected float"),
+        (("graphs",), [], "expected an object"),
+        (("graphs", "vision", "inputs", 0, "shape", 1), 1.5, "expected int or str"),
+        (("files", "decoder.onnx", "bytes"), "3", "expected int"),
+        (("verification",), "passed", "expected an object"),
+        (("templates", 0, "past_turn", 0, "kind"), "system", "expected 'text' or 'user'"),
+    ],
+)
+def test_wrong_type_is_named_with_its_place(
+    tmp_path: Path, data: dict[str, Any], path: tuple[Any, ...], value: Any, expected: str
+) -> None:
+    inner(data, path)[path[-1]] = value
+    place = ".*".join(str(step) for step in path)
+    with pytest.raises(BundleError, match=rf"{MANIFEST_NAME}.*{place}.*: found .*{expected}") as caught:
+        read_manifest(signed(tmp_path, data))
+    assert "\n" not in str(caught.value)
+
+
+def inner(data: Any, path: tuple[Any, ...]) -> Any:
+    """The object or list that holds the last step of the path."""
+    for step in path[:-1]:
+        data = data[step]
+    return data
+
+
+def test_whole_number_is_read_as_a_float(tmp_path: Path, data: dict[str, Any]) -> None:
+    data["image"]["std"] = [1, 1, 1]
+    std = read_manifest(signed(tmp_path, data)).image.std
+    assert std == (1.0, 1.0, 1.0)
+    assert all(isinstance(value, float) for value in std)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"sha256": "'])
+def test_other_files_in_place_of_a_manifest_are_errors(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(BundleError, match="truncated"):
+        read_manifest(tmp_path)
+
+
+def test_template_is_found_by_name_or_default() -> None:
+    assert MANIFEST.template(None) is MANIFEST.template("chät") is MANIFEST.templates[0]
+    with pytest.raises(BundleError, match='template "vqa" is not in this bundle; it has: chät'):
+        MANIFEST.template("vqa")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_hash_covers_the_whole_file(tmp_path: Path, size: int) -> None:
+    content = bytes(index % 251 for index in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == FileEntry(size, hashlib.sha256(content).hexdigest())

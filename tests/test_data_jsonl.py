@@ -1,0 +1,147 @@
+"""Contract: JSONL data sets become samples, and whatever is wrong in one is told with file and line."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmdeploy.data.jsonl import read_samples
+from vlmdeploy.data.samples import Sample, choose
+from vlmdeploy.errors import DataError
+from vlmdeploy.runtime.chat import Turn
+
+ASKED = {"role": "user", "content": "How many digits?"}
+ANSWERED = {"role": "assistant", "content": "3"}
+ROW = {
+    "image": "images/0.png",
+    "messages": [ASKED, ANSWERED],
+    "task": "vqa",
+    "kind": "how_many",
+    "answer": "3",
+    "boxes": [[1, 2, 3.5, 4]],
+}
+
+
+def write(folder: Path, *rows: object) -> Path:
+    """A data set with one picture; rows are objects, or lines as they are."""
+    (folder / "images").mkdir()
+    (folder / "images" / "0.png").touch()
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "data.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return folder
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**ROW, **changes}
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in ROW.items() if name != key}
+
+
+def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
+    (sample,) = read_samples(write(tmp_path, ROW))
+    turns = (Turn("How many digits?"),)
+    assert sample == Sample(tmp_path / "images/0.png", turns, "vqa", "how_many", "3", ((1.0, 2.0, 3.5, 4.0),))
+    assert sample.conversation().images == (tmp_path / "images/0.png",)
+
+
+def test_the_file_and_its_folder_are_the_same_data(tmp_path: Path) -> None:
+    folder = write(tmp_path, ROW, changed(kind="sum"))
+    assert list(read_samples(str(folder))) == list(read_samples(folder / "data.jsonl"))
+
+
+def test_only_messages_and_task_are_needed(tmp_path: Path) -> None:
+    (sample,) = read_samples(write(tmp_path, {"messages": [ASKED, ANSWERED], "task": "vqa"}))
+    assert sample == Sample(None, (Turn("How many digits?"),), "vqa", "vqa", "3")
+    assert sample.conversation().images == ()
+
+
+def test_earlier_turns_stay_and_the_last_answer_is_the_reference(tmp_path: Path) -> None:
+    again = {"role": "user", "content": "And the sum?"}
+    row = {"messages": [ASKED, ANSWERED, again, {"role": "assistant", "content": "12"}], "task": "vqa"}
+    (sample,) = read_samples(write(tmp_path, row))
+    assert sample.turns == (Turn("How many digits?", "3"), Turn("And the sum?"))
+    assert sample.answer == "12"
+
+
+def test_an_answer_wins_over_the_assistants_message(tmp_path: Path) -> None:
+    (sample,) = read_samples(write(tmp_path, changed(answer="three", template="vqa", extra=True)))
+    assert (sample.answer, sample.template, sample.extra) == ("three", "vqa", True)
+
+
+def test_a_question_without_a_reference_is_read(tmp_path: Path) -> None:
+    (sample,) = read_samples(write(tmp_path, {"messages": [ASKED], "task": "vqa"}))
+    assert sample.answer is None
+
+
+def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    folder = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r", b"", b"  ", ROW)
+    assert len(list(read_samples(folder))) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (b'{"image": ', "not a line of JSON"),
+        (b"\xff\xfe", "not a line of JSON"),
+        (b"[1]", "holds a list, expected an object"),
+        (without("messages"), 'key "messages" is missing'),
+        (without("task"), 'key "task" is missing'),
+        (changed(task=3), '"task" is 3, expected a string'),
+        (changed(messages="hello"), '"messages" is "hello", expected a list'),
+        (changed(messages=["hello"]), 'message 0 is "hello"'),
+        (changed(messages=[{"role": "user", "content": [1]}]), "message 0 is"),
+        (changed(messages=[ANSWERED, ASKED]), "message 0 is from the assistant"),
+        (changed(messages=[]), "the list of messages is empty"),
+        (changed(image=7), '"image" is 7, expected a string'),
+        (changed(image="images/none.png"), "images/none.png: no such file"),
+        (changed(image="images"), "images: no such file"),
+        (changed(answer=3), '"answer" is 3, expected a string'),
+        (changed(extra="yes"), '"extra" is "yes", expected true or false'),
+        (changed(boxes={}), '"boxes" is {}, expected a list'),
+        (changed(boxes=[[1, 2, 3]]), "a box is [1, 2, 3]"),
+        (changed(boxes=[[1, 2, 3, True]]), "a box is [1, 2, 3, true]"),
+        (changed(boxes=[[1, 2, 3, float("nan")]]), "a box is [1, 2, 3, NaN]"),
+        (changed(boxes=[[5, 2, 3, 4]]), "a box is [5, 2, 3, 4]"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, told: str) -> None:
+    samples = read_samples(write(tmp_path, ROW, b"", row))
+    next(samples)
+    with pytest.raises(DataError) as error:
+        next(samples)
+    assert str(error.value).startswith(f"{tmp_path / 'data.jsonl'}:3: ")
+    assert told in str(error.value)
+
+
+def test_missing_data_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder"):
+        read_samples(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"holds no data\.jsonl"):
+        read_samples(tmp_path)
+
+
+def test_a_data_set_without_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no rows"):
+        list(read_samples(write(tmp_path, b"", b" ")))
+
+
+def many(task: str, count: int) -> list[Sample]:
+    return [Sample(None, (Turn(str(number)),), task, task, "") for number in range(count)]
+
+
+def test_choose_limits_every_task_and_keeps_the_order() -> None:
+    mixed = [sample for pair in zip(many("vqa", 50), many("rec", 50), strict=True) for sample in pair] + many("reg", 3)
+    chosen = choose(mixed, per_task=10, seed=1)
+    assert Counter(sample.task for sample in chosen) == {"vqa": 10, "rec": 10, "reg": 3}
+    assert [mixed.index(sample) for sample in chosen] == sorted(mixed.index(sample) for sample in chosen)
+
+
+def test_choose_follows_the_seed_whatever_other_tasks_there_are() -> None:
+    vqa, rec = many("vqa", 50), many("rec", 50)
+    chosen = choose(vqa, 10, seed=1)
+    assert choose(vqa, 10, seed=1) == chosen != choose(vqa, 10, seed=2)
+    assert [sample for sample in choose(rec + vqa, 10, seed=1) if sample.task == "vqa"] == chosen

@@ -1,0 +1,143 @@
+"""Data sets as JSON lines: one conversation per row, pictures beside the file.
+
+A row: {"image": path relative to the file (absent: text only), "messages": [{"role", "content"}...], "task": "vqa",
+"kind": "how_many", "answer": "3", "boxes": [[x0, y0, x1, y1]...] in pixels, "template": "chat", "extra": true}.
+Only messages and task are needed: kind defaults to the task, answer to the assistant's last message.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlmdeploy.data.samples import PixelBox, Sample
+from vlmdeploy.errors import DataError, PromptError
+from vlmdeploy.runtime.chat import read_messages
+
+ROWS_NAME = "data.jsonl"
+
+Row = dict[str, Any]
+Value = TypeVar("Value")
+JSON_NAMES = {str: "a string", bool: "true or false", list: "a list"}
+
+
+def find_rows(data: str | Path) -> Path:
+    """The file with the rows: `data` itself, or data.jsonl in that folder. Raises DataError if there is none."""
+    path = Path(data)
+    if path.is_dir():
+        if not (path / ROWS_NAME).is_file():
+            raise DataError(f"{path}: holds no {ROWS_NAME}; expected a JSONL file or a folder with {ROWS_NAME}")
+        return path / ROWS_NAME
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder; expected a JSONL file or a folder with {ROWS_NAME}")
+    return path
+
+
+def read_samples(data: str | Path) -> Iterator[Sample]:
+    """The samples of a JSONL file, or of a folder with data.jsonl, read one by one; empty lines are skipped.
+
+    Raises DataError at once if there is no such file, and on the way, naming file and line, for a row that cannot be
+    used or whose picture is missing; at the end if there was no row.
+    """
+    return _samples(find_rows(data))
+
+
+def _samples(path: Path) -> Iterator[Sample]:
+    found = False
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                found = True
+                where = f"{path}:{number}"
+                yield _sample(_parse(line, where), path.parent, where)
+    if not found:
+        raise DataError(f"{path}: holds no rows")
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise DataError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: holds a {type(row).__name__}, expected an object")
+    return row
+
+
+def _sample(row: Row, folder: Path, where: str) -> Sample:
+    task = _required(row, "task", str, where)
+    messages, last_answer = _split(_required(row, "messages", list, where), where)
+    try:
+        conversation = read_messages(messages, max_images=1)
+    except PromptError as error:
+        raise DataError(f"{where}: {error}") from error
+    return Sample(
+        image=_image(row, folder, where),
+        turns=conversation.turns,
+        task=task,
+        kind=_optional(row, "kind", str, where) or task,
+        answer=_reference(row, last_answer, where),
+        boxes=_boxes(row, where),
+        template=_optional(row, "template", str, where),
+        extra=bool(_optional(row, "extra", bool, where)),
+    )
+
+
+def _required(row: Row, key: str, kind: type[Value], where: str) -> Value:
+    value = _optional(row, key, kind, where)
+    if value is None:
+        raise DataError(f'{where}: key "{key}" is missing, expected {JSON_NAMES[kind]}')
+    return value
+
+
+def _optional(row: Row, key: str, kind: type[Value], where: str) -> Value | None:
+    """The value of a key, None if it is absent or null."""
+    value = row.get(key)
+    if value is None or isinstance(value, kind):
+        return value
+    raise DataError(f'{where}: "{key}" is {json.dumps(value)[:80]}, expected {JSON_NAMES[kind]}')
+
+
+def _split(messages: list[Any], where: str) -> tuple[list[Any], str | None]:
+    """The messages up to the last one from the user, and the assistant's answer to it, if any."""
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            found = json.dumps(message)[:80]
+            raise DataError(f'{where}: message {index} is {found}, expected {{"role": ..., "content": a string}}')
+    if messages and messages[-1].get("role") == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, None
+
+
+def _reference(row: Row, last_answer: str | None, where: str) -> str | None:
+    answer = _optional(row, "answer", str, where)
+    return last_answer if answer is None else answer
+
+
+def _image(row: Row, folder: Path, where: str) -> Path | None:
+    name = _optional(row, "image", str, where)
+    if name is None:
+        return None
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"{where}: picture {path}: no such file")
+    return path
+
+
+def _boxes(row: Row, where: str) -> tuple[PixelBox, ...]:
+    return tuple(_box(box, where) for box in _optional(row, "boxes", list, where) or [])
+
+
+def _box(box: Any, where: str) -> PixelBox:
+    if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
+        x0, y0, x1, y1 = map(float, box)
+        if x0 <= x1 and y0 <= y1:
+            return x0, y0, x1, y1
+    raise DataError(
+        f"{where}: a box is {json.dumps(box)[:80]}, expected [x0, y0, x1, y1] in pixels, x0 <= x1, y0 <= y1"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
