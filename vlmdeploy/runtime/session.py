@@ -129,7 +129,7 @@ class Session:
         return result
 
     def _encode_images(self, pixels: Floats) -> Floats:
-        """Decoder rows of the images; those of the last few prompts are kept, so a second question costs no encoding."""
+        """Decoder rows of the images; those of the last few prompts are kept: asking again costs no encoding."""
         key = hashlib.sha256(pixels.tobytes()).digest()
         rows = self._image_rows.pop(key, None)
         if rows is None:
