@@ -23,7 +23,7 @@ TEXTS = ("", " ", "a  b", " two\tspaces \n\n", "Grüße, 世界 🙂!", "[[[1]]]
 def modules() -> Iterator[dict[str, Any]]:
     """The example's scripts, imported the way they import each other."""
     sys.path.insert(0, str(DIGITS))
-    names = ("scenes", "make_data", "make_tokenizer")
+    names = ("scenes", "questions", "make_data", "make_tokenizer")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(DIGITS))
     for name in names:
@@ -36,16 +36,21 @@ def scenes(modules: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
+def questions(modules: dict[str, Any]) -> Any:
+    return modules["questions"]
+
+
+@pytest.fixture(scope="module")
 def batch(scenes: Any) -> Any:
     return scenes.DigitScenes("train").draw(NUM_SCENES, np.random.default_rng(1))
 
 
 @pytest.fixture(scope="module")
-def asked(scenes: Any, batch: Any) -> list[tuple[Any, Any]]:
+def asked(questions: Any, batch: Any) -> list[tuple[Any, Any]]:
     """(scene, question) pairs."""
     rng = np.random.default_rng(2)
     drawn = [batch.scene(index) for index in range(NUM_SCENES)]
-    return [(scene, question) for scene in drawn for question in scenes.questions(scene, rng)]
+    return [(scene, question) for scene in drawn for question in questions.questions(scene, rng)]
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +159,8 @@ def test_patch_targets_name_the_covering_digit(scenes: Any) -> None:
                 assert targets.classes[index, patch] == label
 
 
-def test_every_scene_is_asked_every_kind_that_applies(scenes: Any, asked: list[tuple[Any, Any]]) -> None:
-    number = {kind: sum(question.kind == kind for _, question in asked) for kind in scenes.KINDS}
+def test_every_scene_is_asked_every_kind_that_applies(questions: Any, asked: list[tuple[Any, Any]]) -> None:
+    number = {kind: sum(question.kind == kind for _, question in asked) for kind in questions.KINDS}
     assert [number[kind] for kind in ("how_many", "largest", "sum", "is_there", "reg")] == [NUM_SCENES] * 5
     assert min(number["caption"], number["which"]) > 0.97 * NUM_SCENES
     assert number["rec"] > 0.9 * NUM_SCENES
@@ -220,14 +225,14 @@ def test_rec_and_reg_agree_with_the_boxes(scenes: Any, asked: list[tuple[Any, An
         assert [round(int(part) * 64 / 1000) for part in match.groups()] == list(box)
 
 
-def test_boxes_are_written_in_thousandths(scenes: Any) -> None:
-    assert scenes.box_text((0, 1, 32, 64), 64) == "[[000,016,500,999]]"
+def test_boxes_are_written_in_thousandths(questions: Any) -> None:
+    assert questions.box_text((0, 1, 32, 64), 64) == "[[000,016,500,999]]"
 
 
-def test_mix_sets_the_number_of_questions(scenes: Any, batch: Any) -> None:
+def test_mix_sets_the_number_of_questions(questions: Any, batch: Any) -> None:
     index = int(np.flatnonzero(batch.counts == 4)[0])
     rng = np.random.default_rng(5)
-    drawn = [scenes.questions(batch.scene(index), rng, {"sum": 0.5, "reg": 2.0}) for _ in range(200)]
+    drawn = [questions.questions(batch.scene(index), rng, {"sum": 0.5, "reg": 2.0}) for _ in range(200)]
     assert 60 < sum(question.kind == "sum" for each in drawn for question in each) < 140
     assert all(len({question.text for question in each}) == len(each) <= 3 for each in drawn)
 

@@ -2,7 +2,7 @@
 
     python examples/digits/make_data.py --split train|calib|test --count N --out DIR
 
-The same arguments give the same folder. Scenes and questions come from scenes.py; this file only stores them.
+The same arguments give the same folder. Scenes come from scenes.py, questions from questions.py; this file only stores them.
 """
 
 import argparse
@@ -15,14 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import (  # type: ignore[import-not-found,unused-ignore]  # beside this script, not a package
-    SPLITS,
-    DigitScenes,
-    Pixels,
-    Question,
-    Scene,
-    questions,
-)
+from questions import Question, questions  # type: ignore[import-not-found,unused-ignore]  # beside this script
+from scenes import SPLITS, DigitScenes, Pixels, Scene  # type: ignore[import-not-found,unused-ignore]
 
 EXTRA_KINDS = ("is_there", "outermost")  # easy ones: scored, but left out of the mean over VQA kinds
 ROWS_FILE = "data.jsonl"

@@ -17,7 +17,7 @@ WORDS = (
     "What digit is in Where the Which digits left to right How many largest sum of Is there a "
     "leftmost rightmost Describe image yes no The from"
 )
-"""The words of scenes.py's questions and answers and of the chat and vqa templates."""
+"""The words of questions.py's questions and answers and of the chat and vqa templates."""
 AFTER_NEWLINE = ("Question",)
 """Words that also open a line: a later turn of a chat follows its newline without a space."""
 MARKS = ("]]", ",", ";", ".", "?", ":", "\n")

@@ -1,12 +1,11 @@
 """Scenes of handwritten digits.
 
-Draws 64x64 pictures of 1-4 digits from scikit-learn's 8x8 handwriting with numpy, fast enough to train on the fly, and
-builds caption, VQA and grounding questions in CogVLM's formats (boxes as thousandths of the image side). The test
-split holds the last 360 digits of the data set, unshuffled: neighbouring samples share a writer, so a shuffle would
-leak handwriting. Writing files is left to make_data.py, tokens to tokenizer.json.
+Draws 64x64 pictures of 1-4 digits from scikit-learn's 8x8 handwriting with numpy, fast enough to train on the fly.
+The test split holds the last 360 digits of the data set, unshuffled: neighbouring samples share a writer, so a shuffle
+would leak handwriting. What one can ask about a scene is in questions.py; writing files is left to make_data.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 

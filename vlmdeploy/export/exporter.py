@@ -78,14 +78,15 @@ def export_bundle(
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version or altered."""
+    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version, altered or cut."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return False
     try:
         read_manifest(folder)
     except BundleError:
-        return b'"format_version"' in path.read_bytes() and b'"graphs"' in path.read_bytes()
+        content = path.read_bytes()
+        return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
     return True
 
 

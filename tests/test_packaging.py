@@ -1,0 +1,64 @@
+"""Contract: what the wheel holds, what the base install needs, and that README commands exist."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built without network from a copy of what it is made of."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(_copy_of_sources(folder / "source"))], check=True, capture_output=True)
+    return zipfile.ZipFile(next(folder.glob("vlmdeploy-*.whl")))
+
+
+def _copy_of_sources(folder: Path) -> Path:
+    """Building in place would leave folders in the checkout."""
+    for path in [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", *(ROOT / "vlmdeploy").rglob("*.*")]:
+        if path.is_file() and path.suffix != ".pyc":
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("*.py")} | {"vlmdeploy/py.typed"}
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == sources
+
+
+def test_wheel_brings_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
+    names = [name.split(".dist-info/")[1] for name in wheel.namelist() if ".dist-info/" in name]
+    assert "licenses/LICENSE" in names
+    entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "vlmdeploy = vlmdeploy.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_base_install_has_neither_torch_nor_an_engine() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=\[]", dependency)[0] for dependency in project["dependencies"]}
+    assert needed == {"numpy", "pillow", "tokenizers", "click", "rich"}
+
+
+def test_engine_extras_bring_exactly_one_onnxruntime() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    engines = [[item for item in extras[name] if item.startswith("onnxruntime")] for name in ("cpu", "cuda")]
+    assert [len(items) for items in engines] == [1, 1]
+    assert not any(item.startswith("onnxruntime") for name in ("toolchain", "digits", "dev") for item in extras[name])
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests" / "golden").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"

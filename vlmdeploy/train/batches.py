@@ -1,0 +1,86 @@
+"""From a source's pictures and dialogues to the tensors of one training step.
+
+Every batch is drawn from a random stream of its own (seed, stage, step, worker): a resumed run needs no sampler state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmdeploy.bundle import ImageRecipe
+from vlmdeploy.errors import TrainingError
+from vlmdeploy.runtime.chat import Tokenizer, Turn, render
+from vlmdeploy.train.config import TrainConfig
+from vlmdeploy.train.forward import TEXT_POSITION, TextRows
+from vlmdeploy.train.packing import Pair, TokenWeights, make_pair, pack_rows
+from vlmdeploy.train.source import Dialogue, Source
+
+CACHED_TEXTS = 10_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one step: images float32 [batch, 3, S, S] and labels as in ImageBatch; text None without dialogues."""
+
+    images: Tensor
+    patch_labels: Tensor
+    patch_boxes: Tensor
+    image_labels: Tensor
+    text: TextRows | None
+
+
+class BatchMaker:
+    """Draws the batches of one worker."""
+
+    def __init__(self, config: TrainConfig, source: Source, worker: int) -> None:
+        self._recipe, self._spec, self._source, self._worker = config.recipe, config.spec, source, worker
+        self._encode = lru_cache(CACHED_TEXTS)(Tokenizer.from_file(config.tokenizer_path).encode)
+        templates = {template.name: template for template in config.spec.templates}
+        self._template = templates[config.recipe.text.template]
+
+    def draw(self, stage_number: int, step: int, progress: float) -> Batch:
+        """This worker's part of the batch of a step; the same arguments give the same batch."""
+        stage = self._recipe.stages[stage_number]
+        rng = np.random.default_rng([self._recipe.seed, stage_number, step, self._worker])
+        drawn = self._source.draw(stage.name, stage.batch_images // self._recipe.workers, progress, rng)
+        return Batch(
+            images=normalized(torch.from_numpy(drawn.pixels), self._spec.image),
+            patch_labels=torch.from_numpy(drawn.patch_labels),
+            patch_boxes=torch.from_numpy(drawn.patch_boxes),
+            image_labels=torch.from_numpy(drawn.image_labels),
+            text=self._text_rows(drawn.dialogues) if stage.trains == "all" else None,
+        )
+
+    def _text_rows(self, dialogues: Sequence[Sequence[Dialogue]]) -> TextRows:
+        pairs = [[self._pair(dialogue) for dialogue in of_image] for of_image in dialogues]
+        rows = pack_rows(pairs, self._recipe.text.row_tokens, TEXT_POSITION)
+        tensors = map(torch.from_numpy, (rows.ids, rows.positions, rows.pairs, rows.targets, rows.weights))
+        return TextRows(*tensors, chunk_tokens=self._recipe.text.chunk_tokens)
+
+    def _pair(self, dialogue: Dialogue) -> Pair:
+        """The last turn, with as much of the history as a chunk holds."""
+        text, last = self._recipe.text, dialogue[-1]
+        weights = TokenWeights(text.end_weight, text.box_units_weight, text.box_marks_weight)
+        assert last.assistant is not None, "a dialogue to learn from ends with an answer"
+        for first in range(len(dialogue)):
+            prompt = self._prompt([*dialogue[first:-1], Turn(last.user)])
+            pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], weights)
+            if len(pair.ids) <= text.chunk_tokens:
+                return pair
+        raise TrainingError(f"{prompt!r} and its answer are {len(pair.ids)} tokens; chunk_tokens is {text.chunk_tokens}")
+
+    def _prompt(self, turns: Sequence[Turn]) -> str:
+        (prompt,) = render(turns, self._template)
+        assert isinstance(prompt, str), "a template with token ids cannot be packed yet"
+        return prompt
+
+
+def normalized(pixels: Tensor, recipe: ImageRecipe) -> Tensor:
+    """What runtime.image.preprocess makes of pictures that have the right size: uint8 [batch, S, S, 3] -> float32
+    [batch, 3, S, S]."""
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

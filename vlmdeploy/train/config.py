@@ -1,0 +1,203 @@
+"""A training run's TOML file as typed dataclasses. Every key is known, has its type and a sensible value, or a
+ConfigError names the file and the key. What the model looks like is the table [model]: it becomes config.json."""
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.families import find_family
+from vlmdeploy.families.spec import Config, ModelSpec
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Constants of the update; matrices: what updates them, everything else is AdamW's."""
+
+    matrices: Literal["muon", "adamw"]
+    weight_decay: float
+    beta1: float
+    beta2: float
+    momentum: float  # of Muon
+    clip: float  # largest norm of the gradient
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How dialogues become rows of tokens, and what each answer token weighs in the loss (an ordinary one: 1)."""
+
+    template: str
+    row_tokens: int
+    chunk_tokens: int  # longest prompt and answer
+    end_weight: float
+    box_units_weight: float  # the last digit of a coordinate
+    box_marks_weight: float  # brackets and commas
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One part of the training, with a learning rate curve of its own.
+
+    The learning rate falls along a cosine to final_lr_share of its height; the weight of the patch losses falls to 0
+    where there is a language loss too. cpu_share is the stage's part of the CPU budget, average the decay of the
+    moving average of the weights that replaces them at the end (0: none).
+    """
+
+    name: str
+    trains: Literal["vision", "all"]
+    images: int
+    batch_images: int
+    lr: float
+    final_lr_share: float
+    warmup_steps: int
+    dense_weight: float
+    cpu_share: float
+    vision_lr_scale: float = 1.0
+    average: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the TOML file says; paths are relative to it. data_class is found in the Python file `data`."""
+
+    seed: int
+    workers: int
+    max_cpu_minutes: float
+    save_every_s: float
+    dtype: Literal["auto", "bfloat16", "float32"]
+    tokenizer: str
+    data: str
+    data_class: str
+    optimizer: OptimizerConfig
+    text: TextConfig
+    stages: tuple[StageConfig, ...]
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A checked recipe, with the file it came from, its plain values, and the spec of its model."""
+
+    path: Path
+    values: dict[str, Any]
+    recipe: Recipe
+    spec: ModelSpec
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json that the checkpoint gets."""
+        return self.path.parent / self.recipe.tokenizer
+
+    @property
+    def data_path(self) -> Path:
+        """The Python file with the data class."""
+        return self.path.parent / self.recipe.data
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read and check a training recipe; raises ConfigError."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a training recipe in TOML") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    recipe: Recipe = _build(Recipe, values, str(path), "")
+    config = TrainConfig(path.absolute(), values, recipe, _read_spec(path, recipe.model))
+    for key, found, expected in _problems(config):
+        raise ConfigError(f'{path}: "{key}" is {found!r}, expected {expected}')
+    return config
+
+
+def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose values differ in two trees of plain values, with both (None: absent)."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return None if ours == theirs else (key, ours, theirs)
+    for name in dict.fromkeys((*ours, *theirs)):
+        found = first_difference(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
+        if found:
+            return found
+    return None
+
+
+def _read_spec(path: Path, model: Config) -> ModelSpec:
+    try:
+        return find_family(model, frozenset()).spec(model, {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: [model]: {error}") from error
+
+
+def _build(kind: Any, table: dict[str, Any], where: str, prefix: str) -> Any:
+    """A dataclass from a TOML table."""
+    hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    for key in table:
+        if key not in fields:
+            raise ConfigError(f'{where}: key "{prefix}{key}" is unknown; known are {", ".join(fields)}')
+    for key, field in fields.items():
+        if key not in table and field.default is dataclasses.MISSING:
+            raise ConfigError(f'{where}: key "{prefix}{key}" is missing')
+    return kind(**{key: _value(hints[key], value, where, prefix + key) for key, value in table.items()})
+
+
+def _value(kind: Any, value: Any, where: str, key: str) -> Any:
+    """A TOML value as the type of its field."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _build(kind, value, where, f"{key}.")
+    if get_origin(kind) is tuple and isinstance(value, list) and value:
+        return tuple(_value(get_args(kind)[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ConfigError(f'{where}: "{key}" is {value!r}, expected {" or ".join(map(repr, get_args(kind)))}')
+    if kind in (int, float, str) and type(value) is kind:
+        return value
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    expected = {int: "a whole number", float: "a number", str: "a string"}.get(kind, "a table")
+    raise ConfigError(f'{where}: "{key}" is {value!r}, expected {expected}')
+
+
+def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
+    """Values that make no sense: key, value, what was expected."""
+    recipe, text = config.recipe, config.recipe.text
+    if not 1 <= recipe.workers <= 256:
+        yield "workers", recipe.workers, "1 to 256"
+    if not recipe.max_cpu_minutes > 0:
+        yield "max_cpu_minutes", recipe.max_cpu_minutes, "more than 0"
+    for key, file in (("tokenizer", config.tokenizer_path), ("data", config.data_path)):
+        if not file.is_file():
+            yield key, str(file), "a file beside the recipe"
+    templates = [template.name for template in config.spec.templates]
+    if text.template not in templates:
+        yield "text.template", text.template, " or ".join(templates)
+    if text.chunk_tokens < 1 or text.row_tokens < 1 or text.row_tokens % text.chunk_tokens:
+        yield "text.row_tokens", text.row_tokens, f"a multiple of chunk_tokens, {text.chunk_tokens}"
+    for index, stage in enumerate(recipe.stages):
+        for key, value, expected in _stage_problems(stage, recipe.workers):
+            yield f"stages.{index}.{key}", value, expected
+    trained = [stage.trains for stage in recipe.stages]
+    if trained != sorted(trained, reverse=True) or trained[-1] != "all":
+        yield "stages", trained, 'stages for "vision" first, then at least one for "all"'
+    share = sum(stage.cpu_share for stage in recipe.stages)
+    if not 0.99 < share < 1.01:
+        yield "stages", share, "shares (cpu_share) that add up to 1"
+
+
+def _stage_problems(stage: StageConfig, workers: int) -> Iterator[tuple[str, Any, str]]:
+    if stage.batch_images < 1 or stage.batch_images % workers:
+        yield "batch_images", stage.batch_images, f"a multiple of the {workers} workers"
+    for key in ("images", "lr", "cpu_share", "warmup_steps", "vision_lr_scale"):
+        if not getattr(stage, key) > 0:
+            yield key, getattr(stage, key), "more than 0"
+    for key in ("final_lr_share", "average"):
+        if not 0 <= getattr(stage, key) < 1:
+            yield key, getattr(stage, key), "at least 0 and less than 1"
+    if stage.dense_weight < 0 or (stage.dense_weight == 0 and stage.trains == "vision"):
+        yield "dense_weight", stage.dense_weight, "more than 0 (it is all that a stage for vision trains on)"

@@ -1,0 +1,221 @@
+"""The training forward pass: packed rows through the reference model's own modules, at training speed.
+
+Every row is one image with several question-answer pairs behind it; each pair sees BOS, the image and itself, at the
+positions it would have alone. So the image stands at the same place in every row and routing needs no mask: language
+and vision positions are two tensors from embedding to last layer. The results equal VisionLanguageModel.forward on
+each pair alone (a test holds that).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmdeploy.model.decoder import DecoderLayer, Expert, RmsNorm
+from vlmdeploy.model.vision import VisionEncoder, VisionLayer
+from vlmdeploy.model.vlm import VisionLanguageModel
+
+TEXT_POSITION = 4  # BOS 0, begin 1, every patch 2, end 3
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The packed texts of a batch, without BOS and image; text is a multiple of the chunk length.
+
+    ids, positions, pairs int64 [batch, text]: the token, its position id, and which pair of its row it belongs to
+    (-1: padding). targets int64 [batch, text]: the token to predict there; weights float32: its weight in the loss.
+    No pair is longer than a chunk, so a token finds all of its pair in its own chunk and the one before.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    pairs: Tensor
+    targets: Tensor
+    weights: Tensor
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What all layers of one pass share.
+
+    prefix_turns, text_turns: complex64 [1 or batch, rows, 1, head_dim / 2] of the rows before the texts and of the
+    texts. prefix_bias [prefix, prefix] and text_bias [batch, 1, chunks, chunk, 2 chunk] are added to attention scores:
+    0 where a query may look, else -inf.
+    """
+
+    prefix_turns: Tensor
+    text_turns: Tensor
+    prefix_bias: Tensor
+    text_bias: Tensor
+
+
+def patch_features(encoder: VisionEncoder, images: Tensor) -> Tensor:
+    """VisionEncoder.forward with plain matrix products for attention, whose backward is faster on a CPU."""
+    x = encoder.embed(images)
+    for layer in encoder.layers:
+        x = _vision_layer(layer, x)  # type: ignore[arg-type]
+    return x[:, 1:]
+
+
+def _vision_layer(layer: VisionLayer, x: Tensor) -> Tensor:
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.spec.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = (q * layer.spec.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    x = x + layer.attention_norm(layer.dense(mixed.transpose(1, 2).flatten(2)))
+    return x + layer.mlp_norm(layer.fc2(F.gelu(layer.fc1(x))))
+
+
+def text_states(model: VisionLanguageModel, features: Tensor, text: TextRows) -> Tensor:
+    """Normed hidden states of the texts [batch, text, hidden] from patch features [batch, patches, width]."""
+    rows = model.connector(features).float()
+    start = model.embedding.weight[model.spec.tokens.bos_id].expand(len(rows), 1, -1)
+    vision, end = rows.split((rows.shape[1] - 1, 1), 1)  # begin of image and patches; end of image
+    language = torch.cat((start, end, model.embedding(text.ids)), 1)
+    fixed = _fixed(model, text, rows.shape[1] + 1)
+    layers: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
+    for layer in layers[:-1]:
+        language, vision = _layer(layer, language, vision, fixed)
+    return unit_rms(_last_layer(layers[-1], language, vision, fixed), model.decoder.norm)
+
+
+def head_logits(model: VisionLanguageModel, hidden: Tensor) -> Tensor:
+    """Float32 logits [..., vocab] of what text_states gave, [..., hidden]."""
+    return F.linear(hidden, model.lm_head.weight * _gain(model.decoder.norm)).float()
+
+
+def _fixed(model: VisionLanguageModel, text: TextRows, prefix: int) -> Fixed:
+    positions = torch.full((1, prefix), 2, device=text.ids.device)
+    positions[0, :2], positions[0, -1] = torch.arange(2), 3
+    bias = torch.full((prefix, prefix), -torch.inf, device=text.ids.device).triu(1)
+    inv_freq = model.decoder.inv_freq
+    return Fixed(_turns(inv_freq, positions), _turns(inv_freq, text.positions), bias, _text_bias(text))
+
+
+def _turns(inv_freq: Tensor, positions: Tensor) -> Tensor:
+    angles = positions.unsqueeze(-1).float() * inv_freq
+    return torch.complex(angles.cos(), angles.sin()).unsqueeze(2)
+
+
+def _text_bias(text: TextRows) -> Tensor:
+    """0 on the query's own pair up to itself, else -inf; the keys are the chunk before and the query's chunk."""
+    own = text.pairs.unflatten(1, (-1, text.chunk_tokens))  # [batch, chunks, chunk]
+    keys = torch.cat((F.pad(own, (0, 0, 1, 0), value=-2)[:, :-1], own), 2)
+    at = torch.arange(2 * text.chunk_tokens, device=own.device)
+    past = at <= at[text.chunk_tokens :, None]
+    seen = (own.unsqueeze(-1) == keys.unsqueeze(-2)) & past
+    return torch.zeros(seen.shape, device=own.device).masked_fill(~seen, -torch.inf).unsqueeze(1)
+
+
+def _layer(layer: DecoderLayer, language: Tensor, vision: Tensor, fixed: Fixed) -> tuple[Tensor, Tensor]:
+    prefix_qkv, text_qkv = _qkv(layer, language, vision)
+    q, k, v = _heads(layer, prefix_qkv, fixed.prefix_turns)
+    texts = _text_attention(_heads(layer, text_qkv, fixed.text_turns), k, v, fixed.text_bias)
+    scores = q @ k.transpose(-1, -2)
+    mixed = (scores + fixed.prefix_bias.to(scores.dtype)).softmax(-1).to(v.dtype) @ v
+    start, patches, end = mixed.transpose(1, 2).flatten(2).split((1, vision.shape[1], 1), 1)
+    language = _after_attention(layer, "language", language, torch.cat((start, end, texts), 1))
+    return language, _after_attention(layer, "vision", vision, patches)
+
+
+def _last_layer(layer: DecoderLayer, language: Tensor, vision: Tensor, fixed: Fixed) -> Tensor:
+    """What _layer does to the texts: nothing reads the other rows after it."""
+    prefix_qkv, text_qkv = _qkv(layer, language, vision)
+    _, k, v = _heads(layer, prefix_qkv, fixed.prefix_turns)
+    texts = _text_attention(_heads(layer, text_qkv, fixed.text_turns), k, v, fixed.text_bias)
+    return _after_attention(layer, "language", language[:, 2:], texts)
+
+
+def _qkv(layer: DecoderLayer, language: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries, keys and values of the rows before the texts, in the order of the prompt, and of the texts."""
+    texts = language.shape[1] - 2
+    from_language = F.linear(unit_rms(language, layer.attention_norm), _qkv_weight(layer, "language"))
+    from_vision = F.linear(unit_rms(vision, layer.attention_norm), _qkv_weight(layer, "vision"))
+    start, end, text = from_language.split((1, 1, texts), 1)
+    return torch.cat((start, from_vision, end), 1), text
+
+
+def _qkv_weight(layer: DecoderLayer, name: str) -> Tensor:
+    """The packed projection, made to take unit_rms: the norm's gain and the scale of the scores are inside.
+
+    The channels of a query or key head are reordered so that the two of a rotary pair are neighbours.
+    """
+    spec = layer.spec
+    weight = _expert(layer, name).qkv.weight * _gain(layer.attention_norm)
+    rotated = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    pairs = weight[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    queries, keys = pairs.split((spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim))
+    return torch.cat((queries * spec.head_dim**-0.5, keys, weight[rotated:]))
+
+
+def _heads(layer: DecoderLayer, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys, values: [batch, heads, rows, head_dim] each."""
+    heads = (layer.spec.num_heads, layer.spec.num_kv_heads, layer.spec.num_kv_heads)
+    turned, v = qkv.unflatten(-1, (-1, layer.spec.head_dim)).split((heads[0] + heads[1], heads[2]), 2)
+    turned = torch.view_as_real(torch.view_as_complex(turned.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    q, k = turned.to(qkv.dtype).split(heads[:2], 2)
+    if heads[0] != heads[1]:
+        k, v = (rows.repeat_interleave(heads[0] // heads[1], 2) for rows in (k, v))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _text_attention(heads: tuple[Tensor, Tensor, Tensor], prefix_k: Tensor, prefix_v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of the texts to the prefix and to their own pair, [batch, text, heads * head_dim]."""
+    q, k, v = heads
+    chunk = bias.shape[-2]
+    own = q.unflatten(2, (-1, chunk)) @ _with_previous(k, chunk).transpose(-1, -2)
+    image = q @ prefix_k.transpose(-1, -2)
+    scores = torch.cat((image, (own + bias.to(own.dtype)).flatten(2, 3)), -1)
+    image_shares, own_shares = scores.softmax(-1).to(v.dtype).split((image.shape[-1], 2 * chunk), -1)
+    mixed = own_shares.unflatten(2, (-1, chunk)) @ _with_previous(v, chunk)
+    return (image_shares @ prefix_v + mixed.flatten(2, 3)).transpose(1, 2).flatten(2)
+
+
+def _with_previous(rows: Tensor, chunk: int) -> Tensor:
+    """[batch, heads, text, head_dim] -> [batch, heads, chunks, 2 chunk, head_dim]: each chunk after the one before."""
+    own = rows.unflatten(2, (-1, chunk))
+    return torch.cat((F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), own), 3)
+
+
+def _after_attention(layer: DecoderLayer, name: str, x: Tensor, mixed: Tensor) -> Tensor:
+    expert = _expert(layer, name)
+    x = x + expert.dense(mixed)
+    normed = unit_rms(x, layer.mlp_norm)
+    gate, up = F.linear(normed, expert.gate_up.weight * _gain(layer.mlp_norm)).chunk(2, -1)
+    return x + expert.down(F.silu(gate) * up)
+
+
+def _expert(layer: DecoderLayer, name: str) -> Expert:
+    expert: Expert = layer.get_submodule(name)  # type: ignore[assignment]
+    return expert
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    assert isinstance(norm, RmsNorm)
+    return norm.weight
+
+
+def unit_rms(x: Tensor, norm: nn.Module) -> Tensor:
+    """x / sqrt(mean(x^2) + eps): an RmsNorm without its gain, which belongs into the next weight."""
+    assert isinstance(norm, RmsNorm)
+    result: Tensor = _UnitRms.apply(x, norm.eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _UnitRms(torch.autograd.Function):
+    """Fewer passes over memory than the operators it is made of: on a CPU they cost more than the matrix products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
+        unit = x * scale
+        ctx.save_for_backward(unit, scale)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        unit, scale = ctx.saved_tensors
+        along = (grad * unit).mean(-1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).mul_(scale), None

@@ -1,0 +1,171 @@
+"""The optimizer: all parameters in one flat buffer, matrices updated by Muon, the rest by AdamW.
+
+One buffer makes the exchange between workers, the clipping and the moving average one operation each, and the whole
+state three tensors. Muon: K. Jordan et al. 2024 (momentum, made orthogonal by Newton-Schulz iterations); its step is
+scaled to the size of an AdamW step as in Moonlight (arXiv 2502.16982), so that both share a learning rate.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+RMS_OF_ADAM = 0.2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter's place in the flat buffer and how it is updated.
+
+    lr_scale multiplies the learning rate; blocks > 0: a matrix that is so many matrices one above the other, for Muon.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    lr_scale: float
+    decays: bool
+    blocks: int
+
+    @property
+    def stop(self) -> int:
+        """The first place after it."""
+        return self.start + torch.Size(self.shape).numel()
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Of each of the matrices it is made of."""
+        return (self.shape[0] // self.blocks, self.shape[1]) if self.blocks else (0, 0)
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Its values in a flat buffer."""
+        return flat[self.start : self.stop].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Constants of the update."""
+
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    momentum: float = 0.95
+    clip: float = 1.0
+
+
+class FlatOptimizer:
+    """Owns the parameters of `module` and their gradients as flat buffers; `step` updates them in place.
+
+    roles: for each parameter name its (lr_scale, decays, blocks), see Member.
+    """
+
+    def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], hyper: Hyper) -> None:
+        self.hyper = hyper
+        parameters = dict(module.named_parameters())
+        self.members: list[Member] = []
+        loose = [Member(name, 0, tuple(value.shape), *roles[name]) for name, value in parameters.items()]
+        for member in sorted(loose, key=lambda member: member.block_shape):
+            start = self.members[-1].stop if self.members else 0
+            self.members.append(replace(member, start=start))
+        device, total = next(module.parameters()).device, self.members[-1].stop
+        self.values = torch.empty(total, device=device)
+        self.grads = torch.zeros(total, device=device)
+        self.first = torch.zeros(total, device=device)  # Adam's mean gradient, Muon's momentum
+        self.adam_total = next((member.start for member in self.members if member.blocks), total)
+        self.second = torch.zeros(self.adam_total, device=device)
+        self.num_steps = 0
+        for member in self.members:
+            parameter = parameters[member.name]
+            member.view(self.values).copy_(parameter.data)
+            parameter.data = member.view(self.values)
+            parameter.grad = member.view(self.grads)
+        self._slabs = _slabs(self.members, device)
+        self._lr_scale = torch.ones(self.adam_total, device=device)
+        self._decay = torch.zeros(self.adam_total, device=device)
+        for member in self.members:
+            if not member.blocks:
+                self._lr_scale[member.start : member.stop] = member.lr_scale
+                self._decay[member.start : member.stop] = hyper.weight_decay * float(member.decays)
+
+    def state(self) -> dict[str, Any]:
+        """What load_state needs to go on exactly here; the tensors are the optimizer's own."""
+        return {"values": self.values, "first": self.first, "second": self.second, "num_steps": self.num_steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over the parameters and moments of an optimizer over the same parameters."""
+        for name in ("values", "first", "second"):
+            getattr(self, name).copy_(state[name])
+        self.num_steps = state["num_steps"]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the parameters from the gradients, and zero those."""
+        norm = torch.linalg.vector_norm(self.grads)
+        self.grads.mul_((self.hyper.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.num_steps += 1
+        self._adam(lr)
+        self._muon(lr)
+        self.grads.zero_()
+
+    def _adam(self, lr: float) -> None:
+        hyper, part = self.hyper, slice(0, self.adam_total)
+        grads, values, first = self.grads[part], self.values[part], self.first[part]
+        first.lerp_(grads, 1 - hyper.beta1)
+        self.second.lerp_(grads.square(), 1 - hyper.beta2)
+        bias1, bias2 = 1 - hyper.beta1**self.num_steps, 1 - hyper.beta2**self.num_steps
+        update = first / ((self.second / bias2).sqrt_().add_(hyper.eps)).mul_(bias1)
+        update.addcmul_(self._decay, values).mul_(self._lr_scale)
+        values.sub_(update, alpha=lr)
+
+    def _muon(self, lr: float) -> None:
+        part = slice(self.adam_total, None)
+        grads, first = self.grads[part], self.first[part]
+        first.lerp_(grads, 1 - self.hyper.momentum)
+        grads.lerp_(first, self.hyper.momentum)  # Nesterov
+        for slab in self._slabs:
+            values = slab.view(self.values)
+            directions = orthogonal(slab.view(self.grads)).float()
+            values.mul_(1 - lr * self.hyper.weight_decay * slab.lr_scale)
+            values.addcmul_(directions, slab.lr_scale, value=-lr * RMS_OF_ADAM * max(slab.shape) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Matrices of one shape [rows, columns] that stand one after the other in the flat buffer; lr_scale [n, 1, 1]."""
+
+    start: int
+    stop: int
+    shape: tuple[int, int]
+    lr_scale: Tensor
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Its matrices [n, rows, columns] in a flat buffer."""
+        return flat[self.start : self.stop].view(-1, *self.shape)
+
+
+def _slabs(members: list[Member], device: torch.device) -> list[Slab]:
+    slabs = []
+    matrices = [member for member in members if member.blocks]
+    for shape, group in itertools.groupby(matrices, lambda member: member.block_shape):
+        same = list(group)
+        scales = [member.lr_scale for member in same for _ in range(member.blocks)]
+        slabs.append(Slab(same[0].start, same[-1].stop, shape, torch.tensor(scales, device=device)[:, None, None]))
+    return slabs
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Roughly the nearest matrices with orthonormal rows or columns; [n, rows, columns], in bfloat16."""
+    if matrices.shape[1] < matrices.shape[2]:
+        return orthogonal(matrices.transpose(1, 2)).transpose(1, 2)
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x.transpose(1, 2) @ x
+        x = a * x + x @ (b * gram + c * (gram @ gram))
+    return x

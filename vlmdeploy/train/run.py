@@ -1,0 +1,218 @@
+"""One training run from a recipe to a checkpoint folder in Hugging Face layout: check, continue or start, publish.
+
+The folder appears whole or not at all; an unfinished run lies in OUT.partial and goes on when started again.
+"""
+
+import json
+import logging
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vlmdeploy
+from vlmdeploy.artifact import check_output, staged_folder
+from vlmdeploy.errors import TrainingError
+from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.model.weights import save_checkpoint
+from vlmdeploy.train.config import TrainConfig, load_config
+from vlmdeploy.train.loop import train
+from vlmdeploy.train.source import Source, load_source
+from vlmdeploy.train.stages import build_optimizer
+from vlmdeploy.train.state import (
+    RECIPE,
+    STATUS,
+    Status,
+    load_optimizer,
+    load_place,
+    locked,
+    open_partial,
+    partial_folder,
+    read_status,
+)
+from vlmdeploy.train.trainee import Trainee
+from vlmdeploy.train.workers import run_workers, uses_bfloat16
+
+RECORD = "training.json"
+LOG_EVERY_S = 60.0
+
+ReportProgress = Callable[[str, int, int], None]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run took; losses are smoothed ones of the last step. message says it in a line."""
+
+    message: str
+    cpu_minutes: float
+    wall_minutes: float
+    images: int
+    losses: dict[str, float]
+
+
+def run(config_path: Path, out: Path, force: bool, progress: ReportProgress) -> Result:
+    """Train as the recipe says, or continue where a killed run with the same recipe was, and write `out`.
+
+    A finished `out` of the same recipe is left as it is. Raises ConfigError, TrainingError and ExportError.
+    """
+    config = load_config(config_path)
+    record = read_record(out)
+    if record and not force and record["recipe"] == config.values:
+        return _result(record, "trained already with this recipe")
+    check_output(out, force, is_ours)
+    source = load_source(config.data_path, config.recipe.data_class)
+    folder = partial_folder(out.absolute())
+    with locked(folder), _lines_on_stderr():
+        if force and _is_of_another_recipe(folder, config):
+            _clear(folder)
+        open_partial(folder, config.values)
+        watch = Watch(folder, progress)
+        run_workers(train, (config.path, folder), config.recipe.workers, watch)
+        record = build_record(config, read_status(folder))
+        with staged_folder(out, force, is_ours) as staging:
+            write_checkpoint(config, trained_model(config, source, folder), record, staging)
+        shutil.rmtree(folder)
+    return _result(record, "trained")
+
+
+class Watch:
+    """Called often while the workers run: shows their status as a progress bar, and as a log line each minute."""
+
+    def __init__(self, folder: Path, progress: ReportProgress) -> None:
+        self._folder, self._progress = folder, progress
+        self._last, self._last_s = read_status(folder), time.monotonic()
+
+    def __call__(self) -> None:
+        status = read_status(self._folder)
+        self._progress(_headline(status), status.images, status.stage_images)
+        if time.monotonic() - self._last_s >= LOG_EVERY_S:
+            log.info("%s", _line(status, self._last))
+            self._last, self._last_s = status, time.monotonic()
+
+
+def _headline(status: Status) -> str:
+    language, dense = status.losses.get("language", 0.0), status.losses.get("dense", 0.0)
+    return f"{status.stage} loss {language:.3f} dense {dense:.3f} CPU {status.cpu_s / 60:.1f} min"
+
+
+def _line(status: Status, last: Status) -> str:
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in status.losses.items())
+    rate = (status.all_images - last.all_images) / max(status.cpu_s - last.cpu_s, 1e-3)
+    return (
+        f"{status.stage}: {status.images} of {status.stage_images} images, {losses}, lr {status.lr:.2e}, "
+        f"{status.cpu_s / 60:.1f} CPU minutes, {status.wall_s / 60:.1f} minutes, {rate:.0f} images per CPU second"
+    )
+
+
+@contextmanager
+def _lines_on_stderr() -> Iterator[None]:
+    """Log lines where no progress bar can be seen."""
+    if sys.stderr.isatty():
+        yield
+        return
+    handler, level = logging.StreamHandler(), log.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """training.json of a finished run, or nothing."""
+    path = out / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and "recipe" in record else {}
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a folder was written by a training run."""
+    return bool(read_record(out))
+
+
+def _is_of_another_recipe(folder: Path, config: TrainConfig) -> bool:
+    try:
+        open_partial(folder, config.values)
+    except TrainingError:
+        return True
+    return False
+
+
+def _clear(folder: Path) -> None:
+    """Forget an unfinished run of ours."""
+    if (folder / RECIPE).is_file():
+        for name in (STATUS, "state.pt", RECIPE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def trained_model(config: TrainConfig, source: Source, folder: Path) -> VisionLanguageModel:
+    """The model that the workers left behind."""
+    trainee = Trainee(config.spec, source, config.recipe.seed)
+    stage = config.recipe.stages[load_place(folder).stage]
+    load_optimizer(folder, build_optimizer(trainee, stage, config.recipe.optimizer))
+    return trainee.model
+
+
+def write_checkpoint(
+    config: TrainConfig, model: VisionLanguageModel, record: dict[str, Any], folder: Path
+) -> None:
+    """Weights in bfloat16, configs, tokenizer and the record, into an existing folder."""
+    save_checkpoint(model, {**config.recipe.model, "torch_dtype": "bfloat16"}, folder, torch.bfloat16)
+    tokens = config.spec.tokens
+    stops = list(tokens.stop_ids)
+    generation = {
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": tokens.pad_id,
+        "do_sample": False,
+    }
+    for name, content in (("generation_config.json", generation), (RECORD, record)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(config.tokenizer_path, folder / "tokenizer.json")
+
+
+def build_record(config: TrainConfig, status: Status) -> dict[str, Any]:
+    """What is stored beside the weights: the recipe, and what the run took on which machine."""
+    return {
+        "recipe": config.values,
+        "cpu_minutes": round(status.cpu_s / 60, 2),
+        "wall_minutes": round(status.wall_s / 60, 2),
+        "images": status.all_images,
+        "losses": {name: round(value, 5) for name, value in status.losses.items()},
+        "bfloat16": uses_bfloat16(config.recipe.dtype),
+        "processor": _processor(),
+        "versions": {
+            "vlmdeploy": vlmdeploy.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _result(record: dict[str, Any], what: str) -> Result:
+    took = {name: record[name] for name in ("cpu_minutes", "wall_minutes", "images", "losses")}
+    message = f"{what}: {took['images']} images in {took['cpu_minutes']} CPU minutes ({took['wall_minutes']} minutes)"
+    return Result(message, **took)

@@ -1,0 +1,77 @@
+"""What a recipe's data class offers: endless labelled pictures with dialogues about them.
+
+The class lives in a Python file beside the recipe, so this package knows nothing of what is in the pictures.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.errors import TrainingError
+from vlmdeploy.runtime.chat import Turn
+
+Dialogue = Sequence[Turn]
+"""Turns about one picture, all answered; the answer to learn is the last."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A classification that vision features are trained for, beside the language.
+
+    loss_weight: in the sum of the losses; class_weights: of each class, all 1 if empty.
+    """
+
+    num_classes: int
+    loss_weight: float
+    class_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Pictures and what is known about them.
+
+    pixels uint8 [batch, S, S, 3]. patch_labels int64 [batch, patches, kinds] and image_labels int64 [batch, kinds]: one
+    column for each Labels of the source, -1 where there is nothing to learn. patch_boxes float32 [batch, patches, 4]:
+    x0, y0, x1, y1 of what covers the patch, in 0..1 of the side; all 0 where nothing does. dialogues: for each picture
+    as many as are wanted, those that no longer fit into a row are left out; empty in stages without language.
+    """
+
+    pixels: NDArray[np.uint8]
+    patch_labels: NDArray[np.int64]
+    patch_boxes: NDArray[np.float32]
+    image_labels: NDArray[np.int64]
+    dialogues: Sequence[Sequence[Dialogue]]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """The data class: built without arguments, without state between draws.
+
+    patch_labels, image_labels: what the columns of a batch's labels are; box_weight: of the boxes' loss.
+    """
+
+    patch_labels: tuple[Labels, ...]
+    image_labels: tuple[Labels, ...]
+    box_weight: float
+
+    def draw(self, stage: str, count: int, progress: float, rng: np.random.Generator) -> ImageBatch:
+        """`count` pictures for the stage of that name, of which the share `progress` is over."""
+
+
+def load_source(path: Path, class_name: str) -> Source:
+    """Build the data class in a Python file; other modules beside that file can be imported by it."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = import_module(path.stem)
+    if not hasattr(module, class_name):
+        raise TrainingError(f'{path}: has no class "{class_name}"')
+    source = getattr(module, class_name)()
+    if not isinstance(source, Source):
+        raise TrainingError(f"{path}: {class_name} lacks a member of the protocol in vlmdeploy/train/source.py")
+    return source

@@ -1,0 +1,138 @@
+"""The folder OUT.partial: what a killed run needs to go on, and what it shows meanwhile.
+
+state.pt holds the optimizer's buffers and the place in the schedule, written by the first worker every few minutes;
+status.json the time used and the losses, renewed every few seconds; recipe.json the values of the recipe.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from vlmdeploy.errors import TrainingError
+from vlmdeploy.train.config import first_difference
+from vlmdeploy.train.optimizer import FlatOptimizer
+
+STATE, STATUS, RECIPE, LOCK = "state.pt", "status.json", "recipe.json", "lock"
+
+
+@dataclass
+class Place:
+    """Where a run is: the stage's number, steps done in it, CPU seconds used and images seen before it began; the
+    weights' moving average (like FlatOptimizer.values; empty: none), smoothed losses (language, dense, accuracy)."""
+
+    stage: int = 0
+    step: int = 0
+    cpu_s_before: float = 0.0
+    images_before: int = 0
+    average: Tensor = field(default_factory=lambda: torch.empty(0))
+    losses: Tensor = field(default_factory=lambda: torch.zeros(3))
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run shows. Times are of all workers and all attempts; images of this stage and of all of them."""
+
+    stage: str = ""
+    images: int = 0
+    stage_images: int = 0
+    all_images: int = 0
+    lr: float = 0.0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the state of an unfinished run lies."""
+    return out.with_name(out.name + ".partial")
+
+
+def open_partial(folder: Path, values: dict[str, Any]) -> None:
+    """Make the folder, or check that it belongs to a run of the same recipe; else TrainingError names the key."""
+    recipe = folder / RECIPE
+    if recipe.is_file():
+        difference = first_difference(values, json.loads(recipe.read_text(encoding="utf-8")))
+        if difference:
+            key, ours, theirs = difference
+            raise TrainingError(
+                f'{folder}: holds an unfinished run of another recipe: "{key}" is {theirs!r} there and {ours!r} now; '
+                "continue with the old recipe, or start anew with --force"
+            )
+        return
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise TrainingError(f"{folder}: exists and holds no {RECIPE}: not an unfinished run; move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(recipe, json.dumps(values, indent=1))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run of the same output out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(f"{folder}: another run is writing it") from error
+        yield
+
+
+def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
+    """Replace state.pt in one step; it is on the disk when this returns."""
+    content = {**vars(place), **optimizer.state()}
+    _write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
+
+
+def load_place(folder: Path) -> Place:
+    """Where to go on; the start if there is no state."""
+    content = _read_state(folder)
+    return Place(**{name: content[name] for name in vars(Place())}) if content else Place()
+
+
+def load_optimizer(folder: Path, optimizer: FlatOptimizer) -> None:
+    """Fill the optimizer of the stage that the state belongs to."""
+    optimizer.load_state(_read_state(folder))
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # whatever unpickling stumbles over
+        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start anew") from error
+    return content
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replace status.json in one step."""
+    _write_text(folder / STATUS, json.dumps(asdict(status)), sync=False)
+
+
+def read_status(folder: Path) -> Status:
+    """The last status; all zero before the first."""
+    path = folder / STATUS
+    return Status(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Status()
+
+
+def _write_text(path: Path, text: str, sync: bool = True) -> None:
+    _write_file(path, lambda file: file.write(text.encode()), sync)
+
+
+def _write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool) -> None:
+    aside = path.with_name(path.name + ".new")
+    with aside.open("wb") as file:
+        write(file)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,107 @@
+"""Worker processes of one thread each that train the same weights: gradients are averaged after every step.
+
+On a CPU this is as fast as one process with many threads, and several times faster where other programs run. The first
+worker that fails or dies ends all of them; none outlives the process that started them.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+from vlmdeploy.errors import TrainingError
+
+LOCALHOST = "127.0.0.1"
+POLL_S = 0.5
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+class Exchange:
+    """What workers tell each other; a worker alone tells itself."""
+
+    def __init__(self, worker: int, num_workers: int) -> None:
+        self.worker, self._num_workers = worker, num_workers
+
+    def average(self, values: Tensor) -> None:
+        """Replace values, in place, by their mean over the workers."""
+        if self._num_workers > 1:
+            distributed.all_reduce(values)
+            values.div_(self._num_workers)
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all workers since they started, the same number in each."""
+        used = torch.tensor(time.process_time(), dtype=torch.float64)
+        if self._num_workers > 1:
+            distributed.all_reduce(used)
+        return float(used)
+
+
+def run_workers(
+    work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, watch: Callable[[], None]
+) -> None:
+    """Call work(exchange, *arguments) in new processes and `watch` twice a second until all have returned.
+
+    Raises TrainingError if one of them fails or dies. `work` and its arguments must be picklable.
+    """
+    store = distributed.TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
+    started = (work, arguments, num_workers, store.port)
+    with _environment(ONE_THREAD):
+        context = multiprocessing.start_processes(_enter, started, num_workers, join=False, start_method="spawn")
+    try:
+        while not context.join(timeout=POLL_S):
+            watch()
+    except multiprocessing.ProcessRaisedException as error:
+        raise TrainingError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+    except multiprocessing.ProcessExitedException as error:
+        raise TrainingError(f"a worker died ({error}); the same command continues from the last state") from error
+    finally:
+        _end(context.processes)
+    watch()
+
+
+def _enter(worker: int, work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, port: int) -> None:
+    """The whole life of a worker. Ctrl-C, and the end of its parent, end it at once, even inside an exchange."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    if num_workers > 1:
+        store = distributed.TCPStore(LOCALHOST, port, None, is_master=False, timeout=timedelta(minutes=5))
+        distributed.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
+    work(Exchange(worker, num_workers), *arguments)
+    if num_workers > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _end(processes: list[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while: new processes inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def uses_bfloat16(dtype: str) -> bool:
+    """Whether matrix products run in bfloat16: "auto" does where the processor has instructions for it."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text(encoding="utf-8").split() if flags.is_file() else []
+    return "avx512_bf16" in known or "amx_bf16" in known
