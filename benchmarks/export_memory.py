@@ -72,9 +72,12 @@ def random_tensor(source: Source, generator: torch.Generator) -> torch.Tensor:
     """Norms near one, rotary frequencies as they are, everything else small and normal."""
     if source.name.endswith("inv_freq"):
         width = 2 * source.shape[0]
-        return (10000.0 ** -(torch.arange(0, width, 2) / width)).to(torch.bfloat16)
-    values = torch.randn(source.shape, generator=generator, dtype=torch.float32) / max(1, source.shape[-1]) ** 0.5
-    return (1 + values if "norm" in source.name and source.name.endswith("weight") else values).to(torch.bfloat16)
+        exponents = torch.arange(0, width, 2) / width
+        return torch.pow(10000.0, -exponents).to(torch.bfloat16)
+    values: torch.Tensor = torch.randn(source.shape, generator=generator) / max(1, source.shape[-1]) ** 0.5
+    if "norm" in source.name and source.name.endswith("weight"):
+        values += 1
+    return values.to(torch.bfloat16)
 
 
 def largest_sizes(family: str, config: Config) -> tuple[int, int, int]:

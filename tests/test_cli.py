@@ -4,7 +4,10 @@ no torch. Results go to stdout, everything else to stderr; an error is one line.
 
 import base64
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,22 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_process("-m", "vlmdeploy", "--debug", "verify", tmp_path / "nowhere")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and "vlmdeploy.errors.BundleError: " in done.stderr
+
+
+def test_ctrl_c_is_told_as_such_whatever_a_library_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch once answered Ctrl-C with "could not determine the shape", and onnxruntime seemed not to be installed."""
+
+    def compiled_code(*arguments: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object") from None
+
+    monkeypatch.setattr("vlmdeploy.runtime.replay.replay", compiled_code)
+    before = signal.getsignal(signal.SIGINT)
+    assert only_error_line(run_cli("verify", "bundle")) == "Error: interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_missing_toolchain_says_what_to_install(ckpt: Path, tmp_path: Path) -> None:

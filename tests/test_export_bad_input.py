@@ -35,6 +35,7 @@ from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError
 
 DOWN = "model.layers.1.mlp.language_mlp.down_proj.weight"
+INTERRUPTED = "Error: interrupted\n"
 QUESTION = [{"role": "user", "content": "What?"}]
 
 
@@ -309,7 +310,9 @@ def test_stopped_export_leaves_a_whole_bundle(
     status, stderr = stop_at_a_random_moment(ckpt, bundle, sent, random.Random(seed).uniform(0, 0.4))
     assert_old_or_new(bundle, old, new)
     if sent is signal.SIGINT:
-        assert (status, stderr) in ((1, "Error: interrupted\n"), (0, ""))
+        assert (status, stderr) in [(1, INTERRUPTED), (-signal.SIGINT, INTERRUPTED), (0, "")], (
+            "Python itself ends by the signal when the exception had passed through certain compiled code"
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     export(ckpt, bundle, "ort-int4", force=True)
     assert content_of(bundle) == new

@@ -1,10 +1,14 @@
 """The command line: each command parses, calls one function and prints its result. Heavy imports stay inside commands,
 so that `--help` and `run` work where torch is not installed."""
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -25,21 +29,48 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command."""
-        try:
-            return super().invoke(context)
-        except VlmdeployError as error:
-            if context.params.get("debug"):
-                raise
-            print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
-            context.exit(1)
-        except (KeyboardInterrupt, click.Abort):
-            print("Error: interrupted", file=sys.stderr)
-            context.exit(1)
-        except ModuleNotFoundError as error:
-            if context.params.get("debug") or error.name is None or error.name.startswith("vlmdeploy"):
-                raise
-            print(f'Error: {error.name} is not installed: pip install "vlmdeploy[cpu,toolchain]"', file=sys.stderr)
-            context.exit(1)
+        with noted_interrupts() as interrupts:
+            try:
+                return super().invoke(context)
+            except (Exception, KeyboardInterrupt) as error:
+                is_interrupt = bool(interrupts) or isinstance(error, (KeyboardInterrupt, click.Abort))
+                line = "interrupted" if is_interrupt else error_line(error)
+                if line is None or (context.params.get("debug") and not is_interrupt):
+                    raise
+                print(f"Error: {line}", file=sys.stderr)
+                context.exit(1)
+
+
+def error_line(error: BaseException) -> str | None:
+    """What to tell about an error that the user can solve; None for click's own errors and for bugs of ours."""
+    if isinstance(error, VlmdeployError):
+        return " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlmdeploy"):
+        return f'{error.name} is not installed: pip install "vlmdeploy[cpu,toolchain]"'
+    return None
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C is noted in the list and raises KeyboardInterrupt as usual.
+
+    Compiled libraries turn that exception into senseless errors of their own; the list tells what really happened.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not (is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield noted  # somebody else decides what Ctrl-C does, or nobody listens to it
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

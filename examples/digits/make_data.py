@@ -2,7 +2,7 @@
 
     python examples/digits/make_data.py --split train|calib|test --count N --out DIR
 
-The same arguments give the same folder. Scenes come from scenes.py, questions from questions.py; this file only stores them.
+The same arguments give the same folder. Scenes and questions come from scenes.py and questions.py.
 """
 
 import argparse

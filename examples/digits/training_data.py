@@ -1,4 +1,4 @@
-"""What train.toml trains on: digit scenes drawn on the fly, with labels for patches and pictures and with dialogues.
+"""What train.toml trains on: digit scenes drawn on the fly, with the digit that covers each patch and with dialogues.
 
 Stage "patches" gets mostly grids of many digits: much supervision for the vision encoder in every picture.
 """
@@ -10,8 +10,6 @@ from questions import Question, questions  # type: ignore[import-not-found,unuse
 from scenes import (  # type: ignore[import-not-found,unused-ignore]
     BACKGROUND,
     DigitScenes,
-    Int,
-    PatchTargets,
     Rng,
     Scene,
     SceneBatch,
@@ -19,12 +17,11 @@ from scenes import (  # type: ignore[import-not-found,unused-ignore]
 )
 
 from vlmdeploy.runtime.chat import Turn
-from vlmdeploy.train.source import Dialogue, ImageBatch, Labels
+from vlmdeploy.train.source import Dialogue, ImageBatch
 
 PATCH_PX = 8
 GRID_SHARE = 0.7
 TWO_TURN_SHARE = 0.05
-MAX_DIGITS = 9
 EARLY_MIX: Mapping[str, float] = {
     "which": 1, "how_many": 0.5, "largest": 0.7, "sum": 1, "left_right": 1.3, "is_there": 0.5, "outermost": 0.5,
     "rec": 2, "reg": 1, "caption": 0.5,
@@ -37,15 +34,9 @@ LATE_MIX: Mapping[str, float] = {
 
 
 class DigitTraining:
-    """The source of train.toml (see vlmdeploy/train/source.py).
+    """The source of train.toml (see vlmdeploy/train/source.py)."""
 
-    Patches learn which digit covers them, whether its centre lies in them and its place from the left; pictures, how
-    many digits there are, their sum and the largest.
-    """
-
-    patch_labels = (Labels(BACKGROUND + 1, 1.0), Labels(2, 0.5, (1.0, 5.0)), Labels(MAX_DIGITS, 0.3))
-    image_labels = (Labels(MAX_DIGITS + 1, 0.1), Labels(9 * MAX_DIGITS + 1, 0.1), Labels(10, 0.1))
-    box_weight = 3.0
+    num_patch_classes = BACKGROUND + 1
 
     def __init__(self) -> None:
         self._scenes = DigitScenes("train")
@@ -77,28 +68,6 @@ def _turn(question: Question) -> Turn:
 
 
 def _labelled(batch: SceneBatch, dialogues: Sequence[Sequence[Dialogue]]) -> ImageBatch:
-    targets, used = patch_targets(batch, PATCH_PX), batch.digits >= 0
-    values = np.where(used, batch.digits, 0)
-    return ImageBatch(
-        pixels=batch.pixels,
-        patch_labels=np.stack((targets.classes, _centres(batch), _places(batch, targets)), -1),
-        patch_boxes=(targets.boxes / batch.pixels.shape[1]).astype(np.float32),
-        image_labels=np.stack((batch.counts, values.sum(1), values.max(1)), -1),
-        dialogues=dialogues,
-    )
-
-
-def _centres(batch: SceneBatch) -> Int:
-    """1 for the patches that hold the centre of a digit's box, [batch, patches]."""
-    grid, used = batch.pixels.shape[1] // PATCH_PX, batch.digits >= 0
-    cells = (batch.boxes[..., :2] + batch.boxes[..., 2:]) // 2 // PATCH_PX  # [batch, slots, 2] (x, y)
-    centres = np.zeros((len(used), grid, grid), np.int64)
-    centres[np.nonzero(used)[0], cells[used][:, 1], cells[used][:, 0]] = 1
-    return centres.reshape(len(used), -1)
-
-
-def _places(batch: SceneBatch, targets: PatchTargets) -> Int:
-    """The covering digit's place from the left, [batch, patches]; -1 on background."""
-    is_same = (targets.boxes[:, :, None] == batch.boxes[:, None]).all(-1) & (batch.digits >= 0)[:, None]
-    places: Int = np.where(is_same.any(-1), is_same.argmax(-1), -1)
-    return places
+    targets = patch_targets(batch, PATCH_PX)
+    boxes = (targets.boxes / batch.pixels.shape[1]).astype(np.float32)
+    return ImageBatch(batch.pixels, targets.classes, boxes, dialogues)

@@ -24,12 +24,11 @@ CACHED_TEXTS = 10_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one step: images float32 [batch, 3, S, S] and labels as in ImageBatch; text None without dialogues."""
+    """Tensors of one step: images float32 [batch, 3, S, S], the rest as in ImageBatch; text None for vision alone."""
 
     images: Tensor
-    patch_labels: Tensor
+    patch_classes: Tensor
     patch_boxes: Tensor
-    image_labels: Tensor
     text: TextRows | None
 
 
@@ -49,17 +48,22 @@ class BatchMaker:
         drawn = self._source.draw(stage.name, stage.batch_images // self._recipe.workers, progress, rng)
         return Batch(
             images=normalized(torch.from_numpy(drawn.pixels), self._spec.image),
-            patch_labels=torch.from_numpy(drawn.patch_labels),
+            patch_classes=torch.from_numpy(drawn.patch_classes),
             patch_boxes=torch.from_numpy(drawn.patch_boxes),
-            image_labels=torch.from_numpy(drawn.image_labels),
             text=self._text_rows(drawn.dialogues) if stage.trains == "all" else None,
         )
 
     def _text_rows(self, dialogues: Sequence[Sequence[Dialogue]]) -> TextRows:
         pairs = [[self._pair(dialogue) for dialogue in of_image] for of_image in dialogues]
         rows = pack_rows(pairs, self._recipe.text.row_tokens, TEXT_POSITION)
-        tensors = map(torch.from_numpy, (rows.ids, rows.positions, rows.pairs, rows.targets, rows.weights))
-        return TextRows(*tensors, chunk_tokens=self._recipe.text.chunk_tokens)
+        return TextRows(
+            ids=torch.from_numpy(rows.ids),
+            positions=torch.from_numpy(rows.positions),
+            pairs=torch.from_numpy(rows.pairs),
+            targets=torch.from_numpy(rows.targets),
+            weights=torch.from_numpy(rows.weights),
+            chunk_tokens=self._recipe.text.chunk_tokens,
+        )
 
     def _pair(self, dialogue: Dialogue) -> Pair:
         """The last turn, with as much of the history as a chunk holds."""
@@ -71,7 +75,9 @@ class BatchMaker:
             pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], weights)
             if len(pair.ids) <= text.chunk_tokens:
                 return pair
-        raise TrainingError(f"{prompt!r} and its answer are {len(pair.ids)} tokens; chunk_tokens is {text.chunk_tokens}")
+        raise TrainingError(
+            f"{prompt!r} and its answer are {len(pair.ids)} tokens; chunk_tokens is {text.chunk_tokens}"
+        )
 
     def _prompt(self, turns: Sequence[Turn]) -> str:
         (prompt,) = render(turns, self._template)

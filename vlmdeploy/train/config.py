@@ -15,9 +15,8 @@ from vlmdeploy.families.spec import Config, ModelSpec
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Constants of the update; matrices: what updates them, everything else is AdamW's."""
+    """Constants of the update: Muon's for matrices, AdamW's for everything else."""
 
-    matrices: Literal["muon", "adamw"]
     weight_decay: float
     beta1: float
     beta2: float

@@ -24,7 +24,7 @@ def train(exchange: Exchange, config_path: Path, folder: Path) -> None:
     """Go through the stages of a recipe, from wherever the state in the folder is."""
     config = load_config(config_path)
     source = load_source(config.data_path, config.recipe.data_class)
-    trainee = Trainee(config.spec, source, config.recipe.seed)
+    trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
     batches = BatchMaker(config, source, exchange.worker)
     clock = Clock(exchange, read_status(folder))
     place = load_place(folder)
@@ -56,10 +56,14 @@ class Clock:
 class StageRun:
     """One stage: draw, forward, backward, average, step, until the stage is over."""
 
-    def __init__(
-        self, config: TrainConfig, trainee: Trainee, batches: BatchMaker, clock: Clock, folder: Path
-    ) -> None:
-        self.recipe, self.trainee, self.batches, self.clock, self.folder = config.recipe, trainee, batches, clock, folder
+    def __init__(self, config: TrainConfig, trainee: Trainee, batches: BatchMaker, clock: Clock, folder: Path) -> None:
+        self.recipe, self.trainee, self.batches, self.clock, self.folder = (
+            config.recipe,
+            trainee,
+            batches,
+            clock,
+            folder,
+        )
         self.bfloat16 = uses_bfloat16(config.recipe.dtype)
         self.is_first_worker = clock.exchange.worker == 0
         self.last_saved = time.monotonic()

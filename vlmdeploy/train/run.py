@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Watch:
         self._last, self._last_s = read_status(folder), time.monotonic()
 
     def __call__(self) -> None:
+        """Look at the status once."""
         status = read_status(self._folder)
         self._progress(_headline(status), status.images, status.stage_images)
         if time.monotonic() - self._last_s >= LOG_EVERY_S:
@@ -162,15 +163,13 @@ def _clear(folder: Path) -> None:
 
 def trained_model(config: TrainConfig, source: Source, folder: Path) -> VisionLanguageModel:
     """The model that the workers left behind."""
-    trainee = Trainee(config.spec, source, config.recipe.seed)
+    trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
     stage = config.recipe.stages[load_place(folder).stage]
     load_optimizer(folder, build_optimizer(trainee, stage, config.recipe.optimizer))
     return trainee.model
 
 
-def write_checkpoint(
-    config: TrainConfig, model: VisionLanguageModel, record: dict[str, Any], folder: Path
-) -> None:
+def write_checkpoint(config: TrainConfig, model: VisionLanguageModel, record: dict[str, Any], folder: Path) -> None:
     """Weights in bfloat16, configs, tokenizer and the record, into an existing folder."""
     save_checkpoint(model, {**config.recipe.model, "torch_dtype": "bfloat16"}, folder, torch.bfloat16)
     tokens = config.spec.tokens

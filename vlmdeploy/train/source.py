@@ -21,44 +21,25 @@ Dialogue = Sequence[Turn]
 
 
 @dataclass(frozen=True)
-class Labels:
-    """A classification that vision features are trained for, beside the language.
-
-    loss_weight: in the sum of the losses; class_weights: of each class, all 1 if empty.
-    """
-
-    num_classes: int
-    loss_weight: float
-    class_weights: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class ImageBatch:
     """Pictures and what is known about them.
 
-    pixels uint8 [batch, S, S, 3]. patch_labels int64 [batch, patches, kinds] and image_labels int64 [batch, kinds]: one
-    column for each Labels of the source, -1 where there is nothing to learn. patch_boxes float32 [batch, patches, 4]:
-    x0, y0, x1, y1 of what covers the patch, in 0..1 of the side; all 0 where nothing does. dialogues: for each picture
-    as many as are wanted, those that no longer fit into a row are left out; empty in stages without language.
+    pixels uint8 [batch, S, S, 3]. patch_classes int64 [batch, patches]: what covers each patch; patch_boxes float32
+    [batch, patches, 4]: x0, y0, x1, y1 of it in 0..1 of the side, all 0 where nothing does. dialogues: for each picture
+    as many as are wanted, those that no longer fit into a row are left out; empty in stages for vision alone.
     """
 
     pixels: NDArray[np.uint8]
-    patch_labels: NDArray[np.int64]
+    patch_classes: NDArray[np.int64]
     patch_boxes: NDArray[np.float32]
-    image_labels: NDArray[np.int64]
     dialogues: Sequence[Sequence[Dialogue]]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """The data class: built without arguments, without state between draws.
+    """The data class: built without arguments, without state between draws."""
 
-    patch_labels, image_labels: what the columns of a batch's labels are; box_weight: of the boxes' loss.
-    """
-
-    patch_labels: tuple[Labels, ...]
-    image_labels: tuple[Labels, ...]
-    box_weight: float
+    num_patch_classes: int
 
     def draw(self, stage: str, count: int, progress: float, rng: np.random.Generator) -> ImageBatch:
         """`count` pictures for the stage of that name, of which the share `progress` is over."""

@@ -16,7 +16,7 @@ FREE_SHARE = 0.02  # of a stage's CPU budget: starting up may be slow without a 
 def build_optimizer(trainee: Trainee, stage: StageConfig, config: OptimizerConfig) -> FlatOptimizer:
     """A fresh optimizer over the parameters that the stage trains; they move into its buffer."""
     module = _trained_part(trainee, stage)
-    roles = {name: _role(name, tuple(value.shape), stage, config) for name, value in module.named_parameters()}
+    roles = {name: _role(name, tuple(value.shape), stage) for name, value in module.named_parameters()}
     hyper = Hyper(
         weight_decay=config.weight_decay,
         beta1=config.beta1,
@@ -34,20 +34,18 @@ def _trained_part(trainee: Trainee, stage: StageConfig) -> nn.Module:
     return nn.ModuleDict({"model": nn.ModuleDict({"vision": trainee.model.vision}), "head": trainee.head})
 
 
-def _role(
-    name: str, shape: tuple[int, ...], stage: StageConfig, config: OptimizerConfig
-) -> tuple[float, bool, int]:
+def _role(name: str, shape: tuple[int, ...], stage: StageConfig) -> tuple[float, bool, int]:
     """Learning rate scale, whether it decays, and of how many matrices it consists (0: not one for Muon)."""
     lr_scale = stage.vision_lr_scale if name.startswith(("model.vision.", "head.")) else 1.0
     decays = len(shape) >= 2 and not any(part in name for part in NOT_DECAYED)
-    if config.matrices == "adamw" or len(shape) != 2 or any(part in name for part in NOT_MATRICES):
+    if len(shape) != 2 or any(part in name for part in NOT_MATRICES):
         return lr_scale, decays, 0
     is_qkv = ".qkv." in name and shape[0] == 3 * shape[1]
     return lr_scale, decays, 3 if is_qkv else 2 if ".gate_up." in name else 1
 
 
 def progress_of(stage: StageConfig, images: int, cpu_s: float, budget_s: float) -> float:
-    """How much of the stage is over, 0 to 1 and beyond, by the images seen or by the CPU time it has used of its budget.
+    """How much of the stage is over, 0 to 1 and beyond, by the images seen or by the CPU time used of its budget.
 
     What is ahead counts, so on a slow machine the whole schedule gets shorter instead of being cut.
     """

@@ -1,4 +1,4 @@
-"""What is trained: the model with fresh weights, and a head for the labels of patches and pictures that is dropped
+"""What is trained: the model with fresh weights, and a head that says what is in each patch, which is dropped
 afterwards. The losses of a step are computed here."""
 
 import math
@@ -12,14 +12,14 @@ from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.train.batches import Batch
 from vlmdeploy.train.forward import TextRows, head_logits, patch_features, text_states
-from vlmdeploy.train.source import Labels, Source
 
+BOX_WEIGHT = 3.0  # in the patch losses
 BOX_BETA = 0.05  # errors below this share of the image side count squared
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars of one step; accuracy is that of the first patch label, where something covers the patch."""
+    """Scalars of one step; accuracy is that of the covered patches' classes."""
 
     total: Tensor
     language: Tensor
@@ -34,12 +34,12 @@ class Losses:
 class Trainee(nn.Module):
     """The model and its temporary head. The same seed gives the same weights."""
 
-    def __init__(self, spec: ModelSpec, source: Source, seed: int) -> None:
+    def __init__(self, spec: ModelSpec, num_patch_classes: int, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.model = VisionLanguageModel(spec)
         initialize(self.model)
-        self.head = DenseHead(spec.vision.width, source)
+        self.head = DenseHead(spec.vision.width, num_patch_classes)
 
     def losses(self, batch: Batch, dense_weight: float) -> Losses:
         """The losses of a batch; without texts the patch losses are all there is."""
@@ -60,26 +60,20 @@ def answer_loss(model: VisionLanguageModel, features: Tensor, text: TextRows) ->
 
 
 class DenseHead(nn.Module):
-    """Labels and boxes of patches from their features, labels of pictures from the mean of them."""
+    """What covers each patch, and its box, from the patch's features."""
 
-    def __init__(self, width: int, source: Source) -> None:
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.patch_kinds, self.image_kinds, self.box_weight = source.patch_labels, source.image_labels, source.box_weight
-        self.patch_norm, self.image_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.patch_out = nn.Linear(width, 4 + sum(kind.num_classes for kind in self.patch_kinds))
-        self.image_out = nn.Linear(width, sum(kind.num_classes for kind in self.image_kinds))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, num_classes + 4)
 
     def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The weighted sum of all losses, and the accuracy; features [batch, patches, width]."""
-        outputs = self.patch_out(self.patch_norm(features)).float()
-        boxes, patch_outputs = outputs[..., :4], outputs[..., 4:]
-        of_images = self.image_out(self.image_norm(features.float().mean(1))).float()
+        """The sum of both losses, and the accuracy; features [batch, patches, width]."""
+        logits, boxes = self.out(self.norm(features)).float().tensor_split((-4,), -1)
         covered = batch.patch_boxes[..., 2] > 0
-        loss = self.box_weight * _box_loss(boxes, batch.patch_boxes, covered)
-        loss = loss + _label_loss(patch_outputs, batch.patch_labels, self.patch_kinds)
-        loss = loss + _label_loss(of_images, batch.image_labels, self.image_kinds)
-        best = patch_outputs[..., : self.patch_kinds[0].num_classes].argmax(-1)
-        right = (best == batch.patch_labels[..., 0]) & covered
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.patch_classes.flatten())
+        loss = loss + BOX_WEIGHT * _box_loss(boxes, batch.patch_boxes, covered)
+        right = (logits.argmax(-1) == batch.patch_classes) & covered
         return loss, right.sum() / covered.sum().clamp(min=1)
 
 
@@ -87,17 +81,6 @@ def _box_loss(boxes: Tensor, targets: Tensor, covered: Tensor) -> Tensor:
     """Mean over the covered patches; boxes, targets [batch, patches, 4], covered bool [batch, patches]."""
     errors = F.smooth_l1_loss(boxes, targets, reduction="none", beta=BOX_BETA).sum(-1)
     return (errors * covered).sum() / covered.sum().clamp(min=1)
-
-
-def _label_loss(outputs: Tensor, targets: Tensor, kinds: tuple[Labels, ...]) -> Tensor:
-    """Weighted sum over the kinds; outputs [..., classes of all kinds], targets [..., kinds]."""
-    total = outputs.new_zeros(())
-    for index, logits in enumerate(outputs.split([kind.num_classes for kind in kinds], -1)):
-        wanted, weights = targets[..., index].flatten(), kinds[index].class_weights
-        weight = torch.tensor(weights) if weights else None
-        losses = F.cross_entropy(logits.flatten(0, -2), wanted, weight, reduction="none", ignore_index=-1)
-        total = total + kinds[index].loss_weight * losses.sum() / (wanted >= 0).sum().clamp(min=1)
-    return total
 
 
 def initialize(model: VisionLanguageModel) -> None:

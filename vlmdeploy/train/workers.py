@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not in the stub's list
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from vlmdeploy.errors import TrainingError
 
@@ -50,16 +52,16 @@ def run_workers(
 
     Raises TrainingError if one of them fails or dies. `work` and its arguments must be picklable.
     """
-    store = distributed.TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
+    store = TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
     started = (work, arguments, num_workers, store.port)
     with _environment(ONE_THREAD):
-        context = multiprocessing.start_processes(_enter, started, num_workers, join=False, start_method="spawn")
+        context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
     try:
         while not context.join(timeout=POLL_S):
             watch()
-    except multiprocessing.ProcessRaisedException as error:
+    except ProcessRaisedException as error:
         raise TrainingError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
-    except multiprocessing.ProcessExitedException as error:
+    except ProcessExitedException as error:
         raise TrainingError(f"a worker died ({error}); the same command continues from the last state") from error
     finally:
         _end(context.processes)
@@ -71,7 +73,7 @@ def _enter(worker: int, work: Callable[..., None], arguments: tuple[Any, ...], n
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     if num_workers > 1:
-        store = distributed.TCPStore(LOCALHOST, port, None, is_master=False, timeout=timedelta(minutes=5))
+        store = TCPStore(LOCALHOST, port, None, is_master=False, timeout=timedelta(minutes=5))
         distributed.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
     work(Exchange(worker, num_workers), *arguments)
     if num_workers > 1:
