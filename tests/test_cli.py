@@ -335,7 +335,6 @@ def test_inspect_of_something_else_is_one_line(tmp_path: Path) -> None:
     assert "no such folder" in only_error_line(run_cli("inspect", tmp_path / "nowhere"))
 
 
-@pytest.mark.xfail(reason="the tables of console.py read a title's brackets as rich markup")
 def test_names_with_brackets_are_shown_as_they_are(bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle, tmp_path / "int4 [bold] [/x]"))
     result = run_cli("inspect", folder)

@@ -17,7 +17,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
 from vlmdeploy.export.options import no_progress
-from vlmdeploy.export.verify import verify_bundle, verify_staged
+from vlmdeploy.export.verify import Subject, verify_bundle, verify_staged
 from vlmdeploy.runtime.replay import replay
 
 Edit = Callable[[Path], None]
@@ -45,9 +45,9 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
     """Edit the written files of an export just before they are verified."""
 
     def install(edit: Edit) -> None:
-        def edit_and_verify(reader: Any, spec: Any, folder: Path, *rest: Any) -> Any:
-            edit(folder)
-            return verify_staged(reader, spec, folder, *rest)
+        def edit_and_verify(subject: Subject, *rest: Any) -> Any:
+            edit(subject.folder)
+            return verify_staged(subject, *rest)
 
         monkeypatch.setattr("vlmdeploy.export.exporter.verify_staged", edit_and_verify)
 
@@ -269,18 +269,11 @@ def test_bundle_of_chosen_settings_passes_again(ckpt: Path, tmp_path: Path) -> N
     assert all(stage.passed for stage in verify_bundle(bundle, ckpt, 1, no_progress))
 
 
-def test_checkpoint_of_other_sizes_is_refused(bundle: Path, tmp_path: Path) -> None:
-    other = write_tiny_checkpoint(tmp_path / "other", "cogvlm", **SIZES | {"layers": 3})
-    with pytest.raises(
-        ExportError, match=r"bundle: was not made from .*other: its config, tensors or file sizes differ"
-    ):
-        verify_bundle(bundle, other, 1, no_progress)
-
-
-def test_checkpoint_of_other_weights_is_refused(bundle: Path, tmp_path: Path) -> None:
-    """Equal in everything that the fingerprint sees: the first compared stage tells."""
-    other = write_tiny_checkpoint(tmp_path / "other", "cogvlm", **SIZES, seed=1)
-    with pytest.raises(ParityError, match=r"vision\.embed .* is the first stage that differs"):
+@pytest.mark.parametrize("change", [{"layers": 3}, {"seed": 1}])
+def test_another_checkpoint_is_refused(bundle: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    """Of other sizes, or of the same sizes with other weights."""
+    other = write_tiny_checkpoint(tmp_path / "other", "cogvlm", **SIZES | change)
+    with pytest.raises(ExportError, match=r"bundle: was not made from .*other: its config or tensors differ"):
         verify_bundle(bundle, other, 1, no_progress)
 
 
@@ -292,7 +285,7 @@ def test_replay_passes_without_the_checkpoint(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [
     ("image_rows", "image rows .* is the first stage"), ("logits", "logits .* is the first stage"),
-    ("greedy_ids", r"greedy token 2 is \d+, recorded was \d+, which it leads by"), ("picture", "image rows .* is the"),
+    ("greedy_ids", r"greedy token 2 is \d+, but in one pass"), ("picture", "image rows .* is the"),
 ])  # fmt: skip
 def test_replay_finds_an_altered_record(bundle: Path, name: str, message: str) -> None:
     record = dict(np.load(bundle / "reference.npz"))

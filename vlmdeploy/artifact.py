@@ -37,7 +37,7 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
     """
     check_output(out, force, is_ours)
     out = out.absolute()
-    _remove_leftovers(out)
+    _remove_leftovers(out, is_ours)
     staging = out.with_name(f".{out.name}.{os.getpid()}{_STAGING_SUFFIX}")
     try:
         staging.mkdir(parents=True)
@@ -46,17 +46,18 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
         (staging / _MARKER).unlink()
         _publish(staging, out)
     except OSError as error:
-        raise ExportError(
-            f"{out}: cannot be written: {error.strerror or error} ({error.filename or staging})"
-        ) from error
+        where = str(error.filename or staging).replace(str(staging), str(out))
+        raise ExportError(f"{out}: cannot be written: {error.strerror or error} ({where})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _remove_leftovers(out: Path) -> None:
+def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Delete what killed runs left: an unfinished folder, or an old one that was already exchanged."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
         owner = folder.name[len(out.name) + 2 : -len(_STAGING_SUFFIX)]
-        if (folder / _MARKER).is_file() and owner.isdigit() and not _is_another_process(int(owner)):
+        is_leftover = (folder / _MARKER).is_file() or is_ours(folder)
+        if is_leftover and owner.isdigit() and not _is_another_process(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

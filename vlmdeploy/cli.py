@@ -45,6 +45,8 @@ def error_line(error: BaseException) -> str | None:
     """What to tell about an error that the user can solve; None for click's own errors and for bugs of ours."""
     if isinstance(error, VlmdeployError):
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlmdeploy"):
         return f'{error.name} is not installed: pip install "vlmdeploy[cpu,toolchain]"'
     return None

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 ReportProgress = Callable[[str, int, int], None]
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -28,11 +29,11 @@ def _plain(value: Any) -> Any:
 
 def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; plain text when stdout is not a terminal."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(Text(column))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 

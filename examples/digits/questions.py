@@ -53,8 +53,8 @@ def _unique_slots(scene: Scene) -> list[int]:
 def _is_clear(scene: Scene, left: int, right: int) -> bool:
     """Whether slot `right` is far enough to the right of slot `left` to say so."""
     (a0, _, a1, _), (b0, _, b1, _) = scene.boxes[left], scene.boxes[right]
-    gap_px: float = MIN_SEPARATION_PX * scene.size_px / 64
-    return (b0 + b1) - (a0 + a1) >= 2 * gap_px
+    is_far: bool = (b0 + b1) - (a0 + a1) >= 2 * MIN_SEPARATION_PX * scene.size_px / 64
+    return is_far
 
 
 def _is_ordered(scene: Scene) -> bool:

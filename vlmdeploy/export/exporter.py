@@ -34,7 +34,7 @@ from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
 from vlmdeploy.export.precision import PrecisionPlan, plan_precision
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
-from vlmdeploy.export.verify import verify_staged
+from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
 from vlmdeploy.export.weights import WeightReader
 from vlmdeploy.families.spec import ModelSpec
@@ -68,7 +68,8 @@ def export_bundle(
         embedding = _write_embedding(reader, folder)
         cache = HeadLayout(spec.decoder).cache_shape(_inv_freq(checkpoint))
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
-        verification, record = verify_staged(reader, spec, folder, manifest, options.seed, options.threads, progress)
+        subject = Subject(str(out), reader, spec, folder, manifest, options.threads)
+        verification, record = verify_staged(subject, options.seed, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
         memory = _memory_bytes(manifest, files)

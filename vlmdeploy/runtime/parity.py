@@ -30,6 +30,7 @@ STRUCTURE_END_TO_END = Tolerance(3e-4, "the same through all layers")
 SHIPPED = Tolerance(0.05, "int8 activations, rms per layer group fed with its own input: up to 0.02 measured")
 SHIPPED_END_TO_END = Tolerance(0.25, "the same through all layers, where errors add up and attention amplifies them")
 REPLAY = Tolerance(0.05, "int8 kernels of another processor round activations differently")
+CLEAR_LEAD = 4  # a lead of this many error bounds (rms) is not a tie
 
 
 class Gate:
@@ -63,6 +64,24 @@ class Gate:
                 f"allowed {tolerance.bound:.0e}; largest at {verdict.tensor}: bundle {found[worst]:.6g}, PyTorch "
                 f"{expected[worst]:.6g}"
             )
+
+    def compare_best(self, stage: str, check: str, found: Floats, expected: Floats) -> float:
+        """The share of rows whose best token is the same, logits [rows, vocab].
+
+        Raises ParityError where a row's best token in PyTorch leads clearly and the bundle's is another.
+        """
+        rows = np.arange(len(expected))
+        best, chosen = expected.argmax(1), found.argmax(1)
+        lead = expected[rows, best] - expected[rows, chosen]
+        bound = STRUCTURE if check == "structure" else SHIPPED
+        allowed = CLEAR_LEAD * bound.bound * np.sqrt(np.square(expected).mean(1))
+        if (lead > allowed).any():
+            row = int((lead - allowed).argmax())
+            raise ParityError(
+                f"{self.where}: {stage} ({check}): the best token of row {row} is {chosen[row]}, PyTorch says "
+                f"{best[row]}, which leads by {lead[row]:.3g}"
+            )
+        return float((best == chosen).mean())
 
 
 def _error(found: Floats, expected: Floats, check: str) -> float:

@@ -170,6 +170,10 @@ def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         yield "workers", recipe.workers, "1 to 256"
     if not recipe.max_cpu_minutes > 0:
         yield "max_cpu_minutes", recipe.max_cpu_minutes, "more than 0"
+    if config.data_path.suffix != ".py":
+        yield "data", recipe.data, "a Python file"
+    if recipe.seed < 0:
+        yield "seed", recipe.seed, "at least 0"
     for key, file in (("tokenizer", config.tokenizer_path), ("data", config.data_path)):
         if not file.is_file():
             yield key, str(file), "a file beside the recipe"

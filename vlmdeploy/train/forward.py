@@ -199,7 +199,7 @@ def _gain(norm: nn.Module) -> Tensor:
 def unit_rms(x: Tensor, norm: nn.Module) -> Tensor:
     """x / sqrt(mean(x^2) + eps): an RmsNorm without its gain, which belongs into the next weight."""
     assert isinstance(norm, RmsNorm)
-    result: Tensor = _UnitRms.apply(x, norm.eps)  # type: ignore[no-untyped-call]
+    result: Tensor = _UnitRms.apply(x, norm.eps)
     return result
 
 

@@ -57,13 +57,8 @@ class StageRun:
     """One stage: draw, forward, backward, average, step, until the stage is over."""
 
     def __init__(self, config: TrainConfig, trainee: Trainee, batches: BatchMaker, clock: Clock, folder: Path) -> None:
-        self.recipe, self.trainee, self.batches, self.clock, self.folder = (
-            config.recipe,
-            trainee,
-            batches,
-            clock,
-            folder,
-        )
+        self.recipe, self.trainee, self.batches = config.recipe, trainee, batches
+        self.clock, self.folder = clock, folder
         self.bfloat16 = uses_bfloat16(config.recipe.dtype)
         self.is_first_worker = clock.exchange.worker == 0
         self.last_saved = time.monotonic()

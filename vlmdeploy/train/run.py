@@ -20,7 +20,6 @@ import torch
 
 import vlmdeploy
 from vlmdeploy.artifact import check_output, staged_folder
-from vlmdeploy.errors import TrainingError
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import save_checkpoint
 from vlmdeploy.train.config import TrainConfig, load_config
@@ -28,8 +27,6 @@ from vlmdeploy.train.loop import train
 from vlmdeploy.train.source import Source, load_source
 from vlmdeploy.train.stages import build_optimizer
 from vlmdeploy.train.state import (
-    RECIPE,
-    STATUS,
     Status,
     load_optimizer,
     load_place,
@@ -72,11 +69,8 @@ def run(config_path: Path, out: Path, force: bool, progress: ReportProgress) -> 
     source = load_source(config.data_path, config.recipe.data_class)
     folder = partial_folder(out.absolute())
     with locked(folder), _lines_on_stderr():
-        if force and _is_of_another_recipe(folder, config):
-            _clear(folder)
-        open_partial(folder, config.values)
-        watch = Watch(folder, progress)
-        run_workers(train, (config.path, folder), config.recipe.workers, watch)
+        open_partial(folder, config.values, force)
+        run_workers(train, (config.path, folder), config.recipe.workers, Watch(folder, progress))
         record = build_record(config, read_status(folder))
         with staged_folder(out, force, is_ours) as staging:
             write_checkpoint(config, trained_model(config, source, folder), record, staging)
@@ -144,21 +138,6 @@ def read_record(out: Path) -> dict[str, Any]:
 def is_ours(out: Path) -> bool:
     """Whether a folder was written by a training run."""
     return bool(read_record(out))
-
-
-def _is_of_another_recipe(folder: Path, config: TrainConfig) -> bool:
-    try:
-        open_partial(folder, config.values)
-    except TrainingError:
-        return True
-    return False
-
-
-def _clear(folder: Path) -> None:
-    """Forget an unfinished run of ours."""
-    if (folder / RECIPE).is_file():
-        for name in (STATUS, "state.pt", RECIPE):
-            (folder / name).unlink(missing_ok=True)
 
 
 def trained_model(config: TrainConfig, source: Source, folder: Path) -> VisionLanguageModel:

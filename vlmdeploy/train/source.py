@@ -6,8 +6,9 @@ The class lives in a Python file beside the recipe, so this package knows nothin
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -47,12 +48,23 @@ class Source(Protocol):
 
 def load_source(path: Path, class_name: str) -> Source:
     """Build the data class in a Python file; other modules beside that file can be imported by it."""
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    module = import_module(path.stem)
+    module = _load_module(path)
     if not hasattr(module, class_name):
         raise TrainingError(f'{path}: has no class "{class_name}"')
     source = getattr(module, class_name)()
     if not isinstance(source, Source):
         raise TrainingError(f"{path}: {class_name} lacks a member of the protocol in vlmdeploy/train/source.py")
     return source
+
+
+def _load_module(path: Path) -> ModuleType:
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "every .py file has a loader"
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look for their module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -55,29 +55,37 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def open_partial(folder: Path, values: dict[str, Any]) -> None:
-    """Make the folder, or check that it belongs to a run of the same recipe; else TrainingError names the key."""
-    recipe = folder / RECIPE
-    if recipe.is_file():
-        difference = first_difference(values, json.loads(recipe.read_text(encoding="utf-8")))
-        if difference:
+def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
+    """Get the folder ready for a run of the recipe with these values: to start it, or to go on.
+
+    Raises TrainingError, naming the key, if a run of another recipe is unfinished there; with `force` that is dropped.
+    """
+    if (folder / RECIPE).is_file():
+        difference = first_difference(values, json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        if difference is None:
+            return
+        if not force:
             key, ours, theirs = difference
             raise TrainingError(
                 f'{folder}: holds an unfinished run of another recipe: "{key}" is {theirs!r} there and {ours!r} now; '
                 "continue with the old recipe, or start anew with --force"
             )
-        return
-    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        for name in (STATE, STATUS, RECIPE):
+            (folder / name).unlink(missing_ok=True)
+    elif any(path.name != LOCK for path in folder.iterdir()):
         raise TrainingError(f"{folder}: exists and holds no {RECIPE}: not an unfinished run; move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_text(recipe, json.dumps(values, indent=1))
+    _write_text(folder / RECIPE, json.dumps(values, indent=1))
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run of the same output out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("wb") as lock:
+    """Make the folder if need be, and keep a second run of the same output out of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("wb")
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be written: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

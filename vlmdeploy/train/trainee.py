@@ -36,10 +36,11 @@ class Trainee(nn.Module):
 
     def __init__(self, spec: ModelSpec, num_patch_classes: int, seed: int) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.model = VisionLanguageModel(spec)
-        initialize(self.model)
-        self.head = DenseHead(spec.vision.width, num_patch_classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = VisionLanguageModel(spec)
+            initialize(self.model)
+            self.head = DenseHead(spec.vision.width, num_patch_classes)
 
     def losses(self, batch: Batch, dense_weight: float) -> Losses:
         """The losses of a batch; without texts the patch losses are all there is."""

@@ -1,0 +1,107 @@
+"""Agreement tests: the packed forward pass of training gives what the reference model gives for each pair alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.comparison import assert_close
+from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
+from vlmdeploy.bundle import ImageRecipe
+from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.model.weights import load_model
+from vlmdeploy.train.batches import normalized
+from vlmdeploy.train.forward import TEXT_POSITION, TextRows, head_logits, patch_features, text_states
+from vlmdeploy.train.packing import PackedRows, Pair, TokenWeights, make_pair, pack_rows
+
+SAME_FP32 = 1e-4  # the same float32 sums in another order, logits below 10
+CHUNK, ROW = 8, 24
+LENGTHS = ((8, 5, 3, 7), (1, 2, 8, 8, 4), (6,))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
+    tiny = TinyCheckpoint("cogvlm")
+    return load_model(write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny.config(), tiny.tensors()))
+
+
+def random_pair(length: int, rng: np.random.Generator) -> Pair:
+    ids = rng.integers(3, 40, length + 1)
+    return Pair(ids[:-1], ids[1:], np.ones(length, np.float32))
+
+
+def text_rows(packed: PackedRows) -> TextRows:
+    return TextRows(**{name: torch.from_numpy(values) for name, values in vars(packed).items()}, chunk_tokens=CHUNK)
+
+
+def image_prefix(model: VisionLanguageModel) -> torch.Tensor:
+    tokens = model.spec.tokens
+    return torch.tensor([tokens.bos_id] + [tokens.placeholder_id] * tokens.rows_per_image)
+
+
+def test_packed_pairs_get_the_logits_they_get_alone(model: VisionLanguageModel) -> None:
+    rng = np.random.default_rng(0)
+    pairs = [[random_pair(length, rng) for length in lengths] for lengths in LENGTHS]
+    packed = pack_rows(pairs, ROW, TEXT_POSITION)
+    text = text_rows(packed)
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = image_prefix(model)
+    with torch.no_grad():
+        logits = head_logits(model, text_states(model, patch_features(model.vision, images), text))
+        for row in range(3):
+            for number in range(int(text.pairs[row].max()) + 1):
+                own = text.pairs[row] == number
+                alone = model(torch.cat((before, text.ids[row][own]))[None], images[row : row + 1])[0, len(before) :]
+                assert_close(f"pair {number} of row {row}", logits[row][own], alone, SAME_FP32)
+
+
+def test_gradients_are_those_of_the_reference(model: VisionLanguageModel) -> None:
+    rng = np.random.default_rng(1)
+    packed = pack_rows([[random_pair(8, rng)]], CHUNK, TEXT_POSITION)
+    text = text_rows(packed)
+    images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = image_prefix(model)
+    ours = head_logits(model, text_states(model, patch_features(model.vision, images), text))[0]
+    theirs = model(torch.cat((before, text.ids[0]))[None], images)[0, len(before) :]
+    parameters = dict(model.named_parameters())
+    gradients = [
+        torch.autograd.grad(logits.logsumexp(-1).sum(), list(parameters.values()), allow_unused=True)
+        for logits in (ours, theirs)
+    ]
+    for name, our, their in zip(parameters, *gradients, strict=True):
+        expected = torch.zeros_like(parameters[name]) if their is None else their
+        assert_close(name, torch.zeros_like(expected) if our is None else our, expected, SAME_FP32)
+
+
+def test_pair_that_does_not_fit_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    rows = pack_rows([[random_pair(length, rng) for length in (6, 5, 2)]], 8, 4)
+    assert rows.pairs[0].tolist() == [0] * 6 + [2] * 2
+    assert rows.positions[0].tolist() == [4, 5, 6, 7, 8, 9, 4, 5]
+
+
+def test_only_answer_and_end_are_learned() -> None:
+    pair = make_pair(lambda text: [ord(char) for char in text], "ab", "12", 2, TokenWeights(end=0.5))
+    assert pair.ids.tolist() == [97, 98, 49, 50]
+    assert pair.targets.tolist() == [98, 49, 50, 2]
+    assert pair.weights.tolist() == [0, 1, 1, 0.5]
+
+
+def test_units_and_marks_of_a_box_weigh_less() -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(char) for char in text.replace("[[", "[").replace("]]", "]")]
+
+    weights = TokenWeights(end=0.5, box_units=0.25, box_marks=0.125)
+    pair = make_pair(encode, "x", "[[012,345,678,999]]", 2, weights)
+    coordinate = [1, 1, 0.25, 0.125]
+    assert pair.weights.tolist() == [0.125, *coordinate * 4, 0.5]
+
+
+def test_pictures_are_prepared_as_in_the_runtime() -> None:
+    from PIL import Image
+
+    from vlmdeploy.runtime.image import preprocess
+
+    recipe = ImageRecipe(8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    expected = np.stack([preprocess(Image.fromarray(picture), recipe) for picture in pixels])
+    np.testing.assert_array_equal(normalized(torch.from_numpy(pixels), recipe).numpy(), expected)

@@ -1,0 +1,262 @@
+"""Contract tests of whole runs with a tiny model: the loss falls, a killed run goes on exactly, no folder is lost."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmdeploy.errors import ExportError, TrainingError
+from vlmdeploy.model.weights import load_model
+from vlmdeploy.runtime.chat import Conversation, Tokenizer, Turn, prompt_ids
+from vlmdeploy.train.batches import normalized
+from vlmdeploy.train.config import StageConfig
+from vlmdeploy.train.run import Result, run
+from vlmdeploy.train.stages import dense_weight, learning_rate, progress_of
+from vlmdeploy.train.state import locked
+from vlmdeploy.train.workers import uses_bfloat16
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+DATA = '''
+"""Bright and dark pictures; in the middle of the run a worker dies if the file "deadly" is there."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from vlmdeploy.runtime.chat import Turn
+from vlmdeploy.train.source import ImageBatch
+
+DEADLY = Path(__file__).with_name("deadly")
+
+
+class Brightness:
+    num_patch_classes = 2
+
+    def draw(self, stage, count, progress, rng):
+        if stage == "joint" and progress > 0.4 and DEADLY.exists():
+            DEADLY.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        bright = rng.integers(2, size=count)
+        pixels = (50 + 150 * bright[:, None, None, None] + rng.integers(0, 50, (count, 8, 8, 3))).astype(np.uint8)
+        patches = np.repeat(bright[:, None], 4, 1)
+        boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (count, 4, 1)) * patches[..., None].astype(np.float32)
+        dialogues = [[[Turn("How many?", "1"), Turn("What is the sum?", str(answer))]] for answer in bright]
+        return ImageBatch(pixels, patches, boxes, dialogues)
+'''
+RECIPE = """
+seed = 1
+workers = 1
+max_cpu_minutes = 100
+save_every_s = 0
+dtype = "auto"
+tokenizer = "tokenizer.json"
+data = "brightness.py"
+data_class = "Brightness"
+optimizer = { weight_decay = 0.01, beta1 = 0.9, beta2 = 0.98, momentum = 0.95, clip = 1.0 }
+
+[text]
+template = "chat"
+row_tokens = 24
+chunk_tokens = 24
+end_weight = 1.0
+box_units_weight = 1.0
+box_marks_weight = 1.0
+
+[[stages]]
+name = "patches"
+trains = "vision"
+images = 80
+batch_images = 8
+lr = 5e-3
+final_lr_share = 0.1
+warmup_steps = 2
+dense_weight = 1.0
+cpu_share = 0.5
+
+[[stages]]
+name = "joint"
+trains = "all"
+images = 320
+batch_images = 8
+lr = 5e-3
+final_lr_share = 0.1
+warmup_steps = 2
+dense_weight = 0.2
+cpu_share = 0.5
+average = 0.5
+
+[model]
+architectures = ["CogVLMForCausalLM"]
+bos_token_id = 1
+eos_token_id = 2
+pad_token_id = 0
+vocab_size = 320
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+
+[model.vision_config]
+image_size = 8
+patch_size = 4
+num_positions = 5
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 2
+num_heads = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "brightness.py").write_text(DATA)
+    shutil.copy(DIGITS / "tokenizer.json", tmp_path)
+    (tmp_path / "train.toml").write_text(RECIPE)
+    return tmp_path / "train.toml"
+
+
+@pytest.fixture(autouse=True)
+def random_state_is_left_alone() -> Iterator[None]:
+    """Runs seed nothing outside themselves."""
+    state = torch.random.get_rng_state()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def train(recipe: Path, name: str = "out", force: bool = False) -> Result:
+    return run(recipe, recipe.with_name(name), force, lambda stage, done, total: None)
+
+
+def change(recipe: Path, old: str, new: str) -> None:
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+
+
+def answers(checkpoint: Path) -> list[str]:
+    """What the model says to the sum of a dark and a bright picture."""
+    model, tokenizer = load_model(checkpoint), Tokenizer.from_file(checkpoint / "tokenizer.json")
+    template = {template.name: template for template in model.spec.templates}["chat"]
+    prompt = prompt_ids(Conversation((Turn("What is the sum?"),), ("picture",)), template, model.spec.tokens, tokenizer)
+    pixels = torch.tensor([75, 225], dtype=torch.uint8)[:, None, None, None].expand(2, 8, 8, 3)
+    new_ids = model.generate(torch.from_numpy(prompt).expand(2, -1), normalized(pixels, model.spec.image))
+    return [tokenizer.decode(row) for row in new_ids.tolist()]
+
+
+def test_run_lowers_the_loss_and_writes_a_checkpoint_that_answers(recipe: Path) -> None:
+    change(recipe, "images = 320", "images = 2400")
+    change(recipe, "save_every_s = 0", "save_every_s = 60")
+    seen: list[tuple[str, int, int]] = []
+    result = run(recipe, recipe.with_name("out"), False, lambda *shown: seen.append(shown))
+    assert result.images == 2480
+    assert result.losses["language"] < 0.5
+    assert result.losses["accuracy"] > 0.9
+    assert seen[-1][1:] == (2400, 2400)
+    out = recipe.with_name("out")
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert not recipe.with_name("out.partial").exists()
+    record = json.loads((out / "training.json").read_text())
+    assert record["cpu_minutes"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+    weights = load_file(out / "model.safetensors")
+    assert {value.dtype for name, value in weights.items() if "inv_freq" not in name} == {torch.bfloat16}
+    assert answers(out) == ["0", "1"]
+
+
+def test_killed_run_continues_exactly_where_it_was(recipe: Path) -> None:
+    whole = train(recipe, "whole")
+    recipe.with_name("deadly").touch()
+    with pytest.raises(TrainingError, match=r"a worker died .* continues from the last state"):
+        train(recipe, "killed")
+    assert not recipe.with_name("killed").exists()
+    killed = train(recipe, "killed")
+    assert (killed.images, killed.losses) == (whole.images, whole.losses)
+    assert killed.cpu_minutes > whole.cpu_minutes, "the time of both attempts counts"
+    first, second = (recipe.with_name(name) / "model.safetensors" for name in ("whole", "killed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_two_workers_end_together_when_one_dies(recipe: Path) -> None:
+    change(recipe, "workers = 1", "workers = 2")
+    recipe.with_name("deadly").touch()
+    with pytest.raises(TrainingError, match="a worker"):
+        train(recipe)
+    assert train(recipe).images == 400
+
+
+def test_unfinished_run_of_another_recipe_is_refused_and_the_key_named(recipe: Path) -> None:
+    recipe.with_name("deadly").touch()
+    with pytest.raises(TrainingError):
+        train(recipe)
+    change(recipe, "images = 320", "images = 328")
+    with pytest.raises(TrainingError, match=r'"stages\.1\.images" is 320 there and 328 now'):
+        train(recipe)
+    assert train(recipe, force=True).images == 408
+
+
+def test_second_run_of_the_same_output_is_refused(recipe: Path) -> None:
+    with locked(recipe.with_name("out.partial")), pytest.raises(TrainingError, match="another run is writing it"):
+        train(recipe)
+
+
+def test_finished_run_is_left_alone(recipe: Path) -> None:
+    change(recipe, "images = 320", "images = 8")
+    train(recipe)
+    before = (recipe.with_name("out") / "training.json").stat().st_mtime_ns
+    assert train(recipe).message.startswith("trained already")
+    assert (recipe.with_name("out") / "training.json").stat().st_mtime_ns == before
+    change(recipe, "seed = 1", "seed = 2")
+    with pytest.raises(ExportError, match="exists already"):
+        train(recipe)
+    assert train(recipe, force=True).message.startswith("trained: 88 images")
+
+
+def test_foreign_folder_is_never_replaced(recipe: Path) -> None:
+    recipe.with_name("out").mkdir()
+    (recipe.with_name("out") / "letter.txt").write_text("dear")
+    with pytest.raises(ExportError, match="was not made by vlmdeploy"):
+        train(recipe, force=True)
+    assert (recipe.with_name("out") / "letter.txt").read_text() == "dear"
+
+
+def test_data_class_that_is_none_is_named(recipe: Path) -> None:
+    change(recipe, 'data_class = "Brightness"', 'data_class = "Darkness"')
+    with pytest.raises(TrainingError, match=r'brightness.py: has no class "Darkness"'):
+        train(recipe)
+
+
+def stage(**changes: float) -> StageConfig:
+    sizes = {"images": 1000, "batch_images": 10, "warmup_steps": 10}
+    values = {"lr": 1.0, "final_lr_share": 0.1, "dense_weight": 0.5, "cpu_share": 1.0, **changes}
+    return StageConfig(name="s", trains="all", **sizes, **values)  # type: ignore[arg-type]
+
+
+def test_learning_rate_warms_up_and_falls_to_its_final_share() -> None:
+    rates = [learning_rate(stage(), step, step / 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates.index(max(rates)) == 9
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_patch_losses_fade_out() -> None:
+    assert [dense_weight(stage(), progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]
+
+
+def test_slow_machine_gets_a_shorter_schedule() -> None:
+    assert progress_of(stage(), images=300, cpu_s=30, budget_s=100) == 0.3
+    assert progress_of(stage(), images=100, cpu_s=51, budget_s=100) == pytest.approx(0.5)
+    assert progress_of(stage(), images=600, cpu_s=100, budget_s=100) == 1.0
+
+
+def test_bfloat16_is_a_choice_or_the_processors() -> None:
+    assert uses_bfloat16("bfloat16")
+    assert not uses_bfloat16("float32")
+    assert uses_bfloat16("auto") in (True, False)
