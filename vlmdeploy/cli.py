@@ -121,7 +121,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--data", type=FOLDER, required=True, help="A JSONL file, or a folder with data.jsonl.")
 @click.option("--per-task", type=click.IntRange(min=1), help="At most this many items of each task.")
 @click.option("--seed", type=int, default=0, help="Which items --per-task takes.")
-@click.option("--compare", type=FOLDER, help="A second checkpoint or bundle: scored too, equal answers counted.")
+@click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: equal answers are counted.")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @threads_option
@@ -132,7 +132,7 @@ def validate(
     data: Path,
     per_task: int | None,
     seed: int,
-    compare: Path | None,
+    compare: tuple[Path, ...],
     template: str | None,
     tokenizer: Path | None,
     threads: int | None,
@@ -146,7 +146,7 @@ def validate(
         raise click.UsageError("give one of --ckpt and --bundle")
     options = ScoreOptions(data, per_task, seed, template, tokenizer, threads)
     with progress_bar() as progress:
-        card = score_models((*given, *((compare,) if compare else ())), options, progress)
+        card = score_models((*given, *compare), options, progress)
     if as_json:
         print_json(card.as_json())
     else:

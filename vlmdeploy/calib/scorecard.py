@@ -1,4 +1,4 @@
-"""What `vlmdeploy validate` shows: the scores of one model, and how another one that was asked the same differs."""
+"""What `vlmdeploy validate` shows: the scores of one model, and how others that were asked the same differ."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,41 +29,40 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """One model's scores; with a second one asked the same questions, its scores and the share of equal answers."""
+    """The scores of models that were asked the same questions; the others are compared with the first."""
 
-    model: str
     data: str
-    validation: Validation
-    other_model: str | None = None
-    other: Validation | None = None
+    models: tuple[str, ...]
+    validations: tuple[Validation, ...]
 
-    def equal_answers(self) -> Score | None:
-        """Share of questions that both answered with the same token ids."""
-        return None if self.other is None else agreement(self.validation, self.other)
+    def equal_answers(self) -> tuple[Score, ...]:
+        """For each other model, the share of questions that it answered with the first one's token ids."""
+        return tuple(agreement(self.validations[0], other) for other in self.validations[1:])
 
     def as_json(self) -> dict[str, Any]:
         """The document that `validate --json` prints."""
-        document: dict[str, Any] = {"model": self.model, "data": self.data, **as_json(self.validation.scores)}
-        if self.other is not None:
-            equal = self.equal_answers()
-            assert equal is not None, "there is another validation to compare with"
-            compared = {"model": self.other_model, **as_json(self.other.scores), "equal_answers": asdict(equal)}
-            document["compared"] = compared
-        return document
+        document: dict[str, Any] = {"model": self.models[0], "data": self.data, **as_json(self.validations[0].scores)}
+        others = zip(self.models[1:], self.validations[1:], self.equal_answers(), strict=True)
+        compared = [
+            {"model": name, **as_json(validation.scores), "equal_answers": asdict(equal)}
+            for name, validation, equal in others
+        ]
+        return {**document, "compared": compared} if compared else document
 
     def rows(self) -> list[list[str]]:
-        """A line per metric: its name, the value with its interval, the count, and the other model's value."""
+        """A line per metric: its name, the count, and each model's value with its interval."""
         rows = []
-        for task, metrics in self.validation.scores.items():
+        for task, metrics in self.validations[0].scores.items():
             for name, score in metrics.items():
-                beside = [] if self.other is None else [_interval(self.other.scores[task][name])]
-                rows.append([f"{task} {name}", _interval(score), str(score.count), *beside])
-        equal = self.equal_answers()
-        return rows if equal is None else [*rows, ["equal answers", _interval(equal), str(equal.count), ""]]
+                values = [_interval(validation.scores[task][name]) for validation in self.validations]
+                rows.append([f"{task} {name}", str(score.count), *values])
+        if equal := self.equal_answers():
+            rows.append(["equal answers", str(equal[0].count), "", *map(_interval, equal)])
+        return rows
 
     def columns(self) -> list[str]:
         """Titles of the rows' cells."""
-        return ["task metric", self.model, "questions", *([] if self.other_model is None else [self.other_model])]
+        return ["task metric", "questions", *self.models]
 
 
 def _interval(score: Score) -> str:
@@ -71,7 +70,7 @@ def _interval(score: Score) -> str:
 
 
 def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Progress) -> Scorecard:
-    """Ask one or two models (checkpoints or bundles) the same questions. Raises DataError and what opening raises."""
+    """Ask models (checkpoints or bundles) the same questions. Raises DataError and what opening them raises."""
     rows = find_rows(options.data)
     samples = list(read_samples(options.data))
     if options.per_task is not None:
@@ -80,8 +79,7 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
     for model in models:
         report = _reporter(progress, str(model), len(samples))
         validations.append(validate(open_answerer(model, options), samples, report))
-    second = (str(models[1]), validations[1]) if len(models) > 1 else (None, None)
-    return Scorecard(str(models[0]), str(rows), validations[0], *second)
+    return Scorecard(str(rows), tuple(map(str, models)), tuple(validations))
 
 
 def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

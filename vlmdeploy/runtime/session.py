@@ -24,7 +24,7 @@ from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import Prompt, Timings, decode, make_prompt, prefill, prompt_rows
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.ort_backend import OrtBackend
+from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -230,6 +230,11 @@ def open_bundle(
     if residency not in ("all", "phase"):
         raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
     manifest = check_bundle(folder, check)
+    if not manifest.target.startswith("ort-") or manifest.provider not in PROVIDERS:
+        raise BackendError(
+            f"{folder}: made for target {manifest.target} on {manifest.provider}; this version of vlmdeploy runs ort-* "
+            f"bundles on {', '.join(PROVIDERS)}"
+        )
     if provider is not None and provider != manifest.provider:
         raise BackendError(
             f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
