@@ -10,12 +10,11 @@ from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, Toke
 Config = dict[str, Any]  # the parsed config.json
 
 ActivationName = Literal["gelu"]  # "gelu" is the exact one (erf)
-NormPlacement = Literal["branch_output"]  # x + norm(f(x)), as CogVLM's EVA2 encoder does
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A vision transformer with a class token, a learned position table and biases everywhere."""
+    """A vision transformer with a class token, a learned position table, biases everywhere, norms on branch outputs."""
 
     image_px: int
     patch_px: int
@@ -24,7 +23,6 @@ class VisionSpec:
     num_heads: int
     mlp_width: int
     norm_eps: float
-    norm_placement: NormPlacement = "branch_output"
     activation: ActivationName = "gelu"
 
     @property
