@@ -21,6 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4"])
 RESIDENCY = click.Choice(["all", "phase"])
+EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
 FOLDER = click.Path(path_type=Path)
 
 
@@ -48,7 +49,7 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlmdeploy"):
-        return f'{error.name} is not installed: pip install "vlmdeploy[cpu,toolchain]"'
+        return f'{error.name} is not installed: pip install "vlmdeploy[{EXTRAS.get(error.name, "cpu,toolchain")}]"'
     return None
 
 

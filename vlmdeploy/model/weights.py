@@ -257,6 +257,7 @@ def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: 
             part = values[first : first + source.shape[0]] if rule.op == "stack" else values
             tensors[source.name] = part.reshape(source.shape).contiguous().clone()
     save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    (folder / SINGLE_NAME).chmod(0o644)  # the library writes files that only their owner can read
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
