@@ -1,8 +1,8 @@
 """Speed of a bundle on this machine, and how much of the memory bandwidth a decoded token uses.
 
 A decoded token reads every weight of `decoder_text` once, so bytes per token over time per token, divided by the
-bandwidth that plain reading reaches in the same run, says what is left to gain. Give a bundle, or let the script export a
-synthetic one with CogVLM-17B's layer widths and few layers.
+bandwidth that plain reading reaches in the same run, says what is left to gain. Give a bundle, or let the script export
+a synthetic one with CogVLM-17B's layer widths and few layers.
 
     python benchmarks/decode_speed.py [--bundle FOLDER] [--threads N] [--layers 2]
 """
