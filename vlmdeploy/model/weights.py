@@ -38,8 +38,11 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self.generation_config = read_json(self.folder / "generation_config.json", optional=True)
         self.shard_of = _tensor_shards(self.folder)
-        family = find_family(self.config, frozenset(self.shard_of))
-        self.spec: ModelSpec = family.spec(self.config, self.generation_config)
+        try:
+            family = find_family(self.config, frozenset(self.shard_of))
+            self.spec: ModelSpec = family.spec(self.config, self.generation_config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the name of the config file
         self.rules = {rule.target: rule for rule in family.weights(self.spec)}
         _check_tensors(self)
 
