@@ -466,3 +466,8 @@ def test_cache_that_cannot_be_written_only_warns(
     with caplog.at_level(logging.WARNING):
         assert vlmdeploy.open(copy)
     assert "cannot be written" in caplog.text and "hashed at every open" in caplog.text
+
+
+def test_logits_of_the_last_positions_equal_those_of_all(session: Session) -> None:
+    ids = np.array([session.manifest.tokens.bos_id, 5, 9, 30, 7])
+    assert np.array_equal(session.logits(ids, last=2), session.logits(ids)[-2:])

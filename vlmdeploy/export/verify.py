@@ -53,7 +53,8 @@ class Subject:
         return Session(self.folder, self.manifest, self._backend(exact))
 
     def _backend(self, exact: bool) -> OrtBackend:
-        return OrtBackend(self.folder, self.manifest, self.threads, load_graph=self._exact_loader() if exact else None)
+        loader = self._exact_loader() if exact else None
+        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase", load_graph=loader)
 
     def _exact_loader(self) -> Callable[[str], object]:
         ort, manifest = import_onnxruntime(), self.manifest
@@ -134,7 +135,7 @@ def _check_greedy(gate: Gate, model: VisionLanguageModel, prompt: Prompt, found:
 def _record(gate: Gate, subject: Subject, run: TappedRun) -> Record:
     """What the shipped graphs answer here, for replays; token by token must say what one pass over all says."""
     session, prompt = subject.open(exact=False), run.sample.prompt
-    logits = session.logits(prompt.ids, prompt.pixels)[-1]
+    logits = session.logits(prompt.ids, prompt.pixels, last=1)[0]
     greedy_ids = session.generate_ids(prompt.ids, prompt.pixels, GREEDY_TOKENS)
     check_decode_loop(gate, session, prompt, greedy_ids)
     return Record(run.sample.picture, prompt.ids, kept_rows(run.image_rows), logits, greedy_ids)

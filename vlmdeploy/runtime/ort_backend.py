@@ -138,6 +138,8 @@ class OrtBackend:
     ) -> dict[str, Floats]:
         """One call of an expert's decoder graph; the named outputs beside the cache."""
         assert isinstance(cache, OrtCache), "a cache made by this backend"
+        if self.residency == "phase":
+            self.drop("vision")  # the image is encoded before its rows come here
         session = self.session(GRAPH_OF_EXPERT[expert])
         binding, total = session.io_binding(), cache.length + len(hidden)
         cache.bind(binding)

@@ -1,9 +1,10 @@
 """Do two implementations agree? One table says how far they may differ and why; a gate names what does not.
 
 "structure": MatMulNBits with exact float activations (accuracy_level 0) over the shipped weights. Only the order of
-float32 sums differs, so a wrong expert, position, norm or packing shows. Errors are max|a - b| / max(1, max|b|).
-"shipped": the graphs as they are. int8 activations cost 0.4 to 1.2 % per linear, so errors are root mean squares:
-rms(a - b) / rms(b).
+float32 sums differs, so a wrong expert, position, norm, activation or packing shows.
+"shipped": the graphs as they are; int8 activations cost 0.4 to 1.2 % per linear.
+Errors are root mean squares, rms(a - b) / rms(b): single values of a long sum that cancels may differ a hundred times
+more than the rest, while one wrong row or column shows in the mean.
 """
 
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ class Tolerance:
     reason: str
 
 
-PREPROCESS = Tolerance(0.02, "two grey levels of 255 (Pillow rounds between its passes) over values of up to 2.6")
+PREPROCESS = Tolerance(
+    0.01, "Pillow rounds between its two passes: 1.3e-3 measured, another filter gives more than 0.02"
+)
 EMBEDDING = Tolerance(1e-6, "the same rows of the same table, looked up by other code")
-STRUCTURE = Tolerance(1e-4, "float32 sums in another order: 5e-6 measured per layer, up to 5e-5 over a group of layers")
-STRUCTURE_END_TO_END = Tolerance(3e-4, "the same through all layers")
-SHIPPED = Tolerance(0.05, "int8 activations, rms per layer group fed with its own input: up to 0.02 measured")
+STRUCTURE = Tolerance(2e-5, "float32 sums in another order: 6e-7 measured, GELU by tanh gives more than 5e-5")
+STRUCTURE_END_TO_END = Tolerance(1e-4, "the same through all layers: 3e-6 measured")
+SHIPPED = Tolerance(0.05, "int8 activations, a group of layers fed with its own input: up to 0.02 measured")
 SHIPPED_END_TO_END = Tolerance(0.25, "the same through all layers, where errors add up and attention amplifies them")
 REPLAY = Tolerance(0.05, "int8 kernels of another processor round activations differently")
 CLEAR_LEAD = 4  # a lead of this many error bounds (rms) is not a tie
@@ -53,7 +56,7 @@ class Gate:
             )
         distance = np.abs(found - expected)
         worst = np.unravel_index(int(distance.argmax()), distance.shape)
-        error = _error(found, expected, check)
+        error = _error(found, expected)
         verdict = StageVerdict(
             stage, check, error, tolerance.bound, str([int(i) for i in worst]), error <= tolerance.bound
         )
@@ -84,9 +87,7 @@ class Gate:
         return float((best == chosen).mean())
 
 
-def _error(found: Floats, expected: Floats, check: str) -> float:
-    """The measure of a check, as the top of this module defines it."""
-    if check == "structure":
-        return float(np.abs(found - expected).max(initial=0) / max(1.0, np.abs(expected).max(initial=0)))
+def _error(found: Floats, expected: Floats) -> float:
+    """rms(found - expected) / rms(expected)."""
     power = float(np.square(expected, dtype=np.float64).mean()) if expected.size else 1.0
     return float(np.sqrt(np.square(found - expected, dtype=np.float64).mean() / max(power, 1e-12)))

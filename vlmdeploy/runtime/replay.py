@@ -73,13 +73,13 @@ def replay(folder: Path, threads: int | None = None) -> tuple[StageVerdict, ...]
     manifest = check_bundle(folder, "full")
     gate, record = parity.Gate(str(folder)), read_record(folder)
     prompt = sample_prompt(manifest, record.ids, record.picture)
-    backend = OrtBackend(folder, manifest, threads)
+    backend = OrtBackend(folder, manifest, threads, residency="phase")
     assert prompt.pixels is not None, "the recorded prompt has a picture"
     rows = kept_rows(backend.encode_images(prompt.pixels)[0])
     bound = _bound(manifest)
     gate.compare("image rows", "shipped", rows, record.image_rows, bound)
     session = Session(folder, manifest, backend)
-    logits = session.logits(prompt.ids, prompt.pixels)[-1:]
+    logits = session.logits(prompt.ids, prompt.pixels, last=1)
     gate.compare("logits", "shipped", logits, record.logits[None], bound)
     _check_greedy(gate, session, prompt, record)
     return tuple(gate.verdicts)
@@ -96,7 +96,7 @@ def _check_greedy(gate: parity.Gate, session: Session, prompt: Prompt, record: R
 def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greedy_ids: Ints) -> None:
     """Each greedy token, decoded one by one, must be the best (or nearly) of one pass over prompt and tokens."""
     continued = np.concatenate((prompt.ids, greedy_ids[:-1]))
-    logits = session.logits(continued, prompt.pixels)[len(prompt.ids) - 1 :]
+    logits = session.logits(continued, prompt.pixels, last=len(greedy_ids))
     lead = logits.max(1) - logits[np.arange(len(greedy_ids)), greedy_ids]
     for step in np.flatnonzero(lead > parity.REPLAY.bound * np.abs(logits).max(1)):
         raise ParityError(

@@ -115,16 +115,18 @@ class Session:
         prompt = self._prompt(np.asarray(input_ids), images)
         return np.fromiter(self._tokens(prompt, options, Timings()), np.int64)
 
-    def logits(self, input_ids: NDArray[Any], images: NDArray[Any] | None = None) -> Floats:
-        """Logits of every prompt position, float32 [seq, vocab]; NaN in rows of the vision expert, which has no head.
+    def logits(self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, last: int | None = None) -> Floats:
+        """Logits of every prompt position (or of the last few), float32 [seq or last, vocab].
 
-        input_ids int64 [seq], images float32 [images, 3, S, S] preprocessed. Raises PromptError.
+        Rows of the vision expert, which has no head, are NaN. input_ids int64 [seq], images float32 [images, 3, S, S]
+        preprocessed. Raises PromptError.
         """
         prompt = self._prompt(np.asarray(input_ids), images)
-        wanted = np.flatnonzero(~prompt.vision_mask)
-        result = np.full((len(prompt.ids), self.manifest.embedding.vocab_size), np.nan, np.float32)
+        first = 0 if last is None else len(prompt.ids) - last
+        wanted = first + np.flatnonzero(~prompt.vision_mask[first:])
+        result = np.full((len(prompt.ids) - first, self.manifest.embedding.vocab_size), np.nan, np.float32)
         rows = prompt_rows(prompt, self._encode_images, self.embedding)
-        result[wanted] = prefill(prompt, rows, self.backend, self._cache(prompt, 0), wanted)
+        result[wanted - first] = prefill(prompt, rows, self.backend, self._cache(prompt, 0), wanted)
         self.backend.end_prefill()
         return result
 
