@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmdeploy
+from vlmdeploy.bundle import MANIFEST_NAME
 from vlmdeploy.calib.scoring import Score, as_json
 from vlmdeploy.calib.validate import Answerer, BundleAnswerer, Validation, agreement, validate
 from vlmdeploy.data.jsonl import find_rows, read_samples
@@ -88,7 +89,7 @@ def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], Non
 
 def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     """A bundle's runtime, or a checkpoint in PyTorch; which one, its files tell."""
-    if (model / "manifest.json").is_file():
+    if (model / MANIFEST_NAME).is_file():
         return BundleAnswerer(vlmdeploy.open(model, threads=options.threads), template=options.template)
     from vlmdeploy.calib.torch_answerer import TorchAnswerer
     from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer

@@ -38,11 +38,10 @@ from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
 from vlmdeploy.export.weights import WeightReader
 from vlmdeploy.families.spec import ModelSpec
-from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
+from vlmdeploy.runtime.session import TOKENIZER_NAME
 
-TOKENIZER_NAME = "tokenizer.json"
 EMBEDDING_NAME = "embedding.bin"
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 
@@ -65,8 +64,8 @@ def export_bundle(
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
         graphs, hashes = _write_graphs(reader, spec, folder, progress)
-        embedding = _write_embedding(reader, folder)
-        cache = HeadLayout(spec.decoder).cache_shape(_inv_freq(checkpoint))
+        embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
+        cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy())
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
         subject = Subject(str(out), reader, spec, folder, manifest, options.threads)
         verification, record = verify_staged(subject, options.seed, progress)
@@ -147,7 +146,7 @@ def _write_graphs(
     return graphs, hashes
 
 
-def _write_embedding(reader: WeightReader, folder: Path) -> EmbeddingInfo:
+def _write_embedding(reader: WeightReader, folder: Path) -> tuple[EmbeddingInfo, FileEntry]:
     """The embedding table in its planned precision: rows, then (aligned) the scales of int8 and int4 rows."""
     target = "embedding.weight"
     precision = reader.plan[target]
@@ -159,7 +158,8 @@ def _write_embedding(reader: WeightReader, folder: Path) -> EmbeddingInfo:
     kinds: dict[str, Literal["fp32", "fp16", "int8", "int4"]] = {
         "fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4"
     }  # fmt: skip
-    return EmbeddingInfo(EMBEDDING_NAME, kinds[precision.type], rows, hidden, precision.group_size, offset)
+    info = EmbeddingInfo(EMBEDDING_NAME, kinds[precision.type], rows, hidden, precision.group_size, offset)
+    return info, data.entry()
 
 
 def _embedding_blocks(reader: WeightReader, target: str, scales: NDArray[np.float16]) -> Iterable[NDArray[np.generic]]:
@@ -173,13 +173,6 @@ def _embedding_blocks(reader: WeightReader, target: str, scales: NDArray[np.floa
             yield (
                 reader.half_rows(target, start, stop) if precision.type == "fp16" else reader.rows(target, start, stop)
             )
-
-
-def _inv_freq(checkpoint: Checkpoint) -> NDArray[np.float32]:
-    """The stored rotary frequencies, or the exact ones where the checkpoint has none."""
-    if "decoder.inv_freq" in checkpoint:
-        return np.asarray(checkpoint.parameter("decoder.inv_freq").numpy())
-    return np.asarray(default_inv_freq(checkpoint.spec.decoder).numpy())
 
 
 def _manifest(

@@ -113,8 +113,7 @@ class StageChecks:
     def _step(self) -> Step:
         """Positions and routing as PyTorch derives them from the ids, not as the bundle's run has them."""
         decoder, run = Decoder(replace(self.spec.decoder, num_layers=0)), self._first
-        if "decoder.inv_freq" in self.reader.checkpoint:
-            decoder.inv_freq = self.reader.checkpoint.parameter("decoder.inv_freq")
+        decoder.inv_freq = self.reader.checkpoint.inv_freq()
         ids, pixels = torch.from_numpy(run.ids)[None], torch.from_numpy(run.sample.prompt.pixels)
         layout = derive_layout(self.spec, ids, pixels, None, None, None)
         return decoder.step(layout.position_ids, layout.vision_mask, causal_mask(layout.attention_mask))

@@ -22,7 +22,6 @@ from vlmdeploy.export.taps import TappedRun, tapped_session
 from vlmdeploy.export.weights import WeightReader
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints
-from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.runtime import parity
@@ -111,7 +110,7 @@ def _load_whole(subject: Subject) -> VisionLanguageModel:
         model = VisionLanguageModel(subject.spec)
     state = {name: reader.effective(name) for name in model.state_dict() if name in reader.checkpoint}
     model.load_state_dict(state, assign=True, strict=False)
-    model.decoder.inv_freq = state.get("decoder.inv_freq", default_inv_freq(subject.spec.decoder))
+    model.decoder.inv_freq = reader.checkpoint.inv_freq()
     return model.eval()
 
 

@@ -58,6 +58,11 @@ class Checkpoint:
         """The whole parameter, float32, in our shape. Raises WeightsError if a value is not finite."""
         return self.rows(target, 0, self.shape(target)[0])
 
+    def inv_freq(self) -> Tensor:
+        """The stored rotary frequencies, or the exact ones where the checkpoint has none, float32 [head_dim / 2]."""
+        target = "decoder.inv_freq"
+        return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
+
     def fingerprint(self) -> str:
         """SHA-256 over config.json's content and the first and last MiB of each shard: enough to tell two apart."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
