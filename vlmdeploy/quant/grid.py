@@ -1,7 +1,9 @@
-"""The symmetric integer grid: groups of neighbouring inputs share a positive scale, the zero point is 2^(bits - 1).
+"""The integer grid: groups of neighbouring inputs share a positive scale and a zero point.
 
-Scales are rounded to fp16 *before* codes are chosen, so that ONNX Runtime, TensorRT, GPTQ files and GGUF all hold the
-same result. The scale of a group is max|w| / ((2^bits - 1) / 2), as in GPTQ files; see docs/design/0002-one-grid.md.
+Symmetric (the default): the zero point is 2^(bits - 1), the scale max|w| / ((2^bits - 1) / 2), as in GPTQ files.
+Asymmetric: scale and zero point span the group's own range; TensorRT does not take such codes. Scales are rounded to fp16
+*before* codes are chosen, so that ONNX Runtime, TensorRT, GPTQ files and GGUF all hold the same result; see
+docs/design/0002-one-grid.md.
 """
 
 from dataclasses import dataclass
@@ -20,14 +22,18 @@ LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Grid:
-    """How wide the codes are and how many inputs share a scale."""
+    """How wide the codes are, how many inputs share a scale, and whether the zero point is fixed in the middle.
+
+    `group_size` is a number of inputs: GPTQ's -1 (one group for the whole width) stands here as the width itself.
+    """
 
     bits: int
     group_size: int
+    symmetric: bool = True
 
     @property
     def zero_point(self) -> int:
-        """The code of 0.0."""
+        """The code of 0.0 in a symmetric grid."""
         return 1 << (self.bits - 1)
 
     @property
@@ -38,25 +44,49 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Some rows of a quantized matrix: codes uint8 [rows, in]; scales float32 [rows, groups], each an fp16 value."""
+    """Some rows of a quantized matrix: value = scale * (code - zero point).
+
+    codes uint8 [rows, in]; scales float32 [rows, groups], each an fp16 value; zeros uint8 [rows, groups], or None where
+    every zero point is the grid's own.
+    """
 
     codes: Codes
     scales: Floats
     grid: Grid
+    zeros: Codes | None = None
 
 
 def quantize_rtn(weights: Floats, grid: Grid) -> Quantized:
     """Round to nearest. weights float32 [rows, in]; raises QuantizationError if groups do not divide `in`."""
+    groups = split_groups(weights, grid)
+    scales, zeros = initial_scales(groups, grid)
+    return round_to_grid(weights, scales, zeros, grid)
+
+
+def split_groups(weights: Floats, grid: Grid) -> Floats:
+    """weights [rows, in] -> [rows, groups, group_size]; raises QuantizationError if groups do not divide `in`."""
     rows, width = weights.shape
     if width % grid.group_size:
         raise QuantizationError(f"group size {grid.group_size} does not divide the input width {width}")
-    groups = weights.reshape(rows, -1, grid.group_size)
-    scales = symmetric_scales(groups, grid)
-    steps = groups / scales[..., None]
+    return weights.reshape(rows, -1, grid.group_size)
+
+
+def round_to_grid(weights: Floats, scales: Floats, zeros: Codes | None, grid: Grid) -> Quantized:
+    """The nearest codes for given scales and zero points, both [rows, groups]."""
+    rows, width = weights.shape
+    steps = weights.reshape(rows, -1, grid.group_size) / scales[..., None]
     np.rint(steps, out=steps)
-    steps += grid.zero_point
+    steps += np.float32(grid.zero_point) if zeros is None else zeros[..., None].astype(np.float32)
     codes = np.clip(steps, 0, grid.max_code, out=steps).astype(np.uint8)
-    return Quantized(codes.reshape(rows, width), scales, grid)
+    return Quantized(codes.reshape(rows, width), scales, grid, zeros)
+
+
+def initial_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes | None]:
+    """Scales (and zero points of an asymmetric grid) that span each group: [rows, groups, group_size] -> [rows, groups].
+
+    Raises QuantizationError where fp16 cannot hold the scale.
+    """
+    return (symmetric_scales(groups, grid), None) if grid.symmetric else asymmetric_scales(groups, grid)
 
 
 def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
@@ -65,11 +95,30 @@ def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
     A group of zeros gets scale 1. Raises QuantizationError where fp16 cannot hold the scale.
     """
     largest = np.maximum(groups.max(-1), -groups.min(-1))
-    scales = largest / (grid.max_code / 2)
+    return _checked_scales(largest / (grid.max_code / 2), largest)
+
+
+def asymmetric_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes]:
+    """Scales and zero points that span min(w, 0) to max(w, 0) of each group.
+
+    A zero point is at least 1: GPTQ's v1 files store it minus one, and a field below zero borrows from its neighbour.
+    """
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    steps = np.where(low == 0, grid.max_code - 1, grid.max_code)  # room for the code 0 that a zero point of 1 leaves
+    scales = _checked_scales((high - low) / steps.astype(np.float32), high - low)
+    zeros = np.clip(np.rint(-low / scales), 1, grid.max_code).astype(np.uint8)
+    return scales, zeros
+
+
+def _checked_scales(scales: Floats, span: Floats) -> Floats:
     if scales.max(initial=0.0) > LARGEST_SCALE:
-        raise QuantizationError(f"a weight of magnitude {largest.max():.3g} needs a scale beyond fp16")
-    rounded = np.maximum(scales, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
-    return np.where(largest == 0, np.float32(1), rounded)
+        raise QuantizationError(f"a weight of magnitude {span.max():.3g} needs a scale beyond fp16")
+    return np.where(span == 0, np.float32(1), to_half(scales))
+
+
+def to_half(scales: Floats) -> Floats:
+    """Positive scales rounded to values that fp16 holds; never zero."""
+    return np.maximum(scales, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
 
 
 def dequantize(quantized: Quantized) -> Floats:
@@ -77,7 +126,7 @@ def dequantize(quantized: Quantized) -> Floats:
     rows, width = quantized.codes.shape
     grid = quantized.grid
     values: Floats = quantized.codes.astype(np.float32).reshape(rows, -1, grid.group_size)
-    values -= np.float32(grid.zero_point)
+    values -= np.float32(grid.zero_point) if quantized.zeros is None else quantized.zeros[..., None].astype(np.float32)
     values *= quantized.scales[..., None]
     return values.reshape(rows, width)
 
