@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+GPTQMODEL := .venv-gptqmodel
 
-.PHONY: all demo test test-all lint format clean
+.PHONY: all demo test test-all lint format gptqmodel clean
 
 all: $(READY)
 
@@ -33,5 +34,18 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# GPTQModel, to compare with and to rewrite its fixture. It asks for a newer torch, would bring a CUDA build and does
+# not need it: so without its dependencies, and then only the packages that it imports. pip complains of the others.
+gptqmodel: $(GPTQMODEL)/.ready
+
+$(GPTQMODEL)/.ready:
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/pip install --quiet torch==2.13.0
+	$(GPTQMODEL)/bin/pip install --quiet --no-deps gptqmodel==7.7.0
+	$(GPTQMODEL)/bin/pip install --quiet torch==2.13.0 accelerate==1.15.0 defuser==0.0.28 device-smi==0.5.7 \
+	  logbar==0.4.15 packaging==26.3 pillow==13.0.0 pypcre==0.6.4 requests==2.34.2 threadpoolctl==3.8.0 \
+	  tokenicer==0.0.14 transformers==5.24.0
+	touch $@
+
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(GPTQMODEL) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

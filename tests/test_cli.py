@@ -167,7 +167,7 @@ def test_missing_toolchain_says_what_to_install(ckpt: Path, tmp_path: Path) -> N
 
 def test_export_says_what_it_made(ckpt: Path, tmp_path: Path) -> None:
     options = ["--ckpt", ckpt, "--target", "ort-int4", "--out", tmp_path / "bundle", "--threads", 1]
-    result = run_cli("export", *options, "--group", 16)
+    result = run_cli("export", *options, "--group", 16, "--quant", "rtn")
     assert result.exit_code == 0
     assert "verified bundle" in result.stdout and "decoder int4" in result.stdout and "group" in result.stdout
     assert result.stderr == "Warning: --quant is not given: int4 codes are rounded to nearest (--quant rtn)\n"

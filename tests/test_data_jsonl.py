@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vlmdeploy.data.jsonl import read_samples
+from vlmdeploy.calib.scoring import check_scorable
+from vlmdeploy.data.jsonl import read_items, read_samples
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Turn
@@ -57,6 +58,25 @@ def test_only_messages_and_task_are_needed(tmp_path: Path) -> None:
     (sample,) = read_samples(write(tmp_path, {"messages": [ASKED, ANSWERED], "task": "vqa"}))
     assert sample == Sample(None, (Turn("How many digits?"),), "vqa", "vqa", "3")
     assert sample.conversation().images == ()
+
+
+def test_with_a_default_task_only_messages_are_needed(tmp_path: Path) -> None:
+    bare, named = read_samples(write(tmp_path, {"messages": [ASKED, ANSWERED]}, ROW), default_task="chat")
+    assert bare == Sample(None, (Turn("How many digits?"),), "chat", "chat", "3")
+    assert named.task == "vqa"
+
+
+def test_a_row_that_got_the_default_task_cannot_be_scored(tmp_path: Path) -> None:
+    samples = list(read_samples(write(tmp_path, without("task")), default_task="chat"))
+    with pytest.raises(DataError, match=r"question 'How many digits\?' about .*0\.png: task \"chat\" has no metric"):
+        check_scorable(samples)
+
+
+def test_items_after_a_broken_one_can_be_read(tmp_path: Path) -> None:
+    first, broken, last = read_items(write(tmp_path, ROW, b"{", changed(kind="sum")))
+    assert (first().kind, last().kind) == ("how_many", "sum")
+    with pytest.raises(DataError, match=r"data\.jsonl:2: not a line of JSON"):
+        broken()
 
 
 def test_earlier_turns_stay_and_the_last_answer_is_the_reference(tmp_path: Path) -> None:

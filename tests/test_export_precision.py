@@ -109,7 +109,7 @@ def test_overrides_change_their_part_only(spec: ModelSpec) -> None:
     ("target", "overrides", "group", "message"),
     [
         ("trt-int5", {}, 128, 'target "trt-int5" is unknown; known: ort-fp32, ort-fp16, ort-int8, ort-int4'),
-        ("ort-int4", {"vision": "int3"}, 128, 'precision "int3" of part "vision" is unknown; known: fp32, fp16'),
+        ("ort-int4", {"vision": "int5"}, 128, 'precision "int5" of part "vision" is unknown; known: fp32, fp16'),
         ("ort-int4", {"head": "int8"}, 128, 'precision "int8" of part "head" is unknown'),
         ("ort-int4", {}, 0, "group size 0 is not supported; known: 128, 64, 32, 16"),
         ("ort-int4", {}, 48, "group size 48 is not supported"),

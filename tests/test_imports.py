@@ -54,7 +54,7 @@ THEIRS: dict[str, str] = {
     "layout": "numpy |",
     "runtime": "numpy PIL tokenizers | onnxruntime tensorrt",
     "data": "numpy PIL |",
-    "quant": "numpy torch |",
+    "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
     "model": "numpy torch safetensors |",
     "calib": "numpy torch safetensors PIL |",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmdeploy.artifact import locked
 from vlmdeploy.errors import ExportError, TrainingError
 from vlmdeploy.model.weights import load_model
 from vlmdeploy.runtime.chat import Conversation, Tokenizer, Turn, prompt_ids
@@ -16,7 +17,6 @@ from vlmdeploy.train.batches import normalized
 from vlmdeploy.train.config import StageConfig
 from vlmdeploy.train.run import Result, run
 from vlmdeploy.train.stages import dense_weight, learning_rate, progress_of
-from vlmdeploy.train.state import locked
 from vlmdeploy.train.workers import uses_bfloat16
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -202,7 +202,7 @@ def test_unfinished_run_of_another_recipe_is_refused_and_the_key_named(recipe: P
 
 
 def test_second_run_of_the_same_output_is_refused(recipe: Path) -> None:
-    with locked(recipe.with_name("out.partial")), pytest.raises(TrainingError, match="another run is writing it"):
+    with locked(recipe.with_name("out.partial")), pytest.raises(ExportError, match="another run is writing it"):
         train(recipe)
 
 

@@ -1,18 +1,23 @@
 """Writing an output folder so that it is either whole or absent: everything goes into a folder aside, which takes the
-final name in one step. An existing folder is replaced only with `force`, and only if vlmdeploy made it."""
+final name in one step. An existing folder is replaced only with `force`, and only if vlmdeploy made it.
+
+Long runs keep what is finished in OUT.partial, one run at a time."""
 
 import ctypes
+import fcntl
 import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from vlmdeploy.errors import ExportError
 
 _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
+LOCK = "lock"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
@@ -86,3 +91,35 @@ def _exchange(first: Path, second: Path) -> bool:
     if renameat2 is None:
         return False
     return int(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE)) == 0
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the state of an unfinished run lies."""
+    return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep a second run of the same output out of it. Raises ExportError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("wb")
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ExportError(f"{folder}: another run is writing it") from error
+        yield
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
+    """Give `path` new content in one step; with `sync` it is on the disk when this returns."""
+    aside = path.with_name(path.name + ".new")
+    with aside.open("wb") as file:
+        write(file)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    aside.replace(path)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from vlmdeploy.errors import BundleError
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 MANIFEST_NAME = "manifest.json"
 
 Record = TypeVar("Record")
@@ -197,7 +197,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"
     embedding: EmbeddingInfo
     has_tokenizer: bool
-    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4
+    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3, or several joined by +
     group_sizes: dict[str, int]  # part -> weights per scale, 0 where not quantized
     requested_group: int  # what was asked for, before it was fitted to the widths
     kept_in_float: tuple[str, ...]  # linears that no group size divides
@@ -205,6 +205,7 @@ class Manifest:
     files: dict[str, FileEntry]
     made_by: Provenance
     verification: Verification | None = None
+    requested_precision: dict[str, str] | None = None  # parts whose precision was asked for (since 1.1)
     format_version: str = FORMAT_VERSION
 
     def template(self, name: str | None) -> ChatTemplate:

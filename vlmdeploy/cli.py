@@ -20,6 +20,7 @@ from vlmdeploy.errors import VlmdeployError
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4"])
+HESSIAN = click.Choice(["routed", "pooled", "text-only"])
 RESIDENCY = click.Choice(["all", "phase"])
 EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
 FOLDER = click.Path(path_type=Path)
@@ -154,11 +155,76 @@ def validate(
         print_rows(card.data, card.columns(), card.rows())
 
 
+def calibration_options(command: Command) -> Command:
+    """The options that `quantize` and `export` share."""
+    quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
+    options = (
+        click.option("--calib-prompt", help="The question for each picture, where --calib is a folder of pictures."),
+        click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many samples."),
+        click.option(
+            "--tokens", type=click.IntRange(min=1), help="Wanted per expert.  [default: 4 x its widest input]"
+        ),
+        click.option("--skip-broken", is_flag=True, help="Leave out and count samples that cannot be used."),
+        click.option("--quality", type=click.Choice(["default", "high"]), default="default", help=quality),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint folder.")
+@click.option("--calib", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, SFT-311K root, or pictures.")
+@click.option("--out", type=FOLDER, required=True, help="The quantized checkpoint folder to write.")
+@calibration_options
+@click.option("--select", type=click.Choice(["random", "perplexity"]), default="random", help="How samples are drawn.")
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@click.option("--template", help="The prompt template for rows that name none.  [default: the checkpoint's]")
+@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Of the decoder's linears.")
+@click.option("--group", type=int, default=128, help="Inputs that share a scale; -1: all of them.")
+@click.option("--asymmetric", is_flag=True, help="Zero points for every group; not for TensorRT.")
+@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: int8]")
+@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: int8]")
+@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: int8]")
+@click.option("--override", multiple=True, help="PATTERN=TYPE or PATTERN=TYPE:GROUP for single linears.")
+@click.option("--budget", help="Choose bits and groups by measured cost: 9.0GB in all, or average bits such as 4.25.")
+@click.option("--hessian", type=HESSIAN, default="routed", help="Whose tokens calibrate an expert; others to compare.")
+@click.option("--allow-uncalibrated", is_flag=True, help="Round an expert to nearest that too few tokens reach.")
+@click.option("--max-memory", default="1GB", help="Activations beyond this go to disk.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which samples are drawn.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch.  [default: one per core]")
+@force_option
+@json_option
+def quantize(
+    ckpt: Path, calib: Path, out: Path, as_json: bool, threads: int | None, max_memory: str, **options: Any
+) -> None:
+    """Quantize a checkpoint with calibration data; the same command continues an interrupted run."""
+    from vlmdeploy.calib.prepare import quantize as quantize_checkpoint
+    from vlmdeploy.calib.prepare import quantize_options, use_threads
+    from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows, summary_rows
+
+    use_threads(threads)
+    with progress_bar() as progress:
+        result = quantize_checkpoint(ckpt, out, quantize_options(calib, max_memory, **options), progress)
+    for message in result.warnings:
+        warn(message)
+    if as_json:
+        print_json({"checkpoint": str(out), "message": result.message, **result.report})
+        return
+    print_rows(f"{out}: {result.message}", ["", ""], summary_rows(result.report))
+    print_rows("calibration", COVERAGE_COLUMNS, coverage_rows(result.report))
+    print_rows(
+        "errors, relative to the outputs, mean over layers", ERROR_COLUMNS, error_rows(result.report, each=False)
+    )
+
+
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The checkpoint folder (Hugging Face layout, safetensors).")
 @click.option("--target", type=TARGET, required=True, help="What the bundle runs on, and how precise it is.")
 @click.option("--out", type=FOLDER, required=True, help="The bundle folder to write.")
-@click.option("--quant", type=click.Choice(["rtn"]), help="How int4 codes of a float checkpoint are chosen.")
+@click.option("--calib", type=FOLDER, help="Data to quantize a float checkpoint with; see `quantize` for its kinds.")
+@click.option("--quant", type=click.Choice(["rtn"]), help="rtn: round to nearest, without any data.")
+@calibration_options
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
 @click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
@@ -177,6 +243,7 @@ def export(
     ckpt: Path,
     target: str,
     out: Path,
+    calib: Path | None,
     quant: str | None,
     tokenizer: Path | None,
     vision: str | None,
@@ -192,19 +259,31 @@ def export(
     threads: int | None,
     force: bool,
     as_json: bool,
+    **calibration: Any,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
+    from vlmdeploy.calib.export_calibrated import export_calibrated, holds_codes
+    from vlmdeploy.calib.prepare import quantize_options
     from vlmdeploy.export.exporter import export_bundle
     from vlmdeploy.export.options import ExportOptions
     from vlmdeploy.runtime.summary import bundle_rows
 
-    if quant is None and target.endswith("int4"):
-        warn("--quant is not given: int4 codes are rounded to nearest (--quant rtn)")
+    if calib is not None and quant is not None:
+        raise click.UsageError("--calib and --quant rtn exclude each other: give one of them")
+    if calib is None and quant is None and target.endswith("int4") and not holds_codes(ckpt):
+        raise click.UsageError(
+            f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn to "
+            "round to nearest"
+        )
     chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
     precisions = {part: precision for part, precision in chosen.items() if precision}
     options = ExportOptions(target, precisions, group, context, tokenizer, template, "cpu", force, seed, threads)
     with progress_bar() as progress:
-        manifest, warnings = export_bundle(ckpt, out, options, progress)
+        if calib is None:
+            manifest, warnings = export_bundle(ckpt, out, options, progress)
+        else:
+            chosen_data = quantize_options(calib, **calibration)
+            manifest, warnings = export_calibrated(ckpt, out, options, chosen_data, progress)
     for message in warnings:
         warn(message)
     if as_json:
@@ -303,5 +382,11 @@ def inspect(folder: Path, as_json: bool) -> None:
         rows = checkpoint_rows(content)
     if as_json:
         print_json(content)
-    else:
-        print_rows(str(folder), ["", ""], rows)
+        return
+    print_rows(str(folder), ["", ""], rows)
+    if "quantization_report" in content:
+        from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows
+
+        report = content["quantization_report"]
+        print_rows("calibration", COVERAGE_COLUMNS, coverage_rows(report))
+        print_rows("errors, relative to the outputs", ERROR_COLUMNS, error_rows(report, each=True))

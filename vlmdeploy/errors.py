@@ -22,6 +22,10 @@ class TrainingError(VlmdeployError):
     """A training run that cannot start, continue or be resumed."""
 
 
+class CalibrationError(VlmdeployError):
+    """Calibration data that cannot calibrate: too few tokens of an expert, too long samples, activations not finite."""
+
+
 class QuantizationError(VlmdeployError):
     """Weights that cannot be quantized as asked."""
 

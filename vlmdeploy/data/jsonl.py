@@ -2,12 +2,14 @@
 
 A row: {"image": path relative to the file (absent: text only), "messages": [{"role", "content"}...], "task": "vqa",
 "kind": "how_many", "answer": "3", "boxes": [[x0, y0, x1, y1]...] in pixels, "template": "chat", "extra": true}.
-Only messages and task are needed: kind defaults to the task, answer to the assistant's last message.
+Only messages and task are needed, and to calibrate only messages: kind defaults to the task, answer to the assistant's
+last message.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,23 +36,31 @@ def find_rows(data: str | Path) -> Path:
     return path
 
 
-def read_samples(data: str | Path) -> Iterator[Sample]:
+def read_samples(data: str | Path, default_task: str | None = None) -> Iterator[Sample]:
     """The samples of a JSONL file, or of a folder with data.jsonl, read one by one; empty lines are skipped.
 
-    Raises DataError at once if there is no such file, and on the way, naming file and line, for a row that cannot be
-    used or whose picture is missing; at the end if there was no row.
+    Rows without a task get `default_task`, and are refused if that is None. Raises DataError at once if there is no
+    such file, and on the way, naming file and line, for a row that cannot be used or whose picture is missing; at the
+    end if there was no row.
     """
-    return _samples(find_rows(data))
+    return (read() for read in read_items(data, default_task))
 
 
-def _samples(path: Path) -> Iterator[Sample]:
+def read_items(data: str | Path, default_task: str | None = None) -> Iterator[Callable[[], Sample]]:
+    """For each row the function that makes it a sample; that one raises DataError, so that the next can still be read.
+
+    Otherwise as `read_samples`.
+    """
+    return _items(find_rows(data), default_task)
+
+
+def _items(path: Path, default_task: str | None) -> Iterator[Callable[[], Sample]]:
     found = False
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 found = True
-                where = f"{path}:{number}"
-                yield _sample(_parse(line, where), path.parent, where)
+                yield partial(_sample, line, default_task, path.parent, f"{path}:{number}")
     if not found:
         raise DataError(f"{path}: holds no rows")
 
@@ -65,8 +75,9 @@ def _parse(line: bytes, where: str) -> Row:
     return row
 
 
-def _sample(row: Row, folder: Path, where: str) -> Sample:
-    task = _required(row, "task", str, where)
+def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> Sample:
+    row = _parse(line, where)
+    task = _optional(row, "task", str, where) or default_task or _required(row, "task", str, where)
     messages, last_answer = _split(_required(row, "messages", list, where), where)
     try:
         conversation = read_messages(messages, max_images=1)

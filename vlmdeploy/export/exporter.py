@@ -36,9 +36,9 @@ from vlmdeploy.export.precision import PrecisionPlan, plan_precision
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
-from vlmdeploy.export.weights import WeightReader
+from vlmdeploy.export.weights import REPORT_NAME, WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.weights import Checkpoint, read_json
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 
@@ -57,7 +57,8 @@ def export_bundle(
     check_output(out, options.force, is_bundle)
     checkpoint = Checkpoint(ckpt)
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
-    plan = plan_precision(spec, options.target, options.precisions, options.group)
+    stored = stored_precisions(checkpoint)
+    plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     reader = WeightReader(checkpoint, plan)
     warnings = list(_plan_warnings(plan, options))
     with staged_folder(out, options.force, is_bundle) as folder:
@@ -202,6 +203,7 @@ def _manifest(
         precision={**reader.plan.parts, "kv": cache.dtype},
         group_sizes=reader.plan.group_sizes,
         requested_group=options.group,
+        requested_precision=dict(options.precisions),
         kept_in_float=reader.plan.kept_in_float,
         memory_bytes={},
         files={},
@@ -212,7 +214,26 @@ def _manifest(
 def _provenance(reader: WeightReader) -> Provenance:
     packages = ("torch", "onnx", "onnxruntime", "numpy", "safetensors", "tokenizers")
     versions = {"vlmdeploy": vlmdeploy.__version__, **{name: version(name) for name in packages}}
-    return Provenance(reader.checkpoint.fingerprint(), versions, "rtn" if reader.plan.is_quantized else "none")
+    notes = tuple(_quantization_notes(reader)) if reader.checkpoint.is_quantized else ()
+    return Provenance(reader.checkpoint.fingerprint(), versions, _quantization(reader), notes)
+
+
+def _quantization(reader: WeightReader) -> str:
+    """How the bundle's codes were chosen."""
+    if not reader.plan.is_quantized:
+        return "none"
+    return "gptq" if reader.checkpoint.is_quantized else "rtn"
+
+
+def _quantization_notes(reader: WeightReader) -> Iterable[str]:
+    """What the report of the quantized checkpoint and its codes say that a user should know."""
+    targets = [target for target in reader.plan.by_target if reader.plan[target].bits == 3]
+    if targets:
+        yield f"{len(targets)} linears hold 3-bit codes in 4-bit fields: exact, with the size and speed of 4 bits"
+    report = read_json(reader.checkpoint.folder / REPORT_NAME, optional=True)
+    rounded = [linear["name"] for linear in report.get("linears", []) if linear.get("note", "").startswith("uncalibr")]
+    if rounded:
+        yield f"{len(rounded)} linears are not calibrated, only rounded to nearest: {rounded[0]} and others"
 
 
 def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, int]:

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vlmdeploy.bundle import FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.export.weights import Ints, WeightReader
-from vlmdeploy.quant.grid import Floats, Quantized, pack_nibbles
+from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits
+from vlmdeploy.quant.grid import Floats, Grid, Quantized
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11
@@ -150,11 +151,12 @@ class GraphBuilder:
         order = np.arange(rows) if order is None else order
         bias = self._bias(f"{target}.bias", order) if has_bias else ""
         precision = self.weights.plan[weight]
-        if precision.bits:
-            inputs = [x, *self._codes(weight, order), "", "", bias] if bias else [x, *self._codes(weight, order)]
+        if precision.grid is not None:
+            codes, bits, block_size = self._codes(weight, order, precision.grid)
+            inputs = [x, *codes, "", bias] if bias else [x, *codes]
             return self.node(
-                "MatMulNBits", inputs, output, CONTRIB, K=width, N=len(order), bits=precision.bits,
-                block_size=precision.group_size, accuracy_level=INT8_ACCURACY,
+                "MatMulNBits", inputs, output, CONTRIB, K=width, N=len(order), bits=bits, block_size=block_size,
+                accuracy_level=INT8_ACCURACY,
             )  # fmt: skip
         product = output if not bias else f"{output}.product"
         self.node("FusedMatMul", [x, self._floats(weight, order, precision.type)], product, CONTRIB, transB=1)
@@ -174,23 +176,35 @@ class GraphBuilder:
         name = self.external(weight, ONNX_OF_NUMPY[np.dtype(kind)], shape, blocks)
         return self.node("Cast", [name], f"{name}.fp32", to=TensorProto.FLOAT) if type_name == "fp16" else name
 
-    def _codes(self, weight: str, order: Ints) -> list[str]:
-        """Codes and scales as MatMulNBits wants them: [out, groups, bytes] and [out, groups] float32."""
-        precision, width = self.weights.plan[weight], self.weights.matrix_shape(weight)[1]
-        groups = width // precision.group_size
-        scales = np.empty((len(order), groups), np.float32)
-        shape = (len(order), groups, precision.group_size * precision.bits // 8)
-        codes = self.external(weight, TensorProto.UINT8, shape, self._code_blocks(weight, order, scales))
-        return [codes, self.tensor(f"{weight}.scales", scales)]
+    def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], int, int]:
+        """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits wants
+        them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
+        bits, block_size = field_bits(grid.bits), matmul_block_size(grid.group_size)
+        blocks = self.weights.matrix_shape(weight)[1] // block_size
+        scales = np.empty((len(order), blocks), np.float32)
+        zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
+        shape = (len(order), blocks, block_size * bits // 8)
+        written = self._code_blocks(weight, order, grid, scales, zeros)
+        codes = self.external(weight, TensorProto.UINT8, shape, written)
+        names = [codes, self.tensor(f"{weight}.scales", scales)]
+        names.append("" if grid.symmetric else self.tensor(f"{weight}.zero_points", zeros))
+        return names, bits, block_size
 
-    def _code_blocks(self, weight: str, order: Ints, scales: Floats) -> Iterable[NDArray[np.uint8]]:
+    def _code_blocks(
+        self, weight: str, order: Ints, grid: Grid, scales: Floats, zeros: NDArray[np.uint8]
+    ) -> Iterable[NDArray[np.uint8]]:
+        """Codes of a few rows at a time; scales and zero points are filled in on the way."""
         done = 0
         for rows, span in self._spans(weight, order):
-            part: Quantized = self.weights.quantized(weight, *span)
-            codes = _arranged(part.codes, rows, span[0], part.grid.zero_point)
-            scales[done : done + len(rows)] = _arranged(part.scales, rows, span[0], 1)
+            stored = self.weights.quantized(weight, *span)
+            middles = None if stored.zeros is None else _arranged(stored.zeros, rows, span[0], grid.zero_point)
+            codes = _arranged(stored.codes, rows, span[0], grid.zero_point)
+            part = matmul_nbits(Quantized(codes, _arranged(stored.scales, rows, span[0], 1), stored.grid, middles))
+            scales[done : done + len(rows)] = part.scales
+            if part.zero_points is not None:
+                zeros[done : done + len(rows)] = part.zero_points
             done += len(rows)
-            yield pack_nibbles(codes) if part.grid.bits == 4 else codes
+            yield part.codes
 
     def _spans(self, weight: str, order: Ints) -> Iterable[tuple[Ints, tuple[int, int]]]:
         """Blocks of output rows, each with the range of stored rows that it needs (row 0 where it needs none)."""

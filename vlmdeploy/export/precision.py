@@ -3,17 +3,22 @@
 `quantize`, `export` and `plan` use this table. Parts are vision, connector, decoder, lm_head and embedding.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from vlmdeploy.errors import ExportError
 from vlmdeploy.families.spec import Downsample, GatedMlp, ModelSpec, Projection
+from vlmdeploy.quant.grid import Grid
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "int3")
 PARTS = ("vision", "connector", "decoder", "lm_head", "embedding")
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "int3": 3}
 GROUP_SIZES = (128, 64, 32, 16)
 DEFAULT_GROUP = 128
+WHOLE_WIDTH = -1  # one group for all inputs of a linear
+OVERRIDE = re.compile(r"(?P<pattern>[^=]+)=(?P<type>\w+)(:(?P<group>-?\d+))?")
 
 TARGETS: dict[str, dict[str, str]] = {
     "ort-fp32": dict.fromkeys(PARTS, "fp32"),
@@ -35,15 +40,21 @@ class Linear:
 
 @dataclass(frozen=True)
 class Precision:
-    """How one matrix is stored: its type, and for int8 and int4 how many inputs share a scale."""
+    """How one matrix is stored: its type, and for integer codes how many inputs share a scale."""
 
     type: str
     group_size: int = 0
+    symmetric: bool = True
 
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for floats."""
         return BITS.get(self.type, 0)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of integer codes; None for floats."""
+        return Grid(self.bits, self.group_size, self.symmetric) if self.bits else None
 
 
 @dataclass(frozen=True)
@@ -106,21 +117,124 @@ def _decoder_linears(spec: ModelSpec) -> Iterator[Linear]:
 
 
 def plan_precision(
-    spec: ModelSpec, target: str, overrides: dict[str, str], group: int = DEFAULT_GROUP
+    spec: ModelSpec,
+    target: str,
+    overrides: dict[str, str],
+    group: int = DEFAULT_GROUP,
+    symmetric: bool = True,
+    stored: Mapping[str, Precision] | None = None,
 ) -> PrecisionPlan:
-    """The plan of a target with the parts in `overrides` changed. Raises ExportError for unknown names."""
+    """The plan of a target with the parts in `overrides` changed. Raises ExportError for unknown names.
+
+    stored: the codes that a quantized checkpoint holds already, by parameter; see `with_stored`.
+    """
     if target not in TARGETS:
         raise ExportError(f'target "{target}" is unknown; known: {", ".join(TARGETS)}')
     parts = {**TARGETS[target], **overrides}
     for part, precision in parts.items():
         if part not in PARTS or precision not in PRECISIONS:
             raise ExportError(f'precision "{precision}" of part "{part}" is unknown; known: {", ".join(PRECISIONS)}')
-    if group not in GROUP_SIZES:
-        raise ExportError(f"group size {group} is not supported; known: {', '.join(map(str, GROUP_SIZES))}")
+    if parts["embedding"] == "int3":
+        raise ExportError("the embedding cannot be int3: it is looked up, not multiplied; use int4")
+    if group not in (*GROUP_SIZES, WHOLE_WIDTH):
+        raise ExportError(f"group size {group} is not supported; known: {', '.join(map(str, GROUP_SIZES))} and -1")
     plan = PrecisionPlan(parts, {}, {}, ())
     for part in PARTS:
-        plan = _plan_part(plan, part, [linear for linear in _matrices(spec) if linear.part == part], group)
+        members = [linear for linear in _matrices(spec) if linear.part == part]
+        plan = _plan_part(plan, part, members, group, symmetric)
+    return plan if stored is None else with_stored(plan, spec, stored, frozenset(overrides))
+
+
+def with_stored(
+    plan: PrecisionPlan, spec: ModelSpec, stored: Mapping[str, Precision], asked: frozenset[str]
+) -> PrecisionPlan:
+    """The plan for a checkpoint that holds codes: they are shipped as they are, floats only where the part is float.
+
+    asked: the parts whose precision the user chose. Raises ExportError where stored codes are not of the width that the
+    plan wants, because quantizing them again would not give what was calibrated.
+    """
+    chosen, parts, sizes = dict(plan.by_target), dict(plan.parts), dict(plan.group_sizes)
+    for part in PARTS:
+        held = {linear.target: stored.get(linear.target) for linear in _matrices(spec) if linear.part == part}
+        codes = {target: precision for target, precision in held.items() if precision is not None}
+        if not codes or plan.parts[part] not in BITS:
+            continue
+        types = {precision.type for precision in codes.values()}
+        wanted = plan.parts[part]
+        if part in asked and types != {wanted}:
+            raise ExportError(
+                f"{part} is asked for in {wanted}, but the checkpoint holds {' and '.join(sorted(types))} codes: export "
+                "them as they are, or quantize the float checkpoint again"
+            )
+        if wanted == "int8" and part == "decoder" and types != {"int8"}:
+            raise ExportError(
+                f"the checkpoint holds {' and '.join(sorted(types))} codes for the decoder: use --target ort-int4"
+            )
+        chosen |= {target: precision or Precision("fp32") for target, precision in held.items()}
+        parts[part] = "+".join(sorted(types))
+        widths = {precision.group_size for precision in codes.values()}
+        sizes[part] = widths.pop() if len(widths) == 1 else 0
+    kept = tuple(target for target in plan.kept_in_float if chosen[target].bits == 0)
+    kept += tuple(target for target, held in stored_floats(spec, stored, plan, chosen) if target not in kept)
+    return PrecisionPlan(parts, sizes, chosen, kept)
+
+
+def stored_floats(
+    spec: ModelSpec, stored: Mapping[str, Precision], plan: PrecisionPlan, chosen: Mapping[str, Precision]
+) -> Iterable[tuple[str, Precision]]:
+    """Linears that a quantized checkpoint left in float although their part holds codes."""
+    for linear in linears(spec):
+        if plan.parts[linear.part] in BITS and chosen[linear.target].bits == 0 and linear.target not in stored:
+            yield linear.target, chosen[linear.target]
+
+
+def with_overrides(
+    plan: PrecisionPlan, spec: ModelSpec, overrides: Iterable[str], names: Mapping[str, tuple[str, ...]]
+) -> PrecisionPlan:
+    """The plan with single linears changed by "PATTERN=TYPE" or "PATTERN=TYPE:GROUP", later ones over earlier ones.
+
+    PATTERN is a shell pattern for our parameter name or the checkpoint's; names: our name -> the checkpoint's ones.
+    Raises ExportError for a malformed override, one that matches nothing, or a group that does not divide a width.
+    """
+    for text in overrides:
+        plan = _with_override(plan, spec, text, names)
     return plan
+
+
+def _with_override(
+    plan: PrecisionPlan, spec: ModelSpec, text: str, names: Mapping[str, tuple[str, ...]]
+) -> PrecisionPlan:
+    match = OVERRIDE.fullmatch(text)
+    if match is None or match["type"] not in PRECISIONS:
+        raise ExportError(
+            f'override "{text}": expected PATTERN=TYPE or PATTERN=TYPE:GROUP, TYPE {", ".join(PRECISIONS)}'
+        )
+    chosen, pattern = dict(plan.by_target), match["pattern"]
+    found = [linear for linear in linears(spec) if _matches(pattern, linear.target, names)]
+    if not found:
+        raise ExportError(f'override "{text}": no linear is named so; see `vlmdeploy inspect` for names')
+    for linear in found:
+        chosen[linear.target] = _override_precision(text, match, linear, plan)
+    kept = tuple(target for target in plan.kept_in_float if not chosen[target].bits)
+    return replace(plan, by_target=chosen, kept_in_float=kept)
+
+
+def _override_precision(text: str, match: re.Match[str], linear: Linear, plan: PrecisionPlan) -> Precision:
+    if match["type"] not in BITS:
+        return Precision(match["type"])
+    old = plan.by_target[linear.target]
+    group = int(match["group"]) if match["group"] else old.group_size or plan.group_sizes[linear.part]
+    size = linear.in_width if group == WHOLE_WIDTH else group
+    if size < 1 or linear.in_width % size:
+        raise ExportError(
+            f'override "{text}": group size {group} does not divide the width {linear.in_width} of {linear.target}'
+        )
+    return Precision(match["type"], size, old.symmetric)
+
+
+def _matches(pattern: str, target: str, names: Mapping[str, tuple[str, ...]]) -> bool:
+    candidates = (target, *names.get(target, ()))
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern) for name in candidates)
 
 
 def _matrices(spec: ModelSpec) -> Iterator[Linear]:
@@ -128,22 +242,26 @@ def _matrices(spec: ModelSpec) -> Iterator[Linear]:
     yield Linear("embedding.weight", "embedding", spec.decoder.vocab_size, spec.decoder.hidden)
 
 
-def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int) -> PrecisionPlan:
+def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int, symmetric: bool) -> PrecisionPlan:
     wanted = plan.parts[part]
     size = common_group({linear.in_width for linear in members}, group) if wanted in BITS else 0
     chosen, kept = dict(plan.by_target), list(plan.kept_in_float)
     for linear in members:
-        fits = size and linear.in_width % size == 0 and size < linear.in_width
-        chosen[linear.target] = Precision(wanted, size) if fits else Precision("fp32" if wanted in BITS else wanted)
+        own = linear.in_width if group == WHOLE_WIDTH else size
+        fits = own and linear.in_width % own == 0 and (own < linear.in_width or group == WHOLE_WIDTH)
+        precision = Precision(wanted, own, symmetric) if fits and wanted in BITS else None
+        chosen[linear.target] = precision or Precision("fp32" if wanted in BITS else wanted)
         if wanted in BITS and not fits:
             kept.append(linear.target)
-    sizes = {**plan.group_sizes, part: size}
+    sizes = {**plan.group_sizes, part: WHOLE_WIDTH if group == WHOLE_WIDTH and wanted in BITS else size}
     return replace(plan, group_sizes=sizes, by_target=chosen, kept_in_float=tuple(kept))
 
 
 def common_group(widths: set[int], requested: int) -> int:
     """One group size for all these input widths, smaller than each: the requested one if it divides them all, else the
     largest of 64, 32 and 16 up to it that divides every width which 16 divides; 0 if there is none."""
+    if requested == WHOLE_WIDTH:
+        return WHOLE_WIDTH
     if widths and all(width % requested == 0 and requested < width for width in widths):
         return requested
     usable = {width for width in widths if width % 16 == 0 and width > 16}

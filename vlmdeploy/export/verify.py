@@ -19,7 +19,7 @@ from vlmdeploy.export.precision import PARTS, plan_precision
 from vlmdeploy.export.reference import draw_sample
 from vlmdeploy.export.stage_checks import StageChecks
 from vlmdeploy.export.taps import TappedRun, tapped_session
-from vlmdeploy.export.weights import WeightReader
+from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints
 from vlmdeploy.model.vlm import VisionLanguageModel
@@ -149,8 +149,11 @@ def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress:
     checkpoint = Checkpoint(ckpt)
     if checkpoint.fingerprint() != manifest.made_by.checkpoint_sha256:
         raise ExportError(f"{folder}: was not made from {ckpt}: its config or tensors differ")
-    parts = {part: manifest.precision[part] for part in PARTS}
-    plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group)
+    parts = manifest.requested_precision
+    if parts is None:  # bundles of format 1.0
+        parts = {part: manifest.precision[part] for part in PARTS}
+    stored = stored_precisions(checkpoint)
+    plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group, stored=stored)
     spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template)
     subject = Subject(str(folder), WeightReader(checkpoint, plan), spec, folder, manifest, threads)
     return verify_staged(subject, 0, progress)[0].stages

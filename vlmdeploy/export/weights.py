@@ -13,10 +13,21 @@ from torch import Tensor
 from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.export.precision import Precision, PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
-from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, quantize_rtn
+from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
+REPORT_NAME = "quantization_report.json"  # beside the weights of a checkpoint that `vlmdeploy quantize` wrote
 BLOCK_BYTES = 8 << 20  # rows are read in blocks of about this many float32 bytes: they stay in the cache
+
+
+def stored_precisions(checkpoint: Checkpoint) -> dict[str, Precision]:
+    """What a quantized checkpoint holds as codes, by parameter; linears whose parts have several grids are left out."""
+    grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
+    return {
+        target: Precision(f"int{grid.bits}", grid.group_size, grid.symmetric)
+        for target, grid in grids.items()
+        if grid is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,16 @@ class WeightReader:
         return halves
 
     def quantized(self, target: str, start: int, stop: int) -> Quantized:
-        """Rows as codes and scales, rounded to nearest. Raises QuantizationError where a scale overflows."""
-        precision = self.plan[target]
+        """Rows as codes and scales: those of the checkpoint, or else rounded to nearest.
+
+        Raises QuantizationError where a scale overflows.
+        """
+        grid = self.plan[target].grid
+        assert grid is not None, f"{target} is kept in float"
+        if target in self.checkpoint and self.checkpoint.stored_grid(target) is not None:
+            return self.checkpoint.quantized_rows(target, start, stop)
         try:
-            return quantize_rtn(self.rows(target, start, stop), Grid(precision.bits, precision.group_size))
+            return quantize_rtn(self.rows(target, start, stop), grid)
         except QuantizationError as error:
             raise QuantizationError(f'"{target}": {error}: {_in_fp32(target)}') from error
 

@@ -4,7 +4,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.weights import Checkpoint, read_json
 
 PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 
@@ -17,7 +17,7 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
     for target, rule in checkpoint.rules.items():
         if target != "decoder.inv_freq":
             parameters[target.split(".")[0]] += prod(rule.shape)
-    return {
+    summary = {
         "family": spec.family,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "image_px": spec.image.size_px,
@@ -33,11 +33,24 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
         "stop_ids": list(spec.tokens.stop_ids),
         "shards": sorted(set(checkpoint.shard_of.values())),
     }
+    return summary | _quantization(checkpoint)
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The GPTQ config of a quantized checkpoint, and the report that `vlmdeploy quantize` wrote beside it."""
+    config = checkpoint.codes.config
+    if config is None:
+        return {}
+    report = read_json(checkpoint.folder / "quantization_report.json", optional=True)
+    quantization = {"bits": config.bits, "group_size": config.group_size, "sym": config.symmetric}
+    found = {"quantization": quantization, "quantized_linears": len(checkpoint.codes.modules)}
+    return {**found, "quantization_report": report} if "linears" in report else found
 
 
 def checkpoint_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Label and value of each line."""
     counts = ", ".join(f"{part} {count:,}" for part, count in summary["parameters"].items())
-    rest = {key: value for key, value in summary.items() if key not in ("family", "parameters")}
+    told = ("family", "parameters", "quantization_report")
+    rest = {key: value for key, value in summary.items() if key not in told}
     others = [[key.replace("_", " "), str(value)] for key, value in rest.items()]
     return [["family", summary["family"]], ["parameters", counts], *others]

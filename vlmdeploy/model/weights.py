@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from vlmdeploy.errors import ConfigError, WeightsError
 from vlmdeploy.families import family_named, find_family
 from vlmdeploy.families.spec import Config, ModelSpec, Source, WeightRule
 from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.stored_codes import StoredCodes
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.quant.grid import Grid, Quantized, stacked
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -38,8 +41,9 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self.generation_config = read_json(self.folder / "generation_config.json", optional=True)
         self.shard_of = _tensor_shards(self.folder)
+        self.codes = StoredCodes(self.folder, self.shard_of)
         try:
-            family = find_family(self.config, frozenset(self.shard_of))
+            family = find_family(self.config, self.codes.names())
             self.spec: ModelSpec = family.spec(self.config, self.generation_config)
         except ConfigError as error:
             raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the name of the config file
@@ -50,9 +54,13 @@ class Checkpoint:
         """The shape of one of our parameters."""
         return self.rules[target].shape
 
+    def size(self, target: str) -> int:
+        """How many values one of our parameters has."""
+        return prod(self.shape(target))
+
     def __contains__(self, target: object) -> bool:
         """Whether the checkpoint fills this parameter (an optional one may be absent)."""
-        return target in self.rules and bool(self._present(self.rules[str(target)]))
+        return target in self.rules and bool(self.present(self.rules[str(target)]))
 
     def parameter(self, target: str) -> Tensor:
         """The whole parameter, float32, in our shape. Raises WeightsError if a value is not finite."""
@@ -62,6 +70,24 @@ class Checkpoint:
         """The stored rotary frequencies, or the exact ones where the checkpoint has none, float32 [head_dim / 2]."""
         target = "decoder.inv_freq"
         return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear is stored as codes."""
+        return bool(self.codes.modules)
+
+    def stored_grid(self, target: str) -> Grid | None:
+        """The grid of a parameter whose sources are all stored as codes of one grid, else None."""
+        sources = self.rules[target].sources
+        if self.rules[target].op != "stack" or not all(source in self.codes for source in sources):
+            return None
+        grids = {self.codes.grid(source) for source in sources}
+        return grids.pop() if len(grids) == 1 else None
+
+    def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
+        """Rows of a parameter stored as codes. Raises QuantizationError where they have no contiguous groups."""
+        ranges = _row_ranges(self.rules[target], start, stop)
+        return stacked([self.codes.linear(source, first, last).quantized() for source, first, last in ranges])
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json's content and the first and last MiB of each shard: enough to tell two apart."""
@@ -80,22 +106,40 @@ class Checkpoint:
         if rule.op == "stack":
             parts = [self._read(source, first, last) for source, first, last in _row_ranges(rule, start, stop)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
-        source = self._present(rule)[0]
+        source = self.present(rule)[0]
         values = self._read(source, 0, source.shape[0])
         if rule.op == "same":
             self._check_same(rule, values)
         return values.reshape(rule.shape)[start:stop]
 
-    def _present(self, rule: WeightRule) -> list[Source]:
-        return [source for source in rule.sources if source.name in self.shard_of]
+    def raw(self, name: str) -> Tensor:
+        """A tensor of the checkpoint as it is stored, by its name there."""
+        with safe_open(self.folder / self.shard_of[name], framework="pt") as shard:
+            values: Tensor = shard.get_tensor(name)
+        return values
+
+    def stored_bytes(self, rule: WeightRule) -> int:
+        """Bytes that a rule's float tensors take in the files."""
+        total = 0
+        for source in self.present(rule):
+            with safe_open(self.folder / self.shard_of[source.name], framework="pt") as shard:
+                dtype = shard.get_slice(source.name).get_dtype()
+            total += prod(source.shape) * FLOAT_DTYPES[dtype].itemsize
+        return total
+
+    def present(self, rule: WeightRule) -> list[Source]:
+        """The sources of a rule that the checkpoint holds, as floats or as codes."""
+        return [source for source in rule.sources if source.name in self.shard_of or source in self.codes]
 
     def _check_same(self, rule: WeightRule, values: Tensor) -> None:
-        for source in self._present(rule)[1:]:
+        for source in self.present(rule)[1:]:
             if not torch.equal(self._read(source, 0, source.shape[0]), values):
                 raise WeightsError(f'{self.folder}: tensor "{source.name}" differs from "{rule.sources[0].name}"')
 
     def _read(self, source: Source, start: int, stop: int) -> Tensor:
         """Rows of one stored tensor. The file is opened anew each time: that gives its mapped pages back."""
+        if source in self.codes:
+            return self.codes.values(source, start, stop)
         path = self.folder / self.shard_of[source.name]
         with safe_open(path, framework="pt") as shard:
             values: Tensor = shard.get_slice(source.name)[start:stop].float()
@@ -169,7 +213,7 @@ def _shard_names(path: Path) -> list[str]:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor is named by exactly one rule; every rule finds its tensors, in the right shape and a float type."""
-    where, stored = f"{checkpoint.folder}: {checkpoint.spec.family}", set(checkpoint.shard_of)
+    where, stored = f"{checkpoint.folder}: {checkpoint.spec.family}", checkpoint.codes.names()
     sources = [(source, rule) for rule in checkpoint.rules.values() for source in rule.sources]
     unknown = sorted(stored - {source.name for source, _ in sources})
     if unknown:
@@ -179,7 +223,9 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         raise WeightsError(f'{where}: tensor "{missing[0]}" is missing ({len(missing)} such tensors)')
     by_shard: dict[str, list[Source]] = {}
     for source, _ in sources:
-        if source.name in stored:
+        if source in checkpoint.codes:
+            checkpoint.codes.check(source)
+        elif source.name in stored:
             by_shard.setdefault(checkpoint.shard_of[source.name], []).append(source)
     for file, expected in by_shard.items():
         _check_shapes(checkpoint.folder / file, expected, checkpoint.spec.family)

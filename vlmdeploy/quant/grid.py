@@ -1,12 +1,12 @@
 """The integer grid: groups of neighbouring inputs share a positive scale and a zero point.
 
 Symmetric (the default): the zero point is 2^(bits - 1), the scale max|w| / ((2^bits - 1) / 2), as in GPTQ files.
-Asymmetric: scale and zero point span the group's own range; TensorRT does not take such codes. Scales are rounded to fp16
-*before* codes are chosen, so that ONNX Runtime, TensorRT, GPTQ files and GGUF all hold the same result; see
+Asymmetric: scale and zero point span the group's own range; TensorRT does not take such codes. Scales are rounded to
+fp16 *before* codes are chosen, so that ONNX Runtime, TensorRT, GPTQ files and GGUF all hold the same result; see
 docs/design/0002-one-grid.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,7 @@ def round_to_grid(weights: Floats, scales: Floats, zeros: Codes | None, grid: Gr
 
 
 def initial_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes | None]:
-    """Scales (and zero points of an asymmetric grid) that span each group: [rows, groups, group_size] -> [rows, groups].
+    """Scales (and zero points of an asymmetric grid) that span each group, [rows, groups] each.
 
     Raises QuantizationError where fp16 cannot hold the scale.
     """
@@ -129,6 +129,22 @@ def dequantize(quantized: Quantized) -> Floats:
     values -= np.float32(grid.zero_point) if quantized.zeros is None else quantized.zeros[..., None].astype(np.float32)
     values *= quantized.scales[..., None]
     return values.reshape(rows, width)
+
+
+def stacked(parts: list[Quantized]) -> Quantized:
+    """Rows of several matrices of one grid, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    symmetric = all(part.zeros is None for part in parts)
+    grid = replace(parts[0].grid, symmetric=symmetric)
+    zeros = None if symmetric else np.concatenate([_all_zeros(part) for part in parts])
+    return Quantized(
+        np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]), grid, zeros
+    )
+
+
+def _all_zeros(part: Quantized) -> Codes:
+    return np.full(part.scales.shape, part.grid.zero_point, np.uint8) if part.zeros is None else part.zeros
 
 
 def pack_nibbles(codes: Codes) -> Codes:

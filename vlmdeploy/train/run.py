@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, staged_folder
+from vlmdeploy.artifact import check_output, locked, partial_folder, staged_folder
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import save_checkpoint
 from vlmdeploy.train.config import TrainConfig, load_config
@@ -30,9 +30,7 @@ from vlmdeploy.train.state import (
     Status,
     load_optimizer,
     load_place,
-    locked,
     open_partial,
-    partial_folder,
     read_status,
 )
 from vlmdeploy.train.trainee import Trainee

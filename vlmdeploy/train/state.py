@@ -4,23 +4,20 @@ state.pt holds the optimizer's buffers and the place in the schedule, written by
 status.json the time used and the losses, renewed every few seconds; recipe.json the values of the recipe.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmdeploy.artifact import LOCK, write_file
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.train.config import first_difference
 from vlmdeploy.train.optimizer import FlatOptimizer
 
-STATE, STATUS, RECIPE, LOCK = "state.pt", "status.json", "recipe.json", "lock"
+STATE, STATUS, RECIPE = "state.pt", "status.json", "recipe.json"
 
 
 @dataclass
@@ -50,11 +47,6 @@ class Status:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def partial_folder(out: Path) -> Path:
-    """Where the state of an unfinished run lies."""
-    return out.with_name(out.name + ".partial")
-
-
 def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
     """Get the folder ready for a run of the recipe with these values: to start it, or to go on.
 
@@ -77,26 +69,10 @@ def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
     _write_text(folder / RECIPE, json.dumps(values, indent=1))
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep a second run of the same output out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("wb")
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(f"{folder}: another run is writing it") from error
-        yield
-
-
 def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
     """Replace state.pt in one step; it is on the disk when this returns."""
     content = {**vars(place), **optimizer.state()}
-    _write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
+    write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
 
 
 def load_place(folder: Path) -> Place:
@@ -133,14 +109,4 @@ def read_status(folder: Path) -> Status:
 
 
 def _write_text(path: Path, text: str, sync: bool = True) -> None:
-    _write_file(path, lambda file: file.write(text.encode()), sync)
-
-
-def _write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool) -> None:
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
-        write(file)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    aside.replace(path)
+    write_file(path, lambda file: file.write(text.encode()), sync)

@@ -1,0 +1,234 @@
+"""Agreement tests: each layout, read by the engine or library it is for, gives the values that `dequantize` gives.
+
+ONNX Runtime runs MatMulNBits and DequantizeLinear; the `gguf` package reads Q4_0 and Q8_0.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from gguf import GGMLQuantizationType
+from gguf import quants as gguf_quants
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from vlmdeploy.errors import QuantizationError
+from vlmdeploy.quant.conversions import (
+    DequantizeLinear,
+    MatMulNBits,
+    dequantize_linear,
+    gguf_q4_0,
+    gguf_q8_0,
+    matmul_nbits,
+    repeat_scales,
+    tensorrt_int4,
+    widen,
+)
+from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, unpack_nibbles
+from vlmdeploy.runtime.ort_backend import import_onnxruntime
+
+MATMUL_RELATIVE = 2e-6  # float32 sums of 384 products in another order, relative to the largest result
+OUT, IN = 24, 384
+
+both_symmetries = pytest.mark.parametrize("symmetric", [True, False])
+
+
+def quantized_matrix(grid: Grid, num_out: int = OUT, num_in: int = IN) -> Quantized:
+    """Random codes over the whole range, scales and zero points: the layouts do not care where they come from."""
+    random = np.random.default_rng(grid.bits * 1000 + grid.group_size)
+    groups = num_in // grid.group_size
+    scales = random.uniform(0.01, 0.1, (num_out, groups)).astype(np.float16).astype(np.float32)
+    codes = random.integers(0, grid.max_code + 1, (num_out, num_in)).astype(np.uint8)
+    zeros = random.integers(1, grid.max_code + 1, (num_out, groups)).astype(np.uint8)
+    return Quantized(codes, scales, grid, None if grid.symmetric else zeros)
+
+
+def run_node(node: onnx.NodeProto, tensors: list[onnx.TensorProto], inputs: dict[str, Floats]) -> NDArray[Any]:
+    """The only output "y" of a model with one node."""
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in inputs.items()]
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "one node", infos, [result], tensors)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["y"], inputs)[0])
+
+
+def run_matmul(layout: MatMulNBits, x: Floats) -> NDArray[Any]:
+    tensors: dict[str, NDArray[Any]] = {"B": layout.codes, "scales": layout.scales}
+    if layout.zero_points is not None:
+        tensors["zero_points"] = layout.zero_points
+    node = helper.make_node(
+        "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", K=x.shape[1], N=len(layout.codes),
+        bits=layout.bits, block_size=layout.block_size, accuracy_level=0,
+    )  # fmt: skip
+    return run_node(node, [onnx.numpy_helper.from_array(value, name) for name, value in tensors.items()], {"x": x})
+
+
+def run_dequantize(layout: DequantizeLinear) -> NDArray[Any]:
+    data_type = TensorProto.DataType.Value(layout.data_type)
+    tensors = [
+        helper.make_tensor("codes", data_type, layout.shape, layout.codes.tobytes(), raw=True),
+        onnx.numpy_helper.from_array(layout.scales, "scales"),
+    ]
+    if layout.zero_points is not None:
+        zeros = layout.zero_points.tobytes()
+        tensors.append(helper.make_tensor("zeros", data_type, layout.scales.shape, zeros, raw=True))
+    names = [tensor.name for tensor in tensors]
+    node = helper.make_node("DequantizeLinear", names, ["y"], axis=layout.axis, block_size=layout.block_size)
+    return run_node(node, tensors, {})
+
+
+def assert_matmul_agrees(quantized: Quantized, layout: MatMulNBits) -> None:
+    x = np.random.default_rng(1).standard_normal((3, quantized.codes.shape[1])).astype(np.float32)
+    expected = x.astype(np.float64) @ dequantize(quantized).T.astype(np.float64)
+    error = np.abs(run_matmul(layout, x) - expected).max() / np.abs(expected).max()
+    assert error <= MATMUL_RELATIVE
+
+
+@both_symmetries
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_matmulnbits_multiplies_by_the_dequantized_weights(bits: int, group_size: int, symmetric: bool) -> None:
+    quantized = quantized_matrix(Grid(bits, group_size, symmetric))
+    layout = matmul_nbits(quantized)
+    assert (layout.bits, layout.block_size) == (bits, group_size)
+    assert layout.codes.shape == (OUT, IN // group_size, group_size * bits // 8)
+    assert (layout.zero_points is None) == symmetric
+    assert_matmul_agrees(quantized, layout)
+
+
+@both_symmetries
+def test_three_bit_codes_move_into_four_bit_fields(symmetric: bool) -> None:
+    quantized = quantized_matrix(Grid(3, 32, symmetric))
+    layout = matmul_nbits(quantized)
+    assert layout.bits == 4
+    assert_matmul_agrees(quantized, layout)
+
+
+@both_symmetries
+def test_matmulnbits_of_four_bit_codes_in_eight_bit_fields(symmetric: bool) -> None:
+    quantized = quantized_matrix(Grid(4, 32, symmetric))
+    layout = matmul_nbits(quantized, container_bits=8)
+    assert layout.codes.shape == (OUT, IN // 32, 32)
+    assert_matmul_agrees(quantized, layout)
+
+
+@pytest.mark.parametrize(("group_size", "block_size"), [(384, 128), (96, 32), (192, 64), (48, 16)])
+def test_groups_that_are_no_power_of_two_are_split(group_size: int, block_size: int) -> None:
+    quantized = quantized_matrix(Grid(4, group_size, symmetric=False))
+    layout = matmul_nbits(quantized)
+    assert layout.block_size == block_size
+    assert_matmul_agrees(quantized, layout)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_zero_points_of_a_row_end_in_a_byte_of_their_own(bits: int) -> None:
+    quantized = quantized_matrix(Grid(bits, 128, symmetric=False), num_in=5 * 128)
+    layout = matmul_nbits(quantized)
+    assert layout.zero_points is not None
+    assert layout.zero_points.shape == (OUT, 2 if bits == 2 else 3)
+    assert_matmul_agrees(quantized, layout)
+
+
+def test_whole_width_of_a_power_of_two_is_split_too() -> None:
+    quantized = quantized_matrix(Grid(4, 512), num_in=512)
+    assert matmul_nbits(quantized).block_size == 128
+    assert_matmul_agrees(quantized, matmul_nbits(quantized))
+
+
+def test_groups_too_small_for_matmulnbits_are_an_error() -> None:
+    with pytest.raises(QuantizationError, match="groups of 24 are not made of blocks that MatMulNBits knows"):
+        matmul_nbits(quantized_matrix(Grid(4, 24)))
+
+
+def test_codes_do_not_go_into_narrower_or_unknown_fields() -> None:
+    with pytest.raises(QuantizationError, match="codes of 4 bits cannot be widened to 2 bits"):
+        matmul_nbits(quantized_matrix(Grid(4, 32)), container_bits=2)
+    with pytest.raises(QuantizationError, match="fields of 3 bits; it knows 2, 4, 8"):
+        matmul_nbits(quantized_matrix(Grid(3, 32)), container_bits=3)
+
+
+@both_symmetries
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_dequantizelinear_gives_exactly_the_values(bits: int, axis: int, signed: bool, symmetric: bool) -> None:
+    quantized = quantized_matrix(Grid(bits, 32, symmetric))
+    layout = dequantize_linear(quantized, axis, signed)
+    expected = dequantize(quantized)
+    assert layout.data_type == ("INT" if signed else "UINT") + ("8" if bits == 8 else "4")
+    assert (layout.zero_points is None) == (symmetric and signed)
+    assert (run_dequantize(layout) == (expected.T if axis == 0 else expected)).all()
+
+
+def test_dequantizelinear_is_signed_where_that_saves_the_zero_points() -> None:
+    assert dequantize_linear(quantized_matrix(Grid(4, 32)), 0).data_type == "INT4"
+    assert dequantize_linear(quantized_matrix(Grid(4, 32, symmetric=False)), 0).data_type == "UINT4"
+
+
+def test_odd_number_of_four_bit_zero_points_is_padded() -> None:
+    quantized = quantized_matrix(Grid(4, 128, symmetric=False), num_out=3)
+    layout = dequantize_linear(quantized, 1)
+    assert layout.scales.size == 9
+    assert (run_dequantize(layout) == dequantize(quantized)).all()
+
+
+def test_dequantizelinear_axis_is_that_of_a_matrix() -> None:
+    with pytest.raises(QuantizationError, match="along axis 2"):
+        dequantize_linear(quantized_matrix(Grid(4, 32)), 2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tensorrt_weights_are_signed_nibbles_along_the_outputs(bits: int) -> None:
+    quantized = quantized_matrix(Grid(bits, 64))
+    layout = tensorrt_int4(quantized)
+    assert layout.codes.shape == (IN, OUT // 2)
+    assert layout.scales.dtype == np.float16
+    nibbles = unpack_nibbles(layout.codes).astype(np.int8)
+    signed = np.where(nibbles > 7, nibbles - 16, nibbles)
+    values = signed * layout.scales.astype(np.float32).repeat(layout.block_size, 0)
+    assert (dequantize(quantized) == values.T).all()
+
+
+def test_tensorrt_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(QuantizationError, match="TensorRT's INT4 weights cannot hold zero points"):
+        tensorrt_int4(quantized_matrix(Grid(4, 64, symmetric=False)))
+    with pytest.raises(QuantizationError, match="codes of 8 bits cannot be widened to 4 bits"):
+        tensorrt_int4(quantized_matrix(Grid(8, 64)))
+    with pytest.raises(QuantizationError, match="two outputs per byte, but there are 3"):
+        tensorrt_int4(quantized_matrix(Grid(4, 64), num_out=3))
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gguf_q4_0_is_read_exactly(bits: int, group_size: int) -> None:
+    quantized = quantized_matrix(Grid(bits, group_size))
+    values = gguf_quants.dequantize(gguf_q4_0(quantized), GGMLQuantizationType.Q4_0)
+    assert (values == dequantize(quantized)).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_gguf_q8_0_is_read_exactly(bits: int) -> None:
+    quantized = quantized_matrix(Grid(bits, 64))
+    values = gguf_quants.dequantize(gguf_q8_0(quantized), GGMLQuantizationType.Q8_0)
+    assert (values == dequantize(quantized)).all()
+
+
+def test_gguf_refuses_asymmetric_codes_and_small_groups() -> None:
+    with pytest.raises(QuantizationError, match="Q4_0 cannot hold zero points"):
+        gguf_q4_0(quantized_matrix(Grid(4, 32, symmetric=False)))
+    with pytest.raises(QuantizationError, match="Q8_0 cannot hold zero points"):
+        gguf_q8_0(quantized_matrix(Grid(8, 32, symmetric=False)))
+    with pytest.raises(QuantizationError, match="groups of 16 cannot be split into groups of 32"):
+        gguf_q4_0(quantized_matrix(Grid(4, 16)))
+
+
+@both_symmetries
+@pytest.mark.parametrize(("bits", "wider"), [(2, 4), (3, 4), (3, 8), (4, 8), (4, 4)])
+def test_wider_codes_and_smaller_groups_mean_the_same(bits: int, wider: int, symmetric: bool) -> None:
+    quantized = quantized_matrix(Grid(bits, 96, symmetric))
+    held = repeat_scales(widen(quantized, wider), 32)
+    assert held.grid == Grid(wider, 32, symmetric)
+    assert (dequantize(held) == dequantize(quantized)).all()

@@ -1,0 +1,139 @@
+"""Activations of all calibration tokens, one row per token: in memory, or in a file where they would be too many.
+
+Files are read and written by rows with plain reads, not mapped: mapped pages would count as this process's memory.
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+FLOAT_BYTES = 4
+
+
+class Activations(Protocol):
+    """float32 [tokens, width]."""
+
+    width: int
+
+    def read(self, rows: Ints) -> Tensor:
+        """Some rows, [rows, width], in a tensor of its own."""
+
+    def write(self, rows: Ints, values: Tensor) -> None:
+        """Replace some rows."""
+
+    def add(self, rows: Ints, values: Tensor) -> None:
+        """Add to some rows."""
+
+    def close(self) -> None:
+        """Give memory or disk back."""
+
+
+class MemoryActivations:
+    """Held in memory."""
+
+    def __init__(self, tokens: int, width: int, pool: "Pool") -> None:
+        self.width = width
+        self.values = torch.zeros(tokens, width)
+        self._pool = pool
+
+    def read(self, rows: Ints) -> Tensor:
+        """See Activations."""
+        return self.values[torch.from_numpy(rows)]
+
+    def write(self, rows: Ints, values: Tensor) -> None:
+        """See Activations."""
+        self.values[torch.from_numpy(rows)] = values
+
+    def add(self, rows: Ints, values: Tensor) -> None:
+        """See Activations."""
+        self.values.index_add_(0, torch.from_numpy(rows), values)
+
+    def close(self) -> None:
+        """See Activations."""
+        self._pool.used_bytes -= self.values.numel() * FLOAT_BYTES
+        self.values = torch.empty(0)
+
+
+class FileActivations:
+    """Held in a file that is deleted when closed."""
+
+    def __init__(self, path: Path, tokens: int, width: int) -> None:
+        self.width = width
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.posix_fallocate(self._file, 0, max(1, tokens * width * FLOAT_BYTES))  # a full disk shows here
+
+    def read(self, rows: Ints) -> Tensor:
+        """See Activations."""
+        values = np.empty((len(rows), self.width), np.float32)
+        for start, stop in _runs(rows):
+            _read_into(self._file, values[start:stop], self._offset(rows[start]))
+        return torch.from_numpy(values)
+
+    def write(self, rows: Ints, values: Tensor) -> None:
+        """See Activations."""
+        content = np.ascontiguousarray(values.numpy(), np.float32)
+        for start, stop in _runs(rows):
+            _write_all(self._file, content[start:stop], self._offset(rows[start]))
+
+    def add(self, rows: Ints, values: Tensor) -> None:
+        """See Activations."""
+        self.write(rows, self.read(rows).add_(values))
+
+    def close(self) -> None:
+        """See Activations."""
+        os.close(self._file)
+        self.path.unlink(missing_ok=True)
+
+    def _offset(self, row: np.int64) -> int:
+        return int(row) * self.width * FLOAT_BYTES
+
+
+def _runs(rows: Ints) -> list[tuple[int, int]]:
+    """Ranges of places in `rows` whose row numbers follow each other."""
+    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return [(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+def _read_into(file: int, values: NDArray[np.float32], offset: int) -> None:
+    view = memoryview(values.view(np.uint8).reshape(-1).data)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        assert count, "the file was made long enough"
+        done += count
+
+
+def _write_all(file: int, values: NDArray[np.float32], offset: int) -> None:
+    view = memoryview(values.view(np.uint8).reshape(-1).data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file, view[done:], offset + done)
+
+
+@dataclass
+class Pool:
+    """Makes activations: in memory while all together stay below `limit_bytes`, beyond that as files in `folder`."""
+
+    folder: Path
+    limit_bytes: int
+    used_bytes: int = 0
+    made: int = 0
+
+    def make(self, tokens: int, width: int) -> Activations:
+        """Rows of zeros."""
+        size = tokens * width * FLOAT_BYTES
+        self.made += 1
+        if self.used_bytes + size <= self.limit_bytes:
+            self.used_bytes += size
+            return MemoryActivations(tokens, width, self)
+        self.folder.mkdir(exist_ok=True)
+        return FileActivations(self.folder / f"{self.made}.spill", tokens, width)

@@ -1,0 +1,107 @@
+"""Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.calibration_set import CalibrationSample
+from vlmdeploy.calib.layers import Runner
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.calib.routed import Statistics
+from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
+from vlmdeploy.errors import ConfigError, QuantizationError
+from vlmdeploy.export.precision import GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
+from vlmdeploy.quant.grid import Grid
+
+Progress = Callable[[str, int, int], None]
+CANDIDATE_BITS = (3, 4, 8)
+MEASURED_SAMPLES = 64  # gradients and errors are averages over these
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>GB|MB|KB|B)", re.IGNORECASE)
+UNIT_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either the bytes of the whole checkpoint, or bits per weight, scales included, over the quantized linears."""
+
+    total_bytes: int | None = None
+    average_bits: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """From "9.0GB", "450MB" or a plain number of bits such as "4.25". Raises ConfigError."""
+        try:
+            return cls(average_bits=float(text))
+        except ValueError:
+            return cls(total_bytes=parse_size(text, "--budget"))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from "9.0GB", "450MB" and the like, powers of ten. Raises ConfigError, naming the option."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f'{option} "{text}": expected a size such as 9.0GB or 450MB')
+    return round(float(match["number"]) * UNIT_BYTES[match["unit"].upper()])
+
+
+def allocate_plan(
+    checkpoint: Checkpoint,
+    plan: PrecisionPlan,
+    samples: tuple[CalibrationSample, ...],
+    budget: Budget,
+    memory_bytes: int,
+    seed: int,
+    progress: Progress,
+) -> PrecisionPlan:
+    """The plan with bits and group of every quantized linear chosen by measured cost.
+
+    Every process measures the same samples, so that all choose alike. Raises QuantizationError if the budget is too
+    small.
+    """
+    members = {linear.target: linear for linear in linears(checkpoint.spec) if plan[linear.target].bits}
+    fixed = _fixed_bytes(checkpoint, members)
+    grids = {target: candidate_grids(linear, plan[target].symmetric) for target, linear in members.items()}
+    with TemporaryDirectory() as folder:
+        meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []))
+        runner = Runner(checkpoint, meter, Pool(Path(folder), memory_bytes))
+        costs = measure_costs(runner, meter, samples[:MEASURED_SAMPLES], seed, progress)
+    choices = {
+        target: [
+            Choice(grid, stored_bytes(linear.out_width, linear.in_width, grid), costs.get(target, {}).get(grid, 0.0))
+            for grid in grids[target]
+        ]
+        for target, linear in members.items()
+    }
+    try:
+        chosen = allocate(choices, _budget_bytes(budget, members, fixed))
+    except QuantizationError as error:
+        raise QuantizationError(f"--budget: {error} beside {fixed:,} bytes of floats; give a larger budget") from error
+    by_target = dict(plan.by_target)
+    for target, choice in chosen.items():
+        by_target[target] = Precision(f"int{choice.grid.bits}", choice.grid.group_size, choice.grid.symmetric)
+    return replace(plan, by_target=by_target)
+
+
+def candidate_grids(linear: Linear, symmetric: bool) -> list[Grid]:
+    """Bits and groups that a linear may get: 3, 4 and 8 bits, groups that divide its width; 3 bits need full words."""
+    sizes = [size for size in GROUP_SIZES[:-1] if linear.in_width % size == 0 and size < linear.in_width]
+    words_fill = linear.in_width % 32 == 0 and linear.out_width % 32 == 0
+    return [Grid(bits, size, symmetric) for bits in CANDIDATE_BITS if bits != 3 or words_fill for size in sizes]
+
+
+def _fixed_bytes(checkpoint: Checkpoint, members: dict[str, Linear]) -> int:
+    """Bytes of the tensors that stay in float."""
+    return sum(checkpoint.stored_bytes(rule) for target, rule in checkpoint.rules.items() if target not in members)
+
+
+def _budget_bytes(budget: Budget, members: dict[str, Linear], fixed: int) -> int:
+    if budget.total_bytes is not None:
+        return budget.total_bytes - fixed
+    assert budget.average_bits is not None, "parse sets one of them"
+    return int(budget.average_bits * sum(prod((item.out_width, item.in_width)) for item in members.values()) / 8)

@@ -1,0 +1,164 @@
+"""The samples that a model is calibrated with, as prompts: ids, positions and expert mask by the written rules, answers
+included as the model would have written them. Pictures are opened when their pixels are needed.
+
+Every 8th picture, with all samples about it, and every 8th sample without one is held out: such tokens enter no Hessian,
+they judge.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.calib.activations import Ints
+from vlmdeploy.data.samples import Sample
+from vlmdeploy.errors import CalibrationError
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.layout import Bools, position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
+from vlmdeploy.runtime.image import load_image, preprocess
+
+HELD_OUT_EVERY = 8
+LEAST_FOR_HOLDING_OUT = 16  # pictures or texts; below, all of them are needed for calibration
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """One prompt with its answer: ids, types, positions int64 [seq], vision_mask bool [seq].
+
+    answer_start: the place of the answer's first token; without an answer, the length.
+    """
+
+    name: str
+    image: Path | None
+    ids: Ints
+    types: Ints
+    positions: Ints
+    vision_mask: Bools
+    answer_start: int
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The rows of several samples one after the other, as activations are stored.
+
+    offsets int64 [samples + 1]; vision_mask bool [tokens]; held_out bool [samples].
+    """
+
+    names: tuple[str, ...]
+    offsets: Ints
+    vision_mask: Bools
+    held_out: Bools
+
+    @property
+    def count(self) -> int:
+        """Tokens of all samples."""
+        return int(self.offsets[-1])
+
+    def rows(self, sample: int) -> Ints:
+        """The row numbers of one sample."""
+        return np.arange(self.offsets[sample], self.offsets[sample + 1])
+
+    def select(self, expert: str | None, held_out: bool) -> Ints:
+        """Row numbers of calibration or held-out samples: those of one expert, or all (None)."""
+        chosen = np.repeat(self.held_out == held_out, np.diff(self.offsets))
+        if expert is not None:
+            chosen &= self.vision_mask == (expert == "vision")
+        return np.flatnonzero(chosen)
+
+    def sample_of(self, row: int) -> str:
+        """The name of the sample that a row belongs to."""
+        return self.names[int(np.searchsorted(self.offsets, row, side="right")) - 1]
+
+    def samples_in(self, rows: Ints) -> int:
+        """How many samples these rows come from."""
+        return len(np.unique(np.searchsorted(self.offsets, rows, side="right")))
+
+
+def read_calibration_sample(
+    sample: Sample, spec: ModelSpec, tokenizer: Tokenizer, template: str | None
+) -> CalibrationSample:
+    """A sample as a prompt with its answer. Raises CalibrationError if it is longer than the context."""
+    chosen = next(
+        item for item in spec.templates if item.name == (sample.template or template or spec.default_template)
+    )
+    prompt = prompt_ids(sample.conversation(), chosen, spec.tokens, tokenizer)
+    ids = np.concatenate((prompt, np.array(tokenizer.encode(sample.answer or ""), np.int64)))
+    name = _name(sample)
+    if len(ids) > spec.decoder.context_tokens:
+        raise CalibrationError(
+            f"{name}: has {len(ids)} tokens, the model's context {spec.decoder.context_tokens}; leave it out or use "
+            "--skip-broken"
+        )
+    return _with_layout(name, sample.image, ids, len(prompt), spec)
+
+
+def _with_layout(name: str, image: Path | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
+    types = token_types_of(ids, spec.tokens, has_image=image is not None)
+    positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
+    mask = vision_expert_mask(types[None], spec.tokens)[0]
+    expected = (spec.tokens.rows_per_image - 1 if image is not None else 0) * (spec.tokens.vision_rows != "none")
+    assert int(mask.sum()) == expected, f"{name}: {int(mask.sum())} tokens go to the vision expert, expected {expected}"
+    return CalibrationSample(name, image, ids, types, positions, mask, answer_start)
+
+
+def _name(sample: Sample) -> str:
+    text = sample.turns[-1].user
+    question = text if len(text) <= 40 else f"{text[:37]}..."
+    return f"{sample.image or 'text only'}, {question!r}"
+
+
+def hold_out(samples: Sequence[CalibrationSample]) -> tuple[CalibrationSample, ...]:
+    """Mark the samples of every 8th picture and every 8th sample without one, where there are enough of that kind."""
+    pictures = _every_eighth([sample.image for sample in samples if sample.image is not None])
+    texts = _every_eighth([id(sample) for sample in samples if sample.image is None])
+    return tuple(replace(sample, held_out=sample.image in pictures or id(sample) in texts) for sample in samples)
+
+
+def _every_eighth(keys: Sequence[Hashable]) -> set[Hashable]:
+    """Every 8th different key, none where there are few."""
+    different = list(dict.fromkeys(keys))
+    return set(different[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) if len(different) >= LEAST_FOR_HOLDING_OUT else set()
+
+
+def prompt_tokens(samples: Sequence[CalibrationSample]) -> Tokens:
+    """The decoder's rows of these samples."""
+    offsets = np.concatenate(([0], np.cumsum([len(sample.ids) for sample in samples]))).astype(np.int64)
+    masks = [sample.vision_mask for sample in samples]
+    return Tokens(
+        tuple(sample.name for sample in samples),
+        offsets,
+        np.concatenate(masks) if masks else np.zeros(0, np.bool_),
+        np.array([sample.held_out for sample in samples], np.bool_),
+    )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The different pictures of the samples, in the order of their first use, and which are held out."""
+
+    paths: tuple[Path, ...]
+    held_out: Bools
+
+    def tokens(self, rows_each: int) -> Tokens:
+        """The rows of a stage that gives `rows_each` of them for every picture."""
+        offsets = np.arange(len(self.paths) + 1, dtype=np.int64) * rows_each
+        mask = np.zeros(int(offsets[-1]), np.bool_)
+        return Tokens(tuple(map(str, self.paths)), offsets, mask, self.held_out)
+
+
+def pictures_of(samples: Iterable[CalibrationSample]) -> Pictures:
+    """Every picture once."""
+    held: dict[Path, bool] = {}
+    for sample in samples:
+        if sample.image is not None:
+            held[sample.image] = sample.held_out
+    return Pictures(tuple(held), np.array(list(held.values()), np.bool_))
+
+
+def read_pixels(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
+    """A picture as the encoder takes it, float32 [3, S, S]."""
+    return preprocess(load_image(path), spec.image)

@@ -1,0 +1,157 @@
+"""The quantized checkpoint as a folder: the source's layout and tensor names, GPTQ tensors in place of the quantized
+weights, both config files, tokenizer, licences and the report."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import vlmdeploy
+from vlmdeploy.artifact import staged_folder
+from vlmdeploy.calib.state import UnitRecord, shard_name
+from vlmdeploy.export.exporter import LICENCE_PATTERNS
+from vlmdeploy.export.precision import PrecisionPlan, linears
+from vlmdeploy.export.weights import REPORT_NAME
+from vlmdeploy.families.spec import WeightRule
+from vlmdeploy.model.weights import INDEX_NAME, SINGLE_NAME, Checkpoint
+from vlmdeploy.quant.gptq_format import (
+    CONFIG_NAME,
+    GptqConfig,
+    Grid,
+    ModuleGrid,
+    config_json,
+    dynamic_overrides,
+    encode_linear,
+)
+from vlmdeploy.quant.grid import Quantized
+
+ONE_FILE_BYTES = 1 << 30  # a smaller checkpoint is one file, a larger one a shard for each unit
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    *LICENCE_PATTERNS,
+)  # fmt: skip
+
+
+def unit_tensors(
+    checkpoint: Checkpoint, unit: str, units: list[str], codes: Mapping[str, Quantized]
+) -> dict[str, Tensor]:
+    """Every tensor of a unit under its published name: GPTQ tensors where there are codes, the rest as stored."""
+    tensors: dict[str, Tensor] = {}
+    for rule in checkpoint.rules.values():
+        if _unit_of(rule, units) != unit:
+            continue
+        if rule.target in codes:
+            tensors |= _encoded(rule, codes[rule.target])
+        else:
+            tensors |= {source.name: checkpoint.raw(source.name) for source in checkpoint.present(rule)}
+    return tensors
+
+
+def _unit_of(rule: WeightRule, units: list[str]) -> str:
+    """The unit in whose shard a parameter is stored; what belongs to none goes with the first or the last one."""
+    for unit in units:
+        if rule.target.startswith(f"{unit}."):
+            return unit
+    return "vision.embed" if rule.target.startswith("vision.") else "prompts" if "embedding" in rule.target else "head"
+
+
+def _encoded(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
+    """GPTQ tensors of a parameter, split into the checkpoint's own linears by rows."""
+    tensors, start = {}, 0
+    for source in rule.sources:
+        rows = slice(start, start + source.shape[0])
+        zeros = None if codes.zeros is None else codes.zeros[rows]
+        part = Quantized(codes.codes[rows], codes.scales[rows], codes.grid, zeros)
+        module = source.name.removesuffix(".weight")
+        for name, values in encode_linear(part, module).items():
+            tensors[f"{module}.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
+        start = rows.stop
+    return tensors
+
+
+def read_report(out: Path) -> dict[str, Any] | None:
+    """The report of a quantized checkpoint that we wrote, or None."""
+    path = out / REPORT_NAME
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and "linears" in report else None
+
+
+def is_quantized_by_us(out: Path) -> bool:
+    """Whether a folder was written by `vlmdeploy quantize`."""
+    return read_report(out) is not None
+
+
+def publish(
+    checkpoint: Checkpoint,
+    plan: PrecisionPlan,
+    records: list[UnitRecord],
+    report: dict[str, Any],
+    partial: Path,
+    out: Path,
+    force: bool,
+) -> None:
+    """Put the finished shards together and give the folder its name. The shards in `partial` stay until then."""
+    with staged_folder(out, force, is_quantized_by_us) as folder:
+        _write_shards(records, partial, folder)
+        quantization = config_json(quantization_config(checkpoint, plan, report))
+        config = {**checkpoint.config, "quantization_config": quantization}
+        _write_json(folder / "config.json", config)
+        _write_json(folder / CONFIG_NAME, quantization)
+        _write_json(folder / REPORT_NAME, report)
+        for pattern in COPIED:
+            for path in sorted(checkpoint.folder.glob(pattern)):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
+
+
+def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dict[str, Any]) -> GptqConfig:
+    """The GPTQ config: the commonest grid for all, regex overrides for what differs, linears kept in float excluded."""
+    modules = []
+    for linear in linears(checkpoint.spec):
+        for source in checkpoint.rules[linear.target].sources:
+            grid: Grid | None = plan[linear.target].grid
+            modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, grid))
+    damping = [linear["damping"] for linear in report["linears"] if linear["damping"] is not None]
+    provenance = {
+        "meta": {"quantizer": [f"vlmdeploy:{vlmdeploy.__version__}"]},
+        "damp_percent": max(set(damping), key=damping.count) if damping else 0.01,
+        "static_groups": True,
+        "true_sequential": True,
+    }
+    return dynamic_overrides(modules, provenance)
+
+
+def _write_shards(records: list[UnitRecord], partial: Path, folder: Path) -> None:
+    names = [shard_name(record.unit) for record in records if shard_name(record.unit) in record.files]
+    total = sum((partial / name).stat().st_size for name in names)
+    if total <= ONE_FILE_BYTES:
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            with safe_open(partial / name, framework="pt") as shard:
+                tensors |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  # not a dict
+        save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+        (folder / SINGLE_NAME).chmod(0o644)
+        return
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, name in enumerate(names, 1):
+        file = f"model-{number:05}-of-{len(names):05}.safetensors"
+        with safe_open(partial / name, framework="pt") as shard:
+            weight_map |= dict.fromkeys(shard.keys(), file)
+        size += (partial / name).stat().st_size
+        shutil.copyfile(partial / name, folder / file)
+    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Whether calibration data reaches every expert: tokens and samples of each, the floor below which nothing can be said,
+and the warnings above it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vlmdeploy.calib.calibration_set import Tokens
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.errors import CalibrationError
+from vlmdeploy.export.precision import PrecisionPlan, linears
+from vlmdeploy.families.spec import ModelSpec
+
+WANTED_PER_INPUT = 4  # tokens per input of the widest linear
+WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike
+FLOOR_SHARE = 4  # the floor is a quarter of the widest input
+
+
+@dataclass(frozen=True)
+class ExpertCoverage:
+    """Calibration and held-out tokens of one expert, and the calibration samples they come from."""
+
+    expert: str
+    tokens: int
+    samples: int
+    held_out_tokens: int
+    wanted_tokens: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The coverage of every expert; with fewer tokens than `floor` a linear is not calibrated."""
+
+    experts: tuple[ExpertCoverage, ...]
+    floor: int
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {"least_tokens": self.floor, "experts": [asdict(expert) for expert in self.experts]}
+
+
+def check_coverage(
+    spec: ModelSpec, plan: PrecisionPlan, tokens: Tokens, processes: Processes, allow_uncalibrated: bool
+) -> Coverage:
+    """The coverage that these tokens give. Raises CalibrationError where an expert that is to be quantized gets fewer
+    than the floor, unless `allow_uncalibrated`."""
+    quantized = [linear for linear in linears(spec) if plan[linear.target].bits]
+    floor = -(-max((linear.in_width for linear in quantized), default=0) // FLOOR_SHARE)
+    experts = tuple(
+        _coverage(expert.name, max(spec.decoder.hidden, spec.decoder.mlp_width), tokens, processes)
+        for expert in spec.decoder.experts
+        if any(f".{expert.name}." in linear.target for linear in quantized)
+    )
+    warnings = []
+    for expert in experts:
+        if expert.tokens < floor:
+            warnings.append(_missing(expert, floor, allow_uncalibrated))
+        elif expert.tokens < expert.wanted_tokens or expert.samples < WANTED_SAMPLES:
+            warnings.append(
+                f"the {expert.expert} expert is calibrated with {expert.tokens} tokens from {expert.samples} samples; "
+                f"{expert.wanted_tokens} tokens from {WANTED_SAMPLES} samples or more give a better model"
+            )
+    return Coverage(experts, floor, tuple(warnings))
+
+
+def _coverage(expert: str, widest: int, tokens: Tokens, processes: Processes) -> ExpertCoverage:
+    rows, held_out = tokens.select(expert, held_out=False), tokens.select(expert, held_out=True)
+    counts = processes.sum_counts(len(rows), tokens.samples_in(rows), len(held_out))
+    return ExpertCoverage(expert, counts[0], counts[1], counts[2], WANTED_PER_INPUT * widest)
+
+
+def _missing(expert: ExpertCoverage, floor: int, allow_uncalibrated: bool) -> str:
+    kind = "pictures" if expert.expert == "vision" else "text"
+    found = f"the {expert.expert} expert gets {expert.tokens} calibration tokens, at least {floor} are needed"
+    if not allow_uncalibrated:
+        raise CalibrationError(
+            f"{found}: give data with more {kind}, more --samples, or --allow-uncalibrated to round that expert to "
+            "nearest"
+        )
+    return f"{found}: it is rounded to nearest"

@@ -1,0 +1,48 @@
+"""Export of a float checkpoint to an integer target: it is quantized aside first, then exported like any quantized
+checkpoint. The quantized one is removed when the bundle is there; a killed command continues where it was."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from vlmdeploy.artifact import check_output
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.calib.prepare import QuantizeOptions, quantize
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.export.exporter import export_bundle, is_bundle
+from vlmdeploy.export.options import ExportOptions
+from vlmdeploy.model.weights import Checkpoint
+
+Progress = Callable[[str, int, int], None]
+BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8}
+
+
+def holds_codes(ckpt: Path) -> bool:
+    """Whether a checkpoint is quantized already. Raises ConfigError and WeightsError."""
+    return Checkpoint(ckpt).is_quantized
+
+
+def export_calibrated(
+    ckpt: Path, out: Path, options: ExportOptions, calibration: QuantizeOptions, progress: Progress
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Quantize with calibration data, then export; what `export_bundle` returns, with the calibration's warnings."""
+    check_output(out, options.force, is_bundle)
+    if options.target not in BITS_OF_TARGET:
+        raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
+    aside = out.absolute().with_name(f".{out.name}.quantized")
+    integers = {part: precision for part, precision in options.precisions.items() if part != "embedding"}
+    wanted = replace(
+        calibration,
+        bits=BITS_OF_TARGET[options.target],
+        group=options.group,
+        precisions=integers,
+        tokenizer=options.tokenizer,
+        template=options.default_template,
+        seed=options.seed,
+        force=True,
+    )
+    quantized = quantize(ckpt, aside, wanted, progress)
+    manifest, warnings = export_bundle(aside, out, options, progress)
+    shutil.rmtree(aside, ignore_errors=True)
+    return manifest, (*quantized.warnings, *warnings)

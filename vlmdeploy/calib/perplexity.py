@@ -1,0 +1,70 @@
+"""How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens, given
+the picture and the question. The model is streamed, one layer in memory at a time."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
+from vlmdeploy.calib.layers import Flow, Runner, Weights
+from vlmdeploy.calib.routed import Inputs
+from vlmdeploy.model.decoder import RmsNorm
+from vlmdeploy.model.weights import Checkpoint
+
+Progress = Callable[[str, int, int], None]
+
+
+class FloatWeights:
+    """A quantizer that leaves every linear as it is."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
+        """The float weights."""
+        return (self._checkpoint.parameter(target).flatten(1),)
+
+    def unused(self, target: str) -> None:
+        """Nothing to do."""
+
+
+@torch.no_grad()
+def answer_perplexities(
+    checkpoint: Checkpoint, samples: tuple[CalibrationSample, ...], pool: Pool, progress: Progress
+) -> list[float]:
+    """The perplexity of every sample's answer; Inf for a sample without one."""
+    runner = Runner(checkpoint, FloatWeights(checkpoint), pool)
+    flow = hidden_states(runner, samples, progress)
+    norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
+    head = checkpoint.parameter("lm_head.weight")
+    scores = []
+    for index, sample in enumerate(samples):
+        rows = flow.tokens.rows(index)[sample.answer_start - 1 : -1]
+        if not len(rows):
+            scores.append(float("inf"))
+            continue
+        logits = F.linear(norm(flow.states[0].read(rows)), head)
+        answer = torch.from_numpy(sample.ids[sample.answer_start :])
+        scores.append(float(np.exp(float(F.cross_entropy(logits, answer)))))
+    flow.close()
+    return scores
+
+
+def hidden_states(runner: Runner, samples: tuple[CalibrationSample, ...], progress: Progress) -> Flow:
+    """The rows that leave the last decoder layer."""
+    spec, pictures, tokens = runner.spec, pictures_of(samples), prompt_tokens(samples)
+    total = spec.vision.num_layers + spec.decoder.num_layers
+    flow = runner.embed_pictures(pictures)
+    for index in range(spec.vision.num_layers):
+        progress("perplexity", index, total)
+        flow = runner.vision_layer(index, flow)
+    images = runner.connector(flow, pictures)
+    flow = runner.embed_prompts(samples, tokens, images, pictures)
+    images.close()
+    for index in range(spec.decoder.num_layers):
+        progress("perplexity", spec.vision.num_layers + index, total)
+        flow = runner.decoder_layer(index, flow, samples)
+    return flow

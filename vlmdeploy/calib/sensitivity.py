@@ -1,0 +1,260 @@
+"""What it costs the model when one linear is quantized in a certain way: an estimate of the KL divergence from the float
+model's answers, in second order.
+
+Two measurements, both streamed layer by layer. A forward pass gives every linear's Hessian, hence the error of each of
+its outputs on each grid. A backward pass of log p(token), tokens drawn from the model's own distribution, gives the mean
+square g_n^2 of the gradient at each output (the diagonal of the Fisher information). The cost is
+1/2 * tokens * sum_n g_n^2 (E H E^T)_nn per answer token; errors of different outputs are taken as independent.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmdeploy.calib.activations import Ints
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
+from vlmdeploy.calib.layers import Flow, Runner, Weights
+from vlmdeploy.calib.routed import Inputs, Statistics, chunks
+from vlmdeploy.calib.solver import judged_rows
+from vlmdeploy.model.connector import Connector, DownsampleConv
+from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
+from vlmdeploy.model.vision import VisionLayer
+from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.gptq import GptqOptions, factorize, quantize_gptq
+from vlmdeploy.quant.grid import Grid, dequantize
+from vlmdeploy.quant.inner import best_loops
+
+Progress = Callable[[str, int, int], None]
+DAMPING = 0.01
+
+
+@dataclass
+class ErrorMeter:
+    """A quantizer that leaves linears as they are and notes, for every grid in question, the error of each judged row
+    and the tokens it was measured on."""
+
+    checkpoint: Checkpoint
+    statistics: Statistics
+    grids: Callable[[str], list[Grid]]
+    errors: dict[str, dict[Grid, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
+        """The float weights."""
+        weights = self.checkpoint.parameter(target).flatten(1)
+        grids = self.grids(target)
+        if grids:
+            problem = self.statistics.problem(target, weights, grids[0], tokens, expert, inputs)
+            if problem.tokens:
+                self.errors[target] = _row_errors(weights, problem.hessian, grids)
+                self.tokens[target] = problem.tokens
+        return (weights,)
+
+    def unused(self, target: str) -> None:
+        """No output, no cost."""
+
+
+def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid]) -> dict[Grid, Tensor]:
+    """(E H E^T)_nn of the judged rows on each grid."""
+    judged, factor, loops = weights[judged_rows(len(weights))], factorize(hessian, DAMPING), best_loops()
+    errors = {}
+    for grid in grids:
+        codes = quantize_gptq(judged, factor, grid, GptqOptions(sweeps=0), hessian, loops)
+        error = torch.from_numpy(dequantize(codes)) - judged
+        errors[grid] = ((error @ hessian) * error).sum(1)
+    return errors
+
+
+@dataclass
+class GradientMeter:
+    """Sums squared gradients at the outputs of linears, by parameter name."""
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, module: nn.Module, prefix: str) -> Iterator[None]:
+        """Note the gradient at every linear inside `module` when a backward pass runs in this block."""
+        handles = [
+            child.register_full_backward_hook(self._noted(f"{prefix}.{name}.weight"))
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear | DownsampleConv)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _noted(self, target: str) -> Callable[[nn.Module, object, tuple[Tensor, ...]], None]:
+        def note(module: nn.Module, inputs: object, gradients: tuple[Tensor, ...]) -> None:
+            self.add(target, gradients[0].flatten(0, -2))
+
+        return note
+
+    def add(self, target: str, gradient: Tensor) -> None:
+        """Add some tokens, [rows, out]."""
+        total = self.squares.setdefault(target, torch.zeros(gradient.shape[1]))
+        total += gradient.detach().square().sum(0)
+        self.tokens[target] = self.tokens.get(target, 0) + len(gradient)
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """Sends gradients of the model's own answers back through all units, one unit in memory at a time.
+
+    inputs: for each decoder layer and each encoder layer the rows that entered it, kept from the forward pass.
+    """
+
+    runner: Runner
+    samples: tuple[CalibrationSample, ...]
+    pictures: Pictures
+    meter: GradientMeter
+    seed: int
+
+    def run(self, vision_inputs: list[Flow], features: Flow, decoder_inputs: list[Flow], last: Flow) -> int:
+        """Fill the meter; the number of answer tokens whose log-probability was sent back."""
+        count, gradient = self._head(last)
+        for index in reversed(range(len(decoder_inputs))):
+            self._decoder_layer(index, decoder_inputs[index], gradient)
+        self._vision(vision_inputs, features, gradient)
+        return count
+
+    def _head(self, last: Flow) -> tuple[int, Flow]:
+        runner, count = self.runner, 0
+        gradient = runner.flow(last.tokens, last.states[0].width)
+        norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
+        weight = runner.checkpoint.parameter("lm_head.weight")
+        random = torch.Generator().manual_seed(self.seed)
+        for index, sample in enumerate(self.samples):
+            rows = last.tokens.rows(index)[sample.answer_start - 1 :]
+            with torch.enable_grad():
+                x = last.states[0].read(rows).requires_grad_()
+                logits = F.linear(norm(x), weight)
+                logits.retain_grad()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=random)[:, 0]
+                F.cross_entropy(logits, drawn, reduction="sum").backward()
+            assert x.grad is not None and logits.grad is not None, "the backward pass made them"
+            gradient.states[0].write(rows, x.grad)
+            self.meter.add("lm_head.weight", logits.grad)
+            count += len(rows)
+        return count, gradient
+
+    def _decoder_layer(self, index: int, inputs: Flow, gradient: Flow) -> None:
+        name, spec = f"decoder.layers.{index}", self.runner.spec.decoder
+        layer = self.runner.load(lambda: DecoderLayer(spec), name)
+        assert isinstance(layer, DecoderLayer), "what the builder makes"
+        with self.meter.watching(layer, name):
+            for sample, step in enumerate(self.runner.steps(self.samples)):
+                rows = inputs.tokens.rows(sample)
+                mask = torch.from_numpy(inputs.tokens.vision_mask[rows])[None]
+                routed = Step(step.cos, step.sin, mask if bool(mask.any()) else None, step.attention_mask)
+                self._through(_one_prompt(layer, routed), inputs, gradient, rows)
+
+    def _through(self, function: Callable[[Tensor], Tensor], inputs: Flow, gradient: Flow, rows: Ints) -> None:
+        """Replace the gradient at a unit's output by the one at its input, for some rows."""
+        with torch.enable_grad():
+            x = inputs.states[0].read(rows).requires_grad_()
+            function(x).backward(gradient.states[0].read(rows))
+        assert x.grad is not None, "the backward pass made it"
+        gradient.states[0].write(rows, x.grad)
+
+    def _vision(self, layer_inputs: list[Flow], features: Flow, gradient: Flow) -> None:
+        """The connector and the encoder; the gradients of all prompts about a picture are added up."""
+        runner, spec = self.runner, self.runner.spec
+        back = runner.flow(features.tokens, spec.vision.width)
+        connector = runner.load(lambda: Connector(spec.connector), "connector")
+        number_of = {path: index for index, path in enumerate(self.pictures.paths)}
+        sums: dict[int, Tensor] = {}
+        for index, sample in enumerate(self.samples):
+            if sample.image is not None:
+                rows = gradient.tokens.rows(index)[sample.types == 1]
+                place = number_of[sample.image]
+                sums[place] = sums.get(place, torch.zeros(())) + gradient.states[0].read(rows)
+        with self.meter.watching(connector, "connector"):
+            for place, total in sums.items():
+                rows = features.tokens.rows(place)
+                with torch.enable_grad():
+                    x = features.states[0].read(rows).requires_grad_()
+                    connector(x[None, 1:]).backward(total[None])
+                assert x.grad is not None, "the backward pass made it"
+                back.states[0].write(rows, x.grad)
+        for index in reversed(range(len(layer_inputs))):
+            name = f"vision.layers.{index}"
+            layer = runner.load(lambda: VisionLayer(spec.vision), name)
+            with self.meter.watching(layer, name):
+                for place in range(len(self.pictures.paths)):
+                    rows = features.tokens.rows(place)
+                    self._through(_one_picture(layer), layer_inputs[index], back, rows)
+        back.close()
+
+
+def _one_prompt(layer: DecoderLayer, step: Step) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x[None], step, LayerCache())[0]
+
+
+def _one_picture(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x[None])[0]
+
+
+@torch.no_grad()
+def measure_costs(
+    runner: Runner, meter: ErrorMeter, samples: tuple[CalibrationSample, ...], seed: int, progress: Progress
+) -> dict[str, dict[Grid, float]]:
+    """For every linear that the meter asks about and every grid, the estimated KL divergence per answer token.
+
+    runner: with `meter` as its quantizer.
+    """
+    pictures, tokens, spec = pictures_of(samples), prompt_tokens(samples), runner.spec
+    total = 2 * (spec.vision.num_layers + spec.decoder.num_layers)
+    flow = runner.embed_pictures(pictures)
+    vision_inputs, decoder_inputs = [], []
+    for index in range(spec.vision.num_layers):
+        progress("sensitivity, forward", index, total)
+        vision_inputs.append(_copy(runner, flow))
+        flow = runner.vision_layer(index, flow)
+    features = _copy(runner, flow)
+    images = runner.connector(flow, pictures)
+    flow = runner.embed_prompts(samples, tokens, images, pictures)
+    images.close()
+    for index in range(spec.decoder.num_layers):
+        progress("sensitivity, forward", spec.vision.num_layers + index, total)
+        decoder_inputs.append(_copy(runner, flow))
+        flow = runner.decoder_layer(index, flow, samples)
+    runner.head(flow)
+    progress("sensitivity, backward", total // 2, total)
+    gradients = GradientMeter()
+    answers = BackwardPass(runner, samples, pictures, gradients, seed).run(
+        vision_inputs, features, decoder_inputs, flow
+    )
+    for kept in (*vision_inputs, features, *decoder_inputs, flow):
+        kept.close()
+    return _costs(meter, gradients, answers)
+
+
+def _copy(runner: Runner, flow: Flow) -> Flow:
+    copied = runner.flow(flow.tokens, flow.states[0].width)
+    for piece in chunks(np.arange(flow.tokens.count)):
+        copied.states[0].write(piece, flow.states[0].read(piece))
+    return copied
+
+
+def _costs(meter: ErrorMeter, gradients: GradientMeter, answers: int) -> dict[str, dict[Grid, float]]:
+    """1/2 * sum over tokens and outputs of squared gradient times squared error, per answer token.
+
+    Only judged rows have errors; they stand for all rows.
+    """
+    costs: dict[str, dict[Grid, float]] = {}
+    for target, errors in meter.errors.items():
+        squares = gradients.squares.get(target)
+        if squares is None:
+            continue
+        judged = squares[judged_rows(len(squares))]
+        scale = len(squares) / len(judged) / (2 * max(1, answers))
+        costs[target] = {grid: scale * float((judged * error).sum()) for grid, error in errors.items()}
+    return costs

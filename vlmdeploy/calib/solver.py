@@ -1,0 +1,271 @@
+"""One linear: from its weights and the Hessians of its own tokens to codes, by the recipe that is best on held-out
+tokens. The calibration error is never the judge: near as many tokens as inputs it looks perfect while new tokens fare
+worse than with rounding to nearest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmdeploy.calib.hessian import effective_rank, largest_eigenvalue
+from vlmdeploy.quant.gptq import (
+    ClipWeights,
+    Factor,
+    GptqOptions,
+    asymmetric_target,
+    factorize,
+    filled_diagonal,
+    output_loss,
+    quantize_clipped,
+    quantize_gptq,
+    sweep,
+)
+from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn
+from vlmdeploy.quant.inner import Loops, best_loops
+
+DAMPINGS = (0.01, 0.05, 0.2)
+FEW_TOKEN_DAMPINGS = (0.05, 0.2)  # with fewer tokens than inputs
+SAMPLE_ROWS = 256  # rows of the matrix that the recipes are tried on
+DEFAULT_SWEEPS = {3: 2, 4: 1}  # by bits; none for others
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out tokens say. hessian [in, in]; cross [rows, in] and spread belong to `judged_rows` of the matrix and
+    are there under asymmetric calibration: W (X_float - X)^T X / tokens, and the mean square of W (X_float - X)."""
+
+    hessian: Tensor
+    tokens: int
+    cross: Tensor | None = None
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear to quantize: weights float32 [out, in], hessian [in, in] of `tokens` tokens from `samples` samples.
+
+    cross [in, in]: see `quant.gptq.asymmetric_target`; None for plain calibration.
+    """
+
+    name: str
+    weights: Tensor
+    grid: Grid
+    hessian: Tensor
+    tokens: int
+    samples: int = 0
+    held_out: HeldOut | None = None
+    cross: Tensor | None = None
+
+    @property
+    def has_few_tokens(self) -> bool:
+        """Fewer tokens than inputs: the Hessian is singular, its small eigenvalues are noise."""
+        return self.tokens < self.weights.shape[1]
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """How one linear was quantized; errors are relative to the mean square of its outputs, on rows of `judged_rows`.
+
+    method: "gptq" or "rtn". held_out_error is None without held-out tokens. condition_number: of the damped Hessian.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    method: str
+    tokens: int = 0
+    samples: int = 0
+    held_out_tokens: int = 0
+    damping: float | None = None
+    sweeps: int = 0
+    asymmetric: bool = False
+    dead_inputs: int = 0
+    effective_rank: float | None = None
+    condition_number: float | None = None
+    calibration_error: float | None = None
+    held_out_error: float | None = None
+    held_out_error_rtn: float | None = None
+    note: str = ""
+
+
+class Solver(Protocol):
+    """Turns a problem into codes."""
+
+    def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
+        """Codes of the whole matrix. Raises QuantizationError."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One recipe and how it did on the judged rows."""
+
+    damping: float
+    sweeps: int
+    loss: float
+    is_rtn: bool = False
+
+
+@dataclass(frozen=True)
+class GptqSolver:
+    """GPTQ with the damping, and with or without refinement, that held-out tokens favour.
+
+    sweeps None: the default of the bits. dampings: those tried, the first one where nothing is held out.
+    """
+
+    act_order: bool = True
+    clip: ClipWeights = "conditional"
+    sweeps: int | None = None
+    dampings: tuple[float, ...] = DAMPINGS
+    loops: Loops = field(default_factory=best_loops)
+
+    def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
+        """See Solver."""
+        best, factor = self._choose(problem)
+        if best.is_rtn:
+            quantized = quantize_clipped(
+                np.asarray(problem.weights), filled_diagonal(problem.hessian), problem.grid, self.loops
+            )
+        else:
+            quantized = self._quantize(problem, factor, problem.weights, best.sweeps)
+        return quantized, self._report(problem, quantized, best, factor)
+
+    def _choose(self, problem: Problem) -> tuple[Candidate, Factor]:
+        """The best recipe and its factorized Hessian."""
+        best, best_factor = None, None
+        for damping in self._dampings(problem):
+            factor = factorize(problem.hessian, damping, self.act_order)
+            for candidate in self._try(problem, factor):
+                if best is None or candidate.loss < best.loss:
+                    best, best_factor = candidate, factor
+            del factor
+        assert best is not None and best_factor is not None, "there is at least one damping"
+        rtn = self._try_rtn(problem)
+        return (rtn if rtn is not None and rtn.loss < best.loss else best), best_factor
+
+    def _dampings(self, problem: Problem) -> tuple[float, ...]:
+        usual = FEW_TOKEN_DAMPINGS if problem.has_few_tokens else self.dampings
+        return usual if problem.held_out is not None else usual[:1]
+
+    def _try(self, problem: Problem, factor: Factor) -> Iterator[Candidate]:
+        """Recipes with this factor, judged on a part of the rows."""
+        sweeps = self._sweeps(problem)
+        if problem.held_out is None:
+            yield Candidate(factor.damping, sweeps, 0.0)
+            return
+        rows = judged_rows(len(problem.weights))
+        target = self._target(problem, factor, problem.weights[rows])
+        plain = quantize_gptq(target, factor, problem.grid, self._options(problem), problem.hessian, self.loops)
+        yield Candidate(factor.damping, 0, held_out_loss(problem, plain))
+        for count in range(1, sweeps + 1):
+            plain = sweep(target, plain, problem.hessian, factor.damping, self.loops)
+            if count == sweeps:
+                yield Candidate(factor.damping, sweeps, held_out_loss(problem, plain))
+
+    def _try_rtn(self, problem: Problem) -> Candidate | None:
+        if problem.held_out is None:
+            return None
+        rows = np.asarray(problem.weights[judged_rows(len(problem.weights))])
+        rounded = quantize_clipped(rows, filled_diagonal(problem.hessian), problem.grid, self.loops)
+        return Candidate(0.0, 0, held_out_loss(problem, rounded), is_rtn=True)
+
+    def _sweeps(self, problem: Problem) -> int:
+        if problem.has_few_tokens:
+            return 0
+        return DEFAULT_SWEEPS.get(problem.grid.bits, 0) if self.sweeps is None else self.sweeps
+
+    def _options(self, problem: Problem) -> GptqOptions:
+        return GptqOptions("none" if problem.has_few_tokens else self.clip, sweeps=0)
+
+    def _target(self, problem: Problem, factor: Factor, weights: Tensor) -> Tensor:
+        return weights if problem.cross is None else asymmetric_target(weights, factor, problem.cross)
+
+    def _quantize(self, problem: Problem, factor: Factor, weights: Tensor, sweeps: int) -> Quantized:
+        target = self._target(problem, factor, weights)
+        quantized = quantize_gptq(target, factor, problem.grid, self._options(problem), problem.hessian, self.loops)
+        for _ in range(sweeps):
+            quantized = sweep(target, quantized, problem.hessian, factor.damping, self.loops)
+        return quantized
+
+    def _report(self, problem: Problem, quantized: Quantized, best: Candidate, factor: Factor) -> LinearReport:
+        largest = largest_eigenvalue(problem.hessian) + factor.damping * float(problem.hessian.diagonal().mean())
+        least = float(smallest_eigenvalue(factor))
+        return measured_report(
+            problem,
+            quantized,
+            LinearReport(
+                problem.name,
+                problem.grid.bits,
+                problem.grid.group_size,
+                "rtn" if best.is_rtn else "gptq",
+                damping=None if best.is_rtn else best.damping,
+                sweeps=best.sweeps,
+                asymmetric=problem.cross is not None and not best.is_rtn,
+                condition_number=largest / least if least else None,
+                note="rounding to nearest was better on held-out tokens" if best.is_rtn else "",
+            ),
+        )
+
+
+def judged_rows(count: int) -> Tensor:
+    """The rows of a matrix that recipes are judged on: all of a small one, else evenly spaced ones."""
+    if count <= SAMPLE_ROWS:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, SAMPLE_ROWS).long()
+
+
+def held_out_loss(problem: Problem, judged: Quantized) -> float:
+    """The mean squared distance, on held-out tokens, between the outputs of the float model and of these rows."""
+    held_out = problem.held_out
+    assert held_out is not None, "the caller checks"
+    weights = problem.weights[judged_rows(len(problem.weights))]
+    errors = torch.from_numpy(dequantize(judged)) - weights
+    loss = output_loss(errors, held_out.hessian)
+    if held_out.cross is None:
+        return loss
+    return loss - 2 * float((held_out.cross * errors).sum()) + held_out.spread
+
+
+def measured_report(problem: Problem, quantized: Quantized, report: LinearReport) -> LinearReport:
+    """The report with what can be said of any method: tokens, spectrum, errors."""
+    rows = judged_rows(len(problem.weights))
+    weights, grid = problem.weights[rows], problem.grid
+    kept = Quantized(
+        quantized.codes[rows],
+        quantized.scales[rows],
+        grid,
+        None if quantized.zeros is None else quantized.zeros[rows],
+    )
+    errors = torch.from_numpy(dequantize(kept)) - weights
+    scale = output_loss(weights, problem.hessian)
+    values = {
+        "tokens": problem.tokens,
+        "samples": problem.samples,
+        "dead_inputs": int((problem.hessian.diagonal() == 0).sum()),
+        "effective_rank": effective_rank(problem.hessian),
+        "calibration_error": output_loss(errors, problem.hessian) / scale if scale else None,
+    }
+    if problem.held_out is not None:
+        scale = output_loss(weights, problem.held_out.hessian)
+        rounded = quantize_rtn(np.asarray(weights), grid)
+        values["held_out_tokens"] = problem.held_out.tokens
+        values["held_out_error"] = held_out_loss(problem, kept) / scale if scale else None
+        values["held_out_error_rtn"] = held_out_loss(problem, rounded) / scale if scale else None
+    return LinearReport(**{**vars(report), **values})
+
+
+def smallest_eigenvalue(factor: Factor) -> float:
+    """Of the damped Hessian, by inverse iteration through its factor; from above, to about a percent."""
+    scale = torch.from_numpy(factor.conditional[factor.order])
+    vector = torch.ones(len(scale), 1) / len(scale) ** 0.5
+    value = 0.0
+    for _ in range(5):
+        moved = torch.linalg.solve_triangular(factor.unit, vector, upper=False, unitriangular=True)
+        moved = torch.linalg.solve_triangular(factor.unit.t(), moved / scale[:, None], upper=True, unitriangular=True)
+        size = float(moved.norm())
+        value = 1 / size
+        vector = moved / size
+    return value

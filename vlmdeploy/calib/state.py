@@ -1,0 +1,192 @@
+"""OUT.partial of a quantization run: what is finished, so that a killed run goes on with the unit it was in.
+
+For each finished unit there is a file with its tensors (a shard of the result), the rows that go on to the next unit
+(one file for each process and stream), and a record with sizes and hashes. The record is written last, in one step:
+what it names is on the disk and whole, and what no record names is thrown away.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmdeploy.artifact import LOCK, write_file
+from vlmdeploy.bundle import FileEntry, hash_file
+from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
+from vlmdeploy.calib.calibration_set import Tokens
+from vlmdeploy.calib.layers import Flow
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.errors import CalibrationError
+
+SETTINGS, SPILL = "settings.json", "spill"
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """A finished unit: its files with sizes and hashes, and the reports of its linears (as JSON objects)."""
+
+    unit: str
+    files: dict[str, FileEntry]
+    linears: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The folder OUT.partial, open for one run."""
+
+    folder: Path
+    processes: Processes
+
+    def finished(self, units: list[str]) -> list[UnitRecord]:
+        """Records of the leading units that are finished. Raises CalibrationError if one is damaged."""
+        records = []
+        for unit in units:
+            path = self._record_path(unit)
+            if not path.is_file():
+                break
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+            records.append(UnitRecord(unit, files, content["linears"]))
+        if records:
+            self._check_files(records)
+        return records
+
+    def _check_files(self, records: list[UnitRecord]) -> None:
+        """Every shard, and the rows that the last unit handed on, must be as they were written."""
+        wanted = [(name, entry) for record in records for name, entry in record.files.items() if is_shard(name)]
+        wanted += [(name, entry) for name, entry in records[-1].files.items() if not is_shard(name)]
+        for name, entry in wanted:
+            path = self.folder / name
+            if not path.is_file() or hash_file(path) != entry:
+                raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start anew")
+
+    def tidy(self, records: list[UnitRecord]) -> None:
+        """Delete whatever an interrupted unit left."""
+        if not self.processes.is_first:
+            return
+        named = {name for record in records for name in record.files}
+        named |= {self._record_path(record.unit).name for record in records} | {SETTINGS, LOCK}
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                for spilled in path.iterdir():
+                    spilled.unlink()
+            elif path.name not in named:
+                path.unlink()
+
+    def save_unit(
+        self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
+    ) -> None:
+        """Commit a unit; then the rows that the unit before handed on are no longer needed."""
+        mine = {} if flow is None else self._write_flow(unit, flow)
+        everyone = self.processes.gather(mine)
+        if self.processes.is_first:
+            files = {name: entry for each in everyone for name, entry in each.items()}
+            if tensors:
+                files[shard_name(unit)] = self._write_shard(unit, tensors)
+            content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
+            text = json.dumps(content, indent=1).encode()
+            write_file(self._record_path(unit), lambda file: file.write(text))
+            self._delete_flows(set(files))
+        self.processes.wait()
+
+    def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
+        """The rows that a unit handed on."""
+        flow = Flow(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
+        for index, state in enumerate(flow.states):
+            with (self.folder / self._flow_name(unit, index)).open("rb") as file:
+                for start in range(0, tokens.count, ROWS_AT_ONCE):
+                    rows = np.arange(start, min(start + ROWS_AT_ONCE, tokens.count))
+                    content = file.read(len(rows) * width * FLOAT_BYTES)
+                    values = np.frombuffer(bytearray(content), np.float32).reshape(len(rows), width)
+                    state.write(rows, torch.from_numpy(values))
+        return flow
+
+    def _write_flow(self, unit: str, flow: Flow) -> dict[str, FileEntry]:
+        entries = {}
+        for index, state in enumerate(flow.states):
+            digest, size = hashlib.sha256(), 0
+
+            def write(file: BinaryIO, state: Any = state, digest: Any = digest) -> int:
+                count = 0
+                for start in range(0, flow.tokens.count, ROWS_AT_ONCE):
+                    rows = np.arange(start, min(start + ROWS_AT_ONCE, flow.tokens.count))
+                    content = state.read(rows).numpy().tobytes()
+                    digest.update(content)
+                    count += file.write(content)
+                return count
+
+            name = self._flow_name(unit, index)
+            write_file(self.folder / name, write)
+            size = (self.folder / name).stat().st_size
+            entries[name] = FileEntry(size, digest.hexdigest())
+        return entries
+
+    def _write_shard(self, unit: str, tensors: Mapping[str, Tensor]) -> FileEntry:
+        path = self.folder / shard_name(unit)
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return hash_file(path)
+
+    def _delete_flows(self, kept: set[str]) -> None:
+        for path in self.folder.glob("*.flow"):
+            if path.name not in kept:
+                path.unlink()
+
+    def _record_path(self, unit: str) -> Path:
+        return self.folder / f"{unit}.json"
+
+    def _flow_name(self, unit: str, stream: int) -> str:
+        return f"{unit}.{self.processes.rank}.{stream}.flow"
+
+
+def shard_name(unit: str) -> str:
+    """The file with a unit's tensors."""
+    return f"{unit}.safetensors"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of OUT.partial holds tensors of the result."""
+    return name.endswith(".safetensors")
+
+
+def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
+    """Get OUT.partial ready: to start, or to go on with the same settings.
+
+    Raises CalibrationError, naming the difference, if a run with other settings is unfinished there; `force` drops it.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        difference = first_difference(settings, json.loads(path.read_text(encoding="utf-8")))
+        if difference is None:
+            return
+        if not force:
+            raise CalibrationError(
+                f"{folder}: holds an unfinished run with other settings: {difference}; continue with the old settings, "
+                "or start anew with --force"
+            )
+        for old in folder.iterdir():
+            if old.is_file() and old.name != LOCK:
+                old.unlink()
+    elif any(item.name not in (LOCK, SETTINGS + ".new") for item in folder.iterdir()):
+        raise CalibrationError(f"{folder}: exists and holds no {SETTINGS}: not an unfinished run; move it away")
+    text = json.dumps(settings, indent=1).encode()
+    write_file(path, lambda file: file.write(text))
+
+
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """In words, the first setting that differs; None if none does."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            return f'"{key}" is {theirs.get(key)!r} there and {ours.get(key)!r} now'
+    return None

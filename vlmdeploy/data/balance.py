@@ -1,0 +1,118 @@
+"""Which of many samples to calibrate with: a spread over pictures, enough tokens for both experts, all difficulties.
+
+Nothing here reads a file or a model: token counts and scores are the caller's. The same seed gives the same choice.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmdeploy.data.samples import Sample
+
+
+def draw_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """At most `count` samples, drawn without replacement, in the order of the data set.
+
+    No picture is used a second time before every one was used once, and so on. Samples without a picture keep their
+    share, but make up at least a quarter of the draw and at most half, as far as there are enough of both kinds.
+    """
+    order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+    texts = [place for place in order if samples[place].image is None]
+    pictured = _pictures_in_rounds(samples, [place for place in order if samples[place].image is not None])
+    num_texts = _text_share(len(texts), len(pictured), min(count, len(samples)))
+    chosen = texts[:num_texts] + pictured[: count - num_texts]
+    return [samples[place] for place in sorted(chosen)]
+
+
+def _pictures_in_rounds(samples: Sequence[Sample], order: list[int]) -> list[int]:
+    """The places with each picture's first sample before any picture's second one, else in the given order."""
+    seen: Counter[object] = Counter()
+    rounds = {}
+    for place in order:
+        rounds[place] = seen[samples[place].image]
+        seen[samples[place].image] += 1
+    return sorted(order, key=rounds.__getitem__)
+
+
+def _text_share(num_texts: int, num_pictured: int, count: int) -> int:
+    """How many of `count` samples, which there are, have no picture."""
+    if num_texts == 0:
+        return 0
+    natural = round(count * num_texts / (num_texts + num_pictured))
+    wanted = min(max(natural, -(-count // 4)), count // 2)
+    return min(max(wanted, count - num_pictured), num_texts)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How many tokens of a sample go to each expert."""
+
+    vision_tokens: int
+    language_tokens: int
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The chosen candidates' places, ascending, and the tokens they bring to each expert together."""
+
+    indexes: tuple[int, ...]
+    vision_tokens: int
+    language_tokens: int
+
+
+def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int) -> Balance:
+    """Choose candidates until both experts have `min_tokens`, or as near as the candidates allow.
+
+    A picture brings far more vision tokens than its text brings language tokens, so pictures with much text (at least
+    the median) come first. They are taken until the vision expert has enough; then text only, and then the remaining
+    pictures, until the language expert has. Within each kind the seed gives the order.
+    """
+    chosen: list[int] = []
+    vision = language = 0
+    pictures, texts = _by_preference(candidates, seed)
+    for place in pictures:
+        if vision >= min_tokens:
+            break
+        chosen.append(place)
+        vision += candidates[place].vision_tokens
+        language += candidates[place].language_tokens
+    for place in texts + pictures[len(chosen) :]:
+        if language >= min_tokens:
+            break
+        chosen.append(place)
+        vision += candidates[place].vision_tokens
+        language += candidates[place].language_tokens
+    return Balance(tuple(sorted(chosen)), vision, language)
+
+
+def _by_preference(candidates: Sequence[Candidate], seed: int) -> tuple[list[int], list[int]]:
+    """Places of candidates that reach the vision expert, those with much text first, and of all others."""
+    order = np.random.default_rng(seed).permutation(len(candidates)).tolist()
+    pictures = [place for place in order if candidates[place].vision_tokens > 0]
+    texts = [place for place in order if candidates[place].vision_tokens == 0]
+    much = np.median([candidates[place].language_tokens for place in pictures]) if pictures else 0
+    return sorted(pictures, key=lambda place: bool(candidates[place].language_tokens < much)), texts
+
+
+@dataclass(frozen=True)
+class RangeChoice:
+    """The chosen scores' places, lowest score first, and how many scores were no finite number."""
+
+    indexes: tuple[int, ...]
+    dropped: int
+
+
+def across_range(scores: Iterable[float], count: int) -> RangeChoice:
+    """At most `count` samples across the range of a score, such as perplexity; scores that are not finite are dropped.
+
+    The finite scores, sorted, are cut into `count` equal parts, and the middle one of each part is taken, so that
+    neither end, where the odd samples are, is taken for sure.
+    """
+    values = np.array(list(scores), np.float64)
+    finite = np.flatnonzero(np.isfinite(values))
+    ranked = finite[np.argsort(values[finite], kind="stable")].tolist()
+    parts = min(count, len(ranked))
+    middles = [(2 * part + 1) * len(ranked) // (2 * parts) for part in range(parts)]
+    return RangeChoice(tuple(ranked[middle] for middle in middles), len(values) - len(finite))

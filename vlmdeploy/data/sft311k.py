@@ -1,0 +1,180 @@
+"""CogVLM-SFT-311K, the authors' fine-tuning set: pictures with a caption or a conversation, one JSON file for each.
+
+Layout: the data set's page, which shows labels/, and the released files, which have labels_en/ and labels_zh/.
+Users bring their own copy (CC BY-NC 4.0). Captions come without a question; a fixed one is chosen by the file's name.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from vlmdeploy.data.samples import Sample
+from vlmdeploy.errors import DataError
+from vlmdeploy.runtime.chat import Turn
+
+Language: TypeAlias = Literal["en", "zh"]
+
+FOLDER_NAMES = (  # "formate" is how they are really called, and "muti" how some documents spell the second
+    "llava_details-minigpt4_3500_formate",
+    "llava_instruction_multi_conversations_formate",
+    "llava_instruction_muti_conversations_formate",
+    "llava_instruction_single_conversation_formate",
+)
+LABELS_NAMES: dict[Language, tuple[str, ...]] = {
+    "en": ("labels_en", "labels", "labels_zh"),
+    "zh": ("labels_zh", "labels", "labels_en"),
+}
+LANGUAGE_OF: dict[str, Language] = {"labels_en": "en", "labels_zh": "zh"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+QUESTIONS: dict[Language, tuple[str, ...]] = {
+    "en": (
+        "Describe this picture in detail.",
+        "What is to be seen in this picture?",
+        "Please give a thorough description of the image.",
+        "Tell me everything that the image shows.",
+    ),
+    "zh": ("请详细描述这张图片。", "这张图片里有什么", "请说明图中的全部内容。"),
+}
+TRAILING_COMMA = re.compile(r",\s*[\]}]")
+EXPECTED = 'expected {"captions": [...]} or {"conversations": [...]}'
+
+
+def is_root(path: Path) -> bool:
+    """Whether this is the unpacked set, a part of it, or one of its folders, known by name or by images/ and labels."""
+    return bool(_folders(path))
+
+
+def label_folders(path: Path, language: Language = "en") -> list[Path]:
+    """The labels of each folder of the set, in sorted order: in this language if there are several.
+
+    Raises DataError if `path` is not such a set, or one of its folders has no labels.
+    """
+    folders = _folders(path)
+    if not folders:
+        names = ", ".join(FOLDER_NAMES)
+        raise DataError(f"{path}: is not a CogVLM-SFT-311K root, expected some of {names}, or images/ and labels_en/")
+    return [_labels(folder, language) for folder in folders]
+
+
+def read_items(path: Path, language: Language = "en") -> Iterator[Callable[[], Sample]]:
+    """For each label file, in sorted order, the function that reads it; that one raises DataError if it is broken.
+
+    Hidden files are none of the set's. Raises DataError at once if folders or all label files are missing.
+    """
+    label_files = [(file, language) for labels in label_folders(path, language) for file in _label_files(labels)]
+    return (partial(_read_sample, file, LANGUAGE_OF.get(file.parent.name, asked)) for file, asked in label_files)
+
+
+def read_samples(path: Path, language: Language = "en") -> Iterator[Sample]:
+    """The samples of the set, folder by folder, read one by one: task "caption", or "chat" with all turns.
+
+    Raises DataError at once for missing folders, and on the way, naming the file, for one that cannot be used.
+    """
+    return (read() for read in read_items(path, language))
+
+
+def _folders(path: Path) -> list[Path]:
+    known = [path / name for name in FOLDER_NAMES if (path / name).is_dir()]
+    if known:
+        return known
+    return [path] if path.is_dir() and (path.resolve().name in FOLDER_NAMES or _looks_like_one(path)) else []
+
+
+def _looks_like_one(folder: Path) -> bool:
+    """Other sets have images/ and labels/ too, but not in JSON."""
+    labels = (folder / name for name in LABELS_NAMES["en"])
+    return (folder / "images").is_dir() and any(any(path.glob("*.json")) for path in labels)
+
+
+def _labels(folder: Path, language: Language) -> Path:
+    for name in LABELS_NAMES[language]:
+        if (folder / name).is_dir():
+            return folder / name
+    raise DataError(f"{folder}: holds no labels, expected {', '.join(LABELS_NAMES[language])}: unpack it again")
+
+
+def _label_files(labels: Path) -> list[Path]:
+    files = sorted(path for path in labels.glob("*.json") if not path.name.startswith("."))
+    if not files:
+        raise DataError(f"{labels}: holds no label files, expected 00000001.json and so on: unpack it again")
+    return files
+
+
+def _read_sample(file: Path, language: Language) -> Sample:
+    document = _read_json(file)
+    keys = [key for key in ("captions", "conversations") if key in document]
+    if len(keys) != 1:
+        raise DataError(f"{file}: has the keys {', '.join(document) or '(none)'}; {EXPECTED}")
+    entries = document[keys[0]]
+    if not isinstance(entries, list):
+        raise DataError(f'{file}: "{keys[0]}" is a {type(entries).__name__}, expected a list')
+    image = _image(file)
+    if keys[0] == "captions":
+        question = QUESTIONS[language][zlib.crc32(file.stem.encode()) % len(QUESTIONS[language])]
+        return Sample(image, (Turn(question),), "caption", "caption", _caption(entries, file))
+    turns, answer = _conversation(entries, file)
+    return Sample(image, turns, "chat", "chat", answer)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    text = ""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        document = json.loads(text)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise DataError(f"{file}: not JSON ({error}){_comma_hint(text)}; {EXPECTED}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{file}: holds a {type(document).__name__}; {EXPECTED}")
+    return document
+
+
+def _comma_hint(text: str) -> str:
+    comma = TRAILING_COMMA.search(text)
+    if comma is None:
+        return ""
+    return f", maybe because of the trailing comma in line {1 + text.count(chr(10), 0, comma.start())}"
+
+
+def _caption(entries: list[Any], file: Path) -> str:
+    if len(entries) != 1:
+        raise DataError(f"{file}: has {len(entries)} captions, expected one")
+    return _text(entries[0], "caption", f"{file}: caption 0")
+
+
+def _conversation(entries: list[Any], file: Path) -> tuple[tuple[Turn, ...], str]:
+    """The turns, the last one open, and the answer to that."""
+    if not entries or len(entries) % 2:
+        raise DataError(f"{file}: the conversation has {len(entries)} entries, expected user and assistant in pairs")
+    roles = ("user", "assistant")
+    texts = [_text(entry, roles[place % 2], f"{file}: entry {place}") for place, entry in enumerate(entries)]
+    *past, last = (Turn(user, assistant) for user, assistant in zip(texts[::2], texts[1::2], strict=True))
+    return (*past, Turn(last.user)), texts[-1]
+
+
+def _text(entry: Any, role: str, where: str) -> str:
+    found_role, text = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+    if found_role != role or not isinstance(text, str):
+        found = json.dumps(entry, ensure_ascii=False)[:80]
+        raise DataError(f'{where} is {found}, expected {{"role": "{role}", "content": a string}}')
+    if not text.strip():
+        raise DataError(f"{where}: the {role}'s text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of an escaped surrogate pair; tokenizers refuse it
+        raise DataError(f"{where}: the {role}'s text is not valid UTF-8 at character {error.start}") from error
+    return text
+
+
+def _image(file: Path) -> Path:
+    base = file.parent.parent / "images" / file.stem
+    for suffix in SUFFIXES:
+        path = base.with_name(base.name + suffix)
+        if path.is_file():
+            return path
+    raise DataError(f"{file}: its picture {base}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}): no such file")

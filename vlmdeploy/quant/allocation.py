@@ -1,0 +1,72 @@
+"""Which grid each matrix gets when all of them together may take so many bytes: the choice with the least sum of costs
+that a greedy walk over the convex hulls finds. Costs are the caller's measurements; they must be comparable."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop
+from itertools import pairwise
+
+from vlmdeploy.errors import QuantizationError
+from vlmdeploy.quant.grid import Grid
+
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One grid that a matrix may have, the bytes it then takes and the cost it then has."""
+
+    grid: Grid
+    bytes: int
+    cost: float
+
+
+def stored_bytes(out_width: int, in_width: int, grid: Grid) -> int:
+    """Bytes of codes, scales and zero points in a GPTQ file (g_idx not counted)."""
+    groups = in_width // grid.group_size
+    return (out_width * (in_width * grid.bits + groups * (SCALE_BITS + grid.bits))) // 8
+
+
+def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> dict[str, Choice]:
+    """One choice for each matrix, at most `budget_bytes` together.
+
+    Every matrix starts with its smallest choice; then again and again the step that saves the most cost per byte is
+    taken, as long as it fits. Raises QuantizationError where not even the smallest choices fit.
+    """
+    hulls = {name: _hull(options) for name, options in choices.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    used = sum(choice.bytes for choice in chosen.values())
+    if used > budget_bytes:
+        raise QuantizationError(f"the smallest choices take {used:,} bytes, the budget leaves {budget_bytes:,}")
+    steps = [step for name, hull in hulls.items() for step in _steps(name, hull)]
+    heapify(steps)
+    while steps:
+        _, name, place = heappop(steps)
+        step = hulls[name][place]
+        if hulls[name][place - 1] is not chosen[name] or used - chosen[name].bytes + step.bytes > budget_bytes:
+            continue  # an earlier step of this matrix did not fit, or this one does not
+        used += step.bytes - chosen[name].bytes
+        chosen[name] = step
+    return chosen
+
+
+def _hull(options: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of cost over bytes, from the smallest choice to the cheapest one."""
+    hull: list[Choice] = []
+    for choice in sorted(options, key=lambda option: (option.bytes, option.cost)):
+        if hull and choice.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _steps(name: str, hull: list[Choice]) -> Iterator[tuple[float, str, int]]:
+    """Every step along a hull, the best one first in order: (-gain, matrix, place)."""
+    return ((-_gain(before, after), name, place) for place, (before, after) in enumerate(pairwise(hull), 1))
+
+
+def _gain(before: Choice, after: Choice) -> float:
+    """Cost saved per byte spent."""
+    return (before.cost - after.cost) / (after.bytes - before.bytes)

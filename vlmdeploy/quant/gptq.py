@@ -1,0 +1,309 @@
+"""GPTQ: codes for one weight matrix from its Hessian, inputs quantized one after the other, errors made up for by the
+inputs still to come (arXiv 2210.17323), in a form that needs one Cholesky factor and no inverse.
+
+With H = L L^T over the permuted inputs, tr(E H E^T) = |E L|^2, so the last input is quantized first and each one aims
+at its weight plus the share of all errors made so far: t_j = w_j + sum_{i>j} e_i L_ij / L_jj. D_j = L_jj^2 is what remains
+of an error in input j after the others made up for it. Blocks look left: one long product per block instead of
+rewriting the rest of the matrix after each. Matrices are [out, in], Hessians X^T X / tokens.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmdeploy.errors import QuantizationError
+from vlmdeploy.quant.grid import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    Codes,
+    Floats,
+    Grid,
+    Quantized,
+    initial_scales,
+    round_to_grid,
+    split_groups,
+    to_half,
+)
+from vlmdeploy.quant.inner import Ints, Loops, best_loops
+
+BLOCK = 128
+CLIP_RATIOS = np.linspace(1.0, 0.4, 32, dtype=np.float32)
+SEARCH_ROWS = 256  # rows whose candidate scales are held at once
+MAX_SCALE_CHANGE = 2.0  # a refit that changes a scale more than this is not believed
+DAMPING_STEPS = 3.0
+LEAST_RAISED_DAMPING = 1e-3
+
+ClipWeights = Literal["none", "ones", "diagonal", "conditional"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The damped Hessian of permuted inputs as unit * diag(D) * unit^T.
+
+    order int64 [in]: the input at each place; the last place is quantized first. unit [in, in]: lower triangular with a
+    unit diagonal. conditional float32 [in]: D of each input, in the inputs' own order. damping: relative to the mean of
+    the diagonal, as used after it may have been raised.
+    """
+
+    order: Ints
+    unit: Tensor
+    conditional: Floats
+    damping: float
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """clip: what weighs the squared errors in the search for scales; "none" keeps the largest weight of each group
+    representable. sweeps: rounds of refinement after the last input."""
+
+    clip: ClipWeights = "conditional"
+    sweeps: int = 1
+
+
+def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor:
+    """Factor hessian + damping * mean(diagonal) * I; float32 [in, in], left as it is.
+
+    Inputs without activations get the mean on the diagonal: their weights are rounded to nearest. If the factorization
+    fails it is tried in float64, then with more damping. Raises QuantizationError for an empty or not finite Hessian, and
+    where even damping 1 does not help.
+    """
+    diagonal = filled_diagonal(hessian)
+    order = np.argsort(-diagonal, kind="stable")[::-1].copy() if act_order else np.arange(len(diagonal))[::-1].copy()
+    while True:
+        lower = _cholesky(hessian, diagonal, order, damping)
+        if lower is not None:
+            break
+        if damping >= 1:
+            raise QuantizationError("the Hessian cannot be factorized even with damping 1: are its activations finite?")
+        damping = min(1.0, max(DAMPING_STEPS * damping, LEAST_RAISED_DAMPING))
+    roots = lower.diagonal().clone()
+    lower.div_(roots)
+    conditional = np.empty(len(diagonal), np.float32)
+    conditional[order] = roots.square().numpy()
+    return Factor(order, lower, conditional, damping)
+
+
+def filled_diagonal(hessian: Tensor) -> Floats:
+    """The diagonal, float32 [in], with the mean in place of zeros. Raises QuantizationError if it is all zero."""
+    diagonal: Floats = hessian.diagonal().numpy().copy()
+    if not np.isfinite(diagonal).all():
+        raise QuantizationError("the Hessian holds Inf or NaN")
+    if not diagonal.any():
+        raise QuantizationError("the Hessian is empty: no token reached this input")
+    diagonal[diagonal == 0] = diagonal.mean()
+    return diagonal
+
+
+def _cholesky(hessian: Tensor, diagonal: Floats, order: Ints, damping: float) -> Tensor | None:
+    """The lower factor of the permuted, damped Hessian, or None where it is not positive definite."""
+    places = torch.from_numpy(order)
+    permuted = torch.empty_like(hessian)
+    for start in range(0, len(order), BLOCK):  # in blocks: a whole permuted copy of the rows would be a third matrix
+        permuted[start : start + BLOCK] = hessian[places[start : start + BLOCK]][:, places]
+    new_diagonal = torch.from_numpy(diagonal[order]) + damping * float(diagonal.mean())
+    permuted.diagonal().copy_(new_diagonal)
+    lower, failed = _factor_in_place(permuted)
+    if not failed:
+        return lower
+    for start in range(0, len(order), BLOCK):
+        permuted[start : start + BLOCK] = hessian[places[start : start + BLOCK]][:, places]
+    permuted.diagonal().copy_(new_diagonal)
+    lower, failed = _factor_in_place(permuted.double())
+    return None if failed else lower.float()
+
+
+def _factor_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower factor in the storage of `matrix`, and whether the factorization failed."""
+    info = torch.empty((), dtype=torch.int32)
+    lower, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+    return lower, bool(info) or not bool(torch.isfinite(lower.diagonal()).all())
+
+
+def quantize_gptq(
+    weights: Tensor, factor: Factor, grid: Grid, options: GptqOptions, hessian: Tensor, loops: Loops | None = None
+) -> Quantized:
+    """Codes for weights float32 [out, in]; neither the weights nor the Hessian are changed.
+
+    hessian: the one that was factorized; the search by its diagonal and the sweeps read it. Raises QuantizationError
+    where groups do not divide `in` or a scale does not fit into fp16.
+    """
+    loops = loops or best_loops()
+    omega = clip_weights(options.clip, factor, hessian)
+    scales, zeros = search_scales(np.asarray(weights), omega, grid, loops)
+    codes = _quantize_columns(weights, factor, grid, scales, zeros, loops)
+    quantized = Quantized(codes, scales, grid, zeros)
+    for _ in range(options.sweeps):
+        quantized = sweep(weights, quantized, hessian, factor.damping, loops)
+    return quantized
+
+
+def clip_weights(clip: ClipWeights, factor: Factor, hessian: Tensor) -> Floats | None:
+    """The weight of each input's squared error in the search for scales, [in]; None: no search."""
+    match clip:
+        case "none":
+            return None
+        case "ones":
+            return np.ones(len(factor.order), np.float32)
+        case "diagonal":
+            return filled_diagonal(hessian)
+        case "conditional":
+            return factor.conditional
+
+
+def search_scales(
+    weights: Floats, omega: Floats | None, grid: Grid, loops: Loops | None = None
+) -> tuple[Floats, Codes | None]:
+    """Scales [out, groups] (and zero points of an asymmetric grid), fp16 values.
+
+    With omega float32 [in], each group takes the scale out of 32, from 1 to 0.4 of the one that spans it, that has the
+    least sum of omega * (rounding error)^2.
+    """
+    groups = split_groups(weights, grid)
+    scales, zeros = initial_scales(groups, grid)
+    if omega is None:
+        return scales, zeros
+    loops = loops or best_loops()
+    omega = omega.reshape(groups.shape[1], -1)
+    for start in range(0, len(groups), SEARCH_ROWS):
+        rows = slice(start, start + SEARCH_ROWS)
+        found, middles = _best_candidates(
+            groups[rows], omega, scales[rows], None if zeros is None else zeros[rows], grid, loops
+        )
+        scales[rows] = found
+        if zeros is not None:
+            zeros[rows] = middles
+    return scales, zeros
+
+
+def _best_candidates(
+    groups: Floats, omega: Floats, scales: Floats, zeros: Codes | None, grid: Grid, loops: Loops
+) -> tuple[Floats, Codes]:
+    """The best scales and zero points of a few rows: groups [rows, groups, group_size] -> [rows, groups] each."""
+    candidates = to_half(scales * CLIP_RATIOS[:, None, None])
+    candidates[:, groups.min(-1) == groups.max(-1)] = scales[groups.min(-1) == groups.max(-1)]
+    if zeros is None:
+        middles = np.broadcast_to(np.uint8(grid.zero_point), candidates.shape).copy()
+    else:
+        lows = np.minimum(groups.min(-1), 0) * CLIP_RATIOS[:, None, None]
+        middles = np.clip(np.rint(-lows / candidates), 1, grid.max_code).astype(np.uint8)
+    best = np.zeros(scales.shape, np.int64)
+    loops.search_scales(np.ascontiguousarray(groups), omega, candidates, middles, grid.max_code, best)
+    chosen = best[None]
+    return np.take_along_axis(candidates, chosen, 0)[0], np.take_along_axis(middles, chosen, 0)[0]
+
+
+def _quantize_columns(
+    weights: Tensor, factor: Factor, grid: Grid, scales: Floats, zeros: Codes | None, loops: Loops
+) -> Codes:
+    """Codes uint8 [out, in] by GPTQ with fixed scales."""
+    order, unit = factor.order, factor.unit
+    rest = weights.t()[torch.from_numpy(order)].contiguous()  # [in, out]: weights, then errors, from the last row up
+    turned_scales, turned_zeros = turned_grid(scales, zeros, grid)
+    codes = np.empty(rest.shape, np.uint8)
+    groups = order // grid.group_size
+    for stop in range(len(order), 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        targets = rest[start:stop].clone()
+        if stop < len(order):
+            targets.addmm_(unit[stop:, start:stop].t(), rest[stop:])
+        places = slice(start, stop)
+        block = np.ascontiguousarray(unit[start:stop, start:stop].numpy())
+        loops.quantize_block(
+            targets.numpy(), rest[start:stop].numpy(), block, turned_scales, turned_zeros, groups[places], order[places],
+            codes, grid.max_code,
+        )  # fmt: skip
+    return np.ascontiguousarray(codes.T)
+
+
+def turned_grid(scales: Floats, zeros: Codes | None, grid: Grid) -> tuple[Floats, Floats]:
+    """Scales and zero points as the inner loops take them: float32 [groups, out]."""
+    turned = np.ascontiguousarray(scales.T)
+    if zeros is None:
+        return turned, np.full(turned.shape, grid.zero_point, np.float32)
+    return turned, np.ascontiguousarray(zeros.T.astype(np.float32))
+
+
+def sweep(
+    weights: Tensor, quantized: Quantized, hessian: Tensor, damping: float, loops: Loops | None = None
+) -> Quantized:
+    """One round of refinement: group by group the best scale for the codes, then the best code for each weight.
+
+    Each step lowers tr(E H E^T) of the damped Hessian with all else fixed; rounding a scale to fp16 may give a little
+    back. Dead inputs have no slope and keep their codes.
+    """
+    loops = loops or best_loops()
+    grid, size = quantized.grid, quantized.grid.group_size
+    scales, zeros = turned_grid(quantized.scales, quantized.zeros, grid)
+    codes = np.ascontiguousarray(quantized.codes.T)
+    errors = _turned_errors(weights, codes, scales, zeros, size)
+    diagonal = filled_diagonal(hessian)
+    extra = torch.from_numpy(diagonal) - hessian.diagonal() + damping * float(diagonal.mean())
+    for group in range(len(scales)):
+        places = slice(group * size, (group + 1) * size)
+        block = hessian[places, places] + torch.diag(extra[places])
+        slopes = torch.addmm(extra[places, None] * errors[places], hessian[places], errors)
+        _refit_scales(slopes, errors[places], codes[places], scales[group], zeros[group], block)
+        loops.descend(
+            slopes.numpy(), errors[places].numpy(), codes[places], scales[group], zeros[group], block.numpy(),
+            grid.max_code,
+        )  # fmt: skip
+    return replace(quantized, codes=np.ascontiguousarray(codes.T), scales=np.ascontiguousarray(scales.T))
+
+
+def _turned_errors(weights: Tensor, codes: Codes, scales: Floats, zeros: Floats, size: int) -> Tensor:
+    """value - weight, [in, out]."""
+    errors = torch.empty(codes.shape)
+    for group, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        places = slice(group * size, (group + 1) * size)
+        values = torch.from_numpy((codes[places] - zero) * scale)
+        errors[places] = values - weights[:, places].t()
+    return errors
+
+
+def _refit_scales(slopes: Tensor, errors: Tensor, codes: Codes, scales: Floats, zeros: Floats, hessian: Tensor) -> None:
+    """Give each output of one group the scale that is best for its codes; everything is changed in place.
+
+    slopes, errors [group_size, out]; codes uint8 [group_size, out]; scales, zeros [out]; hessian [group_size, group_size].
+    """
+    steps = torch.from_numpy(codes - zeros)
+    bent = hessian @ steps
+    curvature = (steps * bent).sum(0).numpy()
+    wanted = scales - (steps * slopes).sum(0).numpy() / np.where(curvature > 0, curvature, 1)
+    rounded = to_half(np.clip(wanted, SMALLEST_SCALE, LARGEST_SCALE))
+    ratio = rounded / scales
+    is_believed = (curvature > 0) & (wanted > 0) & (ratio < MAX_SCALE_CHANGE) & (ratio > 1 / MAX_SCALE_CHANGE)
+    change = torch.from_numpy(np.where(is_believed, rounded - scales, np.float32(0)))
+    errors += change * steps
+    slopes += change * bent
+    scales[:] = np.where(is_believed, rounded, scales)
+
+
+def quantize_clipped(weights: Floats, omega: Floats, grid: Grid, loops: Loops | None = None) -> Quantized:
+    """Round to nearest after a search for scales that weighs the inputs with omega [in]."""
+    scales, zeros = search_scales(weights, omega, grid, loops)
+    return round_to_grid(weights, scales, zeros, grid)
+
+
+def asymmetric_target(weights: Tensor, factor: Factor, cross: Tensor) -> Tensor:
+    """What to quantize where inputs are disturbed already: W + W cross H^-1, float32 [out, in].
+
+    cross [in, in] = (X_float - X)^T X / tokens, rows being the float model's input minus the disturbed one. The result
+    gives, on the disturbed inputs X, the least squared distance to W on X_float. Source: GPTAQ (arXiv 2504.02692), here
+    in closed form before rounding.
+    """
+    order = torch.from_numpy(factor.order)
+    pushed = (weights @ cross)[:, order]
+    solved = torch.linalg.solve_triangular(factor.unit.t(), pushed, upper=True, left=False, unitriangular=True)
+    solved /= torch.from_numpy(factor.conditional)[order]
+    solved = torch.linalg.solve_triangular(factor.unit, solved, upper=False, left=False, unitriangular=True)
+    target = weights.clone()
+    target[:, order] += solved
+    return target
+
+
+def output_loss(errors: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T): the mean squared change of the outputs, summed over them. errors [out, in]."""
+    return float(((errors @ hessian) * errors).sum())

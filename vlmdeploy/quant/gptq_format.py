@@ -1,0 +1,322 @@
+"""Quantized linears as GPTQ checkpoints hold them: qweight, qzeros, scales and g_idx, encoded, decoded, and read from a
+folder that any GPTQ library wrote.
+
+value[out, in] = scale[g_idx[in], out] * (code - zero point[g_idx[in], out]). Format "gptq" (v1) stores zero points
+minus one, "gptq_v2" stores them as they are; bits are packed as `packing` says. The names of `gptq_config` are
+re-exported, so that callers need only this module.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
+from vlmdeploy.quant.gptq_config import (
+    BITS,
+    CONFIG_NAME,
+    CheckpointFormat,
+    GptqConfig,
+    ModuleGrid,
+    Override,
+    config_json,
+    dynamic_overrides,
+    grid_of,
+    read_config,
+)
+from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, dequantize
+from vlmdeploy.quant.packing import WORD_BITS, num_words, pack_rows, pack_words, unpack_rows, unpack_words
+
+__all__ = [
+    "CONFIG_NAME",
+    "CheckpointFormat",
+    "GptqConfig",
+    "GptqFolder",
+    "Grid",
+    "ModuleGrid",
+    "Override",
+    "StoredLinear",
+    "config_json",
+    "decode_linear",
+    "dynamic_overrides",
+    "encode_linear",
+    "grid_of",
+    "read_config",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+ALL_ROWS = slice(None)
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear as a file holds it, all inputs in their own order.
+
+    codes uint8 [out, in]; scales float32 [out, groups]; zeros uint8 [out, groups]; g_idx int64 [in]: the group of each
+    input, which need not be contiguous, nor the last group full.
+    """
+
+    codes: Codes
+    scales: Floats
+    zeros: Codes
+    g_idx: NDArray[np.int64]
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> Floats:
+        """Float values, scale * (code - zero point), float32 [out, in], whatever the groups."""
+        if self._groups_are_neighbours() and len(self.g_idx) % self.group_size == 0:  # 15 times faster
+            grid = Grid(self.bits, self.group_size, symmetric=False)
+            return dequantize(Quantized(self.codes, self.scales, grid, self.zeros))
+        values: Floats = self.codes.astype(np.float32)
+        values -= self.zeros[:, self.g_idx]
+        values *= self.scales[:, self.g_idx]
+        return values
+
+    def quantized(self) -> Quantized:
+        """The same in the form that the exporters take; zeros are None where all are the symmetric zero point.
+
+        Raises QuantizationError for groups that are not neighbours or not full, and for scales that fp16 cannot hold.
+        """
+        width = len(self.g_idx)
+        if not self._groups_are_neighbours():
+            raise QuantizationError(
+                "dynamic groups (act-order without static groups): neighbouring inputs do not share a scale, so no "
+                "backend can hold these codes; dequantize them instead"
+            )
+        if width % self.group_size:
+            raise QuantizationError(f"group size {self.group_size} does not divide the input width {width}")
+        if not _are_half(self.scales):
+            raise QuantizationError(
+                "the scales are not fp16 values, which every backend needs; dequantize them instead"
+            )
+        symmetric = bool((self.zeros == Grid(self.bits, self.group_size).zero_point).all())
+        grid = Grid(self.bits, self.group_size, symmetric)
+        return Quantized(self.codes, self.scales, grid, None if symmetric else self.zeros)
+
+    def _groups_are_neighbours(self) -> bool:
+        return bool((self.g_idx == np.arange(len(self.g_idx)) // self.group_size).all())
+
+
+def encode_linear(
+    quantized: Quantized, name: str = "linear", checkpoint_format: CheckpointFormat = "gptq"
+) -> dict[str, Array]:
+    """The four tensors of a linear under their short names.
+
+    qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales float16 [groups, out], g_idx
+    int32 [in]. Raises QuantizationError, naming the linear, for sizes that do not fill words and groups, and for values
+    that the format cannot hold.
+    """
+    grid = quantized.grid
+    _check_encodable(quantized, name)
+    zeros = quantized.zeros
+    if zeros is None:
+        zeros = np.full(quantized.scales.shape, grid.zero_point, np.uint8)
+    if checkpoint_format == "gptq":
+        if not zeros.all():
+            raise QuantizationError(
+                f"{name}: zero point 0 cannot be stored in format gptq; write gptq_v2 or keep it ≥ 1"
+            )
+        zeros = zeros - np.uint8(1)
+    return {
+        "qweight": pack_rows(quantized.codes, grid.bits),
+        "qzeros": np.ascontiguousarray(pack_words(zeros, grid.bits).T),
+        "scales": np.ascontiguousarray(quantized.scales.T.astype(np.float16)),
+        "g_idx": (np.arange(quantized.codes.shape[1]) // grid.group_size).astype(np.int32),
+    }
+
+
+def _check_encodable(quantized: Quantized, name: str) -> None:
+    grid, (num_out, num_in) = quantized.grid, quantized.codes.shape
+    if grid.bits not in BITS:
+        raise QuantizationError(f"{name}: {grid.bits} bits; GPTQ files hold {', '.join(map(str, BITS))}")
+    if num_in % grid.group_size:
+        raise QuantizationError(f"{name}: group size {grid.group_size} does not divide the input width {num_in}")
+    for axis, size in (("input", num_in), ("output", num_out)):
+        if size * grid.bits % WORD_BITS:
+            raise QuantizationError(
+                f"{name}: {size} codes of {grid.bits} bits along the {axis} do not fill 32-bit words; other readers "
+                "refuse such files: keep this linear in float or use another precision"
+            )
+    if not _are_half(quantized.scales):
+        raise QuantizationError(f"{name}: the scales are not fp16 values, but GPTQ files hold fp16")
+
+
+def _are_half(scales: Floats) -> bool:
+    with np.errstate(over="ignore"):
+        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
+
+
+def decode_linear(
+    tensors: Tensors, grid: Grid, checkpoint_format: CheckpointFormat, name: str, rows: slice = ALL_ROWS
+) -> StoredLinear:
+    """A linear from its tensors by short name, as any GPTQ library wrote them; `rows` takes some outputs only.
+
+    g_idx may be absent or empty (k // group size), qzeros too if the grid is symmetric; the last word and the last
+    group may be partly filled; scales may be fp16 or fp32. Zero points of a v1 file are its words plus one in every
+    field, with carries, as GPTQModel reads them (there a zero point 0 borrowed from its neighbour); 3-bit fields wrap
+    alone. Raises WeightsError, naming the linear, where shapes, types or values do not fit each other.
+    """
+    qweight, scales = _typed(tensors, "qweight", "i", name), _typed(tensors, "scales", "f", name)
+    num_out, num_in = qweight.shape[1], input_width(tensors, grid.bits)
+    groups = -(-num_in // grid.group_size)
+    _check_shape(name, "qweight", qweight, (num_words(num_in, grid.bits), num_out))
+    _check_shape(name, "scales", scales, (groups, num_out))
+    if not np.isfinite(scales).all():
+        raise WeightsError(f"{name}.scales: values that are not finite")
+    return StoredLinear(
+        codes=unpack_rows(_words(qweight[:, rows]), grid.bits, num_in),
+        scales=np.ascontiguousarray(scales[:, rows].T, np.float32),
+        zeros=_zero_points(tensors, grid, checkpoint_format, (groups, num_out), name)[rows],
+        g_idx=_group_of_input(tensors, grid, num_in, groups, name),
+        bits=grid.bits,
+        group_size=grid.group_size,
+    )
+
+
+def input_width(tensors: Tensors, bits: int) -> int:
+    """How many inputs a linear has: g_idx tells; without it every code of the last word counts."""
+    if "g_idx" in tensors and tensors["g_idx"].size:
+        return int(tensors["g_idx"].size)
+    return len(tensors["qweight"]) * WORD_BITS // bits
+
+
+def _typed(tensors: Tensors, part: str, kind: str, name: str) -> Array:
+    """A tensor of the linear, checked to be a matrix of int32 (kind "i") or of floats ("f")."""
+    if part not in tensors:
+        raise WeightsError(f"{name}.{part}: missing; a GPTQ linear has {', '.join(PARTS)}")
+    values = tensors[part]
+    if values.ndim != 2 or values.dtype.kind != kind or (kind == "i" and values.itemsize != 4):
+        expected = "an int32 matrix" if kind == "i" else "a matrix of floats"
+        raise WeightsError(f"{name}.{part}: {values.dtype} {list(values.shape)}, expected {expected}")
+    return values
+
+
+def _check_shape(name: str, part: str, values: Array, expected: tuple[int, int]) -> None:
+    if values.shape != expected:
+        raise WeightsError(
+            f"{name}.{part}: {list(values.shape)}, expected {list(expected)}: do bits and group size of the config "
+            "belong to these weights?"
+        )
+
+
+def _words(values: Array) -> NDArray[np.int32]:
+    return values.astype(np.int32, copy=False)
+
+
+def _zero_points(
+    tensors: Tensors, grid: Grid, checkpoint_format: CheckpointFormat, shape: tuple[int, int], name: str
+) -> Codes:
+    """Zero points uint8 [out, groups] of the whole linear; shape is (groups, out)."""
+    groups, num_out = shape
+    if "qzeros" not in tensors or not tensors["qzeros"].size:
+        if not grid.symmetric:
+            raise WeightsError(f"{name}.qzeros: missing or empty, but the config says sym = false")
+        return np.full((num_out, groups), grid.zero_point, np.uint8)
+    words = _words(_typed(tensors, "qzeros", "i", name))
+    _check_shape(name, "qzeros", words, (groups, num_words(num_out, grid.bits)))
+    if checkpoint_format == "gptq" and WORD_BITS % grid.bits == 0:
+        ones = sum(1 << place for place in range(0, WORD_BITS, grid.bits))
+        words = (words.view(np.uint32) + np.uint32(ones)).view(np.int32)
+    zeros = unpack_words(np.ascontiguousarray(words.T), grid.bits, num_out)
+    if checkpoint_format == "gptq" and WORD_BITS % grid.bits:
+        zeros = (zeros + np.uint8(1)) & np.uint8(grid.max_code)
+    return zeros
+
+
+def _group_of_input(tensors: Tensors, grid: Grid, num_in: int, groups: int, name: str) -> NDArray[np.int64]:
+    if "g_idx" not in tensors or not tensors["g_idx"].size:
+        return np.arange(num_in) // grid.group_size
+    g_idx = tensors["g_idx"]
+    if g_idx.ndim != 1 or g_idx.dtype.kind != "i" or g_idx.min() < 0 or g_idx.max() >= groups:
+        raise WeightsError(
+            f"{name}.g_idx: {g_idx.dtype} {list(g_idx.shape)} with values {g_idx.min()} to {g_idx.max()}, expected one "
+            f"group of 0 to {groups - 1} for each input"
+        )
+    return g_idx.astype(np.int64)
+
+
+class GptqFolder:
+    """A checkpoint folder in GPTQ format. Opening reads the config and the headers only."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        config = read_config(self.folder)
+        if config is None:
+            raise ConfigError(f"{self.folder}: neither {CONFIG_NAME} nor config.json describes a quantization")
+        self.config: GptqConfig = config
+        self._file_of = _tensor_files(self.folder)
+
+    def names(self) -> list[str]:
+        """The quantized linears, e.g. "model.layers.0.mlp.down_proj", sorted."""
+        return sorted(key.removesuffix(".qweight") for key in self._file_of if key.endswith(".qweight"))
+
+    def linear(self, name: str, rows: slice = ALL_ROWS) -> StoredLinear:
+        """One quantized linear, or some of its output rows. Raises WeightsError if it is damaged or not quantized."""
+        if f"{name}.qweight" not in self._file_of:
+            raise WeightsError(f"{self.folder}: no tensor {name}.qweight")
+        present = [part for part in PARTS if f"{name}.{part}" in self._file_of]
+        tensors = {part: _read_tensor(self._file_of[f"{name}.{part}"], f"{name}.{part}") for part in present}
+        grid = grid_of(self.config, name, 0)
+        if grid is None:
+            raise WeightsError(f"{self.folder}: {name} has codes, but the config says that it is kept in float")
+        grid = grid_of(self.config, name, input_width(tensors, grid.bits)) or grid
+        return decode_linear(tensors, grid, self.config.checkpoint_format, name, rows)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor: from the index, or from the header of the only safetensors file."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{index}: no readable weight_map: {error!r}") from error
+    files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise WeightsError(
+            f"{folder}: {len(files)} safetensors files and no {INDEX_NAME}; expected one file or an index"
+        )
+    with _opened(files[0]) as tensors:
+        return dict.fromkeys(tensors.keys(), files[0])
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _read_tensor(path: Path, name: str) -> Array:
+    """A tensor as stored; bf16, which numpy does not know, as float32."""
+    with _opened(path) as tensors:
+        try:
+            if tensors.get_slice(name).get_dtype() != "BF16":
+                values: Array = tensors.get_tensor(name)
+                return values
+        except SafetensorError as error:
+            raise WeightsError(f"{path}: {name}: {error}") from error
+    return _read_bf16(path, name)
+
+
+def _read_bf16(path: Path, name: str) -> Floats:
+    """A bf16 tensor of a safetensors file, found through the file's header (8 bytes of length, then JSON)."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[name]
+        start, end = entry["data_offsets"]
+        stream.seek(8 + length + start)
+        halves = np.frombuffer(stream.read(end - start), "<u2").astype(np.uint32)
+    return (halves << np.uint32(16)).view(np.float32).reshape(entry["shape"])
