@@ -63,11 +63,17 @@ def test_nothing_drawn_from_nothing() -> None:
     assert draw_samples([], 5, seed=0) == []
 
 
-def test_balance_takes_pictures_with_much_text_first_and_then_texts() -> None:
-    candidates = [Candidate(100, 5)] * 5 + [Candidate(100, 20)] * 5 + [Candidate(0, 30)] * 10
+def test_balance_takes_pictures_first_and_then_texts() -> None:
+    candidates = [Candidate(100, 20)] * 10 + [Candidate(0, 30)] * 10
     chosen = balance(candidates, 300, seed=0)
     assert (chosen.vision_tokens, chosen.language_tokens) == (300, 300)
-    assert all(5 <= place < 10 for place in chosen.indexes[:3]) and all(place >= 10 for place in chosen.indexes[3:])
+    assert [place < 10 for place in chosen.indexes] == [True] * 3 + [False] * 8
+
+
+def test_balance_keeps_a_quarter_of_its_limit_for_texts() -> None:
+    candidates = [Candidate(100, 1)] * 20 + [Candidate(0, 1)] * 20
+    chosen = balance(candidates, 10_000, seed=0, limit=8).indexes
+    assert len(chosen) == 8 and sum(place >= 20 for place in chosen) == 2
 
 
 def test_balance_follows_the_seed() -> None:

@@ -272,8 +272,8 @@ def export(
         raise click.UsageError("--calib and --quant rtn exclude each other: give one of them")
     if calib is None and quant is None and target.endswith("int4") and not holds_codes(ckpt):
         raise click.UsageError(
-            f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn to "
-            "round to nearest"
+            f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn "
+            "to round to nearest"
         )
     chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
     precisions = {part: precision for part, precision in chosen.items() if precision}

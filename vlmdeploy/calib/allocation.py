@@ -64,9 +64,10 @@ def allocate_plan(
     Every process measures the same samples, so that all choose alike. Raises QuantizationError if the budget is too
     small.
     """
-    members = {linear.target: linear for linear in linears(checkpoint.spec) if plan[linear.target].bits}
+    planned = {linear.target: (linear, plan[linear.target].grid) for linear in linears(checkpoint.spec)}
+    members = {target: linear for target, (linear, grid) in planned.items() if grid is not None}
     fixed = _fixed_bytes(checkpoint, members)
-    grids = {target: candidate_grids(linear, plan[target].symmetric) for target, linear in members.items()}
+    grids = {target: candidate_grids(linear, grid) for target, (linear, grid) in planned.items() if grid is not None}
     with TemporaryDirectory() as folder:
         meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []))
         runner = Runner(checkpoint, meter, Pool(Path(folder), memory_bytes))
@@ -88,11 +89,17 @@ def allocate_plan(
     return replace(plan, by_target=by_target)
 
 
-def candidate_grids(linear: Linear, symmetric: bool) -> list[Grid]:
-    """Bits and groups that a linear may get: 3, 4 and 8 bits, groups that divide its width; 3 bits need full words."""
-    sizes = [size for size in GROUP_SIZES[:-1] if linear.in_width % size == 0 and size < linear.in_width]
+def candidate_grids(linear: Linear, planned: Grid) -> list[Grid]:
+    """Bits and groups that a linear may get: 3, 4 and 8 bits, groups that divide its width; 3 bits need full words.
+
+    The planned grid alone where no group fits.
+    """
+    sizes = [size for size in GROUP_SIZES if linear.in_width % size == 0 and size < linear.in_width]
     words_fill = linear.in_width % 32 == 0 and linear.out_width % 32 == 0
-    return [Grid(bits, size, symmetric) for bits in CANDIDATE_BITS if bits != 3 or words_fill for size in sizes]
+    found = [
+        Grid(bits, size, planned.symmetric) for bits in CANDIDATE_BITS if bits != 3 or words_fill for size in sizes
+    ]
+    return found or [planned]
 
 
 def _fixed_bytes(checkpoint: Checkpoint, members: dict[str, Linear]) -> int:

@@ -1,8 +1,8 @@
 """The samples that a model is calibrated with, as prompts: ids, positions and expert mask by the written rules, answers
 included as the model would have written them. Pictures are opened when their pixels are needed.
 
-Every 8th picture, with all samples about it, and every 8th sample without one is held out: such tokens enter no Hessian,
-they judge.
+Every 8th picture, with all samples about it, and every 8th sample without one is held out: such tokens enter no
+Hessian, they judge.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -82,10 +82,12 @@ def read_calibration_sample(
     sample: Sample, spec: ModelSpec, tokenizer: Tokenizer, template: str | None
 ) -> CalibrationSample:
     """A sample as a prompt with its answer. Raises CalibrationError if it is longer than the context."""
-    chosen = next(
-        item for item in spec.templates if item.name == (sample.template or template or spec.default_template)
-    )
-    prompt = prompt_ids(sample.conversation(), chosen, spec.tokens, tokenizer)
+    wanted = sample.template or template or spec.default_template
+    found = [item for item in spec.templates if item.name == wanted]
+    if not found:
+        known = ", ".join(item.name for item in spec.templates)
+        raise CalibrationError(f'{_name(sample)}: template "{wanted}" is not one of this model\'s; it has: {known}')
+    prompt = prompt_ids(sample.conversation(), found[0], spec.tokens, tokenizer)
     ids = np.concatenate((prompt, np.array(tokenizer.encode(sample.answer or ""), np.int64)))
     name = _name(sample)
     if len(ids) > spec.decoder.context_tokens:

@@ -40,15 +40,15 @@ COPIED = (
 
 
 def unit_tensors(
-    checkpoint: Checkpoint, unit: str, units: list[str], codes: Mapping[str, Quantized]
+    checkpoint: Checkpoint, unit: str, units: list[str], encoded: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Every tensor of a unit under its published name: GPTQ tensors where there are codes, the rest as stored."""
+    """Every tensor of a unit under its published name: GPTQ tensors where there are some, the rest as stored."""
     tensors: dict[str, Tensor] = {}
     for rule in checkpoint.rules.values():
         if _unit_of(rule, units) != unit:
             continue
-        if rule.target in codes:
-            tensors |= _encoded(rule, codes[rule.target])
+        if rule.target in encoded:
+            tensors |= encoded[rule.target]
         else:
             tensors |= {source.name: checkpoint.raw(source.name) for source in checkpoint.present(rule)}
     return tensors
@@ -62,7 +62,7 @@ def _unit_of(rule: WeightRule, units: list[str]) -> str:
     return "vision.embed" if rule.target.startswith("vision.") else "prompts" if "embedding" in rule.target else "head"
 
 
-def _encoded(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
+def encoded_parameter(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
     """GPTQ tensors of a parameter, split into the checkpoint's own linears by rows."""
     tensors, start = {}, 0
     for source in rule.sources:

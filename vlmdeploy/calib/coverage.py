@@ -4,7 +4,7 @@ and the warnings above it."""
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlmdeploy.calib.calibration_set import Tokens
+from vlmdeploy.calib.calibration_set import Pictures, Tokens
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.export.precision import PrecisionPlan, linears
@@ -13,11 +13,12 @@ from vlmdeploy.families.spec import ModelSpec
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
 WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike
 FLOOR_SHARE = 4  # the floor is a quarter of the widest input
+NAMES = {"vision": "vision encoder", "connector": "connector"}
 
 
 @dataclass(frozen=True)
 class ExpertCoverage:
-    """Calibration and held-out tokens of one expert, and the calibration samples they come from."""
+    """Calibration and held-out tokens of an expert, the encoder or the connector, and the samples they come from."""
 
     expert: str
     tokens: int
@@ -40,41 +41,55 @@ class Coverage:
 
 
 def check_coverage(
-    spec: ModelSpec, plan: PrecisionPlan, tokens: Tokens, processes: Processes, allow_uncalibrated: bool
+    spec: ModelSpec,
+    plan: PrecisionPlan,
+    tokens: Tokens,
+    pictures: Pictures,
+    processes: Processes,
+    allow_uncalibrated: bool,
 ) -> Coverage:
-    """The coverage that these tokens give. Raises CalibrationError where an expert that is to be quantized gets fewer
-    than the floor, unless `allow_uncalibrated`."""
+    """The coverage that these tokens give. Raises CalibrationError where an expert, the encoder or the connector is to
+    be quantized and gets fewer than the floor, unless `allow_uncalibrated`."""
     quantized = [linear for linear in linears(spec) if plan[linear.target].bits]
     floor = -(-max((linear.in_width for linear in quantized), default=0) // FLOOR_SHARE)
-    experts = tuple(
-        _coverage(expert.name, max(spec.decoder.hidden, spec.decoder.mlp_width), tokens, processes)
+    widest = max(spec.decoder.hidden, spec.decoder.mlp_width)
+    experts = [
+        _coverage(expert.name, expert.name, widest, tokens, processes)
         for expert in spec.decoder.experts
         if any(f".{expert.name}." in linear.target for linear in quantized)
-    )
+    ]
+    parts = {"vision": spec.vision.num_patches + 1, "connector": spec.connector.rows(spec.vision)}
+    for part, rows_each in parts.items():
+        members = [linear.in_width for linear in quantized if linear.part == part]
+        if members:
+            experts.append(_coverage(NAMES[part], None, max(members), pictures.tokens(rows_each), processes))
     warnings = []
     for expert in experts:
         if expert.tokens < floor:
             warnings.append(_missing(expert, floor, allow_uncalibrated))
         elif expert.tokens < expert.wanted_tokens or expert.samples < WANTED_SAMPLES:
             warnings.append(
-                f"the {expert.expert} expert is calibrated with {expert.tokens} tokens from {expert.samples} samples; "
+                f"the {_called(expert)} is calibrated with {expert.tokens} tokens from {expert.samples} samples; "
                 f"{expert.wanted_tokens} tokens from {WANTED_SAMPLES} samples or more give a better model"
             )
-    return Coverage(experts, floor, tuple(warnings))
+    return Coverage(tuple(experts), floor, tuple(warnings))
 
 
-def _coverage(expert: str, widest: int, tokens: Tokens, processes: Processes) -> ExpertCoverage:
+def _coverage(name: str, expert: str | None, widest: int, tokens: Tokens, processes: Processes) -> ExpertCoverage:
     rows, held_out = tokens.select(expert, held_out=False), tokens.select(expert, held_out=True)
     counts = processes.sum_counts(len(rows), tokens.samples_in(rows), len(held_out))
-    return ExpertCoverage(expert, counts[0], counts[1], counts[2], WANTED_PER_INPUT * widest)
+    return ExpertCoverage(name, counts[0], counts[1], counts[2], WANTED_PER_INPUT * widest)
+
+
+def _called(expert: ExpertCoverage) -> str:
+    return expert.expert if expert.expert in NAMES.values() else f"{expert.expert} expert"
 
 
 def _missing(expert: ExpertCoverage, floor: int, allow_uncalibrated: bool) -> str:
-    kind = "pictures" if expert.expert == "vision" else "text"
-    found = f"the {expert.expert} expert gets {expert.tokens} calibration tokens, at least {floor} are needed"
+    kind = "text" if expert.expert == "language" else "pictures"
+    found = f"the {_called(expert)} gets {expert.tokens} calibration tokens, at least {floor} are needed"
     if not allow_uncalibrated:
         raise CalibrationError(
-            f"{found}: give data with more {kind}, more --samples, or --allow-uncalibrated to round that expert to "
-            "nearest"
+            f"{found}: give data with more {kind}, more --samples, or --allow-uncalibrated to round it to nearest"
         )
     return f"{found}: it is rounded to nearest"

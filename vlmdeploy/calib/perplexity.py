@@ -1,5 +1,5 @@
-"""How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens, given
-the picture and the question. The model is streamed, one layer in memory at a time."""
+"""How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens,
+given the picture and the question. The model is streamed, one layer in memory at a time."""
 
 from collections.abc import Callable
 

@@ -1,9 +1,10 @@
-"""What `vlmdeploy quantize` is asked for, checked and resolved: the precision of every linear, the samples that are used,
-and the settings that decide the result."""
+"""What `vlmdeploy quantize` is asked for, checked and resolved: the precision of every linear, the samples that are
+used, and the settings that decide the result."""
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -28,9 +29,19 @@ from vlmdeploy.data.balance import Candidate, across_range, balance, draw_sample
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
 from vlmdeploy.errors import CalibrationError, ConfigError, DataError
-from vlmdeploy.export.precision import DEFAULT_GROUP, PrecisionPlan, plan_precision, with_overrides
+from vlmdeploy.export.options import with_settings
+from vlmdeploy.export.precision import (
+    DEFAULT_GROUP,
+    Precision,
+    PrecisionPlan,
+    plan_precision,
+    plan_warnings,
+    with_overrides,
+)
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.grid import Grid
+from vlmdeploy.quant.packing import fills_words
 from vlmdeploy.runtime.chat import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -145,7 +156,8 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.memory_bytes,
         options.force,
     )
-    return quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
+    result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
+    return replace(result, warnings=(*plan_warnings(plan, options.group), *result.warnings))
 
 
 def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:
@@ -155,13 +167,32 @@ def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Preci
     parts = {"decoder": BITS_TYPES[options.bits], **options.precisions}
     plan = plan_precision(checkpoint.spec, "ort-int4", parts, options.group, options.symmetric)
     names = {target: tuple(source.name for source in rule.sources) for target, rule in checkpoint.rules.items()}
-    return with_overrides(plan, checkpoint.spec, options.overrides, names)
+    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.overrides, names))
+
+
+def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
+    """The plan with linears left in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
+    odd = [
+        target
+        for target, precision in plan.by_target.items()
+        if precision.grid is not None and not _fills_words(checkpoint, target, precision.grid)
+    ]
+    by_target = {**plan.by_target, **dict.fromkeys(odd, Precision("fp32"))}
+    return replace(plan, by_target=by_target, kept_in_float=(*plan.kept_in_float, *odd))
+
+
+def _fills_words(checkpoint: Checkpoint, target: str, grid: Grid) -> bool:
+    return all(
+        fills_words(source.shape[0], grid.bits) and fills_words(prod(source.shape[1:]), grid.bits)
+        for source in checkpoint.rules[target].sources
+    )
 
 
 def read_calibration(
     checkpoint: Checkpoint, options: QuantizeOptions, processes: Processes, progress: Progress
 ) -> tuple[Calibration, tuple[CalibrationSample, ...]]:
     """The samples of this process, and those of all of them. Raises DataError and CalibrationError."""
+    with_settings(checkpoint.spec, None, options.template)  # an unknown template is no fault of a sample
     source = open_source(options.data, options.picture_prompt)
     stream = source.samples(options.skip_broken)
     drawn = draw_samples(list(stream), CANDIDATES_PER_SAMPLE * options.samples, options.seed)
@@ -203,8 +234,8 @@ def _balanced(
     wanted = options.tokens or TOKENS_PER_INPUT * max(decoder.hidden, decoder.mlp_width)
     counts = [int(sample.vision_mask.sum()) for sample in samples]
     candidates = [Candidate(vision, len(sample.ids) - vision) for vision, sample in zip(counts, samples, strict=True)]
-    chosen = balance(candidates, -(-wanted * 8 // 7), options.seed).indexes
-    return [samples[index] for index in chosen[: options.samples]]
+    chosen = balance(candidates, -(-wanted * 8 // 7), options.seed, options.samples).indexes
+    return [samples[index] for index in chosen]
 
 
 def _across_perplexity(

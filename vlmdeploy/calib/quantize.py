@@ -17,7 +17,13 @@ from torch import Tensor
 from vlmdeploy.artifact import check_output, locked, partial_folder
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.checkpoint_writer import is_quantized_by_us, publish, read_report, unit_tensors
+from vlmdeploy.calib.checkpoint_writer import (
+    encoded_parameter,
+    is_quantized_by_us,
+    publish,
+    read_report,
+    unit_tensors,
+)
 from vlmdeploy.calib.coverage import Coverage, check_coverage
 from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
@@ -92,7 +98,9 @@ def quantize_checkpoint(
             return QuantizeResult("quantized already with these settings", done)
         raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
     check_output(out, options.force, is_quantized_by_us)
-    coverage = check_coverage(checkpoint.spec, plan, calibration.tokens, processes, options.allow_uncalibrated)
+    coverage = check_coverage(
+        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
+    )
     folder = partial_folder(out.absolute())
     with _only_run(folder, processes):
         processes.first_does(lambda: open_settings(folder, options.settings, options.force))
@@ -130,7 +138,8 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
-        self._codes: dict[str, Quantized] = {}  # of the unit at work
+        self._codes: dict[str, Quantized] | None = None  # kept only by `in_memory`
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # of the unit at work
         self._reports: list[LinearReport] = []
         self._statistics = Statistics(self.processes, self.options.hessian)
         pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
@@ -159,10 +168,11 @@ class Run:
         for unit in self.units[len(records) :]:
             self._show(unit)
             flow = self._run_unit(unit, flow)
-            tensors = unit_tensors(self.checkpoint, unit, self.units, self._codes) if self.processes.is_first else {}
+            tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
             linears = [asdict(report) for report in self._reports]
             state.save_unit(unit, tensors, linears, flow)
-            self._codes, self._reports = {}, []
+            del tensors
+            self._encoded, self._reports = {}, []
         if flow is not None:
             flow.close()
         return state.finished(self.units)
@@ -170,6 +180,7 @@ class Run:
     @torch.no_grad()
     def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:
         """Run everything and keep the codes: for small models and comparisons."""
+        self._codes = {}
         flow: Flow | None = None
         for unit in self.units:
             flow = self._run_unit(unit, flow)
@@ -231,7 +242,7 @@ class Run:
             codes, report = self.processes.first_does(lambda: self._solve(target, problem))
             self._reports.append(report)
             del problem
-        self._codes[target] = codes
+        self._keep(target, codes)
         self._finish(target)
         values = torch.from_numpy(dequantize(codes))
         return (values, weights) if self._runner.streams == 2 else (values,)
@@ -240,7 +251,7 @@ class Run:
         """Round to nearest a linear whose output nothing reads."""
         if self.plan[target].grid is not None:
             weights = self.checkpoint.parameter(target).flatten(1)
-            self._codes[target] = self._rounded(target, weights, "nothing reads its output")
+            self._keep(target, self._rounded(target, weights, "nothing reads its output"))
         self._finish(target)
 
     def _rounded(self, target: str, weights: Tensor, note: str) -> Quantized:
@@ -254,6 +265,13 @@ class Run:
             return self.solver.solve(problem)
         except QuantizationError as error:
             raise QuantizationError(f"{target}: {error}") from error
+
+    def _keep(self, target: str, codes: Quantized) -> None:
+        """Packed at once: a layer's codes, a byte each, would be twice as large."""
+        if self._codes is not None:
+            self._codes[target] = codes
+        elif self.processes.is_first:
+            self._encoded[target] = encoded_parameter(self.checkpoint.rules[target], codes)
 
     def _finish(self, target: str) -> None:
         self._done += self.checkpoint.size(target)

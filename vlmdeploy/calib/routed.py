@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,11 @@ from vlmdeploy.errors import CalibrationError
 from vlmdeploy.quant.grid import Grid
 
 CHUNK_TOKENS = 1024
+HELD_OUT_TOKENS = 2048  # kept as they are: fewer numbers than a second Hessian of a wide input
 
 HessianKind = Literal["routed", "pooled", "text-only"]
 Inputs = Callable[[Ints], tuple[Tensor, ...]]
-"""The linear's input for some rows, [rows, in]: of the quantized stream and, under asymmetric calibration, the float one."""
+"""The linear's input for some rows, [rows, in]: of the quantized stream and, if there are two, of the float one."""
 
 
 def chunks(rows: Ints) -> Iterator[Ints]:
@@ -68,28 +70,23 @@ class Statistics:
     def _held_out(
         self, name: str, weights: Tensor, tokens: Tokens, source: str | None, inputs: Inputs
     ) -> HeldOut | None:
-        """The same for held-out tokens; None where no process has any."""
-        total, judged = HessianSum(weights.shape[1]), weights[judged_rows(len(weights))]
-        cross, spread = torch.zeros(judged.shape), torch.zeros(1)
-        is_asymmetric = False
-        for piece in chunks(tokens.select(source, held_out=True)):
+        """Held-out tokens, evenly spaced where there are many; None where no process has any."""
+        rows = tokens.select(source, held_out=True)
+        limit = HELD_OUT_TOKENS // self.processes.count
+        kept = rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+        judged = weights[judged_rows(len(weights))]
+        seen, disturbances = [torch.empty(0, weights.shape[1])], [torch.empty(0, len(judged))]
+        for piece in chunks(kept):
             x, *undisturbed = inputs(piece)
             _check_finite(name, x, piece, tokens)
-            total.add(x)
-            if undisturbed:
-                is_asymmetric = True
-                difference = (undisturbed[0] - x) @ judged.t()
-                cross.addmm_(difference.t(), x)
-                spread += difference.square().sum()
-        total.reduce(self.processes)
-        if not total.tokens:
+            seen.append(x)
+            disturbances += [(other - x) @ judged.t() for other in undisturbed]
+        (count,) = self.processes.sum_counts(len(rows))
+        if not count:
             return None
-        count = total.tokens
-        self.processes.sum_in_place(cross)
-        self.processes.sum_in_place(spread)
-        (asymmetric,) = self.processes.sum_counts(int(is_asymmetric))
-        disturbance = cross.div_(count) if asymmetric else None
-        return HeldOut(total.mean(), count, disturbance, float(spread) / count)
+        everyone = self.processes.gather((torch.cat(seen), torch.cat(disturbances)))
+        disturbance = torch.cat([each[1] for each in everyone])
+        return HeldOut(torch.cat([each[0] for each in everyone]), count, disturbance if len(disturbance) else None)
 
 
 def _check_finite(name: str, x: Tensor, rows: Ints, tokens: Tokens) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import vlmdeploy
 from vlmdeploy.bundle import MANIFEST_NAME
-from vlmdeploy.calib.scoring import Score, as_json
+from vlmdeploy.calib.scoring import Score, Scores, as_json, paired_differences
 from vlmdeploy.calib.validate import Answerer, BundleAnswerer, Validation, agreement, validate
 from vlmdeploy.data.jsonl import find_rows, read_samples
 from vlmdeploy.data.samples import choose
@@ -40,13 +40,23 @@ class Scorecard:
         """For each other model, the share of questions that it answered with the first one's token ids."""
         return tuple(agreement(self.validations[0], other) for other in self.validations[1:])
 
+    def differences(self) -> tuple[Scores, ...]:
+        """For each other model, how much better than the first it is, with intervals of the paired difference."""
+        first = self.validations[0].predictions
+        return tuple(paired_differences(first, other.predictions) for other in self.validations[1:])
+
     def as_json(self) -> dict[str, Any]:
         """The document that `validate --json` prints."""
         document: dict[str, Any] = {"model": self.models[0], "data": self.data, **as_json(self.validations[0].scores)}
-        others = zip(self.models[1:], self.validations[1:], self.equal_answers(), strict=True)
+        others = zip(self.models[1:], self.validations[1:], self.equal_answers(), self.differences(), strict=True)
         compared = [
-            {"model": name, **as_json(validation.scores), "equal_answers": asdict(equal)}
-            for name, validation, equal in others
+            {
+                "model": name,
+                **as_json(validation.scores),
+                "equal_answers": asdict(equal),
+                "differences": as_json(difference)["tasks"],
+            }
+            for name, validation, equal, difference in others
         ]
         return {**document, "compared": compared} if compared else document
 
@@ -57,8 +67,17 @@ class Scorecard:
             for name, score in metrics.items():
                 values = [_interval(validation.scores[task][name]) for validation in self.validations]
                 rows.append([f"{task} {name}", str(score.count), *values])
+        rows += self._difference_rows()
         if equal := self.equal_answers():
             rows.append(["equal answers", str(equal[0].count), "", *map(_interval, equal)])
+        return rows
+
+    def _difference_rows(self) -> list[list[str]]:
+        rows, differences = [], self.differences()
+        for task, metrics in differences[0].items() if differences else ():
+            for name, score in metrics.items():
+                found = [_points(difference[task][name]) for difference in differences]
+                rows.append([f"{task} {name}, paired difference", str(score.count), "", *found])
         return rows
 
     def columns(self) -> list[str]:
@@ -68,6 +87,10 @@ class Scorecard:
 
 def _interval(score: Score) -> str:
     return f"{100 * score.value:.2f} % ({100 * score.low:.2f} to {100 * score.high:.2f})"
+
+
+def _points(score: Score) -> str:
+    return f"{100 * score.value:+.2f} points ({100 * score.low:+.2f} to {100 * score.high:+.2f})"
 
 
 def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Progress) -> Scorecard:

@@ -1,9 +1,9 @@
-"""What it costs the model when one linear is quantized in a certain way: an estimate of the KL divergence from the float
-model's answers, in second order.
+"""What it costs the model when one linear is quantized in a certain way: an estimate, in second order, of the KL
+divergence from the float model's answers.
 
 Two measurements, both streamed layer by layer. A forward pass gives every linear's Hessian, hence the error of each of
-its outputs on each grid. A backward pass of log p(token), tokens drawn from the model's own distribution, gives the mean
-square g_n^2 of the gradient at each output (the diagonal of the Fisher information). The cost is
+its outputs on each grid. A backward pass of log p(token), tokens drawn from the model's own distribution, gives the
+mean square g_n^2 of the gradient at each output (the diagonal of the Fisher information). The cost is
 1/2 * tokens * sum_n g_n^2 (E H E^T)_nn per answer token; errors of different outputs are taken as independent.
 """
 

@@ -35,13 +35,22 @@ DEFAULT_SWEEPS = {3: 2, 4: 1}  # by bits; none for others
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What held-out tokens say. hessian [in, in]; cross [rows, in] and spread belong to `judged_rows` of the matrix and
-    are there under asymmetric calibration: W (X_float - X)^T X / tokens, and the mean square of W (X_float - X)."""
+    """Held-out tokens that judge: inputs float32 [kept, in], an even share of all `tokens` of them.
 
-    hessian: Tensor
+    disturbance [kept, rows]: under asymmetric calibration what the float model's `judged_rows` give beyond this input,
+    W (x_float - x).
+    """
+
+    inputs: Tensor
     tokens: int
-    cross: Tensor | None = None
-    spread: float = 0.0
+    disturbance: Tensor | None = None
+
+    def loss(self, errors: Tensor) -> float:
+        """Mean squared distance of the outputs from the float model's, for errors [rows, in] of the judged rows."""
+        distance = self.inputs @ errors.t()
+        if self.disturbance is not None:
+            distance -= self.disturbance
+        return float(distance.square().sum()) / len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -134,17 +143,21 @@ class GptqSolver:
         return quantized, self._report(problem, quantized, best, factor)
 
     def _choose(self, problem: Problem) -> tuple[Candidate, Factor]:
-        """The best recipe and its factorized Hessian."""
-        best, best_factor = None, None
-        for damping in self._dampings(problem):
+        """The best recipe and its factorized Hessian. Only one factor is in memory at a time."""
+        best: Candidate | None = None
+        factor: Factor | None = None
+        for damping in reversed(self._dampings(problem)):
+            factor = None  # before the next one is made
             factor = factorize(problem.hessian, damping, self.act_order)
             for candidate in self._try(problem, factor):
                 if best is None or candidate.loss < best.loss:
-                    best, best_factor = candidate, factor
-            del factor
-        assert best is not None and best_factor is not None, "there is at least one damping"
+                    best = candidate
+        assert best is not None and factor is not None, "there is at least one damping"
+        if factor.damping != best.damping:
+            factor = None
+            factor = factorize(problem.hessian, best.damping, self.act_order)
         rtn = self._try_rtn(problem)
-        return (rtn if rtn is not None and rtn.loss < best.loss else best), best_factor
+        return (rtn if rtn is not None and rtn.loss < best.loss else best), factor
 
     def _dampings(self, problem: Problem) -> tuple[float, ...]:
         usual = FEW_TOKEN_DAMPINGS if problem.has_few_tokens else self.dampings
@@ -219,14 +232,9 @@ def judged_rows(count: int) -> Tensor:
 
 def held_out_loss(problem: Problem, judged: Quantized) -> float:
     """The mean squared distance, on held-out tokens, between the outputs of the float model and of these rows."""
-    held_out = problem.held_out
-    assert held_out is not None, "the caller checks"
+    assert problem.held_out is not None, "the caller checks"
     weights = problem.weights[judged_rows(len(problem.weights))]
-    errors = torch.from_numpy(dequantize(judged)) - weights
-    loss = output_loss(errors, held_out.hessian)
-    if held_out.cross is None:
-        return loss
-    return loss - 2 * float((held_out.cross * errors).sum()) + held_out.spread
+    return problem.held_out.loss(torch.from_numpy(dequantize(judged)) - weights)
 
 
 def measured_report(problem: Problem, quantized: Quantized, report: LinearReport) -> LinearReport:
@@ -249,7 +257,7 @@ def measured_report(problem: Problem, quantized: Quantized, report: LinearReport
         "calibration_error": output_loss(errors, problem.hessian) / scale if scale else None,
     }
     if problem.held_out is not None:
-        scale = output_loss(weights, problem.held_out.hessian)
+        scale = float((problem.held_out.inputs @ weights.t()).square().sum()) / len(problem.held_out.inputs)
         rounded = quantize_rtn(np.asarray(weights), grid)
         values["held_out_tokens"] = problem.held_out.tokens
         values["held_out_error"] = held_out_loss(problem, kept) / scale if scale else None

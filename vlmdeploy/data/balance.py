@@ -62,38 +62,33 @@ class Balance:
     language_tokens: int
 
 
-def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int) -> Balance:
-    """Choose candidates until both experts have `min_tokens`, or as near as the candidates allow.
+def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int, limit: int | None = None) -> Balance:
+    """Choose at most `limit` candidates until both experts have `min_tokens`, or as near as the candidates allow.
 
-    A picture brings far more vision tokens than its text brings language tokens, so pictures with much text (at least
-    the median) come first. They are taken until the vision expert has enough; then text only, and then the remaining
-    pictures, until the language expert has. Within each kind the seed gives the order.
+    A picture brings far more vision tokens than its text brings language tokens. So pictures are taken until the vision
+    expert has enough, then text only, and then further pictures until the language expert has. Where the limit is near,
+    a quarter of it is kept for text only, as far as there is any. Within each kind the seed gives the order.
     """
+    order = np.random.default_rng(seed).permutation(len(candidates)).tolist()
+    pictures = [place for place in order if candidates[place].vision_tokens > 0]
+    texts = [place for place in order if candidates[place].vision_tokens == 0]
+    limit = len(candidates) if limit is None else limit
+    kept_for_texts = min(len(texts), limit // 4)
     chosen: list[int] = []
     vision = language = 0
-    pictures, texts = _by_preference(candidates, seed)
-    for place in pictures:
+    for place in pictures[: limit - kept_for_texts]:
         if vision >= min_tokens:
             break
         chosen.append(place)
         vision += candidates[place].vision_tokens
         language += candidates[place].language_tokens
     for place in texts + pictures[len(chosen) :]:
-        if language >= min_tokens:
+        if language >= min_tokens or len(chosen) == limit:
             break
         chosen.append(place)
         vision += candidates[place].vision_tokens
         language += candidates[place].language_tokens
     return Balance(tuple(sorted(chosen)), vision, language)
-
-
-def _by_preference(candidates: Sequence[Candidate], seed: int) -> tuple[list[int], list[int]]:
-    """Places of candidates that reach the vision expert, those with much text first, and of all others."""
-    order = np.random.default_rng(seed).permutation(len(candidates)).tolist()
-    pictures = [place for place in order if candidates[place].vision_tokens > 0]
-    texts = [place for place in order if candidates[place].vision_tokens == 0]
-    much = np.median([candidates[place].language_tokens for place in pictures]) if pictures else 0
-    return sorted(pictures, key=lambda place: bool(candidates[place].language_tokens < much)), texts
 
 
 @dataclass(frozen=True)

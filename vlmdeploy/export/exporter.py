@@ -32,7 +32,7 @@ from vlmdeploy.errors import BundleError, ExportError
 from vlmdeploy.export.decoder_graph import HeadLayout, build_decoder, graph_name
 from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
-from vlmdeploy.export.precision import PrecisionPlan, plan_precision
+from vlmdeploy.export.precision import plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
@@ -60,7 +60,7 @@ def export_bundle(
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     reader = WeightReader(checkpoint, plan)
-    warnings = list(_plan_warnings(plan, options))
+    warnings = list(plan_warnings(plan, options.group))
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
@@ -89,16 +89,6 @@ def is_bundle(folder: Path) -> bool:
         content = path.read_bytes()
         return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
     return True
-
-
-def _plan_warnings(plan: PrecisionPlan, options: ExportOptions) -> Iterable[str]:
-    changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, options.group)}
-    if changed:
-        sizes = ", ".join(f"{part} {size}" for part, size in changed.items())
-        yield f"group size {options.group} does not fit every width: used instead: {sizes}"
-    if plan.kept_in_float:
-        names = ", ".join(plan.kept_in_float[:3])
-        yield f"{len(plan.kept_in_float)} linears stay in fp32, no group size divides their width: {names}"
 
 
 def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Path, warnings: list[str]) -> bool:

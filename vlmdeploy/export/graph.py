@@ -177,8 +177,8 @@ class GraphBuilder:
         return self.node("Cast", [name], f"{name}.fp32", to=TensorProto.FLOAT) if type_name == "fp16" else name
 
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], int, int]:
-        """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits wants
-        them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
+        """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits
+        wants them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
         bits, block_size = field_bits(grid.bits), matmul_block_size(grid.group_size)
         blocks = self.weights.matrix_shape(weight)[1] // block_size
         scales = np.empty((len(order), blocks), np.float32)

@@ -163,8 +163,8 @@ def with_stored(
         wanted = plan.parts[part]
         if part in asked and types != {wanted}:
             raise ExportError(
-                f"{part} is asked for in {wanted}, but the checkpoint holds {' and '.join(sorted(types))} codes: export "
-                "them as they are, or quantize the float checkpoint again"
+                f"{part} is asked for in {wanted}, but the checkpoint holds {' and '.join(sorted(types))} codes: "
+                "export them as they are, or quantize the float checkpoint again"
             )
         if wanted == "int8" and part == "decoder" and types != {"int8"}:
             raise ExportError(
@@ -255,6 +255,17 @@ def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int
             kept.append(linear.target)
     sizes = {**plan.group_sizes, part: WHOLE_WIDTH if group == WHOLE_WIDTH and wanted in BITS else size}
     return replace(plan, group_sizes=sizes, by_target=chosen, kept_in_float=tuple(kept))
+
+
+def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
+    """What a user should know about the plan."""
+    changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, requested_group)}
+    if changed:
+        sizes = ", ".join(f"{part} {size}" for part, size in changed.items())
+        yield f"group size {requested_group} does not fit every width: used instead: {sizes}"
+    if plan.kept_in_float:
+        names = ", ".join(plan.kept_in_float[:3])
+        yield f"{len(plan.kept_in_float)} linears stay in float, their widths fit no group or no 32-bit words: {names}"
 
 
 def common_group(widths: set[int], requested: int) -> int:

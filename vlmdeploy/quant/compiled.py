@@ -66,19 +66,23 @@ def _block(
     stop: int,
 ) -> None:
     size = targets.shape[0]
+    tile = np.empty((size, TILE), np.float32)
+    errors = np.zeros(TILE, np.float32)
     for left in range(start, stop, TILE):
-        right = min(left + TILE, stop)
+        width = min(TILE, stop - left)
+        tile[:, :width] = targets[:, left : left + width]
         for place in range(size - 1, -1, -1):
             group, column = groups[place], columns[place]
-            for out in range(left, right):
-                scale, zero = scales[group, out], zeros[group, out]
-                code = min(max(np.rint(targets[place, out] / scale) + zero, np.float32(0)), max_code)
-                codes[column, out] = np.uint8(code)
-                weights[place, out] -= scale * (code - zero)
+            for out in range(width):
+                scale, zero = scales[group, left + out], zeros[group, left + out]
+                code = min(max(np.rint(tile[place, out] / scale) + zero, np.float32(0)), max_code)
+                codes[column, left + out] = np.uint8(code)
+                errors[out] = weights[place, left + out] - scale * (code - zero)
+                weights[place, left + out] = errors[out]
             for other in range(place):
                 share = lower[place, other]
-                for out in range(left, right):
-                    targets[other, out] += share * weights[place, out]
+                for out in range(TILE):
+                    tile[other, out] += share * errors[out]
 
 
 def _descend(
@@ -93,25 +97,27 @@ def _descend(
     stop: int,
 ) -> None:
     size = slopes.shape[0]
-    change = np.empty(TILE, np.float32)
+    tile = np.empty((size, TILE), np.float32)
+    change = np.zeros(TILE, np.float32)
     for left in range(start, stop, TILE):
-        right = min(left + TILE, stop)
+        width = min(TILE, stop - left)
+        tile[:, :width] = slopes[:, left : left + width]
         for place in range(size):
             curvature = hessian[place, place]
             moved = False
-            for out in range(left, right):
-                scale, old = scales[out], np.float32(codes[place, out])
-                new = min(max(np.rint(old - slopes[place, out] / (scale * curvature)), np.float32(0)), max_code)
-                step = scale * (new - old)
-                change[out - left] = step
+            for out in range(width):
+                scale, old = scales[left + out], np.float32(codes[place, left + out])
+                new = min(max(np.rint(old - tile[place, out] / (scale * curvature)), np.float32(0)), max_code)
+                change[out] = scale * (new - old)
                 moved |= new != old
-                codes[place, out] = np.uint8(new)
-                errors[place, out] += step
+                codes[place, left + out] = np.uint8(new)
+                errors[place, left + out] += change[out]
             if moved:
                 for other in range(size):
                     share = hessian[place, other]
-                    for out in range(left, right):
-                        slopes[other, out] += share * change[out - left]
+                    for out in range(TILE):
+                        tile[other, out] += share * change[out]
+        slopes[:, left : left + width] = tile[:, :width]
 
 
 # Sums may be reordered, so that they use vector units; Inf and NaN keep their meaning.

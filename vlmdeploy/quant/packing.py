@@ -26,6 +26,11 @@ def num_words(count: int, bits: int) -> int:
     return -(-count * bits // WORD_BITS)
 
 
+def fills_words(count: int, bits: int) -> bool:
+    """Whether `count` codes end with a word's end, as GPTQ files want it; 3-bit ones with the end of a period."""
+    return count % PERIOD == 0 if bits == 3 else count * bits % WORD_BITS == 0
+
+
 def pack_words(codes: Codes, bits: int) -> Words:
     """Codes uint8 [n, columns] -> words int32 [num_words(n), columns], a bit stream along axis 0.
 

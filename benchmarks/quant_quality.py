@@ -1,0 +1,278 @@
+"""What quantizing the decoder costs the digits model: KL divergence from the float model's answers, for several
+methods, calibration draws and widths; and each linear's error beside GPTQModel's.
+
+    python benchmarks/quant_quality.py [--draws 3] [--bits 4 3] [--out FILE]
+
+KL is the mean over the tokens of held-out answers (the places that predict an answer token or its end), teacher-forced,
+in nats. Encoder, connector and head stay in float, so that the experts' part is seen alone. GPTQModel runs per linear
+on the same routed Hessians, in its own environment (`make gptqmodel`), and is left out where that is missing.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from make_data import make_data
+from torch import Tensor
+
+from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample, read_pixels
+from vlmdeploy.calib.coverage import check_coverage
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.calib.quantize import Calibration, Run, RunOptions
+from vlmdeploy.calib.routed import HessianKind
+from vlmdeploy.calib.solver import GptqSolver, LinearReport, Problem, Solver, measured_report
+from vlmdeploy.data.balance import draw_samples
+from vlmdeploy.data.jsonl import read_samples
+from vlmdeploy.export.precision import plan_precision
+from vlmdeploy.export.tokenizer import import_tokenizer
+from vlmdeploy.model.batch import derive_layout
+from vlmdeploy.model.decoder import Cache
+from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.model.weights import Checkpoint, fill_parameter, load_model
+from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
+from vlmdeploy.runtime.chat import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+CKPT = ROOT / "examples/digits/checkpoint"
+GPTQMODEL_PYTHON = ROOT / ".venv-gptqmodel/bin/python"
+BATCH = 128
+FLOAT_PARTS = {"vision": "fp32", "connector": "fp32", "lm_head": "fp32"}
+
+
+@dataclass(frozen=True)
+class RtnSolver:
+    """Round to nearest."""
+
+    def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
+        """See calib.solver.Solver."""
+        quantized = quantize_rtn(problem.weights.numpy(), problem.grid)
+        return quantized, _report(problem, quantized, "rtn")
+
+
+@dataclass
+class GptqModelSolver:
+    """GPTQModel on each linear's Hessian; ours solves the same problem beside it, for the comparison per linear."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    ratios: dict[str, float] = field(default_factory=dict)  # held-out error, ours / theirs
+
+    def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
+        """See calib.solver.Solver."""
+        theirs = self._ask(problem)
+        report = _report(problem, theirs, "gptqmodel")
+        _, ours = GptqSolver().solve(problem)
+        if report.held_out_error and ours.held_out_error:
+            self.ratios[problem.name] = ours.held_out_error / report.held_out_error
+        return theirs, report
+
+    def _ask(self, problem: Problem) -> Quantized:
+        names = {name: str(self.folder / f"{name}.npy") for name in ("weights", "hessian")}
+        np.save(names["weights"], problem.weights.numpy())
+        np.save(names["hessian"], problem.hessian.numpy())
+        out = self.folder / "out.npz"
+        grid = problem.grid
+        request = {**names, "num_tokens": problem.tokens, "bits": grid.bits, "group_size": grid.group_size}
+        stdin, stdout = _pipes(self.process)
+        stdin.write(json.dumps({**request, "out": str(out)}) + "\n")
+        stdin.flush()
+        answer = json.loads(stdout.readline() or '{"error": "it died; see its messages above"}')
+        if "error" in answer:
+            raise SystemExit(f"GPTQModel's worker: {answer['error']}")
+        with np.load(out) as found:
+            return Quantized(found["codes"], found["scales"].astype(np.float32), grid)
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
+    return process.stdin, process.stdout
+
+
+@contextmanager
+def gptqmodel() -> Iterator[GptqModelSolver]:
+    """GPTQModel's worker, as a solver."""
+    command = [str(GPTQMODEL_PYTHON), str(ROOT / "benchmarks/gptqmodel_worker.py")]
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+        try:
+            yield GptqModelSolver(process, Path(folder))
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _report(problem: Problem, quantized: Quantized, method: str) -> LinearReport:
+    grid = problem.grid
+    return measured_report(problem, quantized, LinearReport(problem.name, grid.bits, grid.group_size, method))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    name: str
+    solver: Solver
+    hessian: HessianKind = "routed"
+    asymmetric: bool = False
+
+
+def methods(worker: GptqModelSolver | None) -> list[Method]:
+    """Every row, GPTQModel's last."""
+    ours = [
+        Method("RTN", RtnSolver()),
+        Method("text-only", GptqSolver(), "text-only"),
+        Method("pooled", GptqSolver(), "pooled"),
+        Method("routed", GptqSolver()),
+        Method("routed, high", GptqSolver(), asymmetric=True),
+    ]
+    return ours if worker is None else [*ours, Method("GPTQModel, routed", worker)]
+
+
+class Judge:
+    """The float model and the held-out answers."""
+
+    def __init__(self, samples: Sequence[CalibrationSample]) -> None:
+        self.checkpoint = Checkpoint(CKPT)
+        self.samples = samples
+        self.model = load_model(CKPT)
+        self.image_rows = _image_rows(self.model, samples)
+        self.expected = self._log_probabilities(self.model)
+
+    def divergence(self, codes: dict[str, Quantized]) -> float:
+        """KL(float, quantized), mean over answer tokens."""
+        model = load_model(CKPT)
+        for target, quantized in codes.items():
+            values = torch.from_numpy(dequantize(quantized))
+            fill_parameter(model, target, values.reshape(self.checkpoint.shape(target)))
+        found = self._log_probabilities(model)
+        return float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
+
+    @torch.no_grad()
+    def _log_probabilities(self, model: VisionLanguageModel) -> Tensor:
+        """float64 [answer tokens, vocab]."""
+        results: dict[int, Tensor] = {}
+        for places in _batches_of_equal_length(self.samples):
+            batch = [self.samples[place] for place in places]
+            ids, types = (
+                torch.from_numpy(np.stack([getattr(sample, name) for sample in batch])) for name in ("ids", "types")
+            )
+            layout = derive_layout(model.spec, ids, None, types, None, None)
+            rows = torch.stack([self.image_rows[sample.image] for sample in batch if sample.image])
+            hidden = model.prefill(model.join(ids, types, rows), layout, Cache.empty(model.spec.decoder.num_layers))
+            for index, place in enumerate(places):
+                asked = hidden[index, self.samples[place].answer_start - 1 :]
+                results[place] = model.logits(asked).double().log_softmax(-1)
+        return torch.cat([results[place] for place in range(len(self.samples))])
+
+
+@torch.no_grad()
+def _image_rows(model: VisionLanguageModel, samples: Sequence[CalibrationSample]) -> dict[Path, Tensor]:
+    paths = list(dict.fromkeys(sample.image for sample in samples if sample.image))
+    return {path: model.encode_images(torch.from_numpy(read_pixels(path, model.spec))[None])[0] for path in paths}
+
+
+def _batches_of_equal_length(samples: Sequence[CalibrationSample]) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for place, sample in enumerate(samples):
+        by_length.setdefault(len(sample.ids), []).append(place)
+    for places in by_length.values():
+        yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))
+
+
+def read_prompts(data: Path, count: int, seed: int) -> tuple[CalibrationSample, ...]:
+    """Samples of a data folder as prompts with answers."""
+    spec, tokenizer = Checkpoint(CKPT).spec, Tokenizer(import_tokenizer(CKPT / "tokenizer.json"))
+    drawn = draw_samples(list(read_samples(data)), count, seed)
+    return tuple(read_calibration_sample(sample, spec, tokenizer, None) for sample in drawn)
+
+
+def quantized_codes(method: Method, bits: int, calibration: Calibration) -> dict[str, Quantized]:
+    """Codes of all decoder linears by one method."""
+    checkpoint, processes = Checkpoint(CKPT), Processes()
+    plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS})
+    options = RunOptions({}, method.hessian, method.asymmetric, memory_bytes=8 << 30)
+    coverage = check_coverage(
+        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(
+            checkpoint, plan, calibration, method.solver, options, processes, coverage, lambda *_: None, Path(folder)
+        )
+        return run.in_memory()[0]
+
+
+def measure(
+    bits: int, draws: int, samples: int, data: Path, judge: Judge, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """KL x 1e3 of every method, one value per calibration draw."""
+    table: dict[str, list[float]] = {}
+    ratios: list[float] = []
+    with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as worker:
+        for draw in range(draws):
+            calibration = Calibration.of(hold_out(read_prompts(data, samples, draw)))
+            for method in methods(worker):
+                value = 1e3 * judge.divergence(quantized_codes(method, bits, calibration))
+                table.setdefault(method.name, []).append(value)
+                print(f"{bits} bits, draw {draw}, {method.name}: {value:.4f}", file=sys.stderr, flush=True)
+            if worker is not None:
+                ratios += worker.ratios.values()
+    _print_table(bits, table, say)
+    if ratios:
+        say(f"\nHeld-out error per linear, ours / GPTQModel's: mean {np.mean(ratios):.3f}, largest {max(ratios):.3f}")
+    return table
+
+
+def _print_table(bits: int, table: dict[str, list[float]], say: Callable[[str], None]) -> None:
+    reference = [name for name in ("RTN", "GPTQModel, routed", "routed") if name in table]
+    draws = len(table["RTN"])
+    say(f"\n| {bits} bits: KL x 1e3 | {' | '.join(f'draw {d}' for d in range(draws))} | mean | "
+        f"{' | '.join(f'/ {name}' for name in reference)} |")  # fmt: skip
+    say("|---" * (2 + draws + len(reference)) + "|")
+    for name, values in table.items():
+        shares = [np.mean(np.array(values) / np.array(table[other])) for other in reference]
+        cells = [*(f"{value:.3f}" for value in values), f"**{np.mean(values):.3f}**", *(f"{x:.2f}" for x in shares)]
+        say(f"| {name} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=3, help="calibration sets")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--samples", type=int, default=1024, help="calibration samples of each set")
+    parser.add_argument("--scenes", type=int, default=600, help="held-out scenes, about 9 answers each")
+    parser.add_argument("--out", type=Path, help="also write the tables there")
+    options = parser.parse_args()
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    with tempfile.TemporaryDirectory() as folder:
+        calib, test = Path(folder) / "calib", Path(folder) / "test"
+        make_data("calib", 4 * options.samples // 3, calib, 0)
+        make_data("test", options.scenes, test, 0)
+        answers = read_prompts(test, 9 * options.scenes, 0)
+        judge = Judge(answers)
+        say(
+            f"{len(answers)} held-out answers, {len(judge.expected)} tokens; {options.samples} calibration samples per "
+            f"draw, an eighth held out; {platform.machine()}, torch {torch.__version__}"
+        )
+        for bits in options.bits:
+            measure(bits, options.draws, options.samples, calib, judge, say)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Small calibration sets for the tests: a JSONL file with pictures and texts, and samples built without any file.
+
+    data = write_calibration_data(tmp_path / "data", num_pictures=6, num_texts=6)
+    ckpt = write_calibration_checkpoint(tmp_path / "ckpt")
+    result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.tiny_bundle import TEXT_MODEL, byte_tokenizer, picture, write_text_checkpoint
+from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+from vlmdeploy.calib.calibration_set import CalibrationSample
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.layout import position_ids, token_types_of, vision_expert_mask
+
+FAST = ("--group", 16, "--threads", 1)  # options of `quantize` that suit models this small
+# Widths that groups of 32 and 3-bit words divide, and grouped KV heads.
+WORD_VOCAB: dict[str, Any] = {"vocab": 264}  # the 8-bit codes of a head fill 32-bit words
+GROUPED_MODEL: dict[str, Any] = {**TEXT_MODEL, **WORD_VOCAB, "kv_heads": 2, "mlp": 64}
+WORDS = ("red", "dog", "seven", "left", "over", "tree", "why", "blue", "cup", "two", "cat", "sun")
+PICTURE_SIZE = (8, 8)  # what the tiny encoder takes: resized noise would be grey
+Row = dict[str, Any]
+
+
+def write_calibration_checkpoint(folder: Path, family: str = "cogvlm", **overrides: Any) -> Path:
+    """A tiny float checkpoint of either family with a tokenizer whose tokens are bytes."""
+    if family == "cogvlm":
+        return write_text_checkpoint(folder, **WORD_VOCAB | overrides)
+    write_tiny_checkpoint(folder, family, **GROUPED_MODEL | overrides)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_calibration_data(folder: Path, num_pictures: int = 6, num_texts: int = 6, per_picture: int = 1) -> Path:
+    """A folder with data.jsonl: so many questions about every picture, then texts. All prompts differ."""
+    pictured = [
+        {"image": f"{number}.png", "messages": messages(f"{_words(number, 2)} {question}?", _words(number + question, 2))}
+        for number in range(num_pictures)
+        for question in range(per_picture)
+    ]  # fmt: skip
+    texts = [{"messages": messages(_words(100 + number, 5), _words(200 + number, 4))} for number in range(num_texts)]
+    return write_rows(folder, [*pictured, *texts])
+
+
+def write_rows(folder: Path, rows: list[Row | str]) -> Path:
+    """A folder with data.jsonl; a picture is drawn for every name like "3.png", a string is written as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        stem = str(row.get("image") or "").removesuffix(".png") if isinstance(row, dict) else ""
+        if stem.isdigit():
+            picture(int(stem), PICTURE_SIZE).save(folder / f"{stem}.png")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def messages(question: str, answer: str) -> list[dict[str, str]]:
+    """One question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _words(seed: int, count: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
+
+
+def random_samples(
+    spec: ModelSpec, tiny: TinyCheckpoint, folder: Path, with_picture: list[bool], held_out: tuple[int, ...] = ()
+) -> tuple[CalibrationSample, ...]:
+    """Samples with random text ids; True: with a picture of its own, written to `folder`."""
+    random = np.random.default_rng(tiny.seed + 7)
+    samples = []
+    for number, has_image in enumerate(with_picture):
+        image = folder / f"sample{number}.png" if has_image else None
+        if image is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(number, PICTURE_SIZE).save(image)
+        text = random.integers(3, min(tiny.vocab - 4, tiny.pad_id or tiny.vocab), 4 + 3 * number).tolist()
+        sample = sample_of(f"sample {number}", image, tiny.prompt(text, has_image), spec)
+        samples.append(replace(sample, held_out=number in held_out))
+    return tuple(samples)
+
+
+def sample_of(name: str, image: Path | None, ids: list[int], spec: ModelSpec) -> CalibrationSample:
+    """A sample whose layout follows from its ids."""
+    array = np.array(ids, np.int64)
+    types = token_types_of(array, spec.tokens, has_image=image is not None)
+    positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
+    return CalibrationSample(
+        name, image, array, types, positions, vision_expert_mask(types[None], spec.tokens)[0], len(ids)
+    )
