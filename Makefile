@@ -16,7 +16,8 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/vlmdeploy export --ckpt examples/digits/checkpoint --target ort-int4 --quant rtn --out demo/bundle --force
+	$(BIN)/python examples/digits/make_data.py --split calib --count 120 --out demo/calib --force
+	$(BIN)/vlmdeploy export --ckpt examples/digits/checkpoint --target ort-int4 --calib demo/calib --out demo/bundle --force
 	$(BIN)/python examples/digits/demo.py --bundle demo/bundle --out demo
 
 test: $(READY) lint

@@ -49,7 +49,7 @@ def first_screen(checkout: Path) -> dict[str, str]:
 
 
 def test_first_screen_goes_from_checkpoint_to_answer(first_screen: dict[str, str], checkout: Path) -> None:
-    assert list(first_screen) == ["inspect", "export", "verify", "run"]
+    assert list(first_screen) == ["examples/digits/make_data.py", "quantize", "export", "verify", "run"]
     answer = json.loads(first_screen["run"])
     assert re.fullmatch(r"\[\[\d{3},\d{3},\d{3},\d{3}\]\]", answer["text"])
     x0, y0, x1, y1 = answer["boxes"][0]["pixels"]

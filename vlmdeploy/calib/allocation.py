@@ -67,7 +67,11 @@ def allocate_plan(
     planned = {linear.target: (linear, plan[linear.target].grid) for linear in linears(checkpoint.spec)}
     members = {target: linear for target, (linear, grid) in planned.items() if grid is not None}
     fixed = _fixed_bytes(checkpoint, members)
-    grids = {target: candidate_grids(linear, grid) for target, (linear, grid) in planned.items() if grid is not None}
+    grids = {
+        target: [choice for choice in candidate_grids(linear, grid) if checkpoint.can_store(target, choice)]
+        for target, (linear, grid) in planned.items()
+        if grid is not None
+    }
     with TemporaryDirectory() as folder:
         meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []))
         runner = Runner(checkpoint, meter, Pool(Path(folder), memory_bytes))
@@ -90,15 +94,9 @@ def allocate_plan(
 
 
 def candidate_grids(linear: Linear, planned: Grid) -> list[Grid]:
-    """Bits and groups that a linear may get: 3, 4 and 8 bits, groups that divide its width; 3 bits need full words.
-
-    The planned grid alone where no group fits.
-    """
+    """Bits and groups that a linear may get: 3, 4, 8 bits, groups that divide its width; if none does, the planned."""
     sizes = [size for size in GROUP_SIZES if linear.in_width % size == 0 and size < linear.in_width]
-    words_fill = linear.in_width % 32 == 0 and linear.out_width % 32 == 0
-    found = [
-        Grid(bits, size, planned.symmetric) for bits in CANDIDATE_BITS if bits != 3 or words_fill for size in sizes
-    ]
+    found = [Grid(bits, size, planned.symmetric) for bits in CANDIDATE_BITS for size in sizes]
     return found or [planned]
 
 

@@ -4,7 +4,6 @@ used, and the settings that decide the result."""
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -40,8 +39,6 @@ from vlmdeploy.export.precision import (
 )
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.model.weights import Checkpoint
-from vlmdeploy.quant.grid import Grid
-from vlmdeploy.quant.packing import fills_words
 from vlmdeploy.runtime.chat import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -175,17 +172,10 @@ def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
     odd = [
         target
         for target, precision in plan.by_target.items()
-        if precision.grid is not None and not _fills_words(checkpoint, target, precision.grid)
+        if precision.grid is not None and not checkpoint.can_store(target, precision.grid)
     ]
     by_target = {**plan.by_target, **dict.fromkeys(odd, Precision("fp32"))}
     return replace(plan, by_target=by_target, kept_in_float=(*plan.kept_in_float, *odd))
-
-
-def _fills_words(checkpoint: Checkpoint, target: str, grid: Grid) -> bool:
-    return all(
-        fills_words(source.shape[0], grid.bits) and fills_words(prod(source.shape[1:]), grid.bits)
-        for source in checkpoint.rules[target].sources
-    )
 
 
 def read_calibration(

@@ -4,6 +4,7 @@ A unit is an encoder layer, the connector, a decoder layer or the head. Memory h
 Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +30,7 @@ from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.solver import LinearReport, Solver
-from vlmdeploy.calib.state import RunState, UnitRecord, first_difference, is_shard, open_settings
+from vlmdeploy.calib.state import SETTINGS, RunState, UnitRecord, first_difference, is_shard, open_settings
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.export.precision import PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
@@ -95,6 +96,8 @@ def quantize_checkpoint(
     if done is not None and not options.force:
         difference = first_difference(options.settings, done.get("settings", {}))
         if difference is None:
+            if processes.is_first:
+                _remove_finished_partial(partial_folder(out.absolute()), options.settings)
             return QuantizeResult("quantized already with these settings", done)
         raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
     check_output(out, options.force, is_quantized_by_us)
@@ -113,6 +116,14 @@ def quantize_checkpoint(
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
     return QuantizeResult("quantized", report, coverage.warnings)
+
+
+def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove what a run left that was killed after its result had got its name."""
+    if (folder / SETTINGS).is_file():
+        with locked(folder):
+            if json.loads((folder / SETTINGS).read_text(encoding="utf-8")) == settings:
+                shutil.rmtree(folder)
 
 
 @contextmanager
@@ -284,7 +295,7 @@ class Run:
             "settings": self.options.settings,
             "calibration": {
                 "data": self.calibration.description,
-                "samples": len(self.calibration.samples),
+                "samples": sum(self.processes.sum_counts(len(self.calibration.samples))),
                 **self.calibration.skipped,
                 **self.coverage.as_json(),
             },

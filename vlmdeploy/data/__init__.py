@@ -1,1 +1,1 @@
-"""Readers of data sets. One module per layout on disk; each offers `read_samples(path) -> Iterator[Sample]`."""
+"""Readers of data sets: `source` is the one door; `balance` chooses among samples. One module per layout on disk."""

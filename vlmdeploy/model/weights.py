@@ -24,6 +24,7 @@ from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.stored_codes import StoredCodes
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, Quantized, stacked
+from vlmdeploy.quant.packing import fills_words
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -83,6 +84,13 @@ class Checkpoint:
             return None
         grids = {self.codes.grid(source) for source in sources}
         return grids.pop() if len(grids) == 1 else None
+
+    def can_store(self, target: str, grid: Grid) -> bool:
+        """Whether codes of this grid fill the 32-bit words of GPTQ tensors, for each source of the parameter."""
+        return all(
+            fills_words(source.shape[0], grid.bits) and fills_words(prod(source.shape[1:]), grid.bits)
+            for source in self.rules[target].sources
+        )
 
     def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
         """Rows of a parameter stored as codes. Raises QuantizationError where they have no contiguous groups."""
