@@ -10,7 +10,7 @@ SAME_ROW_FP32 = 1e-4  # the same float32 sums with other padding, or positions s
 GOLDEN_BF16_MEAN, GOLDEN_BF16_MAX = 0.15, 1.0  # logits around 5; bf16 keeps 8 bits and two roundings never agree
 GPTQ_EQUAL_CODES = 0.999  # share; float32 against float64: a target near a tie changes later codes of its row
 GPTQ_LOSS = 1e-4  # relative, where that share is kept: codes at ties cost the same either way
-HESSIAN_FP32 = 1e-5  # float32 sums over up to 2000 tokens, and factors of them, relative to sqrt(H_ii H_jj)
+HESSIAN_FP32 = 1e-5  # float32 sums over up to 2000 tokens or inputs, relative to the largest of what is summed
 
 
 def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:

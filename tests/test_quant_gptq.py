@@ -34,7 +34,8 @@ Doubles = NDArray[np.float64]
 Clip = Literal["none", "conditional"]
 DAMPING = 0.01
 SEED_OF_WIDTH = {256: 1, 512: 2}  # no target so near a tie that 3e-7 of the Hessian, ten float32 roundings, decides
-TIE_STEPS = 1e-3  # a float32 target may be this far off, in steps of the grid: rounding errors add up over the inputs
+CONDITIONAL_FP32 = 1e-4  # relative; what is left of an input after float32 differences, condition numbers up to 1e3
+TIE_STEPS = 1e-4  # in steps of the grid: how far float32 may move a target, summing the errors of 256 inputs
 HALF_ROUNDING = 2.0**-11  # the largest relative error of rounding a scale to fp16
 
 both_bits = pytest.mark.parametrize("bits", [3, 4])
@@ -146,7 +147,7 @@ def test_factor_is_that_of_the_damped_hessian(dead: list[int], act_order: bool) 
     wanted = reference.processing_order(damped) if act_order else np.arange(128)
     assert (factor.order[::-1] == wanted).all()
     conditional = reference.conditional_weights(damped, wanted)
-    assert_close("D relative to the reference", factor.conditional / conditional, np.ones(128), 100 * HESSIAN_FP32)
+    assert_close("D relative to the reference", factor.conditional / conditional, np.ones(128), CONDITIONAL_FP32)
 
 
 def without_inputs(hessian: Tensor, dead: list[int]) -> Tensor:
@@ -238,7 +239,7 @@ def test_damping_is_raised_until_an_indefinite_hessian_can_be_factorized(
     factor = factorize(hessian, damping)
     assert factor.damping == pytest.approx(raised)
     damped = double(hessian) + raised * double(hessian).diagonal().mean() * np.eye(64)
-    assert_close("damped H", product(factor), damped, 10 * HESSIAN_FP32 * float(damped.max()))
+    assert_close("damped H", product(factor), damped, HESSIAN_FP32 * float(damped.max()))
 
 
 def test_hessian_that_damping_one_does_not_make_definite_is_an_error() -> None:
@@ -401,7 +402,9 @@ def test_asymmetric_target_equals_the_reference(act_order: bool) -> None:
     expected = reference.asymmetric_target(weights.astype(np.float64), damped, cross.astype(np.float64))
     largest = float(np.abs(expected - weights).max())
     assert largest > 0.01
-    assert_close("what the target adds", (ours.numpy() - weights) / largest, (expected - weights) / largest, 1e-4)
+    assert_close(
+        "what the target adds", (ours.numpy() - weights) / largest, (expected - weights) / largest, HESSIAN_FP32
+    )
 
 
 def test_group_that_does_not_divide_the_width_is_an_error() -> None:

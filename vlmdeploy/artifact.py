@@ -61,7 +61,7 @@ def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
     """Delete what killed runs left: an unfinished folder, or an old one that was already exchanged."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
         owner = folder.name[len(out.name) + 2 : -len(_STAGING_SUFFIX)]
-        is_leftover = (folder / _MARKER).is_file() or is_ours(folder)
+        is_leftover = (folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())
         if is_leftover and owner.isdigit() and not _is_another_process(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vlmdeploy.artifact import check_output, locked, partial_folder
@@ -105,7 +106,7 @@ def quantize_checkpoint(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
     )
     folder = partial_folder(out.absolute())
-    with _only_run(folder, processes):
+    with _only_run(folder, processes), _full_disk_explained(folder):
         processes.first_does(lambda: open_settings(folder, options.settings, options.force))
         run = Run(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
         records = run.all_units()
@@ -116,6 +117,21 @@ def quantize_checkpoint(
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
     return QuantizeResult("quantized", report, coverage.warnings)
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """Errors of the operating system while results are written, in our words. Pictures and weights have errors of their
+    own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error) if isinstance(error, SafetensorError) else error.strerror or str(error)
+        if isinstance(error, SafetensorError) and "os error" not in reason:
+            raise
+        raise CalibrationError(
+            f"{folder}: cannot be written: {reason}; free some space and give the same command again: it continues"
+        ) from error
 
 
 def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class RunState:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _read_json(path)
             files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
             records.append(UnitRecord(unit, files, content["linears"]))
         if records:
@@ -160,6 +160,16 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CalibrationError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+    if not isinstance(content, dict):
+        raise CalibrationError(f"{path}: damaged; remove {path.parent} to start anew")
+    return content
+
+
 def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
     """Get OUT.partial ready: to start, or to go on with the same settings.
 
@@ -167,7 +177,7 @@ def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
     """
     path = folder / SETTINGS
     if path.is_file():
-        difference = first_difference(settings, json.loads(path.read_text(encoding="utf-8")))
+        difference = first_difference(settings, _read_json(path))
         if difference is None:
             return
         if not force:

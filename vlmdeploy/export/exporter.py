@@ -36,9 +36,9 @@ from vlmdeploy.export.precision import plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
-from vlmdeploy.export.weights import REPORT_NAME, WeightReader, stored_precisions
+from vlmdeploy.export.weights import WeightReader, quantization_report, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
-from vlmdeploy.model.weights import Checkpoint, read_json
+from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 
@@ -60,7 +60,7 @@ def export_bundle(
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     reader = WeightReader(checkpoint, plan)
-    warnings = list(plan_warnings(plan, options.group))
+    warnings = [*plan_warnings(plan, options.group), *_rounded_floats(reader)]
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
@@ -215,13 +215,23 @@ def _quantization(reader: WeightReader) -> str:
     return "gptq" if reader.checkpoint.is_quantized else "rtn"
 
 
+def _rounded_floats(reader: WeightReader) -> Iterable[str]:
+    """Parts that a quantized checkpoint holds as floats and the user asked for as integers."""
+    if reader.checkpoint.is_quantized:
+        targets = [target for target, precision in reader.plan.by_target.items() if precision.bits]
+        parts = sorted({target.split(".")[0] for target in targets if reader.checkpoint.stored_grid(target) is None})
+        if parts:
+            yield f"{', '.join(parts)}: held as floats by the checkpoint, rounded to nearest as asked"
+
+
 def _quantization_notes(reader: WeightReader) -> Iterable[str]:
     """What the report of the quantized checkpoint and its codes say that a user should know."""
+    yield from _rounded_floats(reader)
     targets = [target for target in reader.plan.by_target if reader.plan[target].bits == 3]
     if targets:
         yield f"{len(targets)} linears hold 3-bit codes in 4-bit fields: exact, with the size and speed of 4 bits"
-    report = read_json(reader.checkpoint.folder / REPORT_NAME, optional=True)
-    rounded = [linear["name"] for linear in report.get("linears", []) if linear.get("note", "").startswith("uncalibr")]
+    linears = quantization_report(reader.checkpoint).get("linears", [])
+    rounded = [linear["name"] for linear in linears if linear.get("note", "").startswith("uncalibr")]
     if rounded:
         yield f"{len(rounded)} linears are not calibrated, only rounded to nearest: {rounded[0]} and others"
 

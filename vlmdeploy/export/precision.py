@@ -58,6 +58,15 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a quantized checkpoint holds: the precision of every parameter stored as codes, and the float type that its
+    maker chose for each part left in float."""
+
+    by_target: Mapping[str, Precision]
+    float_parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """The precision of every linear and of the embedding, by our parameter name."""
 
@@ -122,11 +131,11 @@ def plan_precision(
     overrides: dict[str, str],
     group: int = DEFAULT_GROUP,
     symmetric: bool = True,
-    stored: Mapping[str, Precision] | None = None,
+    stored: Stored | None = None,
 ) -> PrecisionPlan:
     """The plan of a target with the parts in `overrides` changed. Raises ExportError for unknown names.
 
-    stored: the codes that a quantized checkpoint holds already, by parameter; see `with_stored`.
+    stored: what a quantized checkpoint holds already; see `with_stored`. None for a float one.
     """
     if target not in TARGETS:
         raise ExportError(f'target "{target}" is unknown; known: {", ".join(TARGETS)}')
@@ -145,47 +154,54 @@ def plan_precision(
     return plan if stored is None else with_stored(plan, spec, stored, frozenset(overrides))
 
 
-def with_stored(
-    plan: PrecisionPlan, spec: ModelSpec, stored: Mapping[str, Precision], asked: frozenset[str]
-) -> PrecisionPlan:
-    """The plan for a checkpoint that holds codes: they are shipped as they are, floats only where the part is float.
+def with_stored(plan: PrecisionPlan, spec: ModelSpec, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:
+    """The plan for a quantized checkpoint: codes are shipped as they are, and what was left in float stays so.
 
-    asked: the parts whose precision the user chose. Raises ExportError where stored codes are not of the width that the
-    plan wants, because quantizing them again would not give what was calibrated.
+    asked: the parts whose precision the user chose; there floats are rounded to nearest and codes widened to floats.
+    Raises ExportError where stored codes are not of the width that was asked for: quantizing them again would not give
+    what was calibrated.
     """
-    chosen, parts, sizes = dict(plan.by_target), dict(plan.parts), dict(plan.group_sizes)
     for part in PARTS:
-        held = {linear.target: stored.get(linear.target) for linear in _matrices(spec) if linear.part == part}
-        codes = {target: precision for target, precision in held.items() if precision is not None}
-        if not codes or plan.parts[part] not in BITS:
+        targets = [linear.target for linear in _matrices(spec) if linear.part == part]
+        held = {target: stored.by_target.get(target) for target in targets}
+        if plan.parts[part] not in BITS:
             continue
-        types = {precision.type for precision in codes.values()}
-        wanted = plan.parts[part]
-        if part in asked and types != {wanted}:
-            raise ExportError(
-                f"{part} is asked for in {wanted}, but the checkpoint holds {' and '.join(sorted(types))} codes: "
-                "export them as they are, or quantize the float checkpoint again"
+        if any(held.values()):
+            plan = _with_codes(plan, part, held, is_asked=part in asked)
+        elif part not in asked:
+            kind = stored.float_parts.get(part, "fp32")
+            chosen = {**plan.by_target, **dict.fromkeys(targets, Precision(kind))}
+            plan = replace(
+                plan, by_target=chosen, parts={**plan.parts, part: kind}, group_sizes={**plan.group_sizes, part: 0}
             )
-        if wanted == "int8" and part == "decoder" and types != {"int8"}:
-            raise ExportError(
-                f"the checkpoint holds {' and '.join(sorted(types))} codes for the decoder: use --target ort-int4"
-            )
-        chosen |= {target: precision or Precision("fp32") for target, precision in held.items()}
-        parts[part] = "+".join(sorted(types))
-        widths = {precision.group_size for precision in codes.values()}
-        sizes[part] = widths.pop() if len(widths) == 1 else 0
-    kept = tuple(target for target in plan.kept_in_float if chosen[target].bits == 0)
-    kept += tuple(target for target, held in stored_floats(spec, stored, plan, chosen) if target not in kept)
-    return PrecisionPlan(parts, sizes, chosen, kept)
+    kept = [linear.target for linear in linears(spec) if _is_left_in_float(plan, linear)]
+    return replace(plan, kept_in_float=tuple(kept))
 
 
-def stored_floats(
-    spec: ModelSpec, stored: Mapping[str, Precision], plan: PrecisionPlan, chosen: Mapping[str, Precision]
-) -> Iterable[tuple[str, Precision]]:
-    """Linears that a quantized checkpoint left in float although their part holds codes."""
-    for linear in linears(spec):
-        if plan.parts[linear.part] in BITS and chosen[linear.target].bits == 0 and linear.target not in stored:
-            yield linear.target, chosen[linear.target]
+def _with_codes(plan: PrecisionPlan, part: str, held: Mapping[str, Precision | None], is_asked: bool) -> PrecisionPlan:
+    """The plan with one part as the checkpoint holds it: codes, and floats where a linear has none."""
+    codes, wanted = [precision for precision in held.values() if precision is not None], plan.parts[part]
+    types, sizes = {precision.type for precision in codes}, {precision.group_size for precision in codes}
+    found = " and ".join(sorted(types))
+    if is_asked and types != {wanted}:
+        raise ExportError(
+            f"{part} is asked for in {wanted}, but the checkpoint holds {found} codes: export them as they are, or "
+            "quantize the float checkpoint again"
+        )
+    if wanted == "int8" and part == "decoder" and types != {"int8"}:
+        raise ExportError(f"the checkpoint holds {found} codes for the decoder: use --target ort-int4")
+    chosen = {target: precision or Precision("fp32") for target, precision in held.items()}
+    return replace(
+        plan,
+        by_target={**plan.by_target, **chosen},
+        parts={**plan.parts, part: "+".join(sorted(types))},
+        group_sizes={**plan.group_sizes, part: sizes.pop() if len(sizes) == 1 else 0},
+    )
+
+
+def _is_left_in_float(plan: PrecisionPlan, linear: Linear) -> bool:
+    """Whether a linear is float although its part holds codes."""
+    return plan.parts[linear.part].startswith("int") and not plan[linear.target].bits
 
 
 def with_overrides(

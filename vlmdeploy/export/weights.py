@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmdeploy.errors import ExportError, QuantizationError
-from vlmdeploy.export.precision import Precision, PrecisionPlan
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.export.precision import Precision, PrecisionPlan, Stored
+from vlmdeploy.families.spec import Config
+from vlmdeploy.model.weights import Checkpoint, read_json
 from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
@@ -20,14 +21,23 @@ REPORT_NAME = "quantization_report.json"  # beside the weights of a checkpoint t
 BLOCK_BYTES = 8 << 20  # rows are read in blocks of about this many float32 bytes: they stay in the cache
 
 
-def stored_precisions(checkpoint: Checkpoint) -> dict[str, Precision]:
-    """What a quantized checkpoint holds as codes, by parameter; linears whose parts have several grids are left out."""
+def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
+    """What a quantized checkpoint holds; None for a float one. Linears of several grids count as floats."""
+    if not checkpoint.is_quantized:
+        return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
-    return {
+    codes = {
         target: Precision(f"int{grid.bits}", grid.group_size, grid.symmetric)
         for target, grid in grids.items()
         if grid is not None
     }
+    chosen = quantization_report(checkpoint).get("settings", {}).get("parts", {})
+    return Stored(codes, {part: kind for part, kind in chosen.items() if kind in ("fp32", "fp16")})
+
+
+def quantization_report(checkpoint: Checkpoint) -> Config:
+    """What `vlmdeploy quantize` wrote beside the weights; {} for a checkpoint that it did not write."""
+    return read_json(checkpoint.folder / REPORT_NAME, optional=True)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 inputs still to come (arXiv 2210.17323), in a form that needs one Cholesky factor and no inverse.
 
 With H = L L^T over the permuted inputs, tr(E H E^T) = |E L|^2, so the last input is quantized first and each one aims
-at its weight plus the share of all errors made so far: t_j = w_j + sum_{i>j} e_i L_ij / L_jj. D_j = L_jj^2 is what remains
-of an error in input j after the others made up for it. Blocks look left: one long product per block instead of
+at its weight plus the share of all errors made so far: t_j = w_j + sum_{i>j} e_i L_ij / L_jj. D_j = L_jj^2 is what
+remains of an error in input j after the others made up for it. Blocks look left: one long product per block instead of
 rewriting the rest of the matrix after each. Matrices are [out, in], Hessians X^T X / tokens.
 """
 
@@ -68,8 +68,8 @@ def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor
     """Factor hessian + damping * mean(diagonal) * I; float32 [in, in], left as it is.
 
     Inputs without activations get the mean on the diagonal: their weights are rounded to nearest. If the factorization
-    fails it is tried in float64, then with more damping. Raises QuantizationError for an empty or not finite Hessian, and
-    where even damping 1 does not help.
+    fails it is tried in float64, then with more damping. Raises QuantizationError for an empty or not finite Hessian,
+    and where even damping 1 does not help.
     """
     diagonal = filled_diagonal(hessian)
     order = np.argsort(-diagonal, kind="stable")[::-1].copy() if act_order else np.arange(len(diagonal))[::-1].copy()
@@ -220,8 +220,8 @@ def _quantize_columns(
         places = slice(start, stop)
         block = np.ascontiguousarray(unit[start:stop, start:stop].numpy())
         loops.quantize_block(
-            targets.numpy(), rest[start:stop].numpy(), block, turned_scales, turned_zeros, groups[places], order[places],
-            codes, grid.max_code,
+            targets.numpy(), rest[start:stop].numpy(), block, turned_scales, turned_zeros, groups[places],
+            order[places], codes, grid.max_code,
         )  # fmt: skip
     return transposed(codes)
 
@@ -236,8 +236,8 @@ def turned_weights(weights: Tensor, places: Tensor) -> Tensor:
 
 
 def transposed(codes: Codes) -> Codes:
-    """A transposed copy; torch makes it in tiles, five times as fast as numpy."""
-    turned: Codes = torch.from_numpy(codes).t().contiguous().numpy()
+    """A transposed copy, always a new one; torch makes it in tiles, five times as fast as numpy."""
+    turned: Codes = torch.from_numpy(codes).t().clone(memory_format=torch.contiguous_format).numpy()
     return turned
 
 
@@ -279,7 +279,7 @@ def sweep(
 
 def _turned_errors(weights: Tensor, codes: Codes, scales: Floats, zeros: Floats, size: int) -> Tensor:
     """value - weight, [in, out]."""
-    errors = weights.t().contiguous()
+    errors = weights.t().clone(memory_format=torch.contiguous_format)
     for group, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
         places = slice(group * size, (group + 1) * size)
         values = _steps(codes[places], zero).mul_(torch.from_numpy(scale))
@@ -293,7 +293,7 @@ def _steps(codes: Codes, zeros: Floats) -> Tensor:
 
 
 def _refit_scales(slopes: Tensor, errors: Tensor, steps: Tensor, scales: Floats, hessian: Tensor) -> None:
-    """Give each output of one group the scale that is best for its codes; all but steps and hessian is changed in place.
+    """Give each output of one group the scale that is best for its codes; slopes, errors and scales change in place.
 
     slopes, errors, steps (code - zero point) [group_size, out]; scales [out]; hessian [group_size, group_size].
     """

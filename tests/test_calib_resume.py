@@ -1,0 +1,348 @@
+"""Contract tests of interrupted calibration: a run killed at any moment goes on with the unit it was in and ends in the
+same bytes, damaged or foreign states are refused by name, and two processes give the result of one.
+
+Runs that are killed are children of a fork server that has the imports ready: they are the command line all the same.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.calibration_data import FAST, write_calibration_checkpoint, write_calibration_data
+from tests.stored_linears import gptq_linears
+from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
+from vlmdeploy.artifact import locked, partial_folder
+from vlmdeploy.calib.prepare import quantize, quantize_options
+
+UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+SETTINGS = "settings.json"
+slow = pytest.mark.slow
+children = multiprocessing.get_context("forkserver")
+children.set_forkserver_preload(["tests.test_calib_resume", "vlmdeploy.cli", "vlmdeploy.calib.quantize"])
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_calibration_checkpoint(tmp_path_factory.mktemp("resume") / "ckpt", vision_layers=1, seed=8)
+
+
+@pytest.fixture(scope="module")
+def data(ckpt: Path) -> Path:
+    return write_calibration_data(ckpt.parent / "data", num_pictures=5, num_texts=3)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An uninterrupted run: what it wrote, how often it changed a folder, and how long it took."""
+
+    content: dict[str, bytes]
+    changes: int
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def whole(ckpt: Path, data: Path) -> Whole:
+    out = ckpt.parent / "whole" / "out"
+    start = time.monotonic()
+    child = started(ckpt, data, out)
+    child.join(60)
+    assert child.exitcode == 0
+    changes = int((out.parent / "changes").read_text())
+    return Whole(content_of(out), changes, time.monotonic() - start)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def started(ckpt: Path, data: Path, out: Path, kill_at: int = 0) -> Any:
+    """`vlmdeploy quantize` in a process of its own, its units noted in a file beside `out`."""
+    out.parent.mkdir(exist_ok=True)
+    arguments = ["quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST]
+    child = children.Process(target=command, args=([str(argument) for argument in arguments], out, kill_at))
+    child.start()
+    return child
+
+
+def command(arguments: list[str], out: Path, kill_at: int) -> None:
+    """The command line; it kills itself at the `kill_at`-th change of a file or folder, and counts the changes."""
+    from vlmdeploy import cli
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    count = 0
+
+    def note(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal count
+        is_change = event in CHANGES or (event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR))
+        is_inside = is_change and (str(details[0]).startswith(str(out.parent)) or is_removal_by_rmtree(event, details))
+        if is_inside and Path(str(details[0])).name not in ("units", "changes"):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextmanager
+    def noted() -> Iterator[Callable[[str, int, int], None]]:
+        with (out.parent / "units").open("a", buffering=1) as log:
+            yield lambda unit, done, total: print(unit, file=log) if unit in UNITS else None
+
+    setattr(cli, "progress_bar", noted)  # noqa: B010  # the module's own type is a function of another kind
+    sys.addaudithook(note)
+    cli.main(arguments, standalone_mode=False)
+    (out.parent / "changes").write_text(str(count))
+
+
+def is_removal_by_rmtree(event: str, details: tuple[Any, ...]) -> bool:
+    """That function names files by the open folder they are in."""
+    return event in ("os.remove", "os.rmdir") and details[1] >= 0
+
+
+def units_run(out: Path) -> list[str]:
+    log = out.parent / "units"
+    return log.read_text().split() if log.is_file() else []
+
+
+def records(out: Path) -> list[str]:
+    """The units that OUT.partial holds as finished."""
+    return [unit for unit in UNITS if (partial_folder(out) / f"{unit}.json").is_file()]
+
+
+def assert_continues(ckpt: Path, data: Path, out: Path, whole: Whole) -> None:
+    """The same command ends in the same bytes, begins behind what is finished, and leaves nothing beside its output."""
+    finished, before = records(out), units_run(out)
+    is_done = out.exists()
+    child = started(ckpt, data, out)
+    child.join(60)
+    assert child.exitcode == 0
+    assert units_run(out)[len(before) :] == ([] if is_done else UNITS[len(finished) :])
+    assert content_of(out) == whole.content
+    assert {path.name for path in out.parent.iterdir()} - {"units", "changes"} == {out.name}
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=slow)])
+def test_run_killed_at_random_changes_redoes_at_most_one_unit(
+    ckpt: Path, data: Path, whole: Whole, tmp_path: Path, rounds: int
+) -> None:
+    moments = random.Random(rounds)
+    for number in range(rounds):
+        out = tmp_path / str(number) / "out"
+        child = started(ckpt, data, out, kill_at=moments.randrange(1, whole.changes + 1))
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        begun = len(units_run(out))
+        assert out.exists() or begun - len(records(out)) in (0, 1)
+        assert_continues(ckpt, data, out, whole)
+
+
+@slow
+def test_run_killed_again_and_again_ends_in_the_same_bytes(
+    ckpt: Path, data: Path, whole: Whole, tmp_path: Path
+) -> None:
+    """At random times, which may lie inside compiled code, until a run comes through."""
+    moments, out, kills = random.Random(1), tmp_path / "0" / "out", 0
+    while kills < 20:
+        child = started(ckpt, data, out)
+        child.join(moments.uniform(0, whole.seconds))
+        child.kill()
+        child.join()
+        kills += 1
+        if out.exists():
+            assert_continues(ckpt, data, out, whole)
+            out = tmp_path / str(kills) / "out"
+    assert_continues(ckpt, data, out, whole)
+
+
+@pytest.mark.parametrize("from_the_end", [1, 8, 25])
+def test_run_killed_while_it_publishes_leaves_nothing_beside_its_output(
+    ckpt: Path, data: Path, whole: Whole, tmp_path: Path, from_the_end: int
+) -> None:
+    out = tmp_path / "run" / "out"
+    child = started(ckpt, data, out, kill_at=whole.changes - from_the_end + 1)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert_continues(ckpt, data, out, whole)
+
+
+def interrupted(ckpt: Path, data: Path, out: Path, at: str = "decoder.layers.0", **options: Any) -> Path:
+    """A run that is interrupted when unit `at` begins; its OUT.partial."""
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(ckpt, out, quantize_options(data, group=16, **options), stop)
+    return partial_folder(out)
+
+
+def refusal(ckpt: Path, data: Path, out: Path, *options: object) -> str:
+    return only_error_line(run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST, *options))
+
+
+def test_interrupted_run_has_no_output_and_continues_in_another_process(
+    ckpt: Path, data: Path, whole: Whole, tmp_path: Path
+) -> None:
+    out = tmp_path / "run" / "out"
+    out.parent.mkdir()
+    interrupted(ckpt, data, out)
+    assert not out.exists() and records(out) == UNITS[: UNITS.index("decoder.layers.0")]
+    assert_continues(ckpt, data, out, whole)
+
+
+def test_two_streams_are_continued_too(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    interrupted(ckpt, data, tmp_path / "killed", "decoder.layers.1", quality="high")
+    for name in ("killed", "whole"):
+        options = ("--quality", "high", "--max-memory", "1KB" if name == "whole" else "1GB")
+        result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / name, *FAST, *options)
+        assert result.exit_code == 0, result.stderr
+    assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
+
+
+def test_rows_of_the_unit_before_are_deleted_when_a_unit_is_finished(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "decoder.layers.1")
+    assert [path.name for path in partial.glob("*.flow")] == ["decoder.layers.0.0.0.flow"]
+
+
+def test_leftovers_of_an_interrupted_unit_are_removed(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out")
+    before = {path.name for path in partial.iterdir()}
+    for name in ("decoder.layers.0.safetensors", "decoder.layers.0.0.0.flow.new", "decoder.layers.0.json.new"):
+        (partial / name).write_bytes(b"half")
+    (partial / "spill0").mkdir(exist_ok=True)
+    (partial / "spill0" / "7.spill").write_bytes(b"rows")
+    interrupted(ckpt, data, tmp_path / "out")
+    assert {path.name for path in partial.iterdir()} - {"spill0"} == before - {"spill0"}
+    assert list((partial / "spill0").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["connector.safetensors", "vision.embed.safetensors", "prompts.0.0.flow"])
+@pytest.mark.parametrize("damage", [flip_byte, Path.unlink])
+def test_damaged_state_is_named(
+    ckpt: Path, data: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out")
+    damage(partial / name)
+    error = refusal(ckpt, data, tmp_path / "out")
+    assert str(partial / name) in error and "damaged or missing" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["connector.json", SETTINGS])
+def test_state_that_is_no_json_is_named(ckpt: Path, data: Path, tmp_path: Path, name: str) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out")
+    (partial / name).write_text("{")
+    assert str(partial / name) in refusal(ckpt, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
+    (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'), (("--group", 32), '"group_sizes"'),
+])  # fmt: skip
+def test_unfinished_run_of_other_settings_is_refused_and_the_key_named(
+    ckpt: Path, data: Path, tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "connector")
+    error = refusal(ckpt, data, tmp_path / "out", *options)
+    assert message in error and str(partial) in error and "--force" in error
+    assert records(tmp_path / "out") == UNITS[:2], "nothing was thrown away"
+
+
+def test_force_starts_anew_with_other_settings(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    interrupted(ckpt, data, tmp_path / "out")
+    for name in ("out", "fresh"):
+        options = ("--bits", 8, "--force")
+        result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / name, *FAST, *options)
+        assert result.exit_code == 0, result.stderr
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+def test_changed_checkpoint_or_picture_is_another_run(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    ours, theirs = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (ckpt, data))
+    interrupted(ours, theirs, tmp_path / "out", "connector")
+    flip_byte(ours / "model.safetensors")
+    assert '"checkpoint_sha256"' in refusal(ours, theirs, tmp_path / "out")
+    flip_byte(ours / "model.safetensors")
+    shutil.copy(data / "1.png", theirs / "0.png")
+    assert '"calibration_sha256"' in refusal(ours, theirs, tmp_path / "out")
+
+
+def test_second_run_of_the_same_output_is_refused(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    with locked(partial_folder(tmp_path / "out")):
+        assert "another run is writing it" in refusal(ckpt, data, tmp_path / "out")
+        assert "another run is writing it" in refusal(ckpt, data, tmp_path / "out", "--force")
+
+
+def test_folder_that_is_no_unfinished_run_is_left_alone(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    foreign = partial_folder(tmp_path / "out")
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("dear")
+    for options in ((), ("--force",)):
+        assert "move it away" in refusal(ckpt, data, tmp_path / "out", *options)
+    assert (foreign / "letter.txt").read_text() == "dear"
+
+
+# Two processes
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`vlmdeploy ARGUMENTS` in two processes that calibrate together; ends by itself within a minute or fails."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmdeploy")
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("quality", ["default", "high"])
+def test_two_processes_choose_the_codes_of_one(ckpt: Path, tmp_path: Path, quality: str) -> None:
+    data = write_calibration_data(tmp_path / "data", num_pictures=18, num_texts=18)
+    options = ("--ckpt", ckpt, "--calib", data, *FAST, "--tokens", 10000, "--quality", quality, "--json")
+    done = torchrun("quantize", "--out", tmp_path / "two", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["message"] == "quantized", "one document: only the first process prints"
+    assert run_cli("quantize", "--out", tmp_path / "one", *options).exit_code == 0
+    one, two = (gptq_linears(tmp_path / name) for name in ("one", "two"))
+    assert set(one) == set(two)
+    equal = [np.mean(one[name][0] == two[name][0]) for name in one]
+    assert np.mean(equal) >= 0.995, dict(zip(one, equal, strict=True))
+    reports = [json.loads((tmp_path / name / "quantization_report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["calibration"] == reports[1]["calibration"]
+    counted = ("name", "tokens", "samples", "held_out_tokens", "method")
+    linears = [[[linear[key] for key in counted] for linear in report["linears"]] for report in reports]
+    assert linears[0] == linears[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "one", "two"]
+
+
+@slow
+def test_error_in_the_first_process_ends_both_with_one_line(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    interrupted(ckpt, data, tmp_path / "out")
+    done = torchrun("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and '"processes" is 1 there and 2 now' in lines[0], done.stderr
+
+
+@slow
+def test_error_in_one_process_alone_ends_both(ckpt: Path, tmp_path: Path) -> None:
+    """Only one of the two calibrates with the picture whose file is gone when its pixels are read."""
+    data = write_calibration_data(tmp_path / "data", num_pictures=5, num_texts=3)
+    with locked(partial_folder(tmp_path / "out")):
+        done = torchrun("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
+    assert done.returncode != 0 and "another run is writing it" in done.stderr
