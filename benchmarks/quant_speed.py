@@ -7,8 +7,9 @@ memory is that of a fresh process with one linear: libraries, weights, Hessian a
 subtracted for GPTQModel, though its worker may hold weights or Hessian twice. Both use damping 0.05, its default.
 
 The data are synthetic: normal weights, and inputs of a spiked covariance, half of whose energy lies in 32 random
-directions with strengths falling as 1 / i and half in all directions alike, each input scaled by exp(0.5 z). The Hessian
-holds four tokens per input. Errors are those on a second one, of new tokens, relative to the outputs' mean square.
+directions with strengths falling as 1 / i and half in all directions alike, each input scaled by exp(0.5 z). The
+Hessian holds four tokens per input. Errors are those on a second one, of new tokens, relative to the mean square of the
+outputs.
 
     python benchmarks/quant_speed.py [--shapes dense qkv gate+up down] [--rounds 3] [--out benchmarks/results]
 """

@@ -16,8 +16,8 @@ def test_quick_run_prints_and_writes_its_tables(tmp_path: Path) -> None:
     tables = [line for line in done.stdout.splitlines() if line.startswith("|") and "---" not in line]
     firsts = [line.split(" | ")[0].removeprefix("| ") for line in tables]
     assert firsts == [
-        "linear (in → out)", "small 256 → 384", "error on new tokens", "small", "peak memory of one process, GB", "small",
-        "Hessian, width", "256",
+        "linear (in → out)", "small 256 → 384", "error on new tokens", "small",
+        "peak memory of one process, GB", "small", "Hessian, width", "256",
     ]  # fmt: skip
     assert "GPTQModel is not there to compare with" in done.stdout
     assert "Extrapolated" not in done.stdout

@@ -39,7 +39,8 @@ class Group(click.Group):
                 line = "interrupted" if is_interrupt else error_line(error)
                 if line is None or (context.params.get("debug") and not is_interrupt):
                     raise
-                print(f"Error: {line}", file=sys.stderr)
+                if not getattr(error, "is_told_elsewhere", False):
+                    print(f"Error: {line}", file=sys.stderr)
                 context.exit(1)
 
 
@@ -206,6 +207,8 @@ def quantize(
     use_threads(threads)
     with progress_bar() as progress:
         result = quantize_checkpoint(ckpt, out, quantize_options(calib, max_memory, **options), progress)
+    if not result.is_told_here:
+        return
     for message in result.warnings:
         warn(message)
     if as_json:

@@ -3,7 +3,12 @@ what was expected and what to do next; the command line prints it as one line an
 
 
 class VlmdeployError(Exception):
-    """Base of all errors below; anything else that escapes is a bug of ours."""
+    """Base of all errors below; anything else that escapes is a bug of ours.
+
+    is_told_elsewhere: of several processes that fail together another one tells it.
+    """
+
+    is_told_elsewhere = False
 
 
 class ConfigError(VlmdeployError):

@@ -1,7 +1,7 @@
 """Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -90,6 +90,21 @@ def allocate_plan(
     by_target = dict(plan.by_target)
     for target, choice in chosen.items():
         by_target[target] = Precision(f"int{choice.grid.bits}", choice.grid.group_size, choice.grid.symmetric)
+    return replace(plan, by_target=by_target)
+
+
+def grids_of(plan: PrecisionPlan) -> dict[str, str]:
+    """Type and group of every quantized parameter, such as "int4:64"."""
+    chosen = plan.by_target.items()
+    return {target: f"{item.type}:{item.group_size}" for target, item in chosen if item.bits}
+
+
+def with_grids(plan: PrecisionPlan, grids: Mapping[str, str]) -> PrecisionPlan:
+    """The plan with what `grids_of` gave."""
+    by_target = dict(plan.by_target)
+    for target, text in grids.items():
+        kind, _, group = text.partition(":")
+        by_target[target] = Precision(kind, int(group), by_target[target].symmetric)
     return replace(plan, by_target=by_target)
 
 

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from vlmdeploy.artifact import partial_folder
 from vlmdeploy.calib.activations import Pool
-from vlmdeploy.calib.allocation import Budget, allocate_plan, parse_size
+from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, parse_size, with_grids
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample
+from vlmdeploy.calib.checkpoint_writer import read_report
 from vlmdeploy.calib.perplexity import answer_perplexities
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.quantize import (
@@ -24,6 +26,7 @@ from vlmdeploy.calib.quantize import (
 )
 from vlmdeploy.calib.routed import HessianKind
 from vlmdeploy.calib.solver import GptqSolver
+from vlmdeploy.calib.state import first_difference, unfinished_settings
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
@@ -143,8 +146,13 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     calibration, everyone = read_calibration(checkpoint, options, processes, progress)
     settings = all_settings(checkpoint, plan, options, everyone, processes)
     if options.budget is not None:
-        budget = Budget.parse(options.budget)
-        plan = allocate_plan(checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress)
+        grids = known_grids(out, settings)
+        if grids is None:
+            budget = Budget.parse(options.budget)
+            plan = allocate_plan(checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress)
+        else:
+            plan = with_grids(plan, grids)
+        settings["grids"] = grids_of(plan)
     run_options = RunOptions(
         settings,
         options.hessian,
@@ -155,6 +163,14 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     )
     result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
     return replace(result, warnings=(*plan_warnings(plan, options.group), *result.warnings))
+
+
+def known_grids(out: Path, settings: dict[str, Any]) -> dict[str, str] | None:
+    """The grids that a run with these settings chose before, finished or not: measuring again could choose others."""
+    for found in (unfinished_settings(partial_folder(out.absolute())), (read_report(out) or {}).get("settings")):
+        if found is not None and first_difference(settings, {**found, "grids": None}) is None:
+            return dict(found["grids"])
+    return None
 
 
 def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:

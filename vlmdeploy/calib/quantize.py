@@ -4,7 +4,6 @@ A unit is an encoder layer, the connector, a decoder layer or the head. Memory h
 Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.solver import LinearReport, Solver
-from vlmdeploy.calib.state import SETTINGS, RunState, UnitRecord, first_difference, is_shard, open_settings
+from vlmdeploy.calib.state import RunState, UnitRecord, first_difference, is_shard, open_settings, unfinished_settings
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.export.precision import PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
@@ -71,11 +70,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What was written, in words and as the report beside it."""
+    """What was written, in words and as the report beside it. is_told_here: of several processes, this one tells it."""
 
     message: str
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    is_told_here: bool = True
 
 
 def quantize_checkpoint(
@@ -99,7 +99,7 @@ def quantize_checkpoint(
         if difference is None:
             if processes.is_first:
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
-            return QuantizeResult("quantized already with these settings", done)
+            return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
         raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
     check_output(out, options.force, is_quantized_by_us)
     coverage = check_coverage(
@@ -116,7 +116,7 @@ def quantize_checkpoint(
         processes.wait()
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
-    return QuantizeResult("quantized", report, coverage.warnings)
+    return QuantizeResult("quantized", report, coverage.warnings, processes.is_first)
 
 
 @contextmanager
@@ -136,10 +136,9 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
     """Remove what a run left that was killed after its result had got its name."""
-    if (folder / SETTINGS).is_file():
+    if unfinished_settings(folder) == settings:
         with locked(folder):
-            if json.loads((folder / SETTINGS).read_text(encoding="utf-8")) == settings:
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
 
 
 @contextmanager

@@ -160,6 +160,11 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def unfinished_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the unfinished run in OUT.partial, None if there is none."""
+    return _read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

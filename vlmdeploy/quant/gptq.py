@@ -208,7 +208,7 @@ def _quantize_columns(
 ) -> Codes:
     """Codes uint8 [out, in] by GPTQ with fixed scales."""
     order, unit = factor.order, factor.unit
-    rest = turned_weights(weights, torch.from_numpy(order))  # weights, then errors, from the last row up
+    rest = _turned_weights(weights, torch.from_numpy(order))  # weights, then errors, from the last row up
     turned_scales, turned_zeros = turned_grid(scales, zeros, grid)
     codes = np.empty(rest.shape, np.uint8)
     groups = order // grid.group_size
@@ -223,10 +223,10 @@ def _quantize_columns(
             targets.numpy(), rest[start:stop].numpy(), block, turned_scales, turned_zeros, groups[places],
             order[places], codes, grid.max_code,
         )  # fmt: skip
-    return transposed(codes)
+    return _transposed(codes)
 
 
-def turned_weights(weights: Tensor, places: Tensor) -> Tensor:
+def _turned_weights(weights: Tensor, places: Tensor) -> Tensor:
     """The inputs in a given order, [in, out]. Some rows at a time, whose gathered values stay in the cache."""
     turned = torch.empty(weights.shape[::-1])
     for start in range(0, len(weights), TURNED_ROWS):
@@ -235,7 +235,7 @@ def turned_weights(weights: Tensor, places: Tensor) -> Tensor:
     return turned
 
 
-def transposed(codes: Codes) -> Codes:
+def _transposed(codes: Codes) -> Codes:
     """A transposed copy, always a new one; torch makes it in tiles, five times as fast as numpy."""
     turned: Codes = torch.from_numpy(codes).t().clone(memory_format=torch.contiguous_format).numpy()
     return turned
@@ -260,7 +260,7 @@ def sweep(
     loops = loops or best_loops()
     grid, size = quantized.grid, quantized.grid.group_size
     scales, zeros = turned_grid(quantized.scales, quantized.zeros, grid)
-    codes = transposed(quantized.codes)
+    codes = _transposed(quantized.codes)
     errors = _turned_errors(weights, codes, scales, zeros, size)
     diagonal = filled_diagonal(hessian)
     extra = torch.from_numpy(diagonal) - hessian.diagonal() + damping * float(diagonal.mean())
@@ -274,7 +274,7 @@ def sweep(
             slopes.numpy(), errors[places].numpy(), codes[places], scales[group], zeros[group], block.numpy(),
             grid.max_code,
         )  # fmt: skip
-    return replace(quantized, codes=transposed(codes), scales=np.ascontiguousarray(scales.T))
+    return replace(quantized, codes=_transposed(codes), scales=np.ascontiguousarray(scales.T))
 
 
 def _turned_errors(weights: Tensor, codes: Codes, scales: Floats, zeros: Floats, size: int) -> Tensor:

@@ -57,8 +57,8 @@ def quantize_block(
 ) -> None:
     """Quantize a block of inputs, the last one first, each with the errors of the later ones made up for.
 
-    targets [block, out]: weights plus the share of all errors made outside the block; used up. weights [block, out]: the
-    true values; replaced by their errors w - value. lower [block, block]: the factor's block with a unit diagonal.
+    targets [block, out]: weights plus the share of all errors made outside the block; used up. weights [block, out]:
+    the true values; replaced by their errors w - value. lower [block, block]: the factor's block with a unit diagonal.
     scales, zeros [groups, out]. groups, columns int64 [block]: each input's group, and the row of `codes` uint8
     [in, out] that its codes go to.
     """
@@ -76,7 +76,8 @@ def descend(
     """One pass of coordinate descent over a group's codes: each takes the value that is best given all others.
 
     slopes [group_size, out]: hessian rows of the group times all errors, kept current; errors [group_size, out]:
-    value - w; codes uint8 [group_size, out]; scales, zeros [out]; hessian [group_size, group_size], the group's own block.
+    value - w; codes uint8 [group_size, out]; scales, zeros [out]; hessian [group_size, group_size], the group's own
+    block.
     """
     for place in range(len(slopes)):
         old = codes[place].astype(np.float32)
