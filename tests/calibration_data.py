@@ -1,11 +1,12 @@
 """Small calibration sets for the tests: a JSONL file with pictures and texts, and samples built without any file.
 
-    data = write_calibration_data(tmp_path / "data", num_pictures=6, num_texts=6)
-    ckpt = write_calibration_checkpoint(tmp_path / "ckpt")
-    result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
+data = write_calibration_data(tmp_path / "data", num_pictures=6, num_texts=6)
+ckpt = write_calibration_checkpoint(tmp_path / "ckpt")
+result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.tiny_bundle import TEXT_MODEL, byte_tokenizer, picture, write_text_checkpoint
-from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+from tests.tiny_checkpoint import Tensors, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy.calib.calibration_set import CalibrationSample
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import position_ids, token_types_of, vision_expert_mask
@@ -34,6 +35,22 @@ def write_calibration_checkpoint(folder: Path, family: str = "cogvlm", **overrid
     write_tiny_checkpoint(folder, family, **GROUPED_MODEL | overrides)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def write_changed_checkpoint(folder: Path, change: Callable[[Tensors], None], **overrides: Any) -> Path:
+    """A tiny CogVLM like those of `write_calibration_checkpoint` whose tensors `change` has altered in place."""
+    sizes = TEXT_MODEL | WORD_VOCAB | overrides
+    tiny = TinyCheckpoint("cogvlm", **sizes)
+    tensors = tiny.tensors()
+    change(tensors)
+    write_text_checkpoint(folder, **sizes)
+    return write_checkpoint(folder, tiny.config(), tensors)
+
+
+def overflow_for_pictures(tensors: Tensors) -> None:
+    """Huge weights in the connector: float32 overflows for pictures, never for text."""
+    for name in ("gate_proj", "dense_h_to_4h"):
+        tensors[f"model.vision.linear_proj.{name}.weight"] *= 1e30
 
 
 def write_calibration_data(folder: Path, num_pictures: int = 6, num_texts: int = 6, per_picture: int = 1) -> Path:

@@ -32,15 +32,12 @@ def stored_tensors(folder: Path) -> dict[str, Array]:
     """Every tensor of a checkpoint; bf16 ones, which numpy has no type for, as float32."""
     tensors = {name: values for path in folder.glob("*.safetensors") for name, values in load_file(path).items()}
     return {
-        name: (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-        for name, values in tensors.items()
+        name: (values.float() if values.dtype == torch.bfloat16 else values).numpy() for name, values in tensors.items()
     }
 
 
 def _gptq_linear(tensors: dict[str, Array], module: str) -> StoredLinear:
-    qweight, qzeros, scales, groups = (
-        tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
-    )
+    qweight, qzeros, scales, groups = (tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
     bits = 32 * len(qweight) // len(groups)
     codes = unpack(qweight, bits, len(groups))  # [in, out]
     zeros = unpack(qzeros.T, bits, scales.shape[1]).T + 1  # [groups, out]

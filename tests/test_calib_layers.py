@@ -227,7 +227,9 @@ def test_spill_files_are_deleted_when_closed(mixed: Case) -> None:
 
 def test_memory_is_given_back_when_closed(mixed: Case) -> None:
     pool = Pool(mixed.folder / "spill", MEMORY)
-    hidden_states(Runner(mixed.checkpoint, Recorder(mixed.checkpoint), pool), mixed.samples, lambda *shown: None).close()
+    hidden_states(
+        Runner(mixed.checkpoint, Recorder(mixed.checkpoint), pool), mixed.samples, lambda *shown: None
+    ).close()
     assert pool.used_bytes == 0
 
 

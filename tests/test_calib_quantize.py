@@ -5,7 +5,10 @@ from it holds the same codes, what each option changes, and one clear line for e
 import errno
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from tests.calibration_data import FAST, messages, write_calibration_checkpoint, write_calibration_data, write_rows
 from tests.stored_linears import gptq_linears, onnx_linears, stored_tensors
-from tests.tiny_bundle import only_error_line, only_json_document, picture, run_cli
+from tests.tiny_bundle import ROOT, content_of, only_error_line, only_json_document, picture, run_cli
 from vlmdeploy.artifact import partial_folder
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ConfigError
@@ -36,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ckpt(home: Path) -> Path:
-    folder = write_calibration_checkpoint(home / "ckpt", seed=5)
+    folder = write_calibration_checkpoint(home / "ckpt", vision_layers=1, seed=5)
     (folder / "LICENSE").write_text("free")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     return folder
@@ -60,9 +63,15 @@ def quantized(ckpt: Path, data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(ckpt: Path, few: Path) -> Path:
+    """All options at their defaults but those of FAST."""
+    return quantize(ckpt, few, ckpt.parent / "plain")
+
+
+@pytest.fixture(scope="module")
 def grouped(home: Path) -> Path:
     """CogVLM2 with downsampling; whole 3-bit words and groups of 32 fit its decoder."""
-    return write_calibration_checkpoint(home / "grouped", "cogvlm2", vision_width=64, seed=6)
+    return write_calibration_checkpoint(home / "grouped", "cogvlm2", vision_width=64, vision_layers=1, seed=6)
 
 
 @pytest.fixture(autouse=True)
@@ -194,18 +203,18 @@ def test_held_out_error_is_below_that_of_rounding(quantized: Path) -> None:
     assert np.mean(ratios) < 0.8 and max(ratios) < 1.2
 
 
-def test_json_is_one_document_with_the_report(ckpt: Path, few: Path, tmp_path: Path) -> None:
+def test_json_is_one_document_with_the_report(ckpt: Path, few: Path, plain: Path, tmp_path: Path) -> None:
     result = run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", tmp_path / "out", *FAST, "--json")
     document = only_json_document(result)
     assert (document["checkpoint"], document["message"]) == (str(tmp_path / "out"), "quantized")
-    assert document["linears"] == report_of(tmp_path / "out")["linears"]
+    assert {key: document[key] for key in report_of(plain)} == report_of(plain)
     assert all(line.startswith("Warning: ") for line in result.stderr.splitlines())
 
 
-def test_tables_show_data_coverage_and_errors(ckpt: Path, few: Path, tmp_path: Path) -> None:
-    result = run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", tmp_path / "out", *FAST)
-    shown = ("data.jsonl", "held-out tokens", "decoder.layers.*.vision.gate_up", "nothing reads its output", "8 / 16")
-    assert [text for text in shown if text not in result.stdout] == []
+def test_tables_show_data_coverage_and_errors(ckpt: Path, few: Path, plain: Path) -> None:
+    shown = run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", plain, *FAST).stdout
+    wanted = ("data.jsonl", "held-out tokens", "decoder.layers.*.vision.gate_up", "nothing reads its output", "8 / 16")
+    assert [text for text in wanted if text not in shown] == []
 
 
 def test_inspect_shows_coverage_and_every_linears_error(quantized: Path) -> None:
@@ -265,13 +274,13 @@ def test_every_kind_of_codes_is_exported_as_it_is(
     assert_same_codes(out, tmp_path / "bundle")
 
 
-def test_export_calibrates_a_float_checkpoint_as_quantize_does(ckpt: Path, few: Path, tmp_path: Path) -> None:
-    options = ("--group", 16, "--samples", 8)
-    document = export(ckpt, tmp_path / "bundle", "--calib", few, *options)
-    quantize(ckpt, few, tmp_path / "quantized", *options)
-    assert_same_codes(tmp_path / "quantized", tmp_path / "bundle")
+def test_export_calibrates_a_float_checkpoint_as_quantize_does(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path
+) -> None:
+    document = export(ckpt, tmp_path / "bundle", "--calib", few, "--group", 16)
+    assert_same_codes(plain, tmp_path / "bundle")
     assert document["manifest"]["made_by"]["quantization"] == "gptq"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["bundle", "quantized"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["bundle"]
 
 
 def test_int4_export_of_floats_without_a_choice_is_wrong_usage(ckpt: Path, few: Path, tmp_path: Path) -> None:
@@ -359,14 +368,15 @@ def test_budget_offers_only_codes_that_fill_words(data: Path, tmp_path: Path) ->
     """Gate and up of 80 rows each hold no 3-bit words, though together their 160 rows would."""
     sizes: Json = {"mlp": 80, "vision_width": 64, "layers": 1, "vision_layers": 1}
     ckpt = write_calibration_checkpoint(tmp_path / "ckpt", "cogvlm2", **sizes)
-    out = quantize(ckpt, data, tmp_path / "out", "--samples", 32, "--budget", 4)
+    out = quantize(ckpt, data, tmp_path / "out", "--samples", 32, "--budget", 4.5)
     assert linears_of(out)["decoder.layers.0.vision.gate_up.weight"]["bits"] != 3
 
 
-def test_high_quality_corrects_for_what_was_quantized_before(ckpt: Path, data: Path, tmp_path: Path) -> None:
-    high = quantize(ckpt, data, tmp_path / "high", "--quality", "high", "--samples", 32)
-    plain = quantize(ckpt, data, tmp_path / "plain", "--samples", 32)
-    assert any(linear["asymmetric"] for linear in linears_of(high).values())
+def test_high_quality_corrects_for_what_was_quantized_before(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path
+) -> None:
+    high = quantize(ckpt, few, tmp_path / "high", "--quality", "high")
+    assert all(linear["asymmetric"] == (linear["method"] == "gptq") for linear in linears_of(high).values())
     assert not any(linear["asymmetric"] for linear in linears_of(plain).values())
     name = "decoder.layers.1.language.down.weight"
     assert not np.array_equal(*(stored_parameters(folder)[name][0] for folder in (high, plain)))
@@ -374,12 +384,12 @@ def test_high_quality_corrects_for_what_was_quantized_before(ckpt: Path, data: P
 
 @pytest.mark.parametrize("kind", ["pooled", "text-only"])
 def test_other_hessians_choose_other_codes_for_the_vision_expert(
-    ckpt: Path, few: Path, tmp_path: Path, kind: str
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path, kind: str
 ) -> None:
-    routed, other = quantize(ckpt, few, tmp_path / "routed"), quantize(ckpt, few, tmp_path / kind, "--hessian", kind)
+    other = quantize(ckpt, few, tmp_path / kind, "--hessian", kind)
     name = "decoder.layers.0.vision.qkv.weight"
-    assert not np.array_equal(stored_parameters(routed)[name][0], stored_parameters(other)[name][0])
-    language, vision = (expert["tokens"] for expert in report_of(routed)["calibration"]["experts"][:2])
+    assert not np.array_equal(stored_parameters(plain)[name][0], stored_parameters(other)[name][0])
+    language, vision = (expert["tokens"] for expert in report_of(plain)["calibration"]["experts"][:2])
     assert linears_of(other)[name]["tokens"] == (language if kind == "text-only" else language + vision)
 
 
@@ -392,8 +402,9 @@ def test_limited_samples_keep_pictures_and_texts(ckpt: Path, data: Path, tmp_pat
 
 
 def test_selection_across_perplexities_takes_other_samples(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    options = ("--samples", 8, "--override", "*=fp32", "--override", "lm_head=int8")
     drawn, spread = (
-        report_of(quantize(ckpt, data, tmp_path / kind, "--select", kind, "--samples", 8))["settings"]
+        report_of(quantize(ckpt, data, tmp_path / kind, "--select", kind, *options))["settings"]
         for kind in ("random", "perplexity")
     )
     assert drawn["calibration_sha256"] != spread["calibration_sha256"]
@@ -546,10 +557,10 @@ def test_empty_data_is_one_line(ckpt: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
 def test_full_disk_is_one_line_and_the_same_command_continues(
-    ckpt: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """The disk refuses in the middle of the run: where activations are spilled, or where a unit is committed."""
-    calls, real = [], getattr(os, call)
+    calls, real, out = [], getattr(os, call), tmp_path / "out"
 
     def full(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -559,11 +570,32 @@ def test_full_disk_is_one_line_and_the_same_command_continues(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        error = refusal(ckpt, few, tmp_path / "out", "--max-memory", "1KB")
-    assert "No space left on device" in error and str(tmp_path) in error
-    assert partial_folder(tmp_path / "out").is_dir() and not (tmp_path / "out").exists()
-    finished = {path.name for path in partial_folder(tmp_path / "out").glob("*.safetensors")}
-    assert finished, "the units before were finished"
-    out = quantize(ckpt, few, tmp_path / "out", "--max-memory", "1KB")
-    whole = quantize(ckpt, few, tmp_path / "whole")
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        error = refusal(ckpt, few, out, "--max-memory", "1KB")
+    assert "No space left on device" in error and str(partial_folder(out)) in error
+    assert list(partial_folder(out).glob("*.safetensors")) and not out.exists(), "the units before were finished"
+    quantize(ckpt, few, out, "--max-memory", "1KB")
+    assert content_of(out) == content_of(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.parametrize("kilobytes", [40, 100, 200, 300, 400, 500, 600])
+def test_small_disk_is_one_line_and_more_space_helps(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path, kilobytes: int
+) -> None:
+    """A file system of its own, seen by this shell alone; full at different moments, the last ones while publishing."""
+    disk, copied = tmp_path / "disk", tmp_path / "copied"
+    disk.mkdir()
+    arguments = ("quantize", "--ckpt", ckpt, "--calib", few, "--out", disk / "out", *FAST, "--max-memory", "1KB")
+    command = shlex.join([sys.executable, "-m", "vlmdeploy", *map(str, arguments)])
+    script = f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk} || exit 77; {command} > /dev/null; echo $?; " + (
+        f"mount -o remount,size=10m {disk}; {command} > /dev/null 2>&1; echo $?; cp -r {disk} {copied}"
+    )
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this machine lets nobody mount")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("Warning: ")]
+    assert done.stdout.split() == ["1", "0"], done.stderr
+    assert len(errors) == 1 and "No space left on device" in errors[0], done.stderr
+    assert content_of(copied / "out") == content_of(plain)
+    assert [path.name for path in copied.iterdir()] == ["out"]

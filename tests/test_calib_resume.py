@@ -23,7 +23,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.calibration_data import FAST, write_calibration_checkpoint, write_calibration_data
+from tests.calibration_data import (
+    FAST,
+    messages,
+    overflow_for_pictures,
+    write_calibration_checkpoint,
+    write_calibration_data,
+    write_changed_checkpoint,
+    write_rows,
+)
 from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
 from vlmdeploy.artifact import locked, partial_folder
@@ -313,6 +321,9 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @slow
 @pytest.mark.parametrize("quality", ["default", "high"])
 def test_two_processes_choose_the_codes_of_one(ckpt: Path, tmp_path: Path, quality: str) -> None:
+    """Up to float ties. Behind the first quantized linear of the decoder one flipped code changes every later Hessian, so
+    there only the errors must be alike.
+    """
     data = write_calibration_data(tmp_path / "data", num_pictures=18, num_texts=18)
     options = ("--ckpt", ckpt, "--calib", data, *FAST, "--tokens", 10000, "--quality", quality, "--json")
     done = torchrun("quantize", "--out", tmp_path / "two", *options)
@@ -321,13 +332,16 @@ def test_two_processes_choose_the_codes_of_one(ckpt: Path, tmp_path: Path, quali
     assert run_cli("quantize", "--out", tmp_path / "one", *options).exit_code == 0
     one, two = (gptq_linears(tmp_path / name) for name in ("one", "two"))
     assert set(one) == set(two)
-    equal = [np.mean(one[name][0] == two[name][0]) for name in one]
-    assert np.mean(equal) >= 0.995, dict(zip(one, equal, strict=True))
+    equal = {name: np.mean(one[name][0] == two[name][0]) for name in one}
+    first = [name for name in equal if name.startswith("model.vision.") or "layers.0.self_attn" in name]
+    assert min(equal[name] for name in first if not name.endswith("_dense")) >= 0.995, equal
     reports = [json.loads((tmp_path / name / "quantization_report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["calibration"] == reports[1]["calibration"]
     counted = ("name", "tokens", "samples", "held_out_tokens", "method")
     linears = [[[linear[key] for key in counted] for linear in report["linears"]] for report in reports]
     assert linears[0] == linears[1]
+    errors = [[linear["held_out_error"] or 0.0 for linear in report["linears"]] for report in reports]
+    assert np.allclose(errors[0], errors[1], rtol=0.2, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "one", "two"]
 
 
@@ -340,9 +354,19 @@ def test_error_in_the_first_process_ends_both_with_one_line(ckpt: Path, data: Pa
 
 
 @slow
-def test_error_in_one_process_alone_ends_both(ckpt: Path, tmp_path: Path) -> None:
-    """Only one of the two calibrates with the picture whose file is gone when its pixels are read."""
-    data = write_calibration_data(tmp_path / "data", num_pictures=5, num_texts=3)
+def test_run_of_another_process_count_that_writes_there_is_refused(ckpt: Path, data: Path, tmp_path: Path) -> None:
     with locked(partial_folder(tmp_path / "out")):
         done = torchrun("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
-    assert done.returncode != 0 and "another run is writing it" in done.stderr
+    assert done.returncode != 0 and done.stderr.count("another run is writing it") == 1
+
+
+@slow
+def test_error_in_one_process_alone_ends_both(tmp_path: Path) -> None:
+    """The only picture goes to the second process, where activations overflow; the first one waits for its sums."""
+    ckpt = write_changed_checkpoint(tmp_path / "ckpt", overflow_for_pictures, vision_layers=1, image_px=12)
+    rows: list[Any] = [{"messages": messages(f"Why {number}?", "over the tree")} for number in range(4)]
+    rows.insert(1, {"image": "0.png", "messages": messages("What?", "It")})
+    options = ("--calib", write_rows(tmp_path / "data", rows), "--connector", "fp32", *FAST)
+    done = torchrun("quantize", "--ckpt", ckpt, "--out", tmp_path / "out", *options)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "0.png" in lines[0] and "Inf or NaN" in lines[0], done.stderr

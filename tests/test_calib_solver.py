@@ -163,6 +163,26 @@ def test_report_says_what_was_measured() -> None:
     assert report.effective_rank == pytest.approx(effective_rank(problem.hessian))
 
 
+def test_held_out_tokens_are_counted_even_where_only_some_of_them_judge() -> None:
+    problem = plain_problem(400, 1.0)
+    _, report = GptqSolver().solve(replace(problem, held_out=HeldOut(inputs(300, 1.0), tokens=90_000)))
+    assert report.held_out_tokens == 90_000
+
+
+@pytest.mark.parametrize("held_out_tokens", [0, 500])
+def test_damping_that_had_to_be_raised_is_reported_as_used(held_out_tokens: int) -> None:
+    problem = plain_problem(800, 1.0, held_out_tokens)
+    values, vectors = torch.linalg.eigh(problem.hessian)
+    values[0] = -0.3 * problem.hessian.diagonal().mean()  # 0.01, 0.05 and 0.2 are too little
+    hessian = (vectors * values) @ vectors.T
+    quantized, report = GptqSolver(sweeps=0).solve(replace(problem, hessian=hessian))
+    assert report.damping is not None and report.damping > 0.3
+    factor = factorize(hessian, report.damping)
+    assert factor.damping == report.damping
+    expected = quantize_gptq(problem.weights, factor, GRID, GptqOptions("conditional", sweeps=0), hessian)
+    assert (quantized.codes == expected.codes).all()
+
+
 def relative_error(problem: Problem, quantized: Quantized, x: Tensor) -> float:
     exact = x.double() @ problem.weights.double().T
     ours = x.double() @ torch.from_numpy(dequantize(quantized)).double().T

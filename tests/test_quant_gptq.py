@@ -288,6 +288,17 @@ def test_asymmetric_codes_fit_the_grid_and_lose_less_than_rounding(bits: int, cl
     assert losses[0] < 0.5 * losses[1], losses
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_asymmetric_grid_spans_each_group(bits: int) -> None:
+    weights, _ = problem()
+    weights[:, :32] = weights[:, :32].abs()
+    weights[:, 32:64] = -weights[:, 32:64].abs()
+    ours = quantize_rtn(weights.numpy(), Grid(bits, 32, symmetric=False))
+    steps = np.abs(dequantize(ours) - weights.numpy()) / np.repeat(ours.scales, 32, 1)
+    assert steps.max() <= 0.5 + ours.grid.max_code * HALF_ROUNDING
+    assert (ours.codes.reshape(8, 4, 32).max(-1) == ours.grid.max_code).mean() > 0.4  # the whole range is used
+
+
 @pytest.mark.parametrize("clip", ["ones", "diagonal"])
 @pytest.mark.parametrize("group", [32, 128])
 def test_searched_scales_equal_the_reference(group: int, clip: ClipWeights) -> None:
@@ -346,18 +357,25 @@ print(GptqSolver().loops.is_compiled, report.method, quantized.codes.shape)
 
 
 @both_grids
-def test_weights_and_hessian_are_left_unchanged(symmetric: bool) -> None:
-    weights, hessian = problem()
-    kept = weights.clone(), hessian.clone()
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_hessian_and_factor_are_left_unchanged(rows: int, symmetric: bool) -> None:
+    weights, hessian = problem(rows=rows)
     factor = factorize(hessian, DAMPING)
-    unit = factor.unit.clone()
-    ours = quantize_gptq(weights, factor, Grid(4, 32, symmetric), GptqOptions(sweeps=0), hessian)
+    kept = weights.clone(), hessian.clone(), factor.unit.clone()
+    ours = quantize_gptq(weights, factor, Grid(4, 32, symmetric), GptqOptions("conditional", 1), hessian)
+    sweep(weights, ours, hessian, DAMPING)
+    asymmetric_target(weights, factor, hessian)
+    assert torch.equal(weights, kept[0]) and torch.equal(hessian, kept[1]) and torch.equal(factor.unit, kept[2])
+
+
+@both_grids
+def test_sweep_leaves_the_codes_and_scales_that_it_is_given_unchanged(symmetric: bool) -> None:
+    weights, hessian = problem()
+    ours = quantize_gptq(weights, factorize(hessian, DAMPING), Grid(4, 32, symmetric), GptqOptions("none", 0), hessian)
     codes, scales = ours.codes.copy(), ours.scales.copy()
     swept = sweep(weights, ours, hessian, DAMPING)
-    asymmetric_target(weights, factor, hessian)
-    assert torch.equal(weights, kept[0]) and torch.equal(hessian, kept[1]) and torch.equal(factor.unit, unit)
     assert (ours.codes == codes).all() and (ours.scales == scales).all()
-    assert (swept.codes != codes).any()
+    assert (swept.codes != codes).any() and (swept.scales != scales).any()
 
 
 @both_grids

@@ -98,6 +98,19 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def remove_partial(folder: Path, last: str) -> None:
+    """Remove an unfinished run's folder, the file that names its settings last: a kill on the way leaves a run that can
+    still be told from others, or nothing but a lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (last, LOCK):
+            path.unlink()
+    for name in (last, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if need be, and keep a second run of the same output out of it. Raises ExportError."""

@@ -4,7 +4,6 @@ A unit is an encoder layer, the connector, a decoder layer or the head. Memory h
 Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlmdeploy.artifact import check_output, locked, partial_folder
+from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.checkpoint_writer import (
@@ -30,7 +29,15 @@ from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.solver import LinearReport, Solver
-from vlmdeploy.calib.state import RunState, UnitRecord, first_difference, is_shard, open_settings, unfinished_settings
+from vlmdeploy.calib.state import (
+    SETTINGS,
+    RunState,
+    UnitRecord,
+    first_difference,
+    is_shard,
+    open_settings,
+    unfinished_settings,
+)
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.export.precision import PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
@@ -114,8 +121,8 @@ def quantize_checkpoint(
         if processes.is_first:
             publish(checkpoint, plan, records, report, folder, out, options.force)
         processes.wait()
-    if processes.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
+        if processes.is_first:
+            remove_partial(folder, SETTINGS)
     return QuantizeResult("quantized", report, coverage.warnings, processes.is_first)
 
 
@@ -136,9 +143,10 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
     """Remove what a run left that was killed after its result had got its name."""
-    if unfinished_settings(folder) == settings:
+    is_empty = folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
+    if is_empty or unfinished_settings(folder) == settings:
         with locked(folder):
-            shutil.rmtree(folder)
+            remove_partial(folder, SETTINGS)
 
 
 @contextmanager

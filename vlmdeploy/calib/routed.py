@@ -47,8 +47,7 @@ class Statistics:
         total, cross = HessianSum(weights.shape[1]), None
         rows = tokens.select(source, held_out=False)
         for piece in chunks(rows):
-            x, *undisturbed = inputs(piece)
-            _check_finite(name, x, piece, tokens)
+            x, *undisturbed = _finite(name, inputs(piece), piece, tokens)
             total.add(x)
             if undisturbed:
                 cross = cross or CrossSum.empty(weights.shape[1])
@@ -77,8 +76,7 @@ class Statistics:
         judged = weights[judged_rows(len(weights))]
         seen, disturbances = [torch.empty(0, weights.shape[1])], [torch.empty(0, len(judged))]
         for piece in chunks(kept):
-            x, *undisturbed = inputs(piece)
-            _check_finite(name, x, piece, tokens)
+            x, *undisturbed = _finite(name, inputs(piece), piece, tokens)
             seen.append(x)
             disturbances += [(other - x) @ judged.t() for other in undisturbed]
         (count,) = self.processes.sum_counts(len(rows))
@@ -89,11 +87,13 @@ class Statistics:
         return HeldOut(torch.cat([each[0] for each in everyone]), count, disturbance if len(disturbance) else None)
 
 
-def _check_finite(name: str, x: Tensor, rows: Ints, tokens: Tokens) -> None:
-    finite = torch.isfinite(x).all(1)
-    if bool(finite.all()):
-        return
-    row = int(rows[int((~finite).nonzero()[0])])
-    raise CalibrationError(
-        f"{name}: the activations that enter it hold Inf or NaN, first in sample {tokens.sample_of(row)}"
-    )
+def _finite(name: str, streams: tuple[Tensor, ...], rows: Ints, tokens: Tokens) -> tuple[Tensor, ...]:
+    """The streams as they are. Raises CalibrationError where one of them is not finite."""
+    for x in streams:
+        finite = torch.isfinite(x).all(1)
+        if not bool(finite.all()):
+            row = int(rows[int((~finite).nonzero()[0])])
+            raise CalibrationError(
+                f"{name}: the activations that enter it hold Inf or NaN, first in sample {tokens.sample_of(row)}"
+            )
+    return streams
