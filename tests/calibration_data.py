@@ -56,10 +56,13 @@ def overflow_for_pictures(tensors: Tensors) -> None:
 def write_calibration_data(folder: Path, num_pictures: int = 6, num_texts: int = 6, per_picture: int = 1) -> Path:
     """A folder with data.jsonl: so many questions about every picture, then texts. All prompts differ."""
     pictured = [
-        {"image": f"{number}.png", "messages": messages(f"{_words(number, 2)} {question}?", _words(number + question, 2))}
+        {
+            "image": f"{number}.png",
+            "messages": messages(f"{_words(number, 2)} {question}?", _words(number + question, 2)),
+        }
         for number in range(num_pictures)
         for question in range(per_picture)
-    ]  # fmt: skip
+    ]
     texts = [{"messages": messages(_words(100 + number, 5), _words(200 + number, 4))} for number in range(num_texts)]
     return write_rows(folder, [*pictured, *texts])
 

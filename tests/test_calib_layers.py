@@ -1,5 +1,5 @@
-"""Agreement tests of the streamed units: run layer by layer over all samples at once, with weights left as they are, they
-compute what the PyTorch reference computes, and ask for every linear once with exactly the rows that reach it.
+"""Agreement tests of the streamed units: run layer by layer over all samples at once, with weights left as they are,
+they compute what the PyTorch reference computes, and ask for every linear once with exactly the rows that reach it.
 """
 
 from collections.abc import Callable, Iterator
@@ -118,7 +118,7 @@ def reference(model: VisionLanguageModel, samples: Samples) -> tuple[Tensor, dic
             x = arguments[0]
             if isinstance(module, nn.Conv2d):  # [images, patches, in] -> blocks of four neighbours, channel slowest
                 side = round(x.shape[1] ** 0.5)
-                x = F.unfold(x.transpose(1, 2).unflatten(2, (side, side)), 2, stride=2).transpose(1, 2)
+                x = F.unfold(x.transpose(1, 2).reshape(len(x), -1, side, side), 2, stride=2).transpose(1, 2)
             seen.setdefault(f"{name}.weight", []).append(x.flatten(0, -2))
 
         return hook
@@ -138,7 +138,7 @@ def images_of(model: VisionLanguageModel, sample: CalibrationSample) -> Tensor |
 
 
 def assert_inputs_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], case: Case) -> None:
-    """Every linear that we are asked for gets what the hooks saw. The head is only given rows of the language expert."""
+    """Every linear that we are asked for gets what the hooks saw; the head is only given the language rows."""
     theirs = {**theirs, "lm_head.weight": theirs["lm_head.weight"][~case.vision_mask()]}
     for target, x in ours.items():
         if target in theirs:

@@ -260,7 +260,8 @@ def test_state_that_is_no_json_is_named(ckpt: Path, data: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
-    (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'), (("--group", 32), '"group_sizes"'),
+    (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'),
+    (("--group", 32), '"group_sizes"'),
 ])  # fmt: skip
 def test_unfinished_run_of_other_settings_is_refused_and_the_key_named(
     ckpt: Path, data: Path, tmp_path: Path, options: tuple[object, ...], message: str
@@ -321,7 +322,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @slow
 @pytest.mark.parametrize("quality", ["default", "high"])
 def test_two_processes_choose_the_codes_of_one(ckpt: Path, tmp_path: Path, quality: str) -> None:
-    """Up to float ties. Behind the first quantized linear of the decoder one flipped code changes every later Hessian, so
+    """Up to float ties. Behind the decoder's first quantized linear, one flipped code changes every later Hessian:
     there only the errors must be alike.
     """
     data = write_calibration_data(tmp_path / "data", num_pictures=18, num_texts=18)

@@ -306,7 +306,7 @@ def test_bundle_names_what_was_not_calibrated(text_only: Path, tmp_path: Path) -
 
 
 def test_connector_with_too_few_rows_is_told_like_an_expert(tmp_path: Path) -> None:
-    """Seven pictures give the vision expert 35 tokens, the connector 28 blocks of four: it was once rounded silently."""
+    """Seven pictures give the vision expert 35 tokens, the connector 28 rows: it was once rounded in silence."""
     ckpt = write_calibration_checkpoint(tmp_path / "ckpt", "cogvlm2", vision_layers=1, layers=1, vision_mlp=32)
     data = write_calibration_data(tmp_path / "data", num_pictures=7, num_texts=4)
     result = quantize(ckpt, data, tmp_path / "out")

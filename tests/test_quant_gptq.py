@@ -358,13 +358,15 @@ print(GptqSolver().loops.is_compiled, report.method, quantized.codes.shape)
 
 @both_grids
 @pytest.mark.parametrize("rows", [1, 8])
-def test_weights_hessian_and_factor_are_left_unchanged(rows: int, symmetric: bool) -> None:
+def test_weights_hessian_factor_and_codes_are_left_unchanged(rows: int, symmetric: bool) -> None:
     weights, hessian = problem(rows=rows)
     factor = factorize(hessian, DAMPING)
     kept = weights.clone(), hessian.clone(), factor.unit.clone()
-    ours = quantize_gptq(weights, factor, Grid(4, 32, symmetric), GptqOptions("conditional", 1), hessian)
+    ours = quantize_gptq(weights, factor, Grid(4, 32, symmetric), GptqOptions("none", 0), hessian)
+    codes = ours.codes.copy()
     sweep(weights, ours, hessian, DAMPING)
     asymmetric_target(weights, factor, hessian)
+    assert (ours.codes == codes).all()
     assert torch.equal(weights, kept[0]) and torch.equal(hessian, kept[1]) and torch.equal(factor.unit, kept[2])
 
 

@@ -42,6 +42,7 @@ from vlmdeploy.export.precision import (
 )
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.quant.inner import best_loops
 from vlmdeploy.runtime.chat import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -162,7 +163,8 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.force,
     )
     result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
-    return replace(result, warnings=(*plan_warnings(plan, options.group), *result.warnings))
+    slow = () if best_loops().is_compiled else ("numba is not installed: the inner loops run in numpy, far slower",)
+    return replace(result, warnings=(*slow, *plan_warnings(plan, options.group), *result.warnings))
 
 
 def known_grids(out: Path, settings: dict[str, Any]) -> dict[str, str] | None:

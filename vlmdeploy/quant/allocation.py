@@ -47,7 +47,17 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> dict
             continue  # an earlier step of this matrix did not fit, or this one does not
         used += step.bytes - chosen[name].bytes
         chosen[name] = step
-    return chosen
+    return min([chosen, *_uniform(choices, budget_bytes)], key=lambda each: sum(item.cost for item in each.values()))
+
+
+def _uniform(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Iterator[dict[str, Choice]]:
+    """One grid for all, wherever that fits: where a single matrix is most of the model, the walk may end below it."""
+    by_grid = [{choice.grid: choice for choice in options} for options in choices.values()]
+    shared = set.intersection(*map(set, by_grid)) if by_grid else set()
+    for grid in sorted(shared, key=str):
+        every = {name: options[grid] for name, options in zip(choices, by_grid, strict=True)}
+        if sum(choice.bytes for choice in every.values()) <= budget_bytes:
+            yield every
 
 
 def _hull(options: Sequence[Choice]) -> list[Choice]:

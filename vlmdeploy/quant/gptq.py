@@ -24,6 +24,7 @@ from vlmdeploy.quant.grid import (
     Quantized,
     initial_scales,
     round_to_grid,
+    spanning_scales,
     split_groups,
     to_half,
 )
@@ -175,29 +176,22 @@ def search_scales(
     omega = omega.reshape(groups.shape[1], -1)
     for start in range(0, len(groups), SEARCH_ROWS):
         rows = slice(start, start + SEARCH_ROWS)
-        found, middles = _best_candidates(
-            groups[rows], omega, scales[rows], None if zeros is None else zeros[rows], grid, loops
-        )
-        scales[rows] = found
+        scales[rows], middles = _best_candidates(groups[rows], omega, grid, loops)
         if zeros is not None:
             zeros[rows] = middles
     return scales, zeros
 
 
-def _best_candidates(
-    groups: Floats, omega: Floats, scales: Floats, zeros: Codes | None, grid: Grid, loops: Loops
-) -> tuple[Floats, Codes]:
+def _best_candidates(groups: Floats, omega: Floats, grid: Grid, loops: Loops) -> tuple[Floats, Codes]:
     """The best scales and zero points of a few rows: groups [rows, groups, group_size] -> [rows, groups] each."""
-    lows = groups.min(-1)
-    is_constant = lows == groups.max(-1)
-    candidates = to_half(scales * CLIP_RATIOS[:, None, None])
-    candidates[:, is_constant] = scales[is_constant]
-    if zeros is None:
+    lows, spans = groups.min(-1), spanning_scales(groups, grid)
+    candidates = to_half(np.where(spans == 0, np.float32(1), spans) * CLIP_RATIOS[:, None, None])
+    if grid.symmetric:
         middles = np.broadcast_to(np.uint8(grid.zero_point), candidates.shape).copy()
     else:
         middles = np.rint(-np.minimum(lows, 0) * CLIP_RATIOS[:, None, None] / candidates)
         middles = np.clip(middles, 1, grid.max_code).astype(np.uint8)
-    best = np.zeros(scales.shape, np.int64)
+    best = np.zeros(spans.shape, np.int64)
     loops.search_scales(np.ascontiguousarray(groups), omega, candidates, middles, grid.max_code, best)
     chosen = best[None]
     return np.take_along_axis(candidates, chosen, 0)[0], np.take_along_axis(middles, chosen, 0)[0]
@@ -243,7 +237,7 @@ def _transposed(codes: Codes) -> Codes:
 
 def turned_grid(scales: Floats, zeros: Codes | None, grid: Grid) -> tuple[Floats, Floats]:
     """Scales and zero points as the inner loops take them: float32 [groups, out]."""
-    turned = np.ascontiguousarray(scales.T)
+    turned = scales.T.copy()  # a copy even where the transpose of one row would be contiguous: sweeps write into it
     if zeros is None:
         return turned, np.full(turned.shape, grid.zero_point, np.float32)
     return turned, np.ascontiguousarray(zeros.T.astype(np.float32))
@@ -255,7 +249,7 @@ def sweep(
     """One round of refinement: group by group the best scale for the codes, then the best code for each weight.
 
     Each step lowers tr(E H E^T) of the damped Hessian with all else fixed; rounding a scale to fp16 may give a little
-    back. Dead inputs have no slope and keep their codes.
+    back. Dead inputs are rounded to nearest on the new scale.
     """
     loops = loops or best_loops()
     grid, size = quantized.grid, quantized.grid.group_size

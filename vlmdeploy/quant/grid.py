@@ -94,8 +94,7 @@ def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
 
     A group of zeros gets scale 1. Raises QuantizationError where fp16 cannot hold the scale.
     """
-    largest = np.maximum(groups.max(-1), -groups.min(-1))
-    return _checked_scales(largest / (grid.max_code / 2), largest)
+    return _checked_scales(spanning_scales(groups, grid), groups)
 
 
 def asymmetric_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes]:
@@ -103,17 +102,27 @@ def asymmetric_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes]:
 
     A zero point is at least 1: GPTQ's v1 files store it minus one, and a field below zero borrows from its neighbour.
     """
-    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    scales = _checked_scales(spanning_scales(groups, grid), groups)
+    low = np.minimum(groups.min(-1), 0)
+    return scales, np.clip(np.rint(-low / scales), 1, grid.max_code).astype(np.uint8)
+
+
+def spanning_scales(groups: Floats, grid: Grid) -> Floats:
+    """The scales with which the codes span each group, before rounding; 0 for a group of zeros."""
+    low, high = groups.min(-1), groups.max(-1)
+    if grid.symmetric:
+        spans: Floats = np.maximum(high, -low) / np.float32(grid.max_code / 2)
+        return spans
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
     steps = np.where(low == 0, grid.max_code - 1, grid.max_code)  # room for the code 0 that a zero point of 1 leaves
-    scales = _checked_scales((high - low) / steps.astype(np.float32), high - low)
-    zeros = np.clip(np.rint(-low / scales), 1, grid.max_code).astype(np.uint8)
-    return scales, zeros
+    spans = (high - low) / steps.astype(np.float32)
+    return spans
 
 
-def _checked_scales(scales: Floats, span: Floats) -> Floats:
+def _checked_scales(scales: Floats, groups: Floats) -> Floats:
     if scales.max(initial=0.0) > LARGEST_SCALE:
-        raise QuantizationError(f"a weight of magnitude {span.max():.3g} needs a scale beyond fp16")
-    return np.where(span == 0, np.float32(1), to_half(scales))
+        raise QuantizationError(f"a weight of magnitude {np.abs(groups).max():.3g} needs a scale beyond fp16")
+    return np.where(scales == 0, np.float32(1), to_half(scales))
 
 
 def to_half(scales: Floats) -> Floats:
