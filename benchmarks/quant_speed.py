@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,19 +246,27 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
 
 
-def label(name: str, measured: Measured) -> str:
-    return f"{name} {measured.width} → {measured.outputs}"
+def added(linears: list[Measured]) -> Measured:
+    """The seconds of several linears, round by round."""
+    seconds = {
+        method: [sum(each) for each in zip(*(linear.seconds[method] for linear in linears), strict=True)]
+        for method in linears[0].seconds
+    }
+    return replace(linears[0], seconds=seconds)
 
 
 def speed_table(found: dict[str, Measured]) -> list[str]:
     methods = list(next(iter(found.values())).seconds)
     ratios = list(SWEEPS) if THEIRS in methods else []
     head = ["linear (in → out)", *(f"{name}, s" for name in methods), *(f"{THEIRS} / {name}" for name in ratios)]
+    labelled = {f"{name} {linear.width} → {linear.outputs}": linear for name, linear in found.items()}
+    if set(SHAPES) <= set(found):
+        labelled["one expert of one layer"] = added(list(found.values()))
     rows = []
-    for name, linear in found.items():
+    for name, linear in labelled.items():
         times = [f"{median(linear.seconds[method]):.2f}" for method in methods]
         pairs = [", ".join(f"{ratio:.1f}" for ratio in linear.speedup(method)) for method in ratios]
-        rows.append([label(name, linear), *times, *pairs])
+        rows.append([name, *times, *pairs])
     return table(head, rows)
 
 
@@ -293,7 +301,7 @@ def whole_decoder_hours(found: dict[str, Measured], method: str) -> float:
 
 def report(options: argparse.Namespace, found: dict[str, Measured], sums: dict[int, float], machine: str) -> str:
     lines = ["# Speed and memory of quantizing one linear", "", machine, ""]
-    lines += [f"W4g128, medians of {options.rounds} rounds, synthetic data; how: see the script.", ""]
+    lines += [f"W4g128, synthetic data, rounds: {options.rounds}, seconds are medians. How: see the script.", ""]
     if not options.gptqmodel.exists():
         lines += [f"{THEIRS} is not there to compare with (`make gptqmodel` installs it).", ""]
     lines += [*speed_table(found), "", *error_table(found), "", *memory_table(found), ""]
