@@ -77,9 +77,8 @@ def main() -> None:
         tensor, layer, whole = largest_sizes(options.family, config)
     experts = report["calibration"]["experts"]
     tokens = ", ".join(f"{expert['expert']} {expert['tokens']:,}" for expert in experts)
-    print(
-        f"{options.family} widths, {options.layers} + {options.layers} layers, quality {options.quality}; tokens: {tokens}"
-    )
+    print(f"{options.family} widths, {options.layers} + {options.layers} layers, quality {options.quality}")
+    print(f"calibration tokens: {tokens}")
     print(f"peak resident memory {peak / 1e9:.2f} GB = {peak / TARGET_BYTES:.2f} of the 4 GB target; {seconds:.0f} s")
     print(f"largest tensor {tensor / 1e9:.2f} GB float32, one decoder layer {layer / 1e9:.2f} GB, both experts")
     print(f"whole checkpoint {whole / 1e9:.2f} GB bf16; quantized {report['size_bytes'] / 1e9:.2f} GB")
