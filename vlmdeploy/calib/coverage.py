@@ -1,14 +1,14 @@
 """Whether calibration data reaches every expert: tokens and samples of each, the floor below which nothing can be said,
 and the warnings above it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vlmdeploy.calib.calibration_set import Pictures, Tokens
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.export.precision import PrecisionPlan, linears
-from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.families.spec import BoundaryRows, ModelSpec
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
 WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike
@@ -58,7 +58,9 @@ def check_coverage(
         for expert in spec.decoder.experts
         if any(f".{expert.name}." in linear.target for linear in quantized)
     ]
-    parts = {"vision": spec.vision.num_patches + 1, "connector": spec.connector.rows(spec.vision)}
+    steps = (step for step in spec.connector.steps if not isinstance(step, BoundaryRows))
+    inner = replace(spec.connector, steps=tuple(steps))
+    parts = {"vision": spec.vision.num_patches + 1, "connector": inner.rows(spec.vision)}
     for part, rows_each in parts.items():
         members = [linear.in_width for linear in quantized if linear.part == part]
         if members:

@@ -1,5 +1,6 @@
-"""Export of a float checkpoint to an integer target: it is quantized aside first, then exported like any quantized
-checkpoint. The quantized one is removed when the bundle is there; a killed command continues where it was."""
+"""Export of a float checkpoint to an integer target: it is quantized first, into OUT.quantized, then exported like any
+quantized checkpoint. OUT.quantized is removed when the bundle is there; a killed or failed command continues where it
+was."""
 
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def export_calibrated(
     check_output(out, options.force, is_bundle)
     if options.target not in BITS_OF_TARGET:
         raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
-    aside = out.absolute().with_name(f".{out.name}.quantized")
+    aside = out.absolute().with_name(f"{out.name}.quantized")
     integers = {part: precision for part, precision in options.precisions.items() if part != "embedding"}
     wanted = replace(
         calibration,
@@ -41,6 +42,7 @@ def export_calibrated(
         template=options.default_template,
         seed=options.seed,
         force=True,
+        reuse=True,
     )
     quantized = quantize(ckpt, aside, wanted, progress)
     manifest, warnings = export_bundle(aside, out, options, progress)

@@ -75,6 +75,7 @@ class QuantizeOptions:
     allow_uncalibrated: bool = False
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     force: bool = False
+    reuse: bool = False
 
 
 def quantize_options(
@@ -161,6 +162,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.allow_uncalibrated,
         options.memory_bytes,
         options.force,
+        options.reuse,
     )
     result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
     slow = () if best_loops().is_compiled else ("numba is not installed: the inner loops run in numpy, far slower",)

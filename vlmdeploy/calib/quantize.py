@@ -65,7 +65,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it. `settings` is everything that decides the result, for continuing and for the report."""
+    """How a run goes about it. `settings` is everything that decides the result, for continuing and for the report.
+
+    force replaces a finished output, reuse keeps one that was made with the same settings even then.
+    """
 
     settings: dict[str, Any]
     hessian: HessianKind = "routed"
@@ -73,6 +76,7 @@ class RunOptions:
     allow_uncalibrated: bool = False
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     force: bool = False
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,14 @@ def quantize_checkpoint(
     """
     processes = Processes.join()
     done = read_report(out)
-    if done is not None and not options.force:
+    if done is not None and (options.reuse or not options.force):
         difference = first_difference(options.settings, done.get("settings", {}))
         if difference is None:
             if processes.is_first:
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
             return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
-        raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
+        if not options.force:
+            raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
     check_output(out, options.force, is_quantized_by_us)
     coverage = check_coverage(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
