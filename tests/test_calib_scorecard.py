@@ -47,6 +47,8 @@ def test_checkpoint_and_bundle_give_equal_answers(ckpt: Path, bundle: Path, data
     assert compared["model"] == str(bundle) and compared["equal_answers"]["value"] == 1
     table = run_cli(*command).stdout
     assert "equal answers" in table and "100.00 %" in table
+    assert compared["differences"]["vqa"]["exact_match"]["value"] == 0
+    assert "vqa exact_match, paired difference" in table and "+0.00 points" in table
 
 
 def test_per_task_takes_that_many(bundle: Path, data: Path) -> None:

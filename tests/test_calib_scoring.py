@@ -13,6 +13,7 @@ from vlmdeploy.calib.scoring import (
     box_iou,
     check_scorable,
     exact_match,
+    paired_differences,
     score,
     token_f1,
     wilson_interval,
@@ -167,3 +168,29 @@ def test_what_cannot_be_scored_is_told(prediction: Prediction, told: str) -> Non
         check_scorable([prediction.sample])
     with pytest.raises(DataError, match=told):
         score([prediction])
+
+
+def test_paired_difference_of_equal_answers_is_exactly_zero() -> None:
+    answers = [answered(text, "1") for text in ("1", "2", "1", "3")]
+    score_of = paired_differences(answers, answers)["vqa"]["exact_match"]
+    assert (score_of.value, score_of.low, score_of.high, score_of.count) == (0, 0, 0, 4)
+
+
+def test_paired_difference_counts_what_the_second_gains_and_loses() -> None:
+    first = [answered(text, "1") for text in ("1", "1", "2", "2")]
+    second = [answered(text, "1") for text in ("1", "2", "2", "2")]
+    score_of = paired_differences(first, second)["vqa"]["exact_match"]
+    assert score_of.value == -0.25 and score_of.low < -0.25 < score_of.high <= 0
+
+
+def test_paired_difference_is_narrower_than_two_intervals_side_by_side() -> None:
+    first = [answered("1" if place % 3 else "2", "1") for place in range(300)]
+    second = [answered("2", "1"), *first[1:]]
+    alone, paired = score(first)["vqa"]["exact_match"], paired_differences(first, second)["vqa"]["exact_match"]
+    assert paired.high - paired.low < (alone.high - alone.low) / 4
+
+
+def test_paired_difference_leaves_extra_kinds_out_of_the_mean() -> None:
+    first = [answered("1", "1"), answered("1", "1", kind="easy", extra=True)]
+    second = [answered("1", "1"), answered("2", "1", kind="easy", extra=True)]
+    assert paired_differences(first, second)["vqa"]["exact_match"].value == 0
