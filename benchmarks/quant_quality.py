@@ -3,9 +3,11 @@ methods, calibration draws and widths; and each linear's error beside GPTQModel'
 
     python benchmarks/quant_quality.py [--draws 3] [--bits 4 3] [--out FILE]
 
-KL is the mean over the tokens of held-out answers (the places that predict an answer token or its end), teacher-forced,
-in nats. Encoder, connector and head stay in float, so that the experts' part is seen alone. GPTQModel runs per linear
-on the same routed Hessians, in its own environment (`make gptqmodel`), and is left out where that is missing.
+KL is the mean over the tokens of held-out answers (the places that predict an answer token or its end),
+teacher-forced, in nats. The model is nearly always certain, so a few ambiguous answers hold most of it; the squared
+error of the centred logits, which all answers share in, stands beside it. Encoder, connector and head stay in float, so
+that the experts' part is seen alone. GPTQModel runs per linear on the same routed Hessians, in its own environment
+(`make gptqmodel`), and is left out where that is missing.
 """
 
 import argparse
@@ -138,6 +140,16 @@ def methods(worker: GptqModelSolver | None) -> list[Method]:
     return ours if worker is None else [*ours, Method("GPTQModel, routed", worker)]
 
 
+@dataclass(frozen=True)
+class Damage:
+    """kl: mean KL divergence x 1e3. logits: mean squared error of the centred logits, relative, x 1e3. worst_share: how
+    much of all divergence the worst 1 % of the tokens hold."""
+
+    kl: float
+    logits: float
+    worst_share: float
+
+
 class Judge:
     """The float model and the held-out answers."""
 
@@ -148,14 +160,18 @@ class Judge:
         self.image_rows = _image_rows(self.model, samples)
         self.expected = self._log_probabilities(self.model)
 
-    def divergence(self, codes: dict[str, Quantized]) -> float:
-        """KL(float, quantized), mean over answer tokens."""
+    def damage(self, codes: dict[str, Quantized]) -> Damage:
+        """How far the quantized model's answers are from the float model's."""
         model = load_model(CKPT)
         for target, quantized in codes.items():
             values = torch.from_numpy(dequantize(quantized))
             fill_parameter(model, target, values.reshape(self.checkpoint.shape(target)))
         found = self._log_probabilities(model)
-        return float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
+        divergences = (self.expected.exp() * (self.expected - found)).sum(-1)
+        worst = divergences.sort(descending=True).values[: len(divergences) // 100]
+        centred = [values - values.mean(-1, keepdim=True) for values in (self.expected, found)]
+        error = float((centred[1] - centred[0]).square().sum() / centred[0].square().sum())
+        return Damage(1e3 * float(divergences.mean()), 1e3 * error, float(worst.sum() / divergences.sum()))
 
     @torch.no_grad()
     def _log_probabilities(self, model: VisionLanguageModel) -> Tensor:
@@ -211,33 +227,35 @@ def quantized_codes(method: Method, bits: int, calibration: Calibration) -> dict
         return run.in_memory()[0]
 
 
-def measure(
-    bits: int, draws: int, samples: int, data: Path, judge: Judge, say: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """KL x 1e3 of every method, one value per calibration draw."""
-    table: dict[str, list[float]] = {}
+def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: Callable[[str], None]) -> None:
+    """Damage by every method, for each calibration draw."""
+    table: dict[str, list[Damage]] = {}
     ratios: list[float] = []
     with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as worker:
         for draw in range(draws):
             calibration = Calibration.of(hold_out(read_prompts(data, samples, draw)))
             for method in methods(worker):
-                value = 1e3 * judge.divergence(quantized_codes(method, bits, calibration))
-                table.setdefault(method.name, []).append(value)
-                print(f"{bits} bits, draw {draw}, {method.name}: {value:.4f}", file=sys.stderr, flush=True)
+                damage = judge.damage(quantized_codes(method, bits, calibration))
+                table.setdefault(method.name, []).append(damage)
+                print(f"{bits} bits, draw {draw}, {method.name}: {damage}", file=sys.stderr, flush=True)
             if worker is not None:
                 ratios += worker.ratios.values()
-    _print_table(bits, table, say)
+    _print_table(f"{bits} bits: KL x 1e3", {name: [each.kl for each in found] for name, found in table.items()}, say)
+    errors = {name: [each.logits for each in found] for name, found in table.items()}
+    _print_table(f"{bits} bits: squared error of the logits x 1e3", errors, say)
+    shares = [each.worst_share for found in table.values() for each in found]
+    say(f"\nThe worst 1 % of the tokens hold {100 * np.mean(shares):.0f} % of the KL divergence.")
     if ratios:
-        say(f"\nHeld-out error per linear, ours / GPTQModel's: mean {np.mean(ratios):.3f}, largest {max(ratios):.3f}")
-    return table
+        say(f"Held-out error per linear, ours / GPTQModel's: mean {np.mean(ratios):.3f}, largest {max(ratios):.3f}.")
 
 
-def _print_table(bits: int, table: dict[str, list[float]], say: Callable[[str], None]) -> None:
+def _print_table(title: str, table: dict[str, list[float]], say: Callable[[str], None]) -> None:
+    """One row per method: each draw, the mean, and the mean over the draws of the ratio to three of the methods."""
     reference = [name for name in ("RTN", "GPTQModel, routed", "routed") if name in table]
     draws = len(table["RTN"])
-    say(f"\n| {bits} bits: KL x 1e3 | {' | '.join(f'draw {d}' for d in range(draws))} | mean | "
-        f"{' | '.join(f'/ {name}' for name in reference)} |")  # fmt: skip
-    say("|---" * (2 + draws + len(reference)) + "|")
+    heads = [title, *(f"draw {draw}" for draw in range(draws)), "mean", *(f"/ {name}" for name in reference)]
+    say(f"\n| {' | '.join(heads)} |")
+    say("|---" * len(heads) + "|")
     for name, values in table.items():
         shares = [np.mean(np.array(values) / np.array(table[other])) for other in reference]
         cells = [*(f"{value:.3f}" for value in values), f"**{np.mean(values):.3f}**", *(f"{x:.2f}" for x in shares)]
