@@ -158,7 +158,7 @@ class Judge:
         self.samples = samples
         self.model = load_model(CKPT)
         self.image_rows = _image_rows(self.model, samples)
-        self.expected = self._log_probabilities(self.model)
+        self.expected = self._log_probabilities(self.model, self.image_rows)
 
     def damage(self, codes: dict[str, Quantized]) -> Damage:
         """How far the quantized model's answers are from the float model's."""
@@ -166,7 +166,8 @@ class Judge:
         for target, quantized in codes.items():
             values = torch.from_numpy(dequantize(quantized))
             fill_parameter(model, target, values.reshape(self.checkpoint.shape(target)))
-        found = self._log_probabilities(model)
+        sees_alike = not any(target.startswith(("vision.", "connector.")) for target in codes)
+        found = self._log_probabilities(model, self.image_rows if sees_alike else _image_rows(model, self.samples))
         divergences = (self.expected.exp() * (self.expected - found)).sum(-1)
         worst = divergences.sort(descending=True).values[: len(divergences) // 100]
         centred = [values - values.mean(-1, keepdim=True) for values in (self.expected, found)]
@@ -174,7 +175,7 @@ class Judge:
         return Damage(1e3 * float(divergences.mean()), 1e3 * error, float(worst.sum() / divergences.sum()))
 
     @torch.no_grad()
-    def _log_probabilities(self, model: VisionLanguageModel) -> Tensor:
+    def _log_probabilities(self, model: VisionLanguageModel, image_rows: dict[Path, Tensor]) -> Tensor:
         """float64 [answer tokens, vocab]."""
         results: dict[int, Tensor] = {}
         for places in _batches_of_equal_length(self.samples):
@@ -183,7 +184,7 @@ class Judge:
                 torch.from_numpy(np.stack([getattr(sample, name) for sample in batch])) for name in ("ids", "types")
             )
             layout = derive_layout(model.spec, ids, None, types, None, None)
-            rows = torch.stack([self.image_rows[sample.image] for sample in batch if sample.image])
+            rows = torch.stack([image_rows[sample.image] for sample in batch if sample.image])
             hidden = model.prefill(model.join(ids, types, rows), layout, Cache.empty(model.spec.decoder.num_layers))
             for index, place in enumerate(places):
                 asked = hidden[index, self.samples[place].answer_start - 1 :]
