@@ -1,9 +1,8 @@
 """Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,12 +13,12 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import Statistics
 from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
 from vlmdeploy.errors import ConfigError, QuantizationError
+from vlmdeploy.export.options import Progress
 from vlmdeploy.export.precision import GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
 
-Progress = Callable[[str, int, int], None]
 CANDIDATE_BITS = (3, 4, 8)
 MEASURED_SAMPLES = 64  # gradients and errors are averages over these
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>GB|MB|KB|B)", re.IGNORECASE)
@@ -89,7 +88,7 @@ def allocate_plan(
         raise QuantizationError(f"--budget: {error} beside {fixed:,} bytes of floats; give a larger budget") from error
     by_target = dict(plan.by_target)
     for target, choice in chosen.items():
-        by_target[target] = Precision(f"int{choice.grid.bits}", choice.grid.group_size, choice.grid.symmetric)
+        by_target[target] = Precision.of(choice.grid)
     return replace(plan, by_target=by_target)
 
 
@@ -124,4 +123,4 @@ def _budget_bytes(budget: Budget, members: dict[str, Linear], fixed: int) -> int
     if budget.total_bytes is not None:
         return budget.total_bytes - fixed
     assert budget.average_bits is not None, "parse sets one of them"
-    return int(budget.average_bits * sum(prod((item.out_width, item.in_width)) for item in members.values()) / 8)
+    return int(budget.average_bits * sum(item.out_width * item.in_width for item in members.values()) / 8)

@@ -18,9 +18,8 @@ from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import UnitRecord, shard_name
 from vlmdeploy.export.exporter import LICENCE_PATTERNS
 from vlmdeploy.export.precision import PrecisionPlan, linears
-from vlmdeploy.export.weights import REPORT_NAME
 from vlmdeploy.families.spec import WeightRule
-from vlmdeploy.model.weights import INDEX_NAME, SINGLE_NAME, Checkpoint
+from vlmdeploy.model.weights import INDEX_NAME, REPORT_NAME, SINGLE_NAME, Checkpoint
 from vlmdeploy.quant.gptq_format import (
     CONFIG_NAME,
     GptqConfig,

@@ -3,7 +3,6 @@ quantized checkpoint. OUT.quantized is removed when the bundle is there; a kille
 was."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.calib.prepare import QuantizeOptions, quantize
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.exporter import export_bundle, is_bundle
-from vlmdeploy.export.options import ExportOptions
+from vlmdeploy.export.options import ExportOptions, Progress
 from vlmdeploy.model.weights import Checkpoint
 
-Progress = Callable[[str, int, int], None]
 BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8}
 
 

@@ -1,8 +1,6 @@
 """How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens,
 given the picture and the question. The model is streamed, one layer in memory at a time."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -11,10 +9,9 @@ from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.routed import Inputs
+from vlmdeploy.export.options import Progress
 from vlmdeploy.model.decoder import RmsNorm
 from vlmdeploy.model.weights import Checkpoint
-
-Progress = Callable[[str, int, int], None]
 
 
 class FloatWeights:

@@ -2,7 +2,6 @@
 used, and the settings that decide the result."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +30,7 @@ from vlmdeploy.data.balance import Candidate, across_range, balance, draw_sample
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
 from vlmdeploy.errors import CalibrationError, ConfigError, DataError
-from vlmdeploy.export.options import with_settings
+from vlmdeploy.export.options import Progress, with_settings
 from vlmdeploy.export.precision import (
     DEFAULT_GROUP,
     Precision,
@@ -45,7 +44,6 @@ from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.inner import best_loops
 from vlmdeploy.runtime.chat import Tokenizer
 
-Progress = Callable[[str, int, int], None]
 TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
 CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
 BITS_TYPES = {3: "int3", 4: "int4", 8: "int8"}

@@ -4,7 +4,7 @@ A unit is an encoder layer, the connector, a decoder layer or the head. Memory h
 Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,11 +39,11 @@ from vlmdeploy.calib.state import (
     unfinished_settings,
 )
 from vlmdeploy.errors import CalibrationError, QuantizationError
+from vlmdeploy.export.options import Progress
 from vlmdeploy.export.precision import PrecisionPlan
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_MEMORY_BYTES = 1 << 30
 
 

@@ -21,6 +21,7 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens,
 from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.routed import Inputs, Statistics, chunks
 from vlmdeploy.calib.solver import judged_rows
+from vlmdeploy.export.options import Progress
 from vlmdeploy.model.connector import Connector, DownsampleConv
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
 from vlmdeploy.model.vision import VisionLayer
@@ -29,20 +30,17 @@ from vlmdeploy.quant.gptq import GptqOptions, factorize, quantize_gptq
 from vlmdeploy.quant.grid import Grid, dequantize
 from vlmdeploy.quant.inner import best_loops
 
-Progress = Callable[[str, int, int], None]
 DAMPING = 0.01
 
 
 @dataclass
 class ErrorMeter:
-    """A quantizer that leaves linears as they are and notes, for every grid in question, the error of each judged row
-    and the tokens it was measured on."""
+    """A quantizer that leaves linears as they are and notes, for every grid in question, each judged row's error."""
 
     checkpoint: Checkpoint
     statistics: Statistics
     grids: Callable[[str], list[Grid]]
     errors: dict[str, dict[Grid, Tensor]] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
 
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
         """The float weights."""
@@ -52,7 +50,6 @@ class ErrorMeter:
             problem = self.statistics.problem(target, weights, grids[0], tokens, expert, inputs)
             if problem.tokens:
                 self.errors[target] = _row_errors(weights, problem.hessian, grids)
-                self.tokens[target] = problem.tokens
         return (weights,)
 
     def unused(self, target: str) -> None:
@@ -75,7 +72,6 @@ class GradientMeter:
     """Sums squared gradients at the outputs of linears, by parameter name."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def watching(self, module: nn.Module, prefix: str) -> Iterator[None]:
@@ -101,7 +97,6 @@ class GradientMeter:
         """Add some tokens, [rows, out]."""
         total = self.squares.setdefault(target, torch.zeros(gradient.shape[1]))
         total += gradient.detach().square().sum(0)
-        self.tokens[target] = self.tokens.get(target, 0) + len(gradient)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ class Precision:
     group_size: int = 0
     symmetric: bool = True
 
+    @classmethod
+    def of(cls, grid: Grid) -> "Precision":
+        """How codes of a grid are stored."""
+        return cls(f"int{grid.bits}", grid.group_size, grid.symmetric)
+
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for floats."""

@@ -13,11 +13,10 @@ from torch import Tensor
 from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.export.precision import Precision, PrecisionPlan, Stored
 from vlmdeploy.families.spec import Config
-from vlmdeploy.model.weights import Checkpoint, read_json
+from vlmdeploy.model.weights import REPORT_NAME, Checkpoint, read_json
 from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
-REPORT_NAME = "quantization_report.json"  # beside the weights of a checkpoint that `vlmdeploy quantize` wrote
 BLOCK_BYTES = 8 << 20  # rows are read in blocks of about this many float32 bytes: they stay in the cache
 
 
@@ -26,11 +25,7 @@ def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
     if not checkpoint.is_quantized:
         return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
-    codes = {
-        target: Precision(f"int{grid.bits}", grid.group_size, grid.symmetric)
-        for target, grid in grids.items()
-        if grid is not None
-    }
+    codes = {target: Precision.of(grid) for target, grid in grids.items() if grid is not None}
     chosen = quantization_report(checkpoint).get("settings", {}).get("parts", {})
     return Stored(codes, {part: kind for part, kind in chosen.items() if kind in ("fp32", "fp16")})
 

@@ -4,7 +4,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.model.weights import Checkpoint, read_json
+from vlmdeploy.model.weights import REPORT_NAME, Checkpoint, read_json
 
 PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 
@@ -41,7 +41,7 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.codes.config
     if config is None:
         return {}
-    report = read_json(checkpoint.folder / "quantization_report.json", optional=True)
+    report = read_json(checkpoint.folder / REPORT_NAME, optional=True)
     quantization = {"bits": config.bits, "group_size": config.group_size, "sym": config.symmetric}
     found = {"quantization": quantization, "quantized_linears": len(checkpoint.codes.modules)}
     return {**found, "quantization_report": report} if "linears" in report else found
