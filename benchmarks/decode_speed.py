@@ -21,7 +21,7 @@ from export_memory import write_checkpoint
 import vlmdeploy
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
-from vlmdeploy.runtime.backend import rope_table, slot_positions
+from vlmdeploy.runtime.backend import slot_positions
 from vlmdeploy.runtime.generate import Prompt, make_prompt, prefill, prompt_rows
 from vlmdeploy.runtime.session import Session
 
@@ -62,7 +62,7 @@ def time_prompt(session: Session, prompt: Prompt) -> dict[str, float]:
     """Milliseconds of each phase; of decoding, per token."""
     backend, embedding = session.backend, session.embedding
     positions = slot_positions(prompt.positions, len(prompt.ids) + NEW_TOKENS)
-    cache = backend.new_cache(rope_table(session.manifest.cache, positions))
+    cache = backend.new_cache(positions)
     times = [time.perf_counter()]
     rows = prompt_rows(prompt, backend.encode_images, embedding)
     times.append(time.perf_counter())

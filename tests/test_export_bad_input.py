@@ -137,7 +137,7 @@ def test_option_that_does_not_fit_is_one_line(ckpt: Path, options: list[object],
 
 
 @pytest.mark.parametrize("options", [
-    ["--context", 0], ["--threads", 0], ["--seed", -1], ["--target", "trt-int4"], ["--quant", "gptq"],
+    ["--context", 0], ["--threads", 0], ["--seed", -1], ["--target", "trt-int5"], ["--quant", "gptq"],
     ["--vision", "int3"],
 ])  # fmt: skip
 def test_senseless_value_is_wrong_usage(ckpt: Path, options: list[object], tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ SABOTAGES: dict[str, tuple[Edit, str]] = {
     "gate_and_up_swapped_in_the_connector": (edit_nodes("vision", "Split", lambda node: swap_outputs(node)
         if "connector" in node.output[0] else None), "connector.mlp"),
     "queries_and_values_swapped": (
-        edit_nodes("vision", "Split", lambda node: swap_outputs(node) if node.output[0].endswith("1.q") else None),
+        edit_nodes("vision", "Split", lambda node: swap_outputs(node) if "1.mixed.q" in node.output[0] else None),
         "vision.layer.1",
     ),
     "norm_eps_of_the_decoder": (

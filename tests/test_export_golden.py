@@ -20,11 +20,11 @@ from tests.tiny_bundle import TEXT_MODEL, content_of, export, write_text_checkpo
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
 from vlmdeploy.export.precision import PARTS, plan_precision
-from vlmdeploy.export.taps import tapped_session
+from vlmdeploy.export.taps import tapped_backend
 from vlmdeploy.export.weights import WeightReader
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import Checkpoint, fill_parameter
-from vlmdeploy.runtime.backend import rope_table, slot_positions
+from vlmdeploy.runtime.backend import slot_positions
 from vlmdeploy.runtime.generate import CHUNK_ROWS
 from vlmdeploy.runtime.ort_backend import OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import Session
@@ -89,12 +89,7 @@ def weight_reader(ckpt: Path, manifest: Manifest) -> WeightReader:
 def exact_session(exported: Exported) -> Session:
     """The bundle with float instead of int8 activations, so that only the order of sums differs from PyTorch."""
     folder, manifest = exported.folder, exported.manifest
-
-    def load(graph: str) -> Any:
-        path = folder / manifest.graphs[graph].file
-        return tapped_session(import_onnxruntime(), path, [], True, manifest.provider, threads=1)
-
-    return Session(folder, manifest, OrtBackend(folder, manifest, load_graph=load))
+    return Session(folder, manifest, tapped_backend(folder, manifest, True, 1, {}))
 
 
 def assert_same_answers(session: Session, model: VisionLanguageModel, ids: list[int], pixels: Any, name: str) -> None:
@@ -357,7 +352,7 @@ def test_cache_is_written_in_place(counted: tuple[Session, dict[str, CountingSes
     session, calls = counted
     backend = session.backend
     assert isinstance(backend, OrtBackend)
-    cache = backend.new_cache(rope_table(session.manifest.cache, slot_positions(np.arange(3), 5)))
+    cache = backend.new_cache(slot_positions(np.arange(3), 5))
     places = {array.ctypes.data for array in cache.arrays.values()}
     rows = session.embedding[np.array([1, 5, 6, 7, 8])]
     backend.run_segment("language", rows[:3], cache, np.array([2]))

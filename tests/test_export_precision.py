@@ -16,6 +16,9 @@ PRECISION_OF = {  # vision, connector, decoder, lm_head, embedding
     "ort-fp16": ("fp16", "fp16", "fp16", "fp16", "fp16"),
     "ort-int8": ("int8", "int8", "int8", "int8", "fp16"),
     "ort-int4": ("int8", "int8", "int4", "int8", "fp16"),
+    "rtx-int4": ("fp16", "fp16", "int4", "fp16", "fp16"),
+    "trt-int4": ("fp16", "fp16", "int4", "fp16", "fp16"),
+    "trt-fp16": ("fp16", "fp16", "fp16", "fp16", "fp16"),
 }
 
 

@@ -25,23 +25,26 @@ OURS: dict[str, set[str]] = {
     "bundle": {"errors"},
     "devices": {"errors"},
     "artifact": {"errors"},
+    "sizes": {"errors"},
     "console": {"errors"},
     "layout": {"bundle", "errors"},
     "families": {"bundle", "errors"},
     "quant": {"errors"},
     "kernels": {"errors"},
-    "runtime": {"bundle", "layout", "errors"},
+    "runtime": {"bundle", "layout", "sizes", "errors"},
     "data": {"runtime.image", "runtime.chat", "bundle", "errors"},
     "model": {"families", "kernels", "quant", "layout", "bundle", "errors"},
     "calib": {
-        "model", "families", "data", "quant", "runtime", "export", "devices", "layout", "artifact", "bundle", "errors",
+        "model", "families", "data", "quant", "runtime", "export", "devices", "layout", "artifact", "bundle", "sizes",
+        "errors",
     },
     "train": {
         "model", "families", "data", "calib.scoring", "calib.validate", "runtime.chat", "runtime.image", "layout",
         "artifact", "bundle", "errors",
     },
     "export": {
-        "model", "families", "data", "quant", "runtime", "kernels", "devices", "layout", "artifact", "bundle", "errors",
+        "model", "families", "data", "quant", "runtime", "kernels", "devices", "layout", "artifact", "bundle", "sizes",
+        "errors",
     },
     "cli": {
         "model", "families", "data", "quant", "calib", "train", "export", "runtime", "devices", "console", "artifact",
@@ -52,14 +55,14 @@ OURS: dict[str, set[str]] = {
 # Part -> other people's packages: at the top of a module, and (after the bar) only inside functions.
 THEIRS: dict[str, str] = {
     "layout": "numpy |",
-    "runtime": "numpy PIL tokenizers | onnxruntime tensorrt",
+    "runtime": "numpy PIL tokenizers | onnxruntime cuda",
     "data": "numpy PIL |",
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
     "model": "numpy torch safetensors |",
     "calib": "numpy torch safetensors PIL |",
     "train": "numpy torch safetensors tokenizers |",
-    "export": "numpy torch safetensors onnx tokenizers | onnxruntime sentencepiece tensorrt",
+    "export": "numpy torch safetensors onnx tokenizers | onnxruntime sentencepiece",
     "console": "rich |",
     "cli": "click |",
 }
@@ -173,6 +176,12 @@ def test_runtime_imports_where_torch_cannot_be_imported() -> None:
     blocked = "import sys\nfor name in ('torch', 'onnx', 'safetensors'): sys.modules[name] = None"
     ours = ("vlmdeploy.model", "vlmdeploy.families", "vlmdeploy.export", "vlmdeploy.quant", "vlmdeploy.calib")
     assert loaded_after(f"{blocked}\nimport {', '.join(names)}", *ours) == []
+
+
+def test_engines_are_built_where_torch_cannot_be_imported() -> None:
+    blocked = "import sys\nfor name in ('torch', 'safetensors'): sys.modules[name] = None"
+    ours = ("vlmdeploy.model", "vlmdeploy.quant", "vlmdeploy.calib")
+    assert loaded_after(f"{blocked}\nimport vlmdeploy.export.engine_build", *ours) == []
 
 
 def test_unknown_public_name_is_an_attribute_error() -> None:

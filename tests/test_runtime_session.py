@@ -400,7 +400,7 @@ def test_no_such_bundle(tmp_path: Path) -> None:
 
 def test_bundle_of_a_newer_format_is_refused(copy: Path) -> None:
     edit_manifest(copy, format_version="2.0")
-    with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.1.* update vlmdeploy"):
+    with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.2.* update vlmdeploy"):
         vlmdeploy.open(copy)
 
 

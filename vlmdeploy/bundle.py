@@ -9,13 +9,13 @@ import hashlib
 import json
 import types
 import typing
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vlmdeploy.errors import BundleError
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 MANIFEST_NAME = "manifest.json"
 
 Record = TypeVar("Record")
@@ -139,6 +139,26 @@ class EmbeddingInfo:
 
 
 @dataclass(frozen=True)
+class EngineInfo:
+    """One compiled engine: a graph, or a run of its decoder layers where one engine would not fit the builder's memory.
+
+    library: "tensorrt_rtx" or "tensorrt". compute_capabilities: the SMs it was built for ("8.6"), none for a portable
+    plan. layers: first and past-the-last decoder layer; (0, 0) for the vision graph.
+    """
+
+    file: str
+    graph: str
+    part: int
+    layers: tuple[int, int]
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    compute_capabilities: tuple[str, ...]
+    chunk_rows: int  # most rows of one call
+    logit_rows: int  # most rows of one call whose logits are asked for
+    context_tokens: int
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """Size and hash of one file of the bundle."""
 
@@ -206,7 +226,13 @@ class Manifest:
     made_by: Provenance
     verification: Verification | None = None
     requested_precision: dict[str, str] | None = None  # parts whose precision was asked for (since 1.1)
+    engines: dict[str, EngineInfo] = field(default_factory=dict)  # compiled graphs (since 1.2)
     format_version: str = FORMAT_VERSION
+
+    @property
+    def dialect(self) -> Literal["ort", "trt"]:
+        """In which operators the graphs are written."""
+        return "ort" if self.target.startswith("ort-") else "trt"
 
     def template(self, name: str | None) -> ChatTemplate:
         """The template of that name, or the default one; raises BundleError and lists the names there are."""
@@ -219,12 +245,14 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into the folder, its own hash as the last entry."""
+    """Write manifest.json into the folder in one step, its own hash as the last entry."""
     body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
     assert body.endswith("\n}"), "json.dumps with indent ends an object on its own line"
     signed = body[:-2].encode() + b',\n "sha256": "'
     digest = hashlib.sha256(signed).hexdigest()
-    (folder / MANIFEST_NAME).write_bytes(signed + digest.encode() + b'"\n}\n')
+    aside = folder / f".{MANIFEST_NAME}"
+    aside.write_bytes(signed + digest.encode() + b'"\n}\n')
+    aside.replace(folder / MANIFEST_NAME)
 
 
 def read_manifest(folder: Path) -> Manifest:

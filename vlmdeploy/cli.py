@@ -19,7 +19,7 @@ from vlmdeploy.errors import VlmdeployError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
-TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4"])
+TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4", "trt-int4", "trt-fp16"])
 HESSIAN = click.Choice(["routed", "pooled", "text-only"])
 RESIDENCY = click.Choice(["all", "phase"])
 EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
@@ -173,6 +173,18 @@ def calibration_options(command: Command) -> Command:
     return command
 
 
+def build_options(command: Command) -> Command:
+    """The options that `export` and `build` share: what engines are compiled for."""
+    options = (
+        click.option("--sm", multiple=True, help='Compute capability of an engine, "8.6"; none: a portable RTX plan.'),
+        click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one call."),
+        click.option("--max-memory", help="Memory for building an engine, such as 12GB.  [default: what is free]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint folder.")
 @click.option("--calib", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, SFT-311K root, or pictures.")
@@ -238,6 +250,7 @@ def quantize(
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
 @click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
 @click.option("--provider", type=click.Choice(["cpu"]), default="cpu", help="ONNX Runtime's execution provider.")
+@build_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the verification's picture and prompt.")
 @threads_option
 @force_option
@@ -262,11 +275,15 @@ def export(
     threads: int | None,
     force: bool,
     as_json: bool,
+    sm: tuple[str, ...],
+    chunk_rows: int,
+    max_memory: str | None,
     **calibration: Any,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
     from vlmdeploy.calib.export_calibrated import export_calibrated, holds_codes
     from vlmdeploy.calib.prepare import quantize_options
+    from vlmdeploy.export.engine_build import read_build_options
     from vlmdeploy.export.exporter import export_bundle
     from vlmdeploy.export.options import ExportOptions
     from vlmdeploy.runtime.summary import bundle_rows
@@ -280,7 +297,8 @@ def export(
         )
     chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
     precisions = {part: precision for part, precision in chosen.items() if precision}
-    options = ExportOptions(target, precisions, group, context, tokenizer, template, "cpu", force, seed, threads)
+    build = read_build_options(sm, chunk_rows, max_memory)
+    options = ExportOptions(target, precisions, group, context, tokenizer, template, "cpu", force, seed, threads, build)
     with progress_bar() as progress:
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, options, progress)
@@ -293,6 +311,24 @@ def export(
         print_json({"bundle": str(out), "warnings": warnings, "manifest": asdict(manifest)})
     else:
         print_rows(f"{out}: verified bundle", ["", ""], bundle_rows(manifest))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@build_options
+@json_option
+def build(bundle: Path, sm: tuple[str, ...], chunk_rows: int, max_memory: str | None, as_json: bool) -> None:
+    """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
+    from vlmdeploy.export.engine_build import build_bundle, read_build_options
+    from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
+
+    with progress_bar() as progress:
+        manifest, is_new = build_bundle(bundle, read_build_options(sm, chunk_rows, max_memory), progress)
+    if as_json:
+        print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
+    else:
+        title = "engines built" if is_new else "the engines are built already, for these options"
+        print_rows(f"{bundle}: {title}", ENGINE_COLUMNS, engine_rows(manifest))
 
 
 @main.command()
@@ -387,6 +423,10 @@ def inspect(folder: Path, as_json: bool) -> None:
         print_json(content)
         return
     print_rows(str(folder), ["", ""], rows)
+    if content.get("engines"):
+        from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
+
+        print_rows("engines", ENGINE_COLUMNS, engine_rows(manifest))
     if "quantization_report" in content:
         from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows
 

@@ -29,11 +29,15 @@ from vlmdeploy.bundle import (
     write_manifest,
 )
 from vlmdeploy.errors import BundleError, ExportError
-from vlmdeploy.export.decoder_graph import HeadLayout, build_decoder, graph_name
+from vlmdeploy.export.decoder_graph import build_decoder, graph_name
+from vlmdeploy.export.engine_build import ENGINES, compile_engines, engine_files, plan_engines
 from vlmdeploy.export.graph import DataFile, GraphBuilder
+from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
+from vlmdeploy.export.ort_dialect import OrtGraph
 from vlmdeploy.export.precision import plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.export.trt_dialect import TrtGraph
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
 from vlmdeploy.export.weights import WeightReader, quantization_report, stored_precisions
@@ -41,8 +45,10 @@ from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.runtime.session import TOKENIZER_NAME
+from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
 
 EMBEDDING_NAME = "embedding.bin"
+CACHE_BYTES = {"fp32": 4, "fp16": 2}
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 
 
@@ -59,21 +65,31 @@ def export_bundle(
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
+    is_compiled = options.target.startswith("rtx-")  # on any machine; the others on the device, by `vlmdeploy build`
+    if is_compiled:
+        import_tensorrt(library_of(options.target))
     reader = WeightReader(checkpoint, plan)
     warnings = [*plan_warnings(plan, options.group), *_rounded_floats(reader)]
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
-        graphs, hashes = _write_graphs(reader, spec, folder, progress)
+        cache_type = "fp32" if options.target.startswith("ort-") else "fp16"
+        cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
+        graphs, hashes = _write_graphs(reader, spec, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
-        cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy())
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
+        parts = plan_engines(folder, manifest, options.build) if is_compiled else []
         subject = Subject(str(out), reader, spec, folder, manifest, options.threads)
         verification, record = verify_staged(subject, options.seed, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
-        memory = _memory_bytes(manifest, files)
-        manifest = replace(manifest, files=files, verification=verification, memory_bytes=memory)
+        manifest = replace(manifest, verification=verification, memory_bytes=_memory_bytes(manifest, files))
+        if parts:
+            (folder / ENGINES).mkdir()
+            engines = compile_engines(folder, manifest, parts, options.build, folder / ENGINES, progress)
+            manifest = replace(manifest, engines=engines)
+            files |= engine_files(folder / ENGINES)
+        manifest = replace(manifest, files=files)
         write_manifest(folder, manifest)
     return manifest, tuple(warnings)
 
@@ -118,7 +134,7 @@ def _copy_licences(source: Path, folder: Path) -> None:
 
 
 def _write_graphs(
-    reader: WeightReader, spec: ModelSpec, folder: Path, progress: Progress
+    reader: WeightReader, spec: ModelSpec, cache: CacheShape, folder: Path, progress: Progress
 ) -> tuple[dict[str, GraphInfo], dict[str, FileEntry]]:
     """Every graph with its data file; also the hashes of the data files, taken while they were written."""
     graphs, hashes = {}, {}
@@ -126,7 +142,7 @@ def _write_graphs(
     for index, name in enumerate(names):
         progress("graphs", index, len(names))
         with DataFile(folder / f"{name}.data") as data:
-            builder = GraphBuilder(name, reader, data)
+            builder = _builder(name, reader, data, cache, spec.decoder.context_tokens)
             if name == "vision":
                 build_vision(builder, spec)
             else:
@@ -135,6 +151,13 @@ def _write_graphs(
         hashes[data.path.name] = data.entry()
     progress("graphs", len(names), len(names))
     return graphs, hashes
+
+
+def _builder(name: str, reader: WeightReader, data: DataFile, cache: CacheShape, context_tokens: int) -> GraphBuilder:
+    """A graph in the dialect that the cache's type belongs to: ONNX Runtime's is fp32, TensorRT's fp16."""
+    if cache.dtype == "fp32":
+        return OrtGraph(name, reader, data)
+    return TrtGraph(name, reader, data, cache, context_tokens)
 
 
 def _write_embedding(reader: WeightReader, folder: Path) -> tuple[EmbeddingInfo, FileEntry]:
@@ -244,7 +267,7 @@ def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, 
         "vision": graphs["vision"],
         "prefill": graphs["decoder_text"] + graphs.get("decoder_vision", 0),
         "decode": graphs["decoder_text"],
-        "kv_per_token": 2 * 4 * cache.num_layers * cache.kv_heads * cache.head_dim,
+        "kv_per_token": 2 * CACHE_BYTES[cache.dtype] * cache.num_layers * cache.kv_heads * cache.head_dim,
     }
 
 

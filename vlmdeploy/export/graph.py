@@ -1,13 +1,15 @@
 """A small builder of ONNX graphs whose large weights go straight into an external data file, block by block.
 
-The `ort` dialect: standard operators plus ONNX Runtime's MatMulNBits, GroupQueryAttention and friends.
+A graph is written in one of two dialects of the same structure: ort_dialect.py and trt_dialect.py hold the operations
+in which they differ.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -15,16 +17,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vlmdeploy.bundle import FileEntry, GraphInfo, TensorInfo
+from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.weights import Ints, WeightReader
-from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits
-from vlmdeploy.quant.grid import Floats, Grid, Quantized
+from vlmdeploy.quant.grid import Grid, Quantized
 
-OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11
-CONTRIB = "com.microsoft"
 ALIGNMENT = 64 << 10  # external offsets are multiples of this, so that each tensor can be memory-mapped alone
 INLINE_BYTES = ALIGNMENT  # smaller tensors stay in the .onnx file: padding would cost more than they do
-FULL_ACCURACY, INT8_ACCURACY = 0, 4  # MatMulNBits.accuracy_level: exact float activations, or int8 ones (twice as fast)
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
 ONNX_OF_NUMPY = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
@@ -32,6 +31,7 @@ ONNX_OF_NUMPY[np.dtype(np.uint8)] = TensorProto.UINT8
 
 
 Value = TypeVar("Value", bound=np.generic)
+Attribute = int | float | str | list[int]
 
 
 class DataFile:
@@ -69,8 +69,11 @@ class DataFile:
         self._stream.close()
 
 
-class GraphBuilder:
-    """Collects the nodes of one graph; values are referred to by name."""
+class GraphBuilder(ABC):
+    """Collects the nodes of one graph; values are referred to by name. Values between operations are float32."""
+
+    opsets: ClassVar[dict[str, int]]  # domain -> version
+    functions: ClassVar[tuple[onnx.FunctionProto, ...]] = ()  # model-local functions that the nodes use
 
     def __init__(self, name: str, weights: WeightReader, data: DataFile) -> None:
         self.name = name
@@ -97,14 +100,12 @@ class GraphBuilder:
             self._public_outputs.append(TensorInfo(name, dtype, shape))
         return name
 
-    def node(
-        self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: int | float | list[int]
-    ) -> str:
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Attribute) -> str:
         """Add a node with one output and return the output's name."""
         return self.nodes(op, inputs, [output], domain, **attributes)[0]
 
     def nodes(
-        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: int | float | list[int]
+        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Attribute
     ) -> list[str]:
         """Add a node with several outputs; "" leaves one out."""
         node = helper.make_node(op, inputs, outputs, name=outputs[-1], domain=domain)
@@ -141,70 +142,82 @@ class GraphBuilder:
         self._initializers[name] = tensor
         return name
 
+    @abstractmethod
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """x @ W.T (+ bias) in the planned precision. x [..., in] -> [..., out].
+        """x @ W.T (+ bias) in the planned precision. x [..., in] -> [..., out], float32 both.
 
         `target` is the name without ".weight". `order` picks and arranges output rows, -1 being a row of zeros.
         """
-        weight = f"{target}.weight"
-        rows, width = self.weights.matrix_shape(weight)
-        order = np.arange(rows) if order is None else order
-        bias = self._bias(f"{target}.bias", order) if has_bias else ""
-        precision = self.weights.plan[weight]
-        if precision.grid is not None:
-            codes, bits, block_size = self._codes(weight, order, precision.grid)
-            inputs = [x, *codes, "", bias] if bias else [x, *codes]
-            return self.node(
-                "MatMulNBits", inputs, output, CONTRIB, K=width, N=len(order), bits=bits, block_size=block_size,
-                accuracy_level=INT8_ACCURACY,
-            )  # fmt: skip
-        product = output if not bias else f"{output}.product"
-        self.node("FusedMatMul", [x, self._floats(weight, order, precision.type)], product, CONTRIB, transB=1)
-        return self.node("Add", [product, bias], output) if bias else product
+
+    @abstractmethod
+    def silu(self, x: str, output: str) -> str:
+        """x * sigmoid(x)."""
+
+    @abstractmethod
+    def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:
+        """The RMS norm of x; `norm` is the parameter's name without ".weight"."""
+
+    @abstractmethod
+    def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
+        """The residual sum, named `output`, and its RMS norm, named `output`.normed."""
+
+    @abstractmethod
+    def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
+        """Attention of all rows to all rows. qkv [images, rows, 3 * width] -> [images, rows, width]."""
+
+    @abstractmethod
+    def cache_inputs(self, heads: HeadLayout) -> None:
+        """Declare what a decoder takes beside its rows: counters, positions, and the KV cache in and out."""
+
+    @abstractmethod
+    def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
+        """Causal attention of layer `index` that rotates queries and keys, writes the cache in place and reads it.
+
+        qkv [rows, (heads + 2 kv_heads) * padded] -> [rows, heads * head_dim].
+        """
+
+    @abstractmethod
+    def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
+        """Only write the cache. both [rows, 2 kv_heads * padded]: keys, then values."""
+
+    def cache_tensors(self, heads: HeadLayout, dtype: str, capacity: int | str) -> None:
+        """Declare past and present of every layer, [1, kv_heads, capacity, padded] each."""
+        shape = (1, heads.decoder.num_kv_heads, capacity, heads.padded)
+        for index in range(heads.decoder.num_layers):
+            for kind in ("key", "value"):
+                self.input(f"past_{kind}.{index}", dtype, shape, public=False)
+                self.output(f"present_{kind}.{index}", dtype, shape, public=False)
+
+    def true_heads(self, heads: HeadLayout, mixed: str, name: str) -> str:
+        """Cut the padding off each head: [..., heads, padded] in any leading shape -> [rows, heads * head_dim]."""
+        decoder = heads.decoder
+        width = decoder.num_heads * decoder.head_dim
+        if heads.is_padded:
+            split = self.node("Reshape", [mixed, self.ints(-1, decoder.num_heads, heads.padded)], f"{name}.heads")
+            ends = [self.ints(0), self.ints(decoder.head_dim), self.ints(2)]
+            mixed = self.node("Slice", [split, *ends], f"{name}.heads.cut")
+        return self.node("Reshape", [mixed, self.ints(-1, width)], f"{name}.mixed")
 
     def _bias(self, target: str, order: Ints) -> str:
         return self.tensor(target, np.where(order < 0, np.float32(0), self.weights.vector(target)[order]))
 
     def _floats(self, weight: str, order: Ints, type_name: str) -> str:
-        """The matrix [out, in]; fp16 ones are widened in the graph, the arithmetic stays float32."""
+        """The matrix [out, in] stored as fp32 or fp16."""
         read = self.weights.half_rows if type_name == "fp16" else self.weights.rows
         shape = (len(order), self.weights.matrix_shape(weight)[1])
         kind = NUMPY_TYPES[type_name]
         blocks = (
             _arranged(read(weight, *span), rows, span[0], 0).astype(kind) for rows, span in self._spans(weight, order)
         )
-        name = self.external(weight, ONNX_OF_NUMPY[np.dtype(kind)], shape, blocks)
-        return self.node("Cast", [name], f"{name}.fp32", to=TensorProto.FLOAT) if type_name == "fp16" else name
+        return self.external(weight, ONNX_OF_NUMPY[np.dtype(kind)], shape, blocks)
 
-    def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], int, int]:
-        """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits
-        wants them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
-        bits, block_size = field_bits(grid.bits), matmul_block_size(grid.group_size)
-        blocks = self.weights.matrix_shape(weight)[1] // block_size
-        scales = np.empty((len(order), blocks), np.float32)
-        zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
-        shape = (len(order), blocks, block_size * bits // 8)
-        written = self._code_blocks(weight, order, grid, scales, zeros)
-        codes = self.external(weight, TensorProto.UINT8, shape, written)
-        names = [codes, self.tensor(f"{weight}.scales", scales)]
-        names.append("" if grid.symmetric else self.tensor(f"{weight}.zero_points", zeros))
-        return names, bits, block_size
-
-    def _code_blocks(
-        self, weight: str, order: Ints, grid: Grid, scales: Floats, zeros: NDArray[np.uint8]
-    ) -> Iterable[NDArray[np.uint8]]:
-        """Codes of a few rows at a time; scales and zero points are filled in on the way."""
-        done = 0
+    def _code_blocks(self, weight: str, order: Ints, grid: Grid) -> Iterable[Quantized]:
+        """The codes of a matrix, a few of its arranged rows at a time."""
         for rows, span in self._spans(weight, order):
             stored = self.weights.quantized(weight, *span)
             middles = None if stored.zeros is None else _arranged(stored.zeros, rows, span[0], grid.zero_point)
             codes = _arranged(stored.codes, rows, span[0], grid.zero_point)
-            part = matmul_nbits(Quantized(codes, _arranged(stored.scales, rows, span[0], 1), stored.grid, middles))
-            scales[done : done + len(rows)] = part.scales
-            if part.zero_points is not None:
-                zeros[done : done + len(rows)] = part.zero_points
-            done += len(rows)
-            yield part.codes
+            yield Quantized(codes, _arranged(stored.scales, rows, span[0], 1), stored.grid, middles)
 
     def _spans(self, weight: str, order: Ints) -> Iterable[tuple[Ints, tuple[int, int]]]:
         """Blocks of output rows, each with the range of stored rows that it needs (row 0 where it needs none)."""
@@ -219,8 +232,10 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmdeploy")
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmdeploy", functions=self.functions
+        )
         path = folder / f"{self.name}.onnx"
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlmdeploy.errors import ExportError
+from vlmdeploy.export.engine_build import BuildOptions
 from vlmdeploy.export.precision import DEFAULT_GROUP
 from vlmdeploy.families.spec import ModelSpec
 
@@ -30,6 +31,7 @@ class ExportOptions:
     force: bool = False
     seed: int = 0
     threads: int | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
 
 
 def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:

@@ -25,6 +25,9 @@ TARGETS: dict[str, dict[str, str]] = {
     "ort-fp16": dict.fromkeys(PARTS, "fp16"),
     "ort-int8": {**dict.fromkeys(PARTS, "int8"), "embedding": "fp16"},
     "ort-int4": {"vision": "int8", "connector": "int8", "decoder": "int4", "lm_head": "int8", "embedding": "fp16"},
+    "rtx-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4"},
+    "trt-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4"},
+    "trt-fp16": dict.fromkeys(PARTS, "fp16"),
 }
 
 
@@ -144,7 +147,7 @@ def plan_precision(
     """
     if target not in TARGETS:
         raise ExportError(f'target "{target}" is unknown; known: {", ".join(TARGETS)}')
-    parts = {**TARGETS[target], **overrides}
+    parts = {**_target_parts(spec, target, stored), **overrides}
     for part, precision in parts.items():
         if part not in PARTS or precision not in PRECISIONS:
             raise ExportError(f'precision "{precision}" of part "{part}" is unknown; known: {", ".join(PRECISIONS)}')
@@ -155,8 +158,26 @@ def plan_precision(
     plan = PrecisionPlan(parts, {}, {}, ())
     for part in PARTS:
         members = [linear for linear in _matrices(spec) if linear.part == part]
-        plan = _plan_part(plan, part, members, group, symmetric)
+        is_row_wise = parts[part] == "int8" and is_tensorrt(target) and part != "embedding"
+        plan = _plan_part(plan, part, members, WHOLE_WIDTH if is_row_wise else group, symmetric)
     return plan if stored is None else with_stored(plan, spec, stored, frozenset(overrides))
+
+
+def is_tensorrt(target: str) -> bool:
+    """Whether a target's graphs are for TensorRT, which fuses int8 codes only with one scale for each output."""
+    return not target.startswith("ort-")
+
+
+def _target_parts(spec: ModelSpec, target: str, stored: Stored | None) -> dict[str, str]:
+    """The target's table. For TensorRT encoder and connector are int4 where the checkpoint was quantized so: in fp16
+    the encoder alone may be half of a device."""
+    parts = dict(TARGETS[target])
+    for part in ("vision", "connector"):
+        if stored is not None and is_tensorrt(target):
+            held = {stored.by_target.get(linear.target) for linear in linears(spec) if linear.part == part}
+            if any(precision is not None and precision.type == "int4" for precision in held):
+                parts[part] = "int4"
+    return parts
 
 
 def with_stored(plan: PrecisionPlan, spec: ModelSpec, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.bundle import Manifest
-from vlmdeploy.export.decoder_graph import HeadLayout
+from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import Progress
 from vlmdeploy.export.taps import TappedRun
 from vlmdeploy.export.weights import WeightReader
@@ -24,11 +24,6 @@ from vlmdeploy.model.vision import VisionEncoder, VisionLayer
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backend import Floats
 from vlmdeploy.runtime.parity import Gate, Tolerance
-
-
-def tolerance_of(check: str) -> Tolerance:
-    """The bound of one stage fed with the bundle's own input."""
-    return parity.STRUCTURE if check == "structure" else parity.SHIPPED
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,9 @@ class StageChecks:
     @property
     def _first(self) -> TappedRun:
         return next(iter(self.runs.values()))
+
+    def _bound(self, check: str) -> Tolerance:
+        return parity.bound_of(check, self.gate.dialect)
 
     def preprocess(self, manifest: Manifest) -> None:
         """Our preprocessing against PyTorch's antialiased bicubic resize, an independent implementation."""
@@ -90,7 +88,7 @@ class StageChecks:
     def _compare(self, stage: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compare one stage of every run; the bundle's own values, to feed the next stage with."""
         for check, run in self.runs.items():
-            self.gate.compare(stage, check, run.stages[stage], expected[check].numpy(), tolerance_of(check))
+            self.gate.compare(stage, check, run.stages[stage], expected[check].numpy(), self._bound(check))
         return {check: torch.from_numpy(run.stages[stage]) for check, run in self.runs.items()}
 
     def decoder(self) -> None:
@@ -136,7 +134,7 @@ class StageChecks:
             expected = layer.mlp_half(middle[check], step)[0].numpy()
             is_last = index == self.spec.decoder.num_layers - 1
             rows = ~run.vision_mask if is_last else np.ones(len(expected), np.bool_)
-            self.gate.compare(stage, check, run.stages[stage][rows], expected[rows], tolerance_of(check))
+            self.gate.compare(stage, check, run.stages[stage][rows], expected[rows], self._bound(check))
 
     def _load_layer(self, index: int, modules: tuple[str, ...]) -> DecoderLayer:
         layer = self._load(lambda: DecoderLayer(self.spec.decoder), f"decoder.layers.{index}", modules)
@@ -153,7 +151,7 @@ class StageChecks:
         for kind, found, expected, slots in pairs:
             assert expected is not None, "the layer has filled its cache"
             stage, cut = f"decoder.{kind}.{index}", found[..., slots >= 0]
-            self.gate.compare(stage, check, cut, expected[0].numpy(), tolerance_of(check))
+            self.gate.compare(stage, check, cut, expected[0].numpy(), self._bound(check))
 
     def logits(self) -> float:
         """The final norm and the head; the share of rows whose best token is the same in the last run.
@@ -167,10 +165,10 @@ class StageChecks:
             last = torch.from_numpy(run.stages[f"decoder.layer.{self.spec.decoder.num_layers - 1}"][rows])
             normed = norm(last)
             self.gate.compare(
-                "decoder.norm", check, run.stages["decoder.norm"][rows], normed.numpy(), tolerance_of(check)
+                "decoder.norm", check, run.stages["decoder.norm"][rows], normed.numpy(), self._bound(check)
             )
             expected = self._head(normed)
-            self.gate.compare("logits", check, run.logits, expected, tolerance_of(check))
+            self.gate.compare("logits", check, run.logits, expected, self._bound(check))
             agreement = self.gate.compare_best("logits", check, run.logits, expected)
         return agreement
 

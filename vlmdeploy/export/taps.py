@@ -3,6 +3,7 @@
 The graph file is edited in memory only; the weights are the bundle's own external data.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +16,11 @@ from onnx import TensorProto, helper
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.decoder_graph import decoder_taps, graph_name
-from vlmdeploy.export.graph import FULL_ACCURACY
+from vlmdeploy.export.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.reference import Sample
 from vlmdeploy.export.vision_graph import vision_taps
 from vlmdeploy.families.spec import ModelSpec
-from vlmdeploy.runtime.backend import Floats, rope_table, slot_positions
+from vlmdeploy.runtime.backend import Floats, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend, OrtCache, import_onnxruntime, session_options
 
@@ -42,13 +43,9 @@ class TappedRun:
         self.ids = np.concatenate((sample.prompt.ids, sample.decode_ids))
         self.stages: dict[str, Floats] = {}
         taps = _taps_of(spec)
-        ort = import_onnxruntime()
-
-        def load(graph: str) -> Any:
-            path = folder / manifest.graphs[graph].file
-            return tapped_session(ort, path, list(taps[graph].values()), exact, manifest.provider, threads)
-
-        backend = OrtBackend(folder, manifest, threads, load_graph=load)
+        backend = tapped_backend(
+            folder, manifest, exact, threads, {graph: list(taps[graph].values()) for graph in taps}
+        )
         self._run_vision(backend, taps["vision"])
         backend.drop("vision")
         self._run_decoder(backend, EmbeddingTable(folder, manifest.embedding), taps, manifest)
@@ -68,7 +65,7 @@ class TappedRun:
         self.positions = slot_positions(prompt.positions, total)
         self.vision_mask = np.concatenate((prompt.vision_mask, np.zeros(len(self.sample.decode_ids), np.bool_)))
         logits: list[Floats] = []
-        cache = backend.new_cache(rope_table(manifest.cache, self.positions))
+        cache = backend.new_cache(self.positions)
         for start, stop in _calls(self.vision_mask, len(prompt.ids)):
             logits += self._run_rows(backend, cache, rows, start, stop, taps)
         self.logits = np.concatenate(logits)
@@ -109,14 +106,32 @@ def _thinned(taps: dict[str, str], num_layers: int) -> dict[str, str]:
     return {stage: name for stage, name in taps.items() if not stage.startswith("vision.layer.") or stage in kept}
 
 
-def tapped_session(
-    ort: ModuleType, path: Path, taps: list[str], exact: bool, provider: str, threads: int | None
-) -> Any:
-    """A session of a graph with extra outputs; `exact` switches MatMulNBits to float activations."""
-    model = onnx.load(str(path), load_external_data=False)
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps)
-    if exact:
-        set_accuracy(model, FULL_ACCURACY)
+def tapped_backend(
+    folder: Path,
+    manifest: Manifest,
+    exact: bool,
+    threads: int | None,
+    taps: Mapping[str, list[str]],
+    residency: str = "all",
+) -> OrtBackend:
+    """A backend on a bundle's graphs, edited in memory: inner values as extra outputs, a KV cache of any length, and
+    for `exact` float32 arithmetic in place of int8 activations or fp16."""
+    ort = import_onnxruntime()
+
+    def load(graph: str) -> Any:
+        path = folder / manifest.graphs[graph].file
+        model = onnx.load(str(path), load_external_data=False)
+        edit_graph(model, manifest.dialect, exact)
+        model.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
+        )
+        return session_of(ort, model, path, manifest.provider, threads)
+
+    return OrtBackend(folder, manifest, threads, residency, load, "fp32" if exact else None)
+
+
+def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, provider: str, threads: int | None) -> Any:
+    """A session of a graph that was read from `path` and edited; its weights are the file's."""
     options = session_options(ort, threads)
     options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
     options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
@@ -126,9 +141,46 @@ def tapped_session(
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 
 
+def edit_graph(model: onnx.ModelProto, dialect: str, exact: bool) -> None:
+    """Change a graph in place for verification; see `tapped_backend`."""
+    if dialect == "ort" and exact:
+        set_accuracy(model, FULL_ACCURACY)
+    if dialect == "trt":
+        free_cache_length(model)
+        if exact:
+            widen_floats(model)
+
+
 def set_accuracy(model: onnx.ModelProto, level: int) -> None:
     """Change the accuracy_level of every MatMulNBits in place."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = level
+
+
+def free_cache_length(model: onnx.ModelProto) -> None:
+    """Let the KV cache have any length, so that a short prompt needs a short one."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_", "present_")):
+            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
+
+
+def widen_floats(model: onnx.ModelProto) -> None:
+    """Turn every fp16 value into float32: the same graph on the same stored weights, without the rounding between."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+    widened = []
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            name, tensor.name = tensor.name, f"{tensor.name}.stored"
+            widened.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    nodes = [*widened, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -5,7 +5,6 @@ model is small, logits and greedy tokens are compared from end to end too. Bound
 """
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vlmdeploy.export.options import Progress, with_settings
 from vlmdeploy.export.precision import PARTS, plan_precision
 from vlmdeploy.export.reference import draw_sample
 from vlmdeploy.export.stage_checks import StageChecks
-from vlmdeploy.export.taps import TappedRun, tapped_session
+from vlmdeploy.export.taps import TappedRun, tapped_backend
 from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints
@@ -52,14 +51,9 @@ class Subject:
         return Session(self.folder, self.manifest, self._backend(exact))
 
     def _backend(self, exact: bool) -> OrtBackend:
-        loader = self._exact_loader() if exact else None
-        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase", load_graph=loader)
-
-    def _exact_loader(self) -> Callable[[str], object]:
-        ort, manifest = import_onnxruntime(), self.manifest
-        return lambda graph: tapped_session(
-            ort, self.folder / manifest.graphs[graph].file, [], True, manifest.provider, self.threads
-        )
+        if exact or self.manifest.dialect == "trt":  # whose files have a cache of the whole context
+            return tapped_backend(self.folder, self.manifest, exact, self.threads, {}, "phase")
+        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase")
 
 
 def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Verification, Record]:
@@ -67,9 +61,10 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
 
     Raises ParityError at the first stage that differs.
     """
-    manifest, gate = subject.manifest, Gate(subject.name)
+    manifest, gate = subject.manifest, Gate(subject.name, subject.manifest.dialect)
     sample = draw_sample(manifest, seed)
-    names = ("structure", "shipped") if subject.reader.plan.is_quantized else ("structure",)
+    is_exact = manifest.dialect == "ort" and not subject.reader.plan.is_quantized
+    names = ("structure",) if is_exact else ("structure", "shipped")
     runs: dict[str, TappedRun] = {}
     for check in names:
         progress(f"run {check}", len(runs), len(names))
@@ -96,7 +91,7 @@ def _check_whole(gate: Gate, subject: Subject, runs: dict[str, TappedRun]) -> tu
     rows = np.flatnonzero(~prompt.vision_mask)
     expected = model(ids, images)[0].numpy()[rows]
     for check, run in runs.items():
-        bound = parity.STRUCTURE_END_TO_END if check == "structure" else parity.SHIPPED_END_TO_END
+        bound = parity.end_to_end_bound_of(check, gate.dialect)
         gate.compare("logits end to end", check, run.logits[: len(rows)], expected, bound)
     num_new = min(GREEDY_TOKENS, subject.manifest.context_tokens - len(prompt.ids))
     found = subject.open(exact=True).generate_ids(prompt.ids, prompt.pixels, num_new)

@@ -1,6 +1,6 @@
 """The `vision` graph: pixels [images, 3, S, S] -> decoder rows [images, rows, hidden], encoder and connector in one."""
 
-from vlmdeploy.export.graph import CONTRIB, GraphBuilder
+from vlmdeploy.export.graph import GraphBuilder
 from vlmdeploy.families.spec import (
     Activation,
     BoundaryRows,
@@ -48,8 +48,7 @@ def _embed(builder: GraphBuilder, vision: VisionSpec) -> str:
 def _layer(builder: GraphBuilder, vision: VisionSpec, name: str, x: str) -> str:
     """x + norm(attention(x)), then x + norm(mlp(x))."""
     qkv = builder.linear(x, f"{name}.qkv", f"{name}.qkv", has_bias=True)
-    q, k, v = builder.nodes("Split", [qkv], [f"{name}.{part}" for part in "qkv"], axis=2, num_outputs=3)
-    mixed = builder.node("MultiHeadAttention", [q, k, v], f"{name}.mixed", CONTRIB, num_heads=vision.num_heads)
+    mixed = builder.encoder_attention(qkv, f"{name}.mixed", vision.num_heads, vision.width)
     dense = builder.linear(mixed, f"{name}.dense", f"{name}.dense", has_bias=True)
     x = builder.node(
         "Add", [x, _layer_norm(builder, f"{name}.attention_norm", dense, vision.norm_eps)], f"{name}.middle"
@@ -104,8 +103,7 @@ def gated_mlp(builder: GraphBuilder, name: str, x: str, axis: int) -> str:
     """down(silu(gate(x)) * up(x)); gate and up are one matrix, gate rows first."""
     both = builder.linear(x, f"{name}.gate_up", f"{name}.gate_up")
     gate, up = builder.nodes("Split", [both], [f"{name}.gate", f"{name}.up"], axis=axis, num_outputs=2)
-    active = builder.node("QuickGelu", [gate], f"{name}.silu", CONTRIB, alpha=1.0)  # x * sigmoid(x)
-    product = builder.node("Mul", [active, up], f"{name}.product")
+    product = builder.node("Mul", [builder.silu(gate, f"{name}.silu"), up], f"{name}.product")
     return builder.linear(product, f"{name}.down", f"{name}.out")
 
 

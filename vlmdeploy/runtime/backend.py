@@ -37,8 +37,8 @@ class Backend(Protocol):
     def encode_images(self, pixels: Floats) -> Floats:
         """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""
 
-    def new_cache(self, rope: RopeTable) -> KvCache:
-        """An empty cache with one slot for each row of the table."""
+    def new_cache(self, positions: Ints) -> KvCache:
+        """An empty cache with one slot for each position id, int64 [capacity]."""
 
     def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """Run rows [rows, hidden] of one expert, append them to the cache, return logits [asked, vocab] of the rows

@@ -13,33 +13,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import CacheShape, Manifest
+from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backend import Floats, KvCache, RopeTable
+from vlmdeploy.runtime.backend import Floats, KvCache, rope_table
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 class OrtCache:
-    """Keys and values of every layer, [1, kv_heads, capacity, head_dim] each, and the rotary table of the slots."""
+    """Keys and values of every layer, [1, kv_heads, slots, head_dim] each, and the positions of the slots in use.
 
-    def __init__(self, ort: ModuleType, shape: CacheShape, rope: RopeTable) -> None:
+    `counters` is what a call must be told beside its rows, which depends on the dialect of the graphs.
+    """
+
+    def __init__(
+        self, ort: ModuleType, manifest: Manifest, positions: Ints, slots: int, kind: type[np.floating[Any]]
+    ) -> None:
         self.length = 0
-        self.capacity = len(rope.cos)
-        dims = (1, shape.kv_heads, self.capacity, shape.head_dim)
+        self.capacity = len(positions)
+        self.positions = positions
+        self.dialect = manifest.dialect
+        shape = manifest.cache
+        dims = (1, shape.kv_heads, slots, shape.head_dim)
         self.arrays = {
-            f"{kind}.{layer}": np.zeros(dims, np.float32)
-            for layer in range(shape.num_layers)
-            for kind in ("key", "value")
+            f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")
         }
         self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
-        self.tables = {
-            "cos": ort.OrtValue.ortvalue_from_numpy(rope.cos),
-            "sin": ort.OrtValue.ortvalue_from_numpy(rope.sin),
-        }
+        rope = rope_table(shape, positions)
+        tables = {"cos": rope.cos, "sin": rope.sin} if self.dialect == "ort" else {}
+        self.tables = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in tables.items()}
 
     def bind(self, binding: Any) -> None:
         """Bind tables, past and present of an io-binding to this cache."""
@@ -49,6 +55,17 @@ class OrtCache:
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
 
+    def counters(self, rows: int) -> dict[str, NDArray[Any]]:
+        """The inputs that say where the next rows go."""
+        total = self.length + rows
+        if self.dialect == "ort":
+            return {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
+        return {
+            "position_ids": self.positions[None, self.length : total],
+            "write_index": np.array([self.length], np.int64),
+            "lengths": np.array([total], np.int64),
+        }
+
 
 class DecodeBinding:
     """One token's bindings: buffers that are filled anew for each step and bound once."""
@@ -57,14 +74,12 @@ class DecodeBinding:
         self.cache = cache
         self.hidden = np.zeros((1, hidden), np.float32)
         self.logits = np.zeros((1, vocab_size), np.float32)
-        self.past = np.zeros(1, np.int32)  # filled places before this token, as GroupQueryAttention's seqlens_k counts
-        self.total = np.zeros((), np.int32)
+        self.counters = {name: np.ascontiguousarray(value) for name, value in cache.counters(1).items()}
         self._session = session
         self._binding = session.io_binding()
         cache.bind(self._binding)
         inputs: dict[str, NDArray[Any]] = {
-            "hidden": self.hidden, "logit_rows": np.zeros(1, np.int64), "seqlens_k": self.past,
-            "total_sequence_length": self.total,
+            "hidden": self.hidden, "logit_rows": np.zeros(1, np.int64), **self.counters
         }  # fmt: skip
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
         self._buffers["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
@@ -75,8 +90,8 @@ class DecodeBinding:
     def run(self, hidden: Floats) -> Floats:
         """Append one row; logits [vocab], valid until the next call."""
         self.hidden[:] = hidden
-        self.past[0] = self.cache.length
-        self.total[...] = self.cache.length + 1
+        for name, value in self.cache.counters(1).items():
+            self.counters[name][...] = value
         self._session.run_with_iobinding(self._binding)
         self.cache.length += 1
         logits: Floats = self.logits[0]
@@ -93,14 +108,18 @@ class OrtBackend:
         threads: int | None = None,
         residency: str = "all",
         load_graph: Callable[[str], Any] | None = None,
+        cache_type: str | None = None,
     ) -> None:
-        """`load_graph` makes the session of a graph; verification hands in one that adds outputs."""
+        """`load_graph` makes the session of a graph, its cache of any length and of `cache_type` (default: the
+        bundle's): verification hands in one that edits the graphs in memory."""
         self.ort = import_onnxruntime()
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
         self.residency = residency
         self._load_graph = load_graph or self._load_file
+        self._cache_type = CACHE_TYPES[cache_type or manifest.cache.dtype]
+        self._has_fixed_cache = load_graph is None and manifest.dialect == "trt"
         self._sessions: dict[str, Any] = {}
         self._decode: DecodeBinding | None = None
 
@@ -124,9 +143,10 @@ class OrtBackend:
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
         return rows
 
-    def new_cache(self, rope: RopeTable) -> OrtCache:
+    def new_cache(self, positions: Ints) -> OrtCache:
         """See Backend."""
-        return OrtCache(self.ort, self.manifest.cache, rope)
+        slots = self.manifest.context_tokens if self._has_fixed_cache else len(positions)
+        return OrtCache(self.ort, self.manifest, positions, slots, self._cache_type)
 
     def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend."""
@@ -141,13 +161,9 @@ class OrtBackend:
         if self.residency == "phase":
             self.drop("vision")  # the image is encoded before its rows come here
         session = self.session(GRAPH_OF_EXPERT[expert])
-        binding, total = session.io_binding(), cache.length + len(hidden)
+        binding = session.io_binding()
         cache.bind(binding)
-        inputs: dict[str, NDArray[Any]] = {
-            "hidden": hidden,
-            "seqlens_k": np.array([total - 1], np.int32),
-            "total_sequence_length": np.array(total, np.int32),
-        }
+        inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden))}
         if expert == "language":
             inputs["logit_rows"] = logit_rows
         for name, array in inputs.items():
@@ -155,7 +171,7 @@ class OrtBackend:
         for name in outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        cache.length = total
+        cache.length += len(hidden)
         values = binding.get_outputs()[len(cache.values) :]  # in the order they were bound
         return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backend import Backend, Floats, KvCache, rope_table, slot_positions
+from vlmdeploy.runtime.backend import Backend, Floats, KvCache, slot_positions
 from vlmdeploy.runtime.boxes import Box, parse_boxes
 from vlmdeploy.runtime.chat import Conversation, Message, StreamDecoder, Tokenizer, prompt_ids, read_messages
 from vlmdeploy.runtime.embedding import EmbeddingTable
@@ -161,7 +161,7 @@ class Session:
 
     def _cache(self, prompt: Prompt, new_tokens: int) -> KvCache:
         capacity = len(prompt.ids) + new_tokens
-        return self.backend.new_cache(rope_table(self.manifest.cache, slot_positions(prompt.positions, capacity)))
+        return self.backend.new_cache(slot_positions(prompt.positions, capacity))
 
     def _tokens(self, prompt: Prompt, options: SamplingOptions, timings: Timings) -> Iterator[int]:
         """Token ids of the answer, one by one."""

@@ -1,6 +1,7 @@
 """A bundle in a few lines, for people."""
 
 from vlmdeploy.bundle import Manifest
+from vlmdeploy.sizes import megabytes
 
 
 def bundle_rows(manifest: Manifest) -> list[list[str]]:
@@ -26,9 +27,20 @@ def bundle_rows(manifest: Manifest) -> list[list[str]]:
     return rows
 
 
-def megabytes(size: int) -> str:
-    """Bytes in units of 10^6."""
-    return f"{size / 1e6:,.1f} MB"
+ENGINE_COLUMNS = ["engine", "layers", "size", "for", "rows of one call"]
+
+
+def engine_rows(manifest: Manifest) -> list[list[str]]:
+    """One line for each compiled engine."""
+    rows = []
+    for name, engine in manifest.engines.items():
+        first, last = engine.layers
+        gpus = ", ".join(f"SM {capability}" for capability in engine.compute_capabilities) or "portable"
+        made_for = f"{engine.library} {engine.version}, {gpus}"
+        layers = f"{first}..{last - 1}" if last else ""
+        size = megabytes(manifest.files[engine.file].bytes)
+        rows.append([name, layers, size, made_for, str(engine.chunk_rows) if last else ""])
+    return rows
 
 
 def _verdict(manifest: Manifest) -> str:

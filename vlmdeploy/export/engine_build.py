@@ -1,0 +1,154 @@
+"""Engines of a bundle: compiled aside, hashed, and published with the manifest that lists them.
+
+A kill at any moment leaves a bundle that is whole, with its old engines or with none.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
+from vlmdeploy.errors import ConfigError, ExportError
+from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engine_parts import EnginePart, plan_parts
+from vlmdeploy.runtime.integrity import cache_folder, check_bundle
+from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
+from vlmdeploy.sizes import parse_size
+
+logger = logging.getLogger("vlmdeploy")
+
+Progress = Callable[[str, int, int], None]
+ENGINES = "engines"
+ASIDE = ".engines.partial"
+LOG_NAME = "build.log"
+CAPABILITY = re.compile(r"\d{1,2}\.\d")
+KEPT_FREE = 0.9  # of the memory that the system calls available
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may choose. No compute capability: a portable plan (TensorRT-RTX), this machine's GPU (TensorRT)."""
+
+    compute_capabilities: tuple[str, ...] = ()
+    shapes: Shapes = field(default_factory=Shapes)
+    max_memory: int | None = None  # bytes; None: what is available
+
+
+def read_build_options(capabilities: tuple[str, ...], chunk_rows: int, max_memory: str | None) -> BuildOptions:
+    """Options from what the command line takes. Raises ConfigError."""
+    for capability in capabilities:
+        if not CAPABILITY.fullmatch(capability):
+            raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
+    memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
+    return BuildOptions(capabilities, Shapes(chunk_rows=chunk_rows), memory)
+
+
+def available_bytes() -> int:
+    """Memory that a new process may take: what the system calls available, or less where a container is limited."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, max(0, limit - used))
+
+
+def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> list[EnginePart]:
+    """The engines that the bundle's graphs become here. Raises ExportError, and BackendError without the library."""
+    import_tensorrt(library_of(manifest.target))
+    memory = options.max_memory or int(KEPT_FREE * available_bytes())
+    return plan_parts(folder, manifest.graphs, manifest.cache.num_layers, memory)
+
+
+def compile_engines(
+    folder: Path, manifest: Manifest, parts: list[EnginePart], options: BuildOptions, into: Path, progress: Progress
+) -> dict[str, EngineInfo]:
+    """Compile every part into the folder `into`, with a log; what the manifest says about the engines, by name."""
+    library = import_tensorrt(library_of(manifest.target))
+    shapes = replace(options.shapes, chunk_rows=min(options.shapes.chunk_rows, manifest.context_tokens))
+    shapes = replace(shapes, images=manifest.tokens.max_images)
+    log = _new_log(into)
+    engines = {}
+    for part in parts:
+        plan = into / f"{part.name}.engine"
+        request = EngineRequest(
+            library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,
+            options.compute_capabilities, plan, log,
+        )  # fmt: skip
+        compile_engine(request, progress)
+        engines[part.name] = EngineInfo(
+            f"{ENGINES}/{plan.name}", part.graph, part.part, part.layers, library.name, library.version,
+            options.compute_capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
+        )  # fmt: skip
+    if log.parent != into:
+        shutil.copyfile(log, into / LOG_NAME)
+    return engines
+
+
+def _new_log(into: Path) -> Path:
+    """An empty log in the user's cache, where it outlives a failed build; where that cannot be written, in `into`."""
+    log = cache_folder() / LOG_NAME
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s), the log of a failed build will be lost", log, error.strerror)
+        return into / LOG_NAME
+    return log
+
+
+def engine_files(into: Path) -> dict[str, FileEntry]:
+    """What was written into the folder of engines, as the manifest lists it."""
+    return {f"{ENGINES}/{path.name}": hash_file(path) for path in sorted(into.iterdir())}
+
+
+def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tuple[Manifest, bool]:
+    """Compile the engines of a bundle where it lies; its new manifest, and whether anything had to be done.
+
+    Raises BundleError, BackendError and ExportError; then the bundle is as it was.
+    """
+    manifest = check_bundle(folder)
+    if manifest.dialect != "trt":
+        raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
+    if _is_built(manifest, options):
+        return manifest, False
+    parts = plan_engines(folder, manifest, options)
+    aside = folder / ASIDE
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        engines = compile_engines(folder, manifest, parts, options, aside, progress)
+        return _publish(folder, manifest, engines, aside), True
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {error.strerror or error} ({error.filename})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_built(manifest: Manifest, options: BuildOptions) -> bool:
+    """Whether the engines are there already, for these options and the library installed here."""
+    library = import_tensorrt(library_of(manifest.target))
+    wanted = (library.name, library.version, options.compute_capabilities)
+    rows = (min(options.shapes.chunk_rows, manifest.context_tokens), options.shapes.logit_rows)
+    return bool(manifest.engines) and all(
+        (engine.library, engine.version, engine.compute_capabilities) == wanted
+        and (engine.chunk_rows, engine.logit_rows) == rows
+        for engine in manifest.engines.values()
+    )
+
+
+def _publish(folder: Path, manifest: Manifest, engines: dict[str, EngineInfo], aside: Path) -> Manifest:
+    """Swap the engines: first a manifest without any, then the files, then the manifest that lists them."""
+    files = {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
+    bare = replace(manifest, engines={}, files=files)
+    built = replace(bare, engines=engines, files=files | engine_files(aside))
+    write_manifest(folder, bare)
+    shutil.rmtree(folder / ENGINES, ignore_errors=True)
+    aside.rename(folder / ENGINES)
+    write_manifest(folder, built)
+    return built

@@ -1,0 +1,196 @@
+"""The `trt` dialect: operators that TensorRT imports as its own layers, and that ONNX Runtime runs from the same file.
+
+Matrices are [out, in], INT4 or INT8 codes behind a DequantizeLinear, or fp16; products are fp16, everything between
+them float32: residual streams of models trained in bf16 do not fit fp16. The KV cache is fp16, of a fixed length,
+written in place by TensorScatter. Why, and what TensorRT misreads: docs/design/0007-tensorrt.md.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from vlmdeploy.bundle import CacheShape
+from vlmdeploy.errors import ExportError
+from vlmdeploy.export.graph import DataFile, GraphBuilder
+from vlmdeploy.export.head_layout import HeadLayout
+from vlmdeploy.export.weights import Ints, WeightReader
+from vlmdeploy.quant.conversions import dequantize_linear
+from vlmdeploy.quant.grid import Grid
+from vlmdeploy.runtime.backend import rope_table
+
+OPSET = 24  # the first with TensorScatter
+TRT_DOMAIN = "trt"  # TensorRT's parser knows TRT_Attention natively; others read the function's body
+FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+
+
+def attention_function() -> onnx.FunctionProto:
+    """TRT_Attention as a function of standard operators: softmax(q k^T) v, causal from the last valid key backwards.
+
+    It scales nothing, as TensorRT's layer does not. A standard Attention will not do: TensorRT aligns its is_causal
+    with the first key and drops its lengths without a word.
+    """
+    inputs = ["query", "key", "value", "mask", "query_lengths", "lengths"]
+    node = helper.make_node(
+        "Attention", ["query", "key", "value", "", "", "", "lengths"], ["output"], is_causal=1, scale=1.0
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_function(
+        TRT_DOMAIN, "TRT_Attention", inputs, ["output"], [node], opset, attributes=["causal_kind"]
+    )
+
+
+class TrtGraph(GraphBuilder):
+    """A graph for TensorRT and TensorRT-RTX."""
+
+    opsets: ClassVar = {"": OPSET, TRT_DOMAIN: 1}
+    functions = (attention_function(),)
+
+    def __init__(
+        self, name: str, weights: WeightReader, data: DataFile, cache: CacheShape, context_tokens: int
+    ) -> None:
+        super().__init__(name, weights, data)
+        self.cache = cache
+        self.context_tokens = context_tokens
+
+    def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
+        """See GraphBuilder."""
+        weight = f"{target}.weight"
+        order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
+        precision = self.weights.plan[weight]
+        kind = "fp32" if precision.type == "fp32" else "fp16"
+        grid = precision.grid
+        matrix = self._floats(weight, order, kind) if grid is None else self._codes(weight, order, grid)
+        columns = self.node("Transpose", [matrix], f"{weight}.columns", perm=[1, 0])
+        product = f"{output}.product" if has_bias else output
+        self._in_type(kind, "MatMul", [x, columns], product)
+        if not has_bias:
+            return product
+        return self.node("Add", [product, self._bias(f"{target}.bias", order)], output)
+
+    def _in_type(self, kind: str, op: str, inputs: list[str], output: str) -> str:
+        """x @ columns in fp16 with float32 on both sides, or in fp32 throughout."""
+        x, columns = inputs
+        if kind == "fp32":
+            return self.node(op, inputs, output)
+        narrow = self.cast(x, f"{output}.in", "fp16")
+        return self.cast(self.node(op, [narrow, columns], f"{output}.fp16"), output, "fp32")
+
+    def cast(self, x: str, output: str, kind: str) -> str:
+        """x as fp32 or fp16."""
+        return self.node("Cast", [x], output, to=FLOAT_TYPES[kind])
+
+    def _codes(self, weight: str, order: Ints, grid: Grid) -> str:
+        """The matrix [out, in] in fp16, from codes [out, in] and fp16 scales [out, in / group]."""
+        self._check_grid(weight, grid)
+        width = self.weights.matrix_shape(weight)[1]
+        scales = np.empty((len(order), width // grid.group_size), np.float16)
+
+        def packed() -> Iterator[NDArray[np.generic]]:
+            done = 0
+            for block in self._code_blocks(weight, order, grid):
+                part = dequantize_linear(block, axis=1)
+                scales[done : done + len(part.scales)] = part.scales
+                done += len(part.scales)
+                yield part.codes
+
+        kind = TensorProto.INT8 if grid.bits == 8 else TensorProto.INT4  # 3-bit codes fit INT4
+        codes = self.external(weight, kind, (len(order), width), packed())
+        inputs = [codes, self.tensor(f"{weight}.scales", scales)]
+        return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=1, block_size=grid.group_size)
+
+    def _check_grid(self, weight: str, grid: Grid) -> None:
+        if not grid.symmetric:
+            raise ExportError(
+                f'"{weight}" has asymmetric codes and TensorRT takes symmetric ones only: quantize without --asymmetric'
+            )
+        width = self.weights.matrix_shape(weight)[1]
+        if grid.bits < 8 and grid.group_size >= width:
+            raise ExportError(
+                f'"{weight}" has one scale for all {width} inputs, which TensorRT does not fuse into its product: '
+                "quantize with a smaller --group"
+            )
+
+    def silu(self, x: str, output: str) -> str:
+        """See GraphBuilder."""
+        return self.node("Swish", [x], output, alpha=1.0)
+
+    def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:
+        """See GraphBuilder."""
+        return self.node("RMSNormalization", [x, self.parameter(f"{norm}.weight")], output, axis=-1, epsilon=eps)
+
+    def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
+        """See GraphBuilder."""
+        total = self.node("Add", [x, branch], output)
+        return total, self.rms_norm(total, norm, f"{output}.normed", eps)
+
+    def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
+        """See GraphBuilder. A standard Attention that is not causal is read correctly by everyone."""
+        parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
+        shape = self.ints(0, -1, num_heads, width // num_heads)
+        heads = [self.cast(self._heads_first(part, shape), f"{part}.fp16", "fp16") for part in parts]
+        mixed = self.node("Attention", heads, f"{output}.heads")
+        rows = self.node("Transpose", [mixed], f"{output}.rows", perm=[0, 2, 1, 3])
+        joined = self.node("Reshape", [rows, self.ints(0, -1, width)], f"{output}.joined")
+        return self.cast(joined, output, "fp32")
+
+    def _heads_first(self, x: str, shape: str) -> str:
+        """[..., heads * width] -> [batch, heads, rows, width]; shape: [batch, rows, heads, width]."""
+        split = self.node("Reshape", [x, shape], f"{x}.split")
+        return self.node("Transpose", [split], f"{x}.heads", perm=[0, 2, 1, 3])
+
+    def cache_inputs(self, heads: HeadLayout) -> None:
+        """See GraphBuilder.
+
+        position_ids int64 [1, rows]; write_index int64 [1], how many slots are filled; lengths int64 [1], how many are
+        filled after this call. The cache's length is fixed: TensorRT wants it so.
+        """
+        self.input("position_ids", "int64", (1, "rows"))
+        self.input("write_index", "int64", (1,))
+        self.input("lengths", "int64", (1,))
+        self.cache_tensors(heads, "fp16", self.context_tokens)
+        table = rope_table(self.cache, np.arange(self.context_tokens))
+        self.tensor("rope.cos", table.cos)
+        self.tensor("rope.sin", table.sin)
+
+    def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
+        """See GraphBuilder."""
+        decoder = heads.decoder
+        counts = (decoder.num_heads, decoder.num_kv_heads, decoder.num_kv_heads)
+        sizes = self.ints(*(count * heads.padded for count in counts))
+        query, key, value = self.nodes("Split", [qkv, sizes], [f"{name}.{part}" for part in "qkv"], axis=1)
+        scale = self.constant("attention.scale", np.array(decoder.head_dim**-0.5, np.float32))
+        scaled = self.node("Mul", [query, scale], f"{query}.scaled")
+        narrow = self.cast(self._rotated(heads, scaled, decoder.num_heads), f"{query}.fp16", "fp16")
+        keys, values = self._write_cache(heads, index, key, value)
+        mixed = self.node(
+            "TRT_Attention", [narrow, keys, values, "", "", "lengths"], f"layer.{index}.attention", TRT_DOMAIN,
+            causal_kind="lower_right",
+        )  # fmt: skip
+        rows = self.node("Transpose", [mixed], f"{name}.attention.rows", perm=[0, 2, 1, 3])
+        return self.true_heads(heads, self.cast(rows, f"{name}.attention.fp32", "fp32"), name)
+
+    def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
+        """See GraphBuilder."""
+        key, value = self.nodes("Split", [both], [f"{name}.k", f"{name}.v"], axis=1, num_outputs=2)
+        self._write_cache(heads, index, key, value)
+
+    def _write_cache(self, heads: HeadLayout, index: int, key: str, value: str) -> tuple[str, str]:
+        """Rotate the keys and put both behind what the cache holds; the whole cache, keys and values."""
+        num_heads = heads.decoder.num_kv_heads
+        rotated = self._rotated(heads, key, num_heads)
+        plain = self._heads_first(value, self.ints(1, -1, num_heads, heads.padded))
+        written = []
+        for kind, rows in (("key", rotated), ("value", plain)):
+            update = self.cast(rows, f"{rows}.fp16", "fp16")
+            inputs = [f"past_{kind}.{index}", update, "write_index"]
+            written.append(self.node("TensorScatter", inputs, f"present_{kind}.{index}", axis=-2, mode="linear"))
+        return written[0], written[1]
+
+    def _rotated(self, heads: HeadLayout, x: str, num_heads: int) -> str:
+        """Rows [rows, heads * padded] rotated by their positions: [1, heads, rows, padded], float32."""
+        first = self._heads_first(x, self.ints(1, -1, num_heads, heads.padded))
+        return self.node("RotaryEmbedding", [first, "rope.cos", "rope.sin", "position_ids"], f"{x}.rotated")

@@ -1,0 +1,106 @@
+"""TensorRT and TensorRT-RTX behind one door. Their Python interfaces are nearly equal; what differs stands here.
+
+TensorRT-RTX serves RTX cards: one plan for many GPUs, finished on the device. TensorRT serves Jetson and datacenter
+GPUs: a plan for the GPU and the version that it was built with. Neither is needed before an engine is built or run.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlmdeploy.errors import BackendError
+
+LibraryName = Literal["tensorrt", "tensorrt_rtx"]
+
+HOW_TO_INSTALL = {
+    "tensorrt_rtx": 'pip install "vlmdeploy[rtx]"',
+    "tensorrt": "use the bindings of JetPack 7.2.2 or later, or pip install tensorrt-cu13 where there is a wheel",
+}
+SUPPORTED = {"tensorrt_rtx": ((1, 7), (2, 0)), "tensorrt": ((11, 0), (12, 0))}  # at least, below
+
+
+@dataclass(frozen=True)
+class TensorrtLibrary:
+    """An imported library. version: "1.7.1"."""
+
+    name: LibraryName
+    module: Any
+    version: str
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether plans are portable over GPUs."""
+        return self.name == "tensorrt_rtx"
+
+    def logger(self, tell: Callable[[str, str], None]) -> Any:
+        """A logger that hands on (severity, message); a process keeps the first one it gets."""
+        module = self.module
+
+        class Logger(module.ILogger):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                tell(str(severity).rpartition(".")[2], message)
+
+        return Logger()
+
+    def monitor(self, tell: Callable[[str, int, int], None]) -> Any:
+        """A progress monitor that hands on (phase, done, total) of the outermost phase."""
+        module = self.module
+
+        class Monitor(module.IProgressMonitor):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                module.IProgressMonitor.__init__(self)
+                self.totals: dict[str, int] = {}
+
+            def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+                self.totals[phase] = num_steps
+                if parent is None:
+                    tell(phase, 0, num_steps)
+
+            def step_complete(self, phase: str, step: int) -> bool:
+                if phase == next(iter(self.totals), None):
+                    tell(phase, step + 1, self.totals[phase])
+                return True
+
+            def phase_finish(self, phase: str) -> None:
+                self.totals.pop(phase, None)
+
+        return Monitor()
+
+    def set_compute_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        """Choose the GPUs of a plan, "8.6" each; none asks for a portable plan. Raises BackendError."""
+        if not capabilities:
+            return
+        if not self.is_rtx:
+            raise BackendError("TensorRT builds for the GPU of this machine only: leave --sm out")
+        known = self.module.ComputeCapability.__members__
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            name = f"SM{capability.replace('.', '')}"
+            if name not in known:
+                names = ", ".join(f"{item[2:-1]}.{item[-1]}" for item in known if item.startswith("SM"))
+                raise BackendError(f"--sm is {capability}, TensorRT-RTX {self.version} builds for {names}")
+            config.set_compute_capability(known[name], index)
+
+
+def library_of(target: str) -> LibraryName:
+    """The library that builds and runs the engines of a target."""
+    return "tensorrt_rtx" if target.startswith("rtx-") else "tensorrt"
+
+
+def import_tensorrt(name: LibraryName) -> TensorrtLibrary:
+    """The library; raises BackendError where it is missing or of a version that this code does not know."""
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{name} cannot be imported ({error}): {HOW_TO_INSTALL[name]}") from error
+    version = ".".join(str(module.__version__).split(".")[:3])
+    found = tuple(int(part) for part in version.split(".")[:2])
+    least, below = SUPPORTED[name]
+    if not least <= found < below:
+        wanted = f"{'.'.join(map(str, least))} or later, below {'.'.join(map(str, below))}"
+        raise BackendError(f"{name} is version {module.__version__}, expected {wanted}: {HOW_TO_INSTALL[name]}")
+    return TensorrtLibrary(name, module, version)
