@@ -25,8 +25,7 @@ from vlmdeploy.export.weights import WeightReader
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import Checkpoint, fill_parameter
 from vlmdeploy.runtime.backend import slot_positions
-from vlmdeploy.runtime.generate import CHUNK_ROWS
-from vlmdeploy.runtime.ort_backend import OrtBackend, import_onnxruntime
+from vlmdeploy.runtime.ort_backend import CHUNK_ROWS, OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import Session
 
 NUM_NEW = 16

@@ -21,6 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4", "trt-int4", "trt-fp16"])
 HESSIAN = click.Choice(["routed", "pooled", "text-only"])
+PROVIDER = click.Choice(["cpu", "cuda"])
 RESIDENCY = click.Choice(["all", "phase"])
 EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
 FOLDER = click.Path(path_type=Path)
@@ -95,6 +96,12 @@ def force_option(command: Command) -> Command:
     return click.option("--force", is_flag=True, help="Replace an output folder that vlmdeploy made.")(command)
 
 
+def provider_option(command: Command) -> Command:
+    """--provider, the same for every command that runs a bundle."""
+    text = "Run with this provider of ONNX Runtime.  [default: what the bundle was made for]"
+    return click.option("--provider", type=PROVIDER, help=text)(command)
+
+
 def threads_option(command: Command) -> Command:
     """--threads, the same for every command that runs a bundle."""
     text = "Threads of the inference engine.  [default: one per core]"
@@ -127,6 +134,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: equal answers are counted.")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@provider_option
 @threads_option
 @json_option
 def validate(
@@ -138,6 +146,7 @@ def validate(
     compare: tuple[Path, ...],
     template: str | None,
     tokenizer: Path | None,
+    provider: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -147,7 +156,7 @@ def validate(
     given = tuple(model for model in (ckpt, bundle) if model is not None)
     if len(given) != 1:
         raise click.UsageError("give one of --ckpt and --bundle")
-    options = ScoreOptions(data, per_task, seed, template, tokenizer, threads)
+    options = ScoreOptions(data, per_task, seed, template, tokenizer, threads, provider)
     with progress_bar() as progress:
         card = score_models((*given, *compare), options, progress)
     if as_json:
@@ -334,14 +343,15 @@ def build(bundle: Path, sm: tuple[str, ...], chunk_rows: int, max_memory: str | 
 @main.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--ckpt", type=FOLDER, help="Compare every stage with this checkpoint in PyTorch.")
+@provider_option
 @threads_option
 @json_option
-def verify(bundle: Path, ckpt: Path | None, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int | None, as_json: bool) -> None:
     """Check a bundle on this machine: every hash, then every stage against --ckpt, or else the recorded run."""
     if ckpt is None:
         from vlmdeploy.runtime.replay import replay
 
-        verdicts = replay(bundle, threads)
+        verdicts = replay(bundle, threads, provider)
     else:
         from vlmdeploy.export.verify import verify_bundle
 
@@ -369,6 +379,7 @@ def verify(bundle: Path, ckpt: Path | None, threads: int | None, as_json: bool) 
 @click.option("--stop", multiple=True, help="End the answer before this text.")
 @click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
 @click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
+@provider_option
 @threads_option
 @json_option
 def run(
@@ -385,6 +396,7 @@ def run(
     stop: tuple[str, ...],
     draw: Path | None,
     residency: str,
+    provider: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -394,7 +406,7 @@ def run(
 
     options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stop)
     show = None if as_json else lambda piece: print(piece, end="", flush=True)
-    session = vlmdeploy.open(bundle, threads=threads, residency=residency)
+    session = vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency)
     answer = ask(session, image, prompt, options, template, draw, show)
     if as_json:
         print_json(answer.as_json())

@@ -26,6 +26,7 @@ class ScoreOptions:
     template: str | None = None
     tokenizer: Path | None = None
     threads: int | None = None
+    provider: str | None = None  # of bundles; None: what each was made for
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], Non
 def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     """A bundle's runtime, or a checkpoint in PyTorch; which one, its files tell."""
     if (model / MANIFEST_NAME).is_file():
-        return BundleAnswerer(vlmdeploy.open(model, threads=options.threads), template=options.template)
+        return BundleAnswerer(
+            vlmdeploy.open(model, provider=options.provider, threads=options.threads), template=options.template
+        )
     from vlmdeploy.calib.torch_answerer import TorchAnswerer
     from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
     from vlmdeploy.runtime.chat import Tokenizer

@@ -35,7 +35,7 @@ from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
 from vlmdeploy.export.ort_dialect import OrtGraph
-from vlmdeploy.export.precision import plan_precision, plan_warnings
+from vlmdeploy.export.precision import is_tensorrt, plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.trt_dialect import TrtGraph
 from vlmdeploy.export.verify import Subject, verify_staged
@@ -202,7 +202,7 @@ def _manifest(
     return Manifest(
         family=spec.family,
         target=options.target,
-        provider=options.provider,
+        provider="cuda" if is_tensorrt(options.target) else options.provider,
         context_tokens=spec.decoder.context_tokens,
         image=spec.image,
         templates=spec.templates,

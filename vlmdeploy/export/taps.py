@@ -125,18 +125,19 @@ def tapped_backend(
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return session_of(ort, model, path, manifest.provider, threads)
+        return session_of(ort, model, path, threads)
 
-    return OrtBackend(folder, manifest, threads, residency, load, "fp32" if exact else None)
+    cache_type = "fp32" if exact else None
+    return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
 
 
-def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, provider: str, threads: int | None) -> Any:
-    """A session of a graph that was read from `path` and edited; its weights are the file's."""
+def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None) -> Any:
+    """A CPU session of a graph that was read from `path` and edited; its weights are the file's."""
     options = session_options(ort, threads)
     options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
     options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[provider]])
+        return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 

@@ -32,7 +32,9 @@ class RopeTable:
 
 
 class Backend(Protocol):
-    """What a backend offers."""
+    """What a backend offers. chunk_rows: how long the pieces are in which a prompt is best read."""
+
+    chunk_rows: int
 
     def encode_images(self, pixels: Floats) -> Floats:
         """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""

@@ -15,8 +15,6 @@ from vlmdeploy.layout import Bools, Ints, position_ids, segments_of, token_types
 from vlmdeploy.runtime.backend import Backend, Floats, KvCache
 from vlmdeploy.runtime.embedding import EmbeddingTable
 
-CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
-
 ChooseToken = Callable[[Floats, Ints], int]
 
 
@@ -68,7 +66,7 @@ def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embed
 def prefill(prompt: Prompt, rows: Floats, backend: Backend, cache: KvCache, wanted: Ints) -> Floats:
     """Run the prompt segment by segment; logits [len(wanted), vocab] of the wanted positions (ascending, language)."""
     logits = []
-    for segment in segments_of(prompt.vision_mask, CHUNK_ROWS):
+    for segment in segments_of(prompt.vision_mask, backend.chunk_rows):
         asked = wanted[(wanted >= segment.start) & (wanted < segment.stop)] - segment.start
         logits.append(backend.run_segment(segment.expert, rows[segment.start : segment.stop], cache, asked))
     return np.concatenate(logits)

@@ -21,6 +21,7 @@ from vlmdeploy.runtime.backend import Floats, KvCache, rope_table
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -101,12 +102,15 @@ class DecodeBinding:
 class OrtBackend:
     """Executes a bundle's graphs with ONNX Runtime."""
 
+    chunk_rows = CHUNK_ROWS
+
     def __init__(
         self,
         folder: Path,
         manifest: Manifest,
         threads: int | None = None,
         residency: str = "all",
+        provider: str = "cpu",
         load_graph: Callable[[str], Any] | None = None,
         cache_type: str | None = None,
     ) -> None:
@@ -117,6 +121,7 @@ class OrtBackend:
         self.manifest = manifest
         self.threads = threads
         self.residency = residency
+        self.provider = provider
         self._load_graph = load_graph or self._load_file
         self._cache_type = CACHE_TYPES[cache_type or manifest.cache.dtype]
         self._has_fixed_cache = load_graph is None and manifest.dialect == "trt"
@@ -130,9 +135,7 @@ class OrtBackend:
         return self._sessions[graph]
 
     def _load_file(self, graph: str) -> Any:
-        return load_session(
-            self.ort, self.folder / self.manifest.graphs[graph].file, self.manifest.provider, self.threads
-        )
+        return load_session(self.ort, self.folder / self.manifest.graphs[graph].file, self.provider, self.threads)
 
     def drop(self, graph: str) -> None:
         """Release a graph's memory; it is loaded again when needed."""

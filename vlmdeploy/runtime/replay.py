@@ -21,7 +21,7 @@ from vlmdeploy.runtime.backend import Floats
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.ort_backend import OrtBackend
+from vlmdeploy.runtime.open_backend import open_backend
 from vlmdeploy.runtime.session import Session
 
 REFERENCE_NAME = "reference.npz"
@@ -67,13 +67,13 @@ def sample_prompt(manifest: Manifest, ids: Ints, picture: NDArray[np.uint8]) -> 
     return make_prompt(ids, pixels, manifest.tokens, manifest.embedding.vocab_size, manifest.image.size_px)
 
 
-def replay(folder: Path, threads: int | None = None) -> tuple[StageVerdict, ...]:
-    """Hash every file, then repeat the recorded run on this machine. Raises BundleError, and ParityError naming what
-    differs."""
+def replay(folder: Path, threads: int | None = None, provider: str | None = None) -> tuple[StageVerdict, ...]:
+    """Hash every file, then repeat the recorded run on this machine. Raises BundleError, BackendError, and ParityError
+    naming what differs."""
     manifest = check_bundle(folder, "full")
     gate, record = parity.Gate(str(folder)), read_record(folder)
     prompt = sample_prompt(manifest, record.ids, record.picture)
-    backend = OrtBackend(folder, manifest, threads, residency="phase")
+    backend = open_backend(folder, manifest, provider, threads, residency="phase")
     assert prompt.pixels is not None, "the recorded prompt has a picture"
     rows = kept_rows(backend.encode_images(prompt.pixels)[0])
     bound = _bound(manifest)
@@ -107,5 +107,7 @@ def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greed
 
 def _bound(manifest: Manifest) -> parity.Tolerance:
     """Float bundles differ by the order of sums only."""
-    quantized = any(precision.startswith("int") for precision in manifest.precision.values())
+    quantized = manifest.dialect == "trt" or any(
+        precision.startswith("int") for precision in manifest.precision.values()
+    )
     return parity.REPLAY if quantized else parity.STRUCTURE_END_TO_END

@@ -24,7 +24,7 @@ from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import Prompt, Timings, decode, make_prompt, prefill, prompt_rows
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend
+from vlmdeploy.runtime.open_backend import open_backend
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -225,21 +225,13 @@ def open_bundle(
 ) -> Session:
     """Open a bundle for inference.
 
-    check "auto" hashes every file the first time a bundle is seen, "full" always. residency "phase" drops what only a
-    prompt needs once the prompt is read, and loads it again for the next one. Raises BundleError and BackendError.
+    check "auto" hashes every file the first time a bundle is seen, "full" always. provider: what the bundle was made
+    for; or "cpu", which runs the graphs of a TensorRT bundle in ONNX Runtime, to check them. residency "phase" drops
+    what only a prompt needs once the prompt is read, and loads it again for the next one.
+    Raises BundleError and BackendError.
     """
     folder = Path(folder)
     if residency not in ("all", "phase"):
         raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
     manifest = check_bundle(folder, check)
-    if not manifest.target.startswith("ort-") or manifest.provider not in PROVIDERS:
-        raise BackendError(
-            f"{folder}: made for target {manifest.target} on {manifest.provider}; this version of vlmdeploy runs ort-* "
-            f"bundles on {', '.join(PROVIDERS)}"
-        )
-    if provider is not None and provider != manifest.provider:
-        raise BackendError(
-            f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
-            f"--provider {provider}"
-        )
-    return Session(folder, manifest, OrtBackend(folder, manifest, threads, residency))
+    return Session(folder, manifest, open_backend(folder, manifest, provider, threads, residency))

@@ -1,0 +1,269 @@
+"""A GPU and a TensorRT-RTX made of host memory and ONNX Runtime, so that everything but the engines' numbers is tested.
+
+The device hands out addresses of host memory and refuses those it never gave or took back. A "plan" is the JSON of
+what to run; its context reads and writes at the addresses it was given, as an engine does: in place, within its
+profiles, and not before a captured graph is launched.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import EngineInfo, Manifest, hash_file, read_manifest, write_manifest
+from vlmdeploy.export.engine_parts import EnginePart, cut
+from vlmdeploy.runtime.cuda_device import Buffer
+from vlmdeploy.runtime.ort_backend import session_options
+from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+SCRATCH = {"vision": 4096, "decoder_text": 1024, "decoder_vision": 2048}
+
+
+@dataclass
+class FakeDevice:
+    """Host memory by address. `log` lists what was done, `capturing` collects what a graph will run."""
+
+    compute_capability: str = "8.6"
+    memory_bytes: int = 8 << 30
+    stream: int = 7
+    memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    capturing: list[Callable[[], None]] | None = None
+
+    def free_bytes(self) -> int:
+        return self.memory_bytes - self.used_bytes()
+
+    def used_bytes(self) -> int:
+        return sum(block.nbytes for block in self.memory.values())
+
+    def allocate(self, size: int) -> Buffer:
+        block = np.zeros(max(size, 1), np.uint8)
+        self.memory[block.ctypes.data] = block
+        return Buffer(block.ctypes.data, size)
+
+    def free(self, buffer: Buffer) -> None:
+        del self.memory[buffer.address]
+
+    def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
+        assert self.capturing is None, "a copy from memory that may be gone when the graph is launched"
+        self.view(buffer.address, array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
+
+    def download(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        array[...] = self.view(buffer.address, array.nbytes).view(array.dtype).reshape(array.shape)
+
+    def view(self, address: int, size: int) -> NDArray[np.uint8]:
+        """The memory at an address; it must have been given out, and hold so much."""
+        assert address in self.memory, f"{address} was never allocated, or was freed"
+        assert size <= self.memory[address].nbytes, f"{size} bytes at a buffer of {self.memory[address].nbytes}"
+        return self.memory[address][:size]
+
+    def synchronize(self) -> None:
+        assert self.capturing is None, "a stream that is captured cannot be waited for"
+
+    def capture(self, enqueue: Callable[[], None]) -> list[Callable[[], None]]:
+        self.log.append("capture")
+        self.capturing = []
+        enqueue()
+        captured, self.capturing = self.capturing, None
+        return captured
+
+    def launch(self, graph: list[Callable[[], None]]) -> None:
+        self.log.append("launch")
+        for run in graph:
+            run()
+
+    def discard(self, graph: list[Callable[[], None]]) -> None:
+        self.log.append("discard")
+        graph.clear()
+
+    def submit(self, run: Callable[[], None]) -> None:
+        """Run now, or when the captured graph is launched."""
+        if self.capturing is None:
+            run()
+        else:
+            self.capturing.append(run)
+
+
+class FakeContext:
+    """Runs one plan within one profile."""
+
+    def __init__(self, engine: "FakeEngine", device: FakeDevice) -> None:
+        self.engine = engine
+        self.device = device
+        self.profile = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch = (0, 0)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = (address, size)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return stream == self.device.stream
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        if name not in self.engine.inputs or not self.engine.takes(self.profile, name, tuple(shape)):
+            return False
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        assert name in self.engine.names, f"{name} is no tensor of {self.engine.graph}"
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if stream != self.device.stream:
+            return False
+        self.device.view(self.scratch[0], SCRATCH[self.engine.graph])
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.device.submit(lambda: self.run(shapes, addresses))
+        return True
+
+    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        self.device.log.append(f"{self.engine.name}[{self.profile}]")
+        feeds = {}
+        for name, value in self.engine.inputs.items():
+            shape = shapes.get(name) or tuple(value.shape)
+            assert all(isinstance(length, int) for length in shape), f"{name} has no shape"
+            kind = np.dtype(NUMPY_TYPES[value.type])
+            content = self.device.view(addresses[name], int(np.prod(shape)) * kind.itemsize)
+            feeds[name] = content.view(kind).reshape(shape).copy()
+        for name, output in zip(self.engine.outputs, self.engine.session.run(None, feeds), strict=True):
+            self.device.view(addresses[name], output.nbytes)[:] = output.reshape(-1).view(np.uint8)
+
+
+class FakeEngine:
+    """A loaded plan."""
+
+    num_optimization_profiles = 2
+
+    def __init__(self, plan: dict[str, Any], device: FakeDevice) -> None:
+        import onnxruntime
+
+        self.device = device
+        self.graph, self.name, self.profiles = plan["graph"], plan["name"], plan["profiles"]
+        model = onnx.load(plan["file"], load_external_data=False)
+        if plan["layers"] is not None:
+            model = cut(model, tuple(plan["layers"]), plan["num_layers"])
+        options = session_options(onnxruntime, 1)
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(Path(plan["file"]).parent))
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.names = [*self.inputs, *self.outputs]
+        self.num_io_tensors = len(self.names)
+        device.log.append(f"load {self.name}")
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(self.names[index])
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return SCRATCH[self.graph] // (1 + profile)
+
+    def create_runtime_config(self) -> Any:
+        return FakeConfig()
+
+    def create_execution_context(self, config: "FakeConfig") -> FakeContext:
+        assert config.strategy == "user managed"
+        return FakeContext(self, self.device)
+
+    def takes(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a profile allows a shape, as the engine was built."""
+        named = dict(zip(self.inputs[name].shape, shape, strict=True))
+        limits = self.profiles[profile]
+        return all(
+            limits[key][0] <= length <= limits[key][1] if isinstance(key, str) else key == length
+            for key, length in named.items()
+        )
+
+
+@dataclass
+class FakeConfig:
+    """Remembers the strategy and the kernels of an engine."""
+
+    strategy: str = ""
+    kernels: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> "FakeKernels":
+        return FakeKernels()
+
+    def set_runtime_cache(self, kernels: "FakeKernels") -> None:
+        self.kernels = kernels
+
+
+@dataclass
+class FakeKernels:
+    """Kernels that were finished for a GPU."""
+
+    content: bytes = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        self.content = content
+        return content.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        return b"kernels of this GPU"
+
+
+def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = "1.7.1") -> TensorrtLibrary:
+    """A library whose runtime loads fake plans onto the device."""
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: Any) -> FakeEngine | None:
+            try:
+                return FakeEngine(json.loads(bytes(plan)), device)
+            except ValueError:
+                self.logger.log(SimpleNamespace(__str__=lambda: "ERROR"), "not a plan")
+                return None
+
+    class Logger:
+        def __init__(self) -> None:
+            pass
+
+    module = SimpleNamespace(
+        Runtime=Runtime, ILogger=Logger, ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed")
+    )
+    return TensorrtLibrary(name, module, version)  # type: ignore[arg-type]
+
+
+def write_fake_engines(folder: Path, parts: list[EnginePart], chunk_rows: int, logit_rows: int) -> Manifest:
+    """Give a bundle fake plans in place of engines, as `vlmdeploy build` would real ones."""
+
+    manifest = read_manifest(folder)
+    (folder / "engines").mkdir()
+    engines = {}
+    for part in parts:
+        path = folder / "engines" / f"{part.name}.engine"
+        prompt = {"rows": (1, chunk_rows), "asked": (1, logit_rows), "images": (1, 1)}
+        plan = {
+            "file": str(folder / manifest.graphs[part.graph].file), "graph": part.graph, "name": part.name,
+            "layers": None if part.is_whole else part.layers, "num_layers": manifest.cache.num_layers,
+            "profiles": [prompt, {"rows": (1, 1), "asked": (1, 1)}],
+        }  # fmt: skip
+        path.write_text(json.dumps(plan))
+        engines[part.name] = EngineInfo(
+            f"engines/{path.name}", part.graph, part.part, part.layers, "tensorrt_rtx", "1.7.1", (), chunk_rows,
+            logit_rows, manifest.context_tokens,
+        )  # fmt: skip
+    files = manifest.files | {info.file: hash_file(folder / info.file) for info in engines.values()}
+
+    built = replace(manifest, engines=engines, files=files)
+    write_manifest(folder, built)
+    return built

@@ -1,0 +1,293 @@
+"""The TensorRT backend: the bundle's engines over one KV cache on the device.
+
+Buffers are allocated once. Keys and values are written in place: past and present of a layer are one address. A decoded
+token is one launch of a captured CUDA graph. With residency "phase" the engines that only a prompt needs are unloaded
+when it is read, and loaded again for the next one.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import EngineInfo, Manifest
+from vlmdeploy.errors import BackendError
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.backend import Floats, KvCache
+from vlmdeploy.runtime.cuda_device import Buffer, CudaDevice
+from vlmdeploy.runtime.tensorrt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
+from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
+from vlmdeploy.sizes import gigabytes
+
+logger = logging.getLogger("vlmdeploy")
+
+GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
+CACHE_TYPES = {"fp16": np.float16, "fp32": np.float32}
+RESERVE_BYTES = 300 << 20  # CUDA context, libraries and kernels
+
+
+@dataclass
+class TrtCache:
+    """The KV cache of one prompt; only the newest one of a backend is valid, all use the same memory."""
+
+    length: int
+    capacity: int
+    positions: Ints
+
+
+class TrtBackend:
+    """Executes a bundle's engines with TensorRT or TensorRT-RTX."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        residency: str = "all",
+        library: TensorrtLibrary | None = None,
+        device: CudaDevice | None = None,
+    ) -> None:
+        """Raises BackendError where library, GPU or engines are missing or do not fit, or memory is short."""
+        self.folder = folder
+        self.manifest = manifest
+        self.residency = residency
+        if not manifest.engines:
+            raise BackendError(f"{folder}: has no engines yet: compile them on this machine with `vlmdeploy build`")
+        self.library = library or import_tensorrt(library_of(manifest.target))
+        self.device = device or CudaDevice()
+        self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
+        self.logit_rows = min(engine.logit_rows for engine in manifest.engines.values())
+        self._capability = self.device.compute_capability
+        for info in manifest.engines.values():
+            check_engine(f"{folder / info.file}", info, self.library, self._capability)
+        check_memory(folder, manifest, residency, self.device.free_bytes())
+        self._logger = self.library.logger(_tell)
+        self._runtime = self.library.module.Runtime(self._logger)
+        self._engines: dict[str, list[Engine]] = {}
+        self._buffers = _buffers(manifest, self.chunk_rows, self.logit_rows, self.device)
+        self._scratch = self.device.allocate(0)
+        self._graph: Any = None
+        self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
+        self._cache: TrtCache | None = None
+
+    def engines(self, graph: str) -> list[Engine]:
+        """The engines of a graph in the order of their layers, loaded on first use."""
+        if graph not in self._engines:
+            infos = [info for info in self.manifest.engines.values() if info.graph == graph]
+            self._engines[graph] = [self._load(info) for info in sorted(infos, key=lambda info: info.part)]
+            self._grow_scratch(max(engine.scratch_bytes for engine in self._engines[graph]))
+        return self._engines[graph]
+
+    def _load(self, info: EngineInfo) -> Engine:
+        cache = RuntimeCache.of(self.manifest.files[info.file], self._capability)
+        return Engine(self.folder / info.file, info, self._runtime, self.library, cache)
+
+    def _grow_scratch(self, size: int) -> None:
+        """One working memory for all engines; contexts that hold a smaller one are made anew."""
+        if size <= self._scratch.size:
+            return
+        self._forget_graph()
+        for engine in self._loaded():
+            engine.forget_contexts()
+        self.device.free(self._scratch)
+        self._scratch = self.device.allocate(size)
+
+    def _loaded(self) -> list[Engine]:
+        return [engine for engines in self._engines.values() for engine in engines]
+
+    def drop(self, graph: str) -> None:
+        """Unload a graph's engines; they are loaded again when needed."""
+        self.device.synchronize()
+        for engine in self._engines.pop(graph, ()):
+            engine.keep_kernels()
+            engine.forget_contexts()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """See Backend."""
+        rows = np.empty((len(pixels), self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden), np.float32)
+        for index in range(len(pixels)):
+            one = pixels[index : index + 1]
+            self.device.upload(one, self._buffers["pixels"])
+            self._run("vision", PROMPT, {"pixels": one.shape})
+            self.device.download(self._buffers["rows"], rows[index : index + 1])
+        return rows
+
+    def new_cache(self, positions: Ints) -> TrtCache:
+        """See Backend. The cache made before is no longer valid."""
+        self._cache = TrtCache(0, len(positions), positions)
+        return self._cache
+
+    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """See Backend. Runs pieces that the engines take: rows of one call, and logits of one call, are limited."""
+        if self.residency == "phase":
+            self.drop("vision")  # the image is encoded before its rows come here
+        logits = np.empty((len(logit_rows), self.manifest.embedding.vocab_size), np.float32)
+        for start, stop in pieces(len(hidden), logit_rows, self.chunk_rows, self.logit_rows):
+            asked = (logit_rows >= start) & (logit_rows < stop)
+            logits[asked] = self._run_rows(expert, hidden[start:stop], self._valid(cache), logit_rows[asked] - start)
+        return logits
+
+    def _run_rows(self, expert: str, hidden: Floats, cache: TrtCache, asked: Ints) -> Floats:
+        """One call of a decoder; logits [asked, vocab]."""
+        rows, vocab_size = len(hidden), self.manifest.embedding.vocab_size
+        wanted = asked if len(asked) else np.zeros(1, np.int64)  # an engine gives at least one row
+        self._upload(hidden, cache, wanted)
+        shapes: dict[str, tuple[int, ...]] = {
+            "hidden": hidden.shape, "position_ids": (1, rows), "logit_rows": wanted.shape
+        }  # fmt: skip
+        self._run(GRAPH_OF_EXPERT[expert], PROMPT, shapes)
+        cache.length += rows
+        logits = np.empty((len(asked), vocab_size), np.float32)
+        if len(asked):
+            self.device.download(self._buffers["logits"], logits)
+        return logits
+
+    def _upload(self, hidden: Floats, cache: TrtCache, asked: Ints) -> None:
+        total = cache.length + len(hidden)
+        values: dict[str, NDArray[Any]] = {
+            "hidden": hidden,
+            "position_ids": cache.positions[cache.length : total],
+            "write_index": np.array([cache.length], np.int64),
+            "lengths": np.array([total], np.int64),
+            "logit_rows": asked,
+        }
+        for name, value in values.items():
+            self.device.upload(value, self._buffers[name])
+
+    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+        """See Backend."""
+        valid = self._valid(cache)
+        self._upload(hidden, valid, np.zeros(1, np.int64))
+        if self._graph is None:
+            self._run("decoder_text", ONE_TOKEN, self._one_token_shapes())  # also warms up what a capture must not do
+            self._graph = self._captured()
+        else:
+            self.device.launch(self._graph)
+        valid.length += 1
+        self.device.download(self._buffers["logits"], self._logits)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def _one_token_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"hidden": (1, self.manifest.embedding.hidden), "position_ids": (1, 1), "logit_rows": (1,)}
+
+    def _captured(self) -> Any:
+        """One decoded token as a CUDA graph: every address and shape stays the same."""
+        self.device.synchronize()
+        runs = [
+            (engine, engine.context(ONE_TOKEN, self._scratch, self.device)) for engine in self.engines("decoder_text")
+        ]
+
+        def enqueue() -> None:
+            for engine, context in runs:
+                engine.enqueue(context, self.device)
+
+        return self.device.capture(enqueue)
+
+    def _forget_graph(self) -> None:
+        if self._graph is not None:
+            self.device.discard(self._graph)
+            self._graph = None
+
+    def _run(self, graph: str, profile: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Run every engine of a graph, one after the other; rows go from one to the next."""
+        for engine in self.engines(graph):
+            context = engine.context(profile, self._scratch, self.device)
+            first = engine.info.layers[0]
+            own = {**shapes, f"layer.{first - 1}.out": shapes["hidden"]} if first else shapes
+            engine.bind(context, {name: self._address(name) for name in engine.names}, own)
+            engine.enqueue(context, self.device)
+
+    def _address(self, name: str) -> int:
+        """Where a tensor lives: past and present of a layer in the same place, rows between engines by turns."""
+        return self._buffers[buffer_of(name)].address
+
+    def _valid(self, cache: KvCache) -> TrtCache:
+        assert isinstance(cache, TrtCache), "a cache made by this backend"
+        if cache is not self._cache:
+            raise BackendError("this KV cache was given up when a new prompt was begun")
+        return cache
+
+    def end_prefill(self) -> None:
+        """Unload what only a prompt needs, when only the current phase shall be resident."""
+        for engine in self._loaded():
+            engine.keep_kernels()
+        if self.residency == "phase":
+            for graph in ("vision", "decoder_vision"):
+                self.drop(graph)
+
+
+def _tell(severity: str, message: str) -> None:
+    """TensorRT's own words: errors and warnings only."""
+    if severity in ("INTERNAL_ERROR", "ERROR"):
+        logger.error("TensorRT: %s", message)
+    elif severity == "WARNING":
+        logger.warning("TensorRT: %s", message)
+
+
+def buffer_of(name: str) -> str:
+    """The buffer that a tensor of an engine lives in."""
+    if name.startswith(("past_", "present_")):
+        return name.partition("_")[2]
+    if name.startswith("layer."):
+        return f"between.{int(name.split('.')[1]) % 2}"
+    return name
+
+
+def pieces(num_rows: int, asked: Ints, chunk_rows: int, logit_rows: int) -> list[tuple[int, int]]:
+    """Row ranges that cover a segment, each at most `chunk_rows` long and with at most `logit_rows` asked rows."""
+    result, start = [], 0
+    while start < num_rows:
+        inside = asked[asked >= start]
+        stop = min(start + chunk_rows, num_rows)
+        if len(inside) > logit_rows:
+            stop = min(stop, int(inside[logit_rows]))
+        result.append((start, stop))
+        start = stop
+    return result
+
+
+def _buffers(manifest: Manifest, chunk_rows: int, logit_rows: int, device: CudaDevice) -> dict[str, Buffer]:
+    return {name: device.allocate(size) for name, size in buffer_bytes(manifest, chunk_rows, logit_rows).items()}
+
+
+def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int) -> dict[str, int]:
+    """The memory plan: bytes of every buffer that lives as long as the session."""
+    hidden, side = manifest.embedding.hidden, manifest.image.size_px
+    shape, has_parts = manifest.cache, any(engine.part for engine in manifest.engines.values())
+    layer = shape.kv_heads * manifest.context_tokens * shape.head_dim * np.dtype(CACHE_TYPES[shape.dtype]).itemsize
+    sizes = {
+        "pixels": 4 * 3 * side * side,
+        "rows": 4 * manifest.tokens.rows_per_image * hidden,
+        "hidden": 4 * chunk_rows * hidden,
+        "position_ids": 8 * chunk_rows,
+        "write_index": 8,
+        "lengths": 8,
+        "logit_rows": 8 * logit_rows,
+        "logits": 4 * logit_rows * manifest.embedding.vocab_size,
+    }
+    between = {f"between.{turn}": 4 * chunk_rows * hidden for turn in range(2)} if has_parts else {}
+    cache = {f"{kind}.{index}": layer for index in range(shape.num_layers) for kind in ("key", "value")}
+    return sizes | between | cache
+
+
+def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: int) -> None:
+    """Raise BackendError, with the plan, where engines and buffers of some phase do not fit into the free memory."""
+    sizes: dict[str, int] = {}
+    for info in manifest.engines.values():
+        sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
+    engine = next(iter(manifest.engines.values()))
+    buffers = sum(buffer_bytes(manifest, engine.chunk_rows, engine.logit_rows).values())
+    experts = sizes.get("decoder_vision", 0) + sizes["decoder_text"]
+    peak = max(sizes["vision"], experts) if residency == "phase" else sum(sizes.values())
+    needed = peak + buffers + RESERVE_BYTES
+    if needed > free_bytes:
+        parts = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
+        advice = "close other programs" if residency == "phase" else "use --residency phase"
+        raise BackendError(
+            f"{folder}: needs {gigabytes(needed)} of GPU memory and {gigabytes(free_bytes)} are free ({parts}, buffers "
+            f"and KV cache of {manifest.context_tokens} tokens {gigabytes(buffers)}): {advice}, or export with a "
+            "smaller --context"
+        )
