@@ -30,7 +30,15 @@ from vlmdeploy.quant.gptq_config import (
     read_config,
 )
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, dequantize
-from vlmdeploy.quant.packing import WORD_BITS, num_words, pack_rows, pack_words, unpack_rows, unpack_words
+from vlmdeploy.quant.packing import (
+    WORD_BITS,
+    fills_words,
+    num_words,
+    pack_rows,
+    pack_words,
+    unpack_rows,
+    unpack_words,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -143,7 +151,7 @@ def _check_encodable(quantized: Quantized, name: str) -> None:
     if num_in % grid.group_size:
         raise QuantizationError(f"{name}: group size {grid.group_size} does not divide the input width {num_in}")
     for axis, size in (("input", num_in), ("output", num_out)):
-        if size * grid.bits % WORD_BITS:
+        if not fills_words(size, grid.bits):
             raise QuantizationError(
                 f"{name}: {size} codes of {grid.bits} bits along the {axis} do not fill 32-bit words; other readers "
                 "refuse such files: keep this linear in float or use another precision"
