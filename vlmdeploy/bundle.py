@@ -174,7 +174,7 @@ class Verification:
 class Provenance:
     """What made the bundle."""
 
-    checkpoint_sha256: str  # of the checkpoint's config and tensor index
+    checkpoint_sha256: str  # of the checkpoint's config and every byte of its shards
     versions: dict[str, str]
     quantization: str  # e.g. "none", "rtn"
     notes: tuple[str, ...] = ()

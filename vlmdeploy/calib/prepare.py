@@ -276,7 +276,7 @@ def all_settings(
 ) -> dict[str, Any]:
     """Everything that decides the result: equal settings give the same checkpoint."""
     return {
-        "checkpoint_sha256": checkpoint.fingerprint(),
+        "checkpoint_sha256": processes.first_does(checkpoint.fingerprint),
         "calibration_sha256": _samples_hash(samples),
         "samples": len(samples),
         "parts": plan.parts,
