@@ -36,7 +36,9 @@ from tests.calibration_data import (
 from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
 from vlmdeploy.artifact import locked, partial_folder
+from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.prepare import quantize, quantize_options
+from vlmdeploy.export.options import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -221,6 +223,21 @@ def test_two_streams_are_continued_too(ckpt: Path, data: Path, tmp_path: Path) -
         result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / name, *FAST, *options)
         assert result.exit_code == 0, result.stderr
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
+
+
+def test_shards_of_a_run_are_read_back_once_at_most(
+    ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard was hashed a second time when the last unit was done: tens of gigabytes of a large model."""
+    hashed: list[str] = []
+
+    def noted(path: Path) -> FileEntry:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("vlmdeploy.calib.state.hash_file", noted)
+    quantize(ckpt, tmp_path / "out", quantize_options(data, group=16), no_progress)
+    assert sorted(hashed) == sorted(f"{unit}.safetensors" for unit in UNITS)
 
 
 def test_rows_of_the_unit_before_are_deleted_when_a_unit_is_finished(ckpt: Path, data: Path, tmp_path: Path) -> None:

@@ -209,12 +209,12 @@ class Run:
             flow = self._run_unit(unit, flow)
             tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
             linears = [asdict(report) for report in self._reports]
-            state.save_unit(unit, tensors, linears, flow)
+            records.append(state.save_unit(unit, tensors, linears, flow))
             del tensors
             self._encoded, self._reports = {}, []
         if flow is not None:
             flow.close()
-        return state.finished(self.units)
+        return records
 
     @torch.no_grad()
     def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:

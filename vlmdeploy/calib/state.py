@@ -84,19 +84,28 @@ class RunState:
 
     def save_unit(
         self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
-    ) -> None:
+    ) -> UnitRecord:
         """Commit a unit; then the rows that the unit before handed on are no longer needed."""
-        mine = {} if flow is None else self._write_flow(unit, flow)
-        everyone = self.processes.gather(mine)
-        if self.processes.is_first:
-            files = {name: entry for each in everyone for name, entry in each.items()}
-            if tensors:
-                files[shard_name(unit)] = self._write_shard(unit, tensors)
-            content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
-            text = json.dumps(content, indent=1).encode()
-            write_file(self._record_path(unit), lambda file: file.write(text))
-            self._delete_flows(set(files))
+        flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
+        record = self.processes.first_does(lambda: self._commit(unit, tensors, linears, flows))
         self.processes.wait()
+        return record
+
+    def _commit(
+        self,
+        unit: str,
+        tensors: Mapping[str, Tensor],
+        linears: list[dict[str, Any]],
+        flows: list[dict[str, FileEntry]],
+    ) -> UnitRecord:
+        files = {name: entry for each in flows for name, entry in each.items()}
+        if tensors:
+            files[shard_name(unit)] = self._write_shard(unit, tensors)
+        content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
+        text = json.dumps(content, indent=1).encode()
+        write_file(self._record_path(unit), lambda file: file.write(text))
+        self._delete_flows(set(files))
+        return UnitRecord(unit, files, linears)
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
         """The rows that a unit handed on."""
