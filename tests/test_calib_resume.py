@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,29 @@ def test_force_starts_anew_with_other_settings(ckpt: Path, data: Path, tmp_path:
         assert result.exit_code == 0, result.stderr
     assert content_of(tmp_path / "out") == content_of(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+@pytest.mark.parametrize("removed", [1, 5, 9])
+def test_force_killed_while_it_clears_can_be_given_again(
+    ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """The settings went first, or in the middle: what was left was "not an unfinished run"."""
+    partial, unlink, calls = interrupted(ckpt, data, tmp_path / "out"), Path.unlink, count(1)
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if next(calls) == removed:
+            raise KeyboardInterrupt
+
+    command = ("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST, "--bits", 8, "--force")
+    files = [path.name for path in partial.iterdir() if path.is_file()]
+    assert len(files) - 2 == 9, "beside lock and settings: records, shards and rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        assert only_error_line(run_cli(*command)) == "Error: interrupted"
+    assert (partial / SETTINGS).is_file()
+    assert run_cli(*command).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_changed_checkpoint_or_picture_is_another_run(ckpt: Path, data: Path, tmp_path: Path) -> None:

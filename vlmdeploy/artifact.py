@@ -98,16 +98,21 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def remove_partial(folder: Path, last: str) -> None:
-    """Remove an unfinished run's folder, the file that names its settings last: a kill on the way leaves a run that can
-    still be told from others, or nothing but a lock."""
+def empty_partial(folder: Path, last: str) -> None:
+    """Remove all but the lock of an unfinished run's folder, the file that names its settings last: a kill on the way
+    leaves a run that can still be told from others, or nothing but a lock."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in (last, LOCK):
             path.unlink()
-    for name in (last, LOCK):
-        (folder / name).unlink(missing_ok=True)
+    (folder / last).unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path, last: str) -> None:
+    """Remove an unfinished run's folder in the order of `empty_partial`."""
+    empty_partial(folder, last)
+    (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
 
 

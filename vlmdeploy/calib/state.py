@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, write_file
+from vlmdeploy.artifact import LOCK, empty_partial, write_file
 from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -199,9 +199,7 @@ def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
                 f"{folder}: holds an unfinished run with other settings: {difference}; continue with the old settings, "
                 "or start anew with --force"
             )
-        for old in folder.iterdir():
-            if old.is_file() and old.name != LOCK:
-                old.unlink()
+        empty_partial(folder, SETTINGS)
     elif any(item.name not in (LOCK, SETTINGS + ".new") for item in folder.iterdir()):
         raise CalibrationError(f"{folder}: exists and holds no {SETTINGS}: not an unfinished run; move it away")
     text = json.dumps(settings, indent=1).encode()
