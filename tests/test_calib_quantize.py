@@ -558,6 +558,19 @@ def test_empty_data_is_one_line(ckpt: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(ckpt, tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_names_that_are_not_utf8_are_told_in_report_and_tables(ckpt: Path, few: Path, tmp_path: Path) -> None:
+    """They were an error when everything was done: at the last step, when the report was written."""
+    folder = tmp_path / os.fsdecode(b"data\xff")
+    shutil.copytree(few, folder)
+    out = tmp_path / "out"
+    options = ("--override", "*=fp16", "--override", "lm_head=int8")
+    shown = run_cli("quantize", "--ckpt", ckpt, "--calib", folder, "--out", out, *FAST, *options)
+    assert shown.exit_code == 0 and "data\\udcff" in shown.stdout
+    assert str(folder) in report_of(out)["calibration"]["data"]
+    again = run_cli("quantize", "--ckpt", ckpt, "--calib", folder, "--out", out, *FAST, *options, "--json")
+    assert str(folder) in only_json_document(again)["calibration"]["data"]
+
+
 # A full disk
 
 

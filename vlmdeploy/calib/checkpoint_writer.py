@@ -153,4 +153,6 @@ def _write_shards(records: list[UnitRecord], partial: Path, folder: Path) -> Non
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Readable UTF-8. A lone surrogate, as file names that are not UTF-8 bring along, becomes its JSON escape."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
