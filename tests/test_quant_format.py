@@ -248,6 +248,8 @@ def test_last_word_and_last_group_may_be_partly_filled(num_in: int, num_out: int
         ("scales", np.ones((8, 64), np.float16), r"linear\.scales: \[8, 64\], expected \[4, 64\]: do bits and group"),
         ("scales", np.ones((4, 64), np.int32), r"linear\.scales: int32 \[4, 64\], expected a matrix of floats"),
         ("scales", np.full((4, 64), np.nan, np.float16), r"linear\.scales: values that are not finite"),
+        ("scales", np.full((4, 64), 1e300), r"linear\.scales: values up to 1e\+300, expected weights that float32"),
+        ("scales", np.full((4, 64), -3e38, np.float32), r"linear\.scales: values up to 3e\+38"),
         ("qzeros", np.zeros((4, 9), np.int32), r"linear\.qzeros: \[4, 9\], expected \[4, 8\]"),
         ("g_idx", np.full(128, 4, np.int32), r"linear\.g_idx: .* with values 4 to 4, expected one group of 0 to 3"),
     ],
@@ -256,6 +258,35 @@ def test_tensors_that_do_not_fit_each_other_are_named(part: str, value: NDArray[
     tensors = encode_linear(quantized_matrix(Grid(4, 32))) | {part: value}
     with pytest.raises(WeightsError, match=message):
         decode_linear(tensors, Grid(4, 32), "gptq", "linear")
+
+
+@pytest.mark.parametrize("left", [{}, {"g_idx": np.zeros(0, np.int32)}], ids=["missing", "empty"])
+def test_act_order_needs_the_group_of_each_input(left: Tensors) -> None:
+    """Such codes were decoded as if neighbours shared a group: wrong weights, silently."""
+    quantized = quantized_matrix(Grid(4, 32))
+    tensors = {part: values for part, values in encode_linear(quantized).items() if part != "g_idx"} | left
+    with pytest.raises(WeightsError, match=r"a\.b\.g_idx: missing or empty, but the config says desc_act = true"):
+        decode_linear(tensors, Grid(4, 32), "gptq", "a.b", desc_act=True)
+    whole = quantized_matrix(Grid(4, 128))
+    tensors = {part: values for part, values in encode_linear(whole).items() if part != "g_idx"} | left
+    assert_same(decode_linear(tensors, Grid(4, 128), "gptq", "a.b", desc_act=True), whole)
+
+
+def test_act_order_of_a_folder_needs_the_group_of_each_input(tmp_path: Path) -> None:
+    tensors = encode_linear(quantized_matrix(Grid(4, 32)))
+    del tensors["g_idx"]
+    save_file({f"a.b.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    folder = GptqFolder(write_configs(tmp_path, {**CONFIG, "desc_act": True}, None))
+    with pytest.raises(WeightsError, match=r"a\.b\.g_idx: missing"):
+        folder.linear("a.b")
+
+
+def test_type_that_numpy_lacks_is_named(tmp_path: Path) -> None:
+    tensors = {name: torch.from_numpy(value) for name, value in encode_linear(quantized_matrix(Grid(4, 32))).items()}
+    tensors["scales"] = tensors["scales"].to(torch.float8_e4m3fn)
+    save_torch_file({f"a.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"a\.scales: .*float8_e4m3fn"):
+        GptqFolder(write_configs(tmp_path, CONFIG, None)).linear("a")
 
 
 def test_missing_scales_are_named() -> None:
