@@ -197,7 +197,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"
     embedding: EmbeddingInfo
     has_tokenizer: bool
-    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3, or several joined by +
+    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3 | int2, or several joined by +
     group_sizes: dict[str, int]  # part -> weights per scale, 0 where not quantized
     requested_group: int  # what was asked for, before it was fitted to the widths
     kept_in_float: tuple[str, ...]  # linears that no group size divides
