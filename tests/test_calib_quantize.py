@@ -520,6 +520,8 @@ BROKEN: dict[str, tuple[Json | str, str]] = {
     "missing picture": ({"image": "gone.png", "messages": messages("What?", "It")}, "gone.png: no such file"),
     "damaged picture": ({"image": "damaged.png", "messages": messages("What?", "It")}, "damaged.png"),
     "too long": ({"messages": messages("long " * 40, "yes")}, "the model's context 128"),
+    "half a character": ({"messages": messages("What?", "It \ud83d")}, "data.jsonl:9: the assistant's answer is not"),
+    "data URL": ({"image": "data:image/png;base64,A", "messages": messages("What?", "It")}, "picture data:image"),
     "unknown template": ({"messages": messages("What?", "It"), "template": "poem"}, "poem"),
 }
 
