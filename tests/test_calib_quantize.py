@@ -356,12 +356,20 @@ def test_choice_under_a_budget_is_shown_and_written(grouped: Path, some: Path, t
 
 
 @pytest.mark.parametrize(("budget", "message"), [
-    ("2", "give a larger budget"), ("1KB", "give a larger budget"), ("much", "expected a size such as 9.0GB"),
+    ("2", "give a larger budget"), ("1KB", "give a larger budget"),
 ])  # fmt: skip
 def test_budget_that_cannot_be_is_one_line(
     grouped: Path, some: Path, tmp_path: Path, budget: str, message: str
 ) -> None:
     assert message in refusal(grouped, some, tmp_path / "out", "--budget", budget)
+
+
+@pytest.mark.parametrize("option", ["--budget", "--max-memory"])
+@pytest.mark.parametrize("value", ["much", "nan", "inf", "1e400", "-4", "0", "9" * 400, "9" * 400 + "GB"])
+def test_senseless_size_is_told_before_any_work(tmp_path: Path, option: str, value: str) -> None:
+    """Not a number and infinity came far: they were errors of Python when every cost had been measured."""
+    error = refusal(tmp_path / "no checkpoint", tmp_path / "no data", tmp_path / "out", option, value)
+    assert f'{option} "{value[:80]}": expected a size such as 9.0GB' in error and len(error) < 200
 
 
 def test_budget_where_no_group_fits_leaves_that_linear_as_planned(ckpt: Path, data: Path, tmp_path: Path) -> None:

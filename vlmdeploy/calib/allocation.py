@@ -1,5 +1,6 @@
 """Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,17 +37,21 @@ class Budget:
     def parse(cls, text: str) -> "Budget":
         """From "9.0GB", "450MB" or a plain number of bits such as "4.25". Raises ConfigError."""
         try:
-            return cls(average_bits=float(text))
+            bits = float(text)
         except ValueError:
             return cls(total_bytes=parse_size(text, "--budget"))
+        if not 0 < bits < math.inf:
+            raise ConfigError(f'--budget "{text:.80}": expected a size such as 9.0GB, or average bits such as 4.25')
+        return cls(average_bits=bits)
 
 
 def parse_size(text: str, option: str) -> int:
     """Bytes from "9.0GB", "450MB" and the like, powers of ten. Raises ConfigError, naming the option."""
     match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f'{option} "{text}": expected a size such as 9.0GB or 450MB')
-    return round(float(match["number"]) * UNIT_BYTES[match["unit"].upper()])
+    size = float(match["number"]) * UNIT_BYTES[match["unit"].upper()] if match is not None else math.inf
+    if size == math.inf:  # also a number of hundreds of digits
+        raise ConfigError(f'{option} "{text:.80}": expected a size such as 9.0GB or 450MB')
+    return round(size)
 
 
 def allocate_plan(

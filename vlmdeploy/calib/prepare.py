@@ -138,6 +138,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
+    budget = None if options.budget is None else Budget.parse(options.budget)
     checkpoint = Checkpoint(ckpt)
     if checkpoint.is_quantized:
         raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
@@ -145,10 +146,9 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     plan = quantization_plan(checkpoint, options)
     calibration, everyone = read_calibration(checkpoint, options, processes, progress)
     settings = all_settings(checkpoint, plan, options, everyone, processes)
-    if options.budget is not None:
+    if budget is not None:
         grids = known_grids(out, settings)
         if grids is None:
-            budget = Budget.parse(options.budget)
             plan = allocate_plan(checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress)
         else:
             plan = with_grids(plan, grids)
