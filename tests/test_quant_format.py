@@ -2,6 +2,7 @@
 Reference: tests/reference/gptq_format.py. Agreement: what we write is what we read. Contract: variants and refusals."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -405,9 +406,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found \[\]"):
         GptqFolder(tmp_path)
-    (tmp_path / "quantize_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"quantize_config\.json: cannot be read as JSON"):
-        GptqFolder(tmp_path)
+    for content in ("{", "[" * 20000):
+        (tmp_path / "quantize_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"quantize_config\.json: cannot be read as JSON"):
+            GptqFolder(tmp_path)
 
 
 # Contract: configs.
@@ -468,9 +470,12 @@ def test_names_of_old_files_are_known(tmp_path: Path, raw: dict[str, Any]) -> No
         ({"bits": True}, "bits is True"),
         ({"bits": None}, "bits is None"),
         ({"group_size": 0}, "group_size is 0; expected a positive number or -1"),
+        ({"group_size": 10**400}, "group_size is 10+; expected a positive number or -1"),
         ({"sym": "yes"}, "sym is 'yes'; expected true or false"),
         ({"format": "gptq", "checkpoint_format": "gptq_v2"}, "checkpoint_format and format contradict each other"),
         ({"dynamic": {"(": {}}}, r"dynamic: \(: not a regular expression"),
+        ({"dynamic": {"a{99999999999}": {}}}, r"dynamic: a\{9+\}: not a regular expression: the repetition number"),
+        ({"dynamic": {"(" * 3000 + ")" * 3000: {}}}, r"dynamic: \({80}: not a regular expression"),
         ({"dynamic": {"a": 3}}, "dynamic: a: expected a JSON object, found 3"),
         ({"dynamic": {"a": {"bits": 5}}}, "dynamic: a: 5 bits exist only"),
         ({"dynamic": []}, "dynamic: expected a JSON object, found"),
@@ -482,18 +487,30 @@ def test_other_methods_and_layouts_are_refused_by_name(tmp_path: Path, change: d
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("bits", 8), ("group_size", 128), ("sym", False), ("checkpoint_format", "gptq_v2")]
-)
+    ("key", "value"),
+    [
+        ("bits", 8), ("group_size", 128), ("sym", False), ("checkpoint_format", "gptq_v2"), ("lm_head", True),
+        ("dynamic", {}), ("dynamic", {"a": {"bits": 8}}),
+    ],
+)  # fmt: skip
 def test_two_configs_that_disagree_are_an_error(tmp_path: Path, key: str, value: Any) -> None:
-    own = {**CONFIG, "checkpoint_format": "gptq"}
-    with pytest.raises(ConfigError, match=rf"quantize_config\.json has {key} .*config\.json.* has {value!r}"):
-        read_config(write_configs(tmp_path, own, {**own, key: value}))
+    own = {**CONFIG, "checkpoint_format": "gptq", "dynamic": {"a": {"bits": 3}}, "lm_head": False}
+    for first, second in ((own, {**own, key: value}), ({**own, key: value}, own)):
+        found = (re.escape(repr(raw[key])) for raw in (first, second))
+        message = r"quantize_config\.json has {} {}, but .*config\.json: quantization_config has {}"
+        with pytest.raises(ConfigError, match=message.format(key, *found)):
+            read_config(write_configs(tmp_path, first, second))
 
 
 def test_key_that_only_one_config_has_counts(tmp_path: Path) -> None:
     config = read_config(write_configs(tmp_path, CONFIG, {**CONFIG, "format": "gptq_v2", "lm_head": True}))
     assert config is not None
     assert (config.checkpoint_format, config.lm_head) == ("gptq_v2", True)
+
+
+def test_patterns_that_only_one_config_has_count(tmp_path: Path) -> None:
+    config = read_config(write_configs(tmp_path, {**CONFIG, "dynamic": None}, {**CONFIG, "dynamic": {"-:a": {}}}))
+    assert config is not None and config.dynamic == (("a", None),)
 
 
 # Contract: overrides for single modules.
