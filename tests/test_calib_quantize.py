@@ -494,6 +494,60 @@ def test_force_replaces_our_output_and_nothing_else(ckpt: Path, few: Path, quant
     assert (out / "model.safetensors").is_file()
 
 
+def damaged_reports() -> dict[str, Any]:
+    """Name of the damage -> how a report, valid JSON, is changed by it."""
+
+    def without(key: str, section: str | None = None) -> Any:
+        def remove(report: Json) -> Json:
+            del (report if section is None else report[section])[key]
+            return report
+
+        return remove
+
+    def null(key: str) -> Any:
+        return lambda report: report | {key: None}
+
+    def replaced_by(value: object) -> Any:
+        return lambda report: value
+
+    shapes: list[Any] = [None, [], "text", {}]
+    kinds: dict[str, Any] = {repr(value): replaced_by(value) for value in shapes}
+    kinds |= {f"no {key}": without(key) for key in ("settings", "calibration", "linears")}
+    kinds |= {"no parts": without("parts", "settings"), "no experts": without("experts", "calibration")}
+    kinds |= {f"null {key}": null(key) for key in ("settings", "calibration", "size_bytes", "linears")}
+    return kinds | {"null linear": lambda report: report | {"linears": [None]}}
+
+
+@pytest.mark.parametrize("damage", damaged_reports())
+def test_report_of_another_shape_is_one_line_everywhere(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path, damage: str
+) -> None:
+    """It was an error of Python in each of these commands, or the folder was none of ours."""
+    out = Path(shutil.copytree(plain, tmp_path / "out"))
+    (out / REPORT).write_text(json.dumps(damaged_reports()[damage](report_of(plain))))
+    bundle = tmp_path / "bundle"
+    refused = (
+        run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", out, *FAST),
+        run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", out, *FAST, "--force"),
+        run_cli("export", "--ckpt", out, "--target", "ort-int4", "--out", bundle),
+        run_cli("inspect", out),
+        run_cli("inspect", out, "--json"),
+    )
+    for result in refused:
+        error = only_error_line(result)
+        assert f"{out / REPORT}: damaged (" in error and "remove the file, or the whole folder" in error
+    assert not bundle.exists()
+
+
+def test_keys_that_older_reports_lack_are_filled_in(plain: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(plain, tmp_path / "out"))
+    report = report_of(plain)
+    for linear in report["linears"]:
+        del linear["note"], linear["sweeps"]
+    (out / REPORT).write_text(json.dumps(report))
+    assert run_cli("inspect", out).exit_code == 0
+
+
 def test_quantized_checkpoint_is_not_quantized_again(quantized: Path, few: Path, tmp_path: Path) -> None:
     assert "is quantized already" in refusal(quantized, few, tmp_path / "out")
 

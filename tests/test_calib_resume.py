@@ -277,6 +277,48 @@ def test_state_that_is_no_json_is_named(ckpt: Path, data: Path, tmp_path: Path, 
     assert str(partial / name) in refusal(ckpt, data, tmp_path / "out")
 
 
+RECORD: dict[str, Any] = {"files": {}, "linears": []}
+
+
+@pytest.mark.parametrize("content", [
+    None, [], "text", 7, {}, {"files": {}}, {**RECORD, "files": []}, {**RECORD, "files": {"a": {"bytes": 1}}},
+    {**RECORD, "files": {"a": None}}, {**RECORD, "linears": {}}, {**RECORD, "linears": [None]},
+    {**RECORD, "linears": [{"name": "head"}]},
+], ids=json.dumps)  # fmt: skip
+def test_record_of_another_shape_is_named(ckpt: Path, data: Path, tmp_path: Path, content: Any) -> None:
+    """It was an error of Python that named nothing."""
+    record = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0") / "vision.embed.json"
+    record.write_text(json.dumps(content))
+    error = refusal(ckpt, data, tmp_path / "out")
+    assert f"{record}: damaged (" in error and f"remove {record.parent} to start anew" in error
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b'"text"', b"[" * 20000])
+def test_settings_of_another_shape_are_named(ckpt: Path, data: Path, tmp_path: Path, content: bytes) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0")
+    (partial / SETTINGS).write_bytes(content)
+    assert f"{partial / SETTINGS}: damaged (" in refusal(ckpt, data, tmp_path / "out")
+
+
+def test_settings_without_their_keys_are_another_run(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0")
+    (partial / SETTINGS).write_text("{}")
+    assert "is None there" in refusal(ckpt, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "grids", [None, [], {}, "int4:64", {"lm_head.weight": "int4:16"}, "every int4", "every int9:16"]
+)
+def test_damaged_choice_of_an_unfinished_run_is_named(ckpt: Path, data: Path, tmp_path: Path, grids: Any) -> None:
+    path = interrupted(ckpt, data, tmp_path / "out", "vision.embed", budget="6") / SETTINGS
+    settings = json.loads(path.read_text())
+    is_text = isinstance(grids, str) and grids.startswith("every ")
+    settings["grids"] = dict.fromkeys(settings["grids"], grids.removeprefix("every ")) if is_text else grids
+    path.write_text(json.dumps(settings))
+    error = refusal(ckpt, data, tmp_path / "out", "--budget", 6)
+    assert f"{path}: damaged (grids: " in error and f"remove {path.parent}" in error
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
     (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'),

@@ -300,7 +300,7 @@ def _record(kind: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]
     if missing:
-        raise BundleError(f'{where}: key "{missing[0]}" is missing; was the bundle made by an older version?')
+        raise BundleError(f'{where}: key "{missing[0]}" is missing; was it made by an older version?')
     known = {item.name for item in fields(kind)}
     return kind(**{key: _value(hints[key], data[key], f"{where}: {key}") for key in data if key in known})
 

@@ -21,14 +21,13 @@ from vlmdeploy.calib.checkpoint_writer import (
     encoded_parameter,
     is_quantized_by_us,
     publish,
-    read_report,
     unit_tensors,
 )
 from vlmdeploy.calib.coverage import Coverage, check_coverage
 from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import HessianKind, Inputs, Statistics
-from vlmdeploy.calib.solver import LinearReport, Solver
+from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
     SETTINGS,
     RunState,
@@ -41,6 +40,7 @@ from vlmdeploy.calib.state import (
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.export.options import Progress
 from vlmdeploy.export.precision import PrecisionPlan
+from vlmdeploy.model.report import LinearReport, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 
@@ -105,8 +105,8 @@ def quantize_checkpoint(
     """
     processes = Processes.join()
     done = read_report(out)
-    if done is not None and (options.reuse or not options.force):
-        difference = first_difference(options.settings, done.get("settings", {}))
+    if done and (options.reuse or not options.force):
+        difference = first_difference(options.settings, done["settings"])
         if difference is None:
             if processes.is_first:
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdeploy.artifact import LOCK, empty_partial, write_file
-from vlmdeploy.bundle import FileEntry, hash_file
+from vlmdeploy.bundle import FileEntry, from_json, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.layers import Flow
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.errors import CalibrationError
+from vlmdeploy.errors import BundleError, CalibrationError
+from vlmdeploy.model.report import LinearReport
 
 SETTINGS, SPILL = "settings.json", "spill"
 ROWS_AT_ONCE = 4096
@@ -37,6 +38,14 @@ class UnitRecord:
     unit: str
     files: dict[str, FileEntry]
     linears: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the file of a record holds."""
+
+    files: dict[str, FileEntry]
+    linears: tuple[LinearReport, ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ class RunState:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            content = _read_json(path)
-            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-            records.append(UnitRecord(unit, files, content["linears"]))
+            try:
+                content = from_json(_Content, _read_json(path), "record")
+            except (BundleError, RecursionError) as error:
+                raise _damaged(path, error) from error
+            records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
         if records:
             self._check_files(records)
         return records
@@ -177,11 +188,15 @@ def unfinished_settings(folder: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CalibrationError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
     if not isinstance(content, dict):
-        raise CalibrationError(f"{path}: damaged; remove {path.parent} to start anew")
+        raise _damaged(path, f"holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _damaged(path: Path, found: object) -> CalibrationError:
+    return CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew")
 
 
 def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.export.precision import Precision, PrecisionPlan, Stored
-from vlmdeploy.families.spec import Config
-from vlmdeploy.model.weights import REPORT_NAME, Checkpoint, read_json
+from vlmdeploy.model.report import read_report
+from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
@@ -26,13 +26,9 @@ def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
         return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
     codes = {target: Precision.of(grid) for target, grid in grids.items() if grid is not None}
-    chosen = quantization_report(checkpoint).get("settings", {}).get("parts", {})
+    report = read_report(checkpoint.folder)
+    chosen = report["settings"]["parts"] if report else {}
     return Stored(codes, {part: kind for part, kind in chosen.items() if kind in ("fp32", "fp16")})
-
-
-def quantization_report(checkpoint: Checkpoint) -> Config:
-    """What `vlmdeploy quantize` wrote beside the weights; {} for a checkpoint that it did not write."""
-    return read_json(checkpoint.folder / REPORT_NAME, optional=True)
 
 
 @dataclass(frozen=True)

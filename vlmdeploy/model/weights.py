@@ -28,7 +28,6 @@ from vlmdeploy.quant.packing import fills_words
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-REPORT_NAME = "quantization_report.json"  # beside the weights of a checkpoint that `vlmdeploy quantize` wrote
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
