@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vlmdeploy.bundle import FileEntry, GraphInfo, TensorInfo
-from vlmdeploy.export.weights import Ints, WeightReader
+from vlmdeploy.errors import QuantizationError
+from vlmdeploy.export.weights import Ints, WeightReader, in_fp32
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits
 from vlmdeploy.quant.grid import Floats, Grid, Quantized
 
@@ -179,7 +180,7 @@ class GraphBuilder:
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], int, int]:
         """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits
         wants them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
-        bits, block_size = field_bits(grid.bits), matmul_block_size(grid.group_size)
+        bits, block_size = field_bits(grid.bits), _block_size(weight, grid)
         blocks = self.weights.matrix_shape(weight)[1] // block_size
         scales = np.empty((len(order), blocks), np.float32)
         zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
@@ -225,6 +226,13 @@ class GraphBuilder:
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path))
         return GraphInfo(path.name, self.data.path.name, tuple(self._public_inputs), tuple(self._public_outputs))
+
+
+def _block_size(weight: str, grid: Grid) -> int:
+    try:
+        return matmul_block_size(grid.group_size)
+    except QuantizationError as error:
+        raise QuantizationError(f'"{weight}": {error}: {in_fp32(weight)}') from error
 
 
 def _arranged(stored: NDArray[Value], order: Ints, first: int, fill: int) -> NDArray[Value]:

@@ -58,23 +58,23 @@ class WeightReader:
             halves = rows.astype(np.float16)
         if not np.isfinite(halves).all():
             raise ExportError(
-                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {_in_fp32(target)}'
+                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {in_fp32(target)}'
             )
         return halves
 
     def quantized(self, target: str, start: int, stop: int) -> Quantized:
         """Rows as codes and scales: those of the checkpoint, or else rounded to nearest.
 
-        Raises QuantizationError where a scale overflows.
+        Raises QuantizationError where a scale overflows, or no backend can hold the stored codes.
         """
         grid = self.plan[target].grid
         assert grid is not None, f"{target} is kept in float"
-        if target in self.checkpoint and self.checkpoint.stored_grid(target) is not None:
-            return self.checkpoint.quantized_rows(target, start, stop)
         try:
+            if target in self.checkpoint and self.checkpoint.stored_grid(target) is not None:
+                return self.checkpoint.quantized_rows(target, start, stop)
             return quantize_rtn(self.rows(target, start, stop), grid)
         except QuantizationError as error:
-            raise QuantizationError(f'"{target}": {error}: {_in_fp32(target)}') from error
+            raise QuantizationError(f'"{target}": {error}: {in_fp32(target)}') from error
 
     def effective_rows(self, target: str, start: int, stop: int) -> Floats:
         """The float32 values that the stored rows stand for."""
@@ -102,7 +102,7 @@ class WeightReader:
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _in_fp32(target: str) -> str:
+def in_fp32(target: str) -> str:
     """What the user can do about a value that a narrow type cannot hold."""
     part = target.split(".")[0]
     option = "--target ort-fp32" if part == "decoder" else f"--{part.replace('_', '-')} fp32"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vlmdeploy.errors import WeightsError
+from vlmdeploy.errors import QuantizationError, WeightsError
 from vlmdeploy.families.spec import Source
 from vlmdeploy.quant.gptq_format import (
     PARTS,
@@ -24,6 +24,7 @@ from vlmdeploy.quant.gptq_format import (
     grid_of,
     read_config,
 )
+from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.packing import num_words
 
 Header = tuple[str, tuple[int, ...]]  # type, as safetensors calls it, and shape
@@ -110,6 +111,13 @@ class StoredCodes:
             self._last = module, self._read(source)
         where, rows = f"{self._folder}: {module}", slice(start, stop)
         return decode_linear(self._last[1], self.grid(source), self.config.checkpoint_format, where, rows)
+
+    def quantized(self, source: Source, start: int, stop: int) -> Quantized:
+        """Rows of a linear as exporters take them. Raises QuantizationError where no backend can hold them."""
+        try:
+            return self.linear(source, start, stop).quantized()
+        except QuantizationError as error:
+            raise QuantizationError(f"{self._folder}: {_module(source)}: {error}") from error
 
     def values(self, source: Source, start: int, stop: int) -> Tensor:
         """Float values of some rows, float32 in the shape of the weight."""

@@ -94,9 +94,9 @@ class Checkpoint:
         )
 
     def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
-        """Rows of a parameter stored as codes. Raises QuantizationError where they have no contiguous groups."""
+        """Rows of a parameter stored as codes. Raises QuantizationError where no backend can hold them."""
         ranges = _row_ranges(self.rules[target], start, stop)
-        return stacked([self.codes.linear(source, first, last).quantized() for source, first, last in ranges])
+        return stacked([self.codes.quantized(source, first, last) for source, first, last in ranges])
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json's content and every byte of the shards, which are read once and never again."""
