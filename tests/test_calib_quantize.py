@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tests.calibration_data import FAST, messages, write_calibration_checkpoint, write_calibration_data, write_rows
+from tests.calibration_data import (
+    FAST,
+    messages,
+    write_calibration_checkpoint,
+    write_calibration_data,
+    write_changed_checkpoint,
+    write_rows,
+)
 from tests.stored_linears import gptq_linears, onnx_linears, stored_tensors
 from tests.tiny_bundle import ROOT, content_of, only_error_line, only_json_document, picture, run_cli
 from vlmdeploy.artifact import partial_folder
@@ -466,6 +474,26 @@ def test_senseless_option_is_one_line(
     assert list(tmp_path.glob("out*")) == []
 
 
+@pytest.mark.parametrize("command", ["quantize", "export"])
+def test_output_whose_name_is_not_utf8_is_refused_before_the_run(tmp_path: Path, command: str) -> None:
+    """Neither tensors nor graphs can be written there: it was an error of a library when the first one was."""
+    out = tmp_path / os.fsdecode(b"out\xff")
+    options = {"quantize": ("--calib", tmp_path), "export": ("--target", "ort-fp32")}[command]
+    result = run_cli(command, "--ckpt", tmp_path / "no checkpoint", "--out", out, *options)
+    assert "the path is not valid UTF-8; choose another output" in only_error_line(result)
+
+
+def test_linear_that_cannot_be_rounded_is_named(few: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.self_attn.vision_expert_dense.weight"][0, 0] = 1e8  # nothing reads its output
+
+    ckpt = write_changed_checkpoint(tmp_path / "ckpt", enlarge, vision_layers=1)
+    error, name = refusal(ckpt, few, tmp_path / "out"), "decoder.layers.1.vision.dense.weight"
+    assert f"{name}: a weight of magnitude 1e+08 needs a scale beyond fp16" in error
+    assert f"--override {name}=fp32 keeps it in float" in error
+    quantize(ckpt, few, tmp_path / "out", "--override", f"{name}=fp32", "--force")
+
+
 # An output that is there already
 
 
@@ -658,6 +686,41 @@ def test_full_disk_is_one_line_and_the_same_command_continues(
     assert list(partial_folder(out).glob("*.safetensors")) and not out.exists(), "the units before were finished"
     quantize(ckpt, few, out, "--max-memory", "1KB")
     assert content_of(out) == content_of(plain)
+
+
+@pytest.mark.parametrize("kind", ["with its name", "as the tensor library tells it", "damaged"])
+def test_lost_file_of_the_source_is_not_taken_for_a_full_disk(
+    ckpt: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It was reported as "OUT.partial: cannot be written ... free some space"."""
+    lost, out = str(ckpt / "model.safetensors"), tmp_path / "out"
+    errors = {
+        "with its name": OSError(errno.EIO, os.strerror(errno.EIO), lost),
+        "as the tensor library tells it": FileNotFoundError(f"No such file or directory: {lost}"),
+        "damaged": SafetensorError(f"invalid header of {lost}"),
+    }
+
+    def read(*arguments: Any) -> Any:
+        raise errors[kind]
+
+    monkeypatch.setattr("vlmdeploy.calib.quantize.unit_tensors", read)
+    error = refusal(ckpt, few, out)
+    assert lost in error and f"it continues with {partial_folder(out)}" in error
+    assert "free some space" not in error
+
+
+@pytest.mark.parametrize(("number", "name"), [(errno.EACCES, "x.safetensors"), (errno.EDQUOT, None)])
+def test_refused_write_names_the_unfinished_run(
+    ckpt: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str | None
+) -> None:
+    partial = partial_folder(tmp_path / "out")
+
+    def write(*arguments: Any) -> Any:
+        raise OSError(number, os.strerror(number), *(() if name is None else (str(partial / name),)))
+
+    monkeypatch.setattr("vlmdeploy.calib.quantize.unit_tensors", write)
+    error = refusal(ckpt, few, tmp_path / "out")
+    assert f"{partial}: cannot be written: {os.strerror(number)}; free some space" in error
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ _AT_FDCWD = -100
 
 def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> None:
     """Raise ExportError unless a folder may be written at `out`."""
+    check_name(out)
     if not (out.exists() or out.is_symlink()):
         return
     if not out.is_dir() or out.is_symlink():
@@ -32,6 +33,14 @@ def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Non
         raise ExportError(f"{out}: exists already; choose another output or replace it with --force")
     if not is_ours(out):
         raise ExportError(f"{out}: exists and was not made by vlmdeploy, so --force does not replace it")
+
+
+def check_name(out: Path) -> None:
+    """Raise ExportError for a path that is not UTF-8: the libraries that write tensors and graphs refuse it late."""
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{out}: the path is not valid UTF-8; choose another output") from error
 
 
 @contextmanager

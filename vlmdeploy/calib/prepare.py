@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmdeploy.artifact import partial_folder
+from vlmdeploy.artifact import check_name, partial_folder
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, parse_size, with_grids
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample
@@ -138,6 +138,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
+    check_name(out)
     budget = None if options.budget is None else Budget.parse(options.budget)
     checkpoint = Checkpoint(ckpt)
     if checkpoint.is_quantized:
