@@ -32,13 +32,14 @@ from vlmdeploy.calib.coverage import check_coverage
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.quantize import Calibration, Run, RunOptions
 from vlmdeploy.calib.routed import HessianKind
-from vlmdeploy.calib.solver import GptqSolver, LinearReport, Problem, Solver, measured_report
+from vlmdeploy.calib.solver import GptqSolver, Problem, Solver, measured_report
 from vlmdeploy.data.balance import draw_samples
 from vlmdeploy.data.jsonl import read_samples
 from vlmdeploy.export.precision import plan_precision
 from vlmdeploy.export.tokenizer import import_tokenizer
 from vlmdeploy.model.batch import derive_layout
 from vlmdeploy.model.decoder import Cache
+from vlmdeploy.model.report import LinearReport
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.model.weights import Checkpoint, fill_parameter, load_model
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn

@@ -68,7 +68,6 @@ def _matmul_linear(node: onnx.NodeProto, tensors: dict[str, Array]) -> StoredLin
 
 
 def _fields(rows: Array, bits: int) -> Array:
-    """Bytes [rows, bytes] -> fields of 4 or 8 bits, the lower half first."""
-    if bits == 8:
-        return rows.astype(np.int64)
-    return np.stack((rows & 15, rows >> 4), -1).reshape(len(rows), -1).astype(np.int64)
+    """Bytes [rows, bytes] -> fields of 2, 4 or 8 bits, the lowest first."""
+    fields = rows[..., None] >> np.arange(0, 8, bits) & ((1 << bits) - 1)
+    return fields.reshape(len(rows), -1).astype(np.int64)

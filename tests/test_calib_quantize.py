@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tests.calibration_data import FAST, messages, write_calibration_checkpoint, write_calibration_data, write_rows
+from tests.calibration_data import (
+    FAST,
+    messages,
+    write_calibration_checkpoint,
+    write_calibration_data,
+    write_changed_checkpoint,
+    write_rows,
+)
 from tests.stored_linears import gptq_linears, onnx_linears, stored_tensors
 from tests.tiny_bundle import ROOT, content_of, only_error_line, only_json_document, picture, run_cli
 from vlmdeploy.artifact import partial_folder
@@ -356,12 +364,20 @@ def test_choice_under_a_budget_is_shown_and_written(grouped: Path, some: Path, t
 
 
 @pytest.mark.parametrize(("budget", "message"), [
-    ("2", "give a larger budget"), ("1KB", "give a larger budget"), ("much", "expected a size such as 9.0GB"),
+    ("2", "give a larger budget"), ("1KB", "give a larger budget"),
 ])  # fmt: skip
 def test_budget_that_cannot_be_is_one_line(
     grouped: Path, some: Path, tmp_path: Path, budget: str, message: str
 ) -> None:
     assert message in refusal(grouped, some, tmp_path / "out", "--budget", budget)
+
+
+@pytest.mark.parametrize("option", ["--budget", "--max-memory"])
+@pytest.mark.parametrize("value", ["much", "nan", "inf", "1e400", "-4", "0", "9" * 400, "9" * 400 + "GB"])
+def test_senseless_size_is_told_before_any_work(tmp_path: Path, option: str, value: str) -> None:
+    """Not a number and infinity came far: they were errors of Python when every cost had been measured."""
+    error = refusal(tmp_path / "no checkpoint", tmp_path / "no data", tmp_path / "out", option, value)
+    assert f'{option} "{value[:80]}": expected a size such as 9.0GB' in error and len(error) < 200
 
 
 def test_budget_where_no_group_fits_leaves_that_linear_as_planned(ckpt: Path, data: Path, tmp_path: Path) -> None:
@@ -458,6 +474,26 @@ def test_senseless_option_is_one_line(
     assert list(tmp_path.glob("out*")) == []
 
 
+@pytest.mark.parametrize("command", ["quantize", "export"])
+def test_output_whose_name_is_not_utf8_is_refused_before_the_run(tmp_path: Path, command: str) -> None:
+    """Neither tensors nor graphs can be written there: it was an error of a library when the first one was."""
+    out = tmp_path / os.fsdecode(b"out\xff")
+    options = {"quantize": ("--calib", tmp_path), "export": ("--target", "ort-fp32")}[command]
+    result = run_cli(command, "--ckpt", tmp_path / "no checkpoint", "--out", out, *options)
+    assert "the path is not valid UTF-8; choose another output" in only_error_line(result)
+
+
+def test_linear_that_cannot_be_rounded_is_named(few: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.self_attn.vision_expert_dense.weight"][0, 0] = 1e8  # nothing reads its output
+
+    ckpt = write_changed_checkpoint(tmp_path / "ckpt", enlarge, vision_layers=1)
+    error, name = refusal(ckpt, few, tmp_path / "out"), "decoder.layers.1.vision.dense.weight"
+    assert f"{name}: a weight of magnitude 1e+08 needs a scale beyond fp16" in error
+    assert f"--override {name}=fp32 keeps it in float" in error
+    quantize(ckpt, few, tmp_path / "out", "--override", f"{name}=fp32", "--force")
+
+
 # An output that is there already
 
 
@@ -484,6 +520,60 @@ def test_force_replaces_our_output_and_nothing_else(ckpt: Path, few: Path, quant
     (out / REPORT).unlink()
     assert "was not made by vlmdeploy" in refusal(ckpt, few, out, "--force")
     assert (out / "model.safetensors").is_file()
+
+
+def damaged_reports() -> dict[str, Any]:
+    """Name of the damage -> how a report, valid JSON, is changed by it."""
+
+    def without(key: str, section: str | None = None) -> Any:
+        def remove(report: Json) -> Json:
+            del (report if section is None else report[section])[key]
+            return report
+
+        return remove
+
+    def null(key: str) -> Any:
+        return lambda report: report | {key: None}
+
+    def replaced_by(value: object) -> Any:
+        return lambda report: value
+
+    shapes: list[Any] = [None, [], "text", {}]
+    kinds: dict[str, Any] = {repr(value): replaced_by(value) for value in shapes}
+    kinds |= {f"no {key}": without(key) for key in ("settings", "calibration", "linears")}
+    kinds |= {"no parts": without("parts", "settings"), "no experts": without("experts", "calibration")}
+    kinds |= {f"null {key}": null(key) for key in ("settings", "calibration", "size_bytes", "linears")}
+    return kinds | {"null linear": lambda report: report | {"linears": [None]}}
+
+
+@pytest.mark.parametrize("damage", damaged_reports())
+def test_report_of_another_shape_is_one_line_everywhere(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path, damage: str
+) -> None:
+    """It was an error of Python in each of these commands, or the folder was none of ours."""
+    out = Path(shutil.copytree(plain, tmp_path / "out"))
+    (out / REPORT).write_text(json.dumps(damaged_reports()[damage](report_of(plain))))
+    bundle = tmp_path / "bundle"
+    refused = (
+        run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", out, *FAST),
+        run_cli("quantize", "--ckpt", ckpt, "--calib", few, "--out", out, *FAST, "--force"),
+        run_cli("export", "--ckpt", out, "--target", "ort-int4", "--out", bundle),
+        run_cli("inspect", out),
+        run_cli("inspect", out, "--json"),
+    )
+    for result in refused:
+        error = only_error_line(result)
+        assert f"{out / REPORT}: damaged (" in error and "remove the file, or the whole folder" in error
+    assert not bundle.exists()
+
+
+def test_keys_that_older_reports_lack_are_filled_in(plain: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(plain, tmp_path / "out"))
+    report = report_of(plain)
+    for linear in report["linears"]:
+        del linear["note"], linear["sweeps"]
+    (out / REPORT).write_text(json.dumps(report))
+    assert run_cli("inspect", out).exit_code == 0
 
 
 def test_quantized_checkpoint_is_not_quantized_again(quantized: Path, few: Path, tmp_path: Path) -> None:
@@ -520,6 +610,8 @@ BROKEN: dict[str, tuple[Json | str, str]] = {
     "missing picture": ({"image": "gone.png", "messages": messages("What?", "It")}, "gone.png: no such file"),
     "damaged picture": ({"image": "damaged.png", "messages": messages("What?", "It")}, "damaged.png"),
     "too long": ({"messages": messages("long " * 40, "yes")}, "the model's context 128"),
+    "half a character": ({"messages": messages("What?", "It \ud83d")}, "data.jsonl:9: the assistant's answer is not"),
+    "data URL": ({"image": "data:image/png;base64,A", "messages": messages("What?", "It")}, "picture data:image"),
     "unknown template": ({"messages": messages("What?", "It"), "template": "poem"}, "poem"),
 }
 
@@ -558,6 +650,19 @@ def test_empty_data_is_one_line(ckpt: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(ckpt, tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_names_that_are_not_utf8_are_told_in_report_and_tables(ckpt: Path, few: Path, tmp_path: Path) -> None:
+    """They were an error when everything was done: at the last step, when the report was written."""
+    folder = tmp_path / os.fsdecode(b"data\xff")
+    shutil.copytree(few, folder)
+    out = tmp_path / "out"
+    options = ("--override", "*=fp16", "--override", "lm_head=int8")
+    shown = run_cli("quantize", "--ckpt", ckpt, "--calib", folder, "--out", out, *FAST, *options)
+    assert shown.exit_code == 0 and "data\\udcff" in shown.stdout
+    assert str(folder) in report_of(out)["calibration"]["data"]
+    again = run_cli("quantize", "--ckpt", ckpt, "--calib", folder, "--out", out, *FAST, *options, "--json")
+    assert str(folder) in only_json_document(again)["calibration"]["data"]
+
+
 # A full disk
 
 
@@ -581,6 +686,41 @@ def test_full_disk_is_one_line_and_the_same_command_continues(
     assert list(partial_folder(out).glob("*.safetensors")) and not out.exists(), "the units before were finished"
     quantize(ckpt, few, out, "--max-memory", "1KB")
     assert content_of(out) == content_of(plain)
+
+
+@pytest.mark.parametrize("kind", ["with its name", "as the tensor library tells it", "damaged"])
+def test_lost_file_of_the_source_is_not_taken_for_a_full_disk(
+    ckpt: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It was reported as "OUT.partial: cannot be written ... free some space"."""
+    lost, out = str(ckpt / "model.safetensors"), tmp_path / "out"
+    errors = {
+        "with its name": OSError(errno.EIO, os.strerror(errno.EIO), lost),
+        "as the tensor library tells it": FileNotFoundError(f"No such file or directory: {lost}"),
+        "damaged": SafetensorError(f"invalid header of {lost}"),
+    }
+
+    def read(*arguments: Any) -> Any:
+        raise errors[kind]
+
+    monkeypatch.setattr("vlmdeploy.calib.quantize.unit_tensors", read)
+    error = refusal(ckpt, few, out)
+    assert lost in error and f"it continues with {partial_folder(out)}" in error
+    assert "free some space" not in error
+
+
+@pytest.mark.parametrize(("number", "name"), [(errno.EACCES, "x.safetensors"), (errno.EDQUOT, None)])
+def test_refused_write_names_the_unfinished_run(
+    ckpt: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str | None
+) -> None:
+    partial = partial_folder(tmp_path / "out")
+
+    def write(*arguments: Any) -> Any:
+        raise OSError(number, os.strerror(number), *(() if name is None else (str(partial / name),)))
+
+    monkeypatch.setattr("vlmdeploy.calib.quantize.unit_tensors", write)
+    error = refusal(ckpt, few, tmp_path / "out")
+    assert f"{partial}: cannot be written: {os.strerror(number)}; free some space" in error
 
 
 @pytest.mark.slow

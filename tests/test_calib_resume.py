@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from tests.calibration_data import (
 from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
 from vlmdeploy.artifact import locked, partial_folder
+from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.prepare import quantize, quantize_options
+from vlmdeploy.export.options import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -223,6 +226,21 @@ def test_two_streams_are_continued_too(ckpt: Path, data: Path, tmp_path: Path) -
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
 
 
+def test_shards_of_a_run_are_read_back_once_at_most(
+    ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard was hashed a second time when the last unit was done: tens of gigabytes of a large model."""
+    hashed: list[str] = []
+
+    def noted(path: Path) -> FileEntry:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("vlmdeploy.calib.state.hash_file", noted)
+    quantize(ckpt, tmp_path / "out", quantize_options(data, group=16), no_progress)
+    assert sorted(hashed) == sorted(f"{unit}.safetensors" for unit in UNITS)
+
+
 def test_rows_of_the_unit_before_are_deleted_when_a_unit_is_finished(ckpt: Path, data: Path, tmp_path: Path) -> None:
     partial = interrupted(ckpt, data, tmp_path / "out", "decoder.layers.1")
     assert [path.name for path in partial.glob("*.flow")] == ["decoder.layers.0.0.0.flow"]
@@ -259,6 +277,48 @@ def test_state_that_is_no_json_is_named(ckpt: Path, data: Path, tmp_path: Path, 
     assert str(partial / name) in refusal(ckpt, data, tmp_path / "out")
 
 
+RECORD: dict[str, Any] = {"files": {}, "linears": []}
+
+
+@pytest.mark.parametrize("content", [
+    None, [], "text", 7, {}, {"files": {}}, {**RECORD, "files": []}, {**RECORD, "files": {"a": {"bytes": 1}}},
+    {**RECORD, "files": {"a": None}}, {**RECORD, "linears": {}}, {**RECORD, "linears": [None]},
+    {**RECORD, "linears": [{"name": "head"}]},
+], ids=json.dumps)  # fmt: skip
+def test_record_of_another_shape_is_named(ckpt: Path, data: Path, tmp_path: Path, content: Any) -> None:
+    """It was an error of Python that named nothing."""
+    record = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0") / "vision.embed.json"
+    record.write_text(json.dumps(content))
+    error = refusal(ckpt, data, tmp_path / "out")
+    assert f"{record}: damaged (" in error and f"remove {record.parent} to start anew" in error
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b'"text"', b"[" * 20000])
+def test_settings_of_another_shape_are_named(ckpt: Path, data: Path, tmp_path: Path, content: bytes) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0")
+    (partial / SETTINGS).write_bytes(content)
+    assert f"{partial / SETTINGS}: damaged (" in refusal(ckpt, data, tmp_path / "out")
+
+
+def test_settings_without_their_keys_are_another_run(ckpt: Path, data: Path, tmp_path: Path) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0")
+    (partial / SETTINGS).write_text("{}")
+    assert "is None there" in refusal(ckpt, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "grids", [None, [], {}, "int4:64", {"lm_head.weight": "int4:16"}, "every int4", "every int9:16"]
+)
+def test_damaged_choice_of_an_unfinished_run_is_named(ckpt: Path, data: Path, tmp_path: Path, grids: Any) -> None:
+    path = interrupted(ckpt, data, tmp_path / "out", "vision.embed", budget="6") / SETTINGS
+    settings = json.loads(path.read_text())
+    is_text = isinstance(grids, str) and grids.startswith("every ")
+    settings["grids"] = dict.fromkeys(settings["grids"], grids.removeprefix("every ")) if is_text else grids
+    path.write_text(json.dumps(settings))
+    error = refusal(ckpt, data, tmp_path / "out", "--budget", 6)
+    assert f"{path}: damaged (grids: " in error and f"remove {path.parent}" in error
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
     (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'),
@@ -281,6 +341,29 @@ def test_force_starts_anew_with_other_settings(ckpt: Path, data: Path, tmp_path:
         assert result.exit_code == 0, result.stderr
     assert content_of(tmp_path / "out") == content_of(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+@pytest.mark.parametrize("removed", [1, 5, 9])
+def test_force_killed_while_it_clears_can_be_given_again(
+    ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """The settings went first, or in the middle: what was left was "not an unfinished run"."""
+    partial, unlink, calls = interrupted(ckpt, data, tmp_path / "out"), Path.unlink, count(1)
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if next(calls) == removed:
+            raise KeyboardInterrupt
+
+    command = ("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST, "--bits", 8, "--force")
+    files = [path.name for path in partial.iterdir() if path.is_file()]
+    assert len(files) - 2 == 9, "beside lock and settings: records, shards and rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        assert only_error_line(run_cli(*command)) == "Error: interrupted"
+    assert (partial / SETTINGS).is_file()
+    assert run_cli(*command).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_changed_checkpoint_or_picture_is_another_run(ckpt: Path, data: Path, tmp_path: Path) -> None:

@@ -119,13 +119,22 @@ def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
         (changed(image=7), '"image" is 7, expected a string'),
         (changed(image="images/none.png"), "images/none.png: no such file"),
         (changed(image="images"), "images: no such file"),
+        (changed(image="x" * 5000), "x" * 80 + "...: File name too long"),
+        (changed(image="data:image/png;base64," + "A" * 9000), "AAA... is a data URL, expected the path of a file"),
+        (changed(messages=[{"role": "x" * 5000, "content": ""}]), "message 0 has the role 'xxx"),
         (changed(answer=3), '"answer" is 3, expected a string'),
+        (changed(answer="3\ud800"), '"answer" is not valid UTF-8 at character 1'),
+        (changed(messages=[ASKED, {"role": "assistant", "content": "\udfff"}]), "the assistant's answer is not valid"),
+        (changed(task="\ud800"), '"task" is not valid UTF-8 at character 0'),
+        (changed(kind="\ud800"), '"kind" is not valid UTF-8 at character 0'),
+        (b'{"messages": ' + b"[" * 20000, "JSON nested without end"),
         (changed(extra="yes"), '"extra" is "yes", expected true or false'),
         (changed(boxes={}), '"boxes" is {}, expected a list'),
         (changed(boxes=[[1, 2, 3]]), "a box is [1, 2, 3]"),
         (changed(boxes=[[1, 2, 3, True]]), "a box is [1, 2, 3, true]"),
         (changed(boxes=[[1, 2, 3, float("nan")]]), "a box is [1, 2, 3, NaN]"),
         (changed(boxes=[[5, 2, 3, 4]]), "a box is [5, 2, 3, 4]"),
+        (changed(boxes=[[1, 2, 3, 10**400]]), "a box is [1, 2, 3, 1000"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, told: str) -> None:
@@ -134,7 +143,15 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, told: 
     with pytest.raises(DataError) as error:
         next(samples)
     assert str(error.value).startswith(f"{tmp_path / 'data.jsonl'}:3: ")
-    assert told in str(error.value)
+    assert told in str(error.value) and len(str(error.value)) < len(str(tmp_path)) * 2 + 300
+
+
+@pytest.mark.parametrize("depth", range(850, 1050, 5))
+def test_nesting_of_any_depth_is_told_or_read(tmp_path: Path, depth: int) -> None:
+    """Where the row can just be read, the message that shows it may run out of stack."""
+    row = b'{"messages": [], "task": ' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(DataError, match=r'data\.jsonl:1: (JSON nested without end|"task" is \[\[)'):
+        list(read_samples(write(tmp_path, row)))
 
 
 def test_missing_data_is_told_before_anything_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Contract: the published layout of CogVLM-SFT-311K becomes samples, and a broken file is told by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ def test_a_broken_label_file_is_named_and_the_next_one_can_be_read(tmp_path: Pat
         broken()
     assert str(error.value).startswith(str(folder / "labels_en" / "00000001.json")) and told in str(error.value)
     assert whole().answer == "!"
+
+
+def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
+    write(tmp_path / CAPTIONED, os.fsdecode(b"1\xff"), CAPTION)
+    assert [sample.answer for sample in read_samples(tmp_path)] == ["Two cats on a sofa."]
 
 
 def test_a_missing_picture_is_named(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_a_folder_of_pictures_needs_a_prompt(tmp_path: Path) -> None:
         open_source(tmp_path)
     with pytest.raises(DataError, match="--calib-prompt is empty"):
         open_source(tmp_path, " ")
+    with pytest.raises(DataError, match="--calib-prompt is not valid UTF-8 at character 5"):
+        open_source(tmp_path, "What \udcff")
 
 
 def test_a_prompt_fits_only_pictures(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.tiny_bundle import flip_byte
 from tests.tiny_checkpoint import INDEX_NAME, INV_FREQ, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy import load_model
 from vlmdeploy.errors import ConfigError, PromptError, VlmdeployError, WeightsError
@@ -97,6 +98,26 @@ def test_model_is_in_eval_mode_and_of_the_wanted_dtype(tmp_path: Path) -> None:
 def test_unknown_dtype_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype 'int4': expected one of float32, float16, bfloat16"):
         load_model(write_tiny_checkpoint(tmp_path), dtype="int4")
+
+
+# The fingerprint
+
+
+def test_a_byte_in_the_middle_of_a_shard_changes_the_fingerprint(tmp_path: Path) -> None:
+    """Only the first and last MiB of a shard were hashed once: another model was "quantized already"."""
+    shard = write_tiny_checkpoint(tmp_path, vocab=30000) / "model.safetensors"
+    assert shard.stat().st_size > 4 << 20
+    before = Checkpoint(tmp_path).fingerprint()
+    assert Checkpoint(tmp_path).fingerprint() == before
+    flip_byte(shard)
+    assert Checkpoint(tmp_path).fingerprint() != before
+
+
+def test_the_fingerprint_is_computed_once(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path))
+    first = checkpoint.fingerprint()
+    (tmp_path / "model.safetensors").unlink()
+    assert checkpoint.fingerprint() == first
 
 
 # Rotary frequencies: stored in every layer, or absent

@@ -2,6 +2,7 @@
 Reference: tests/reference/gptq_format.py. Agreement: what we write is what we read. Contract: variants and refusals."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,8 @@ def test_last_word_and_last_group_may_be_partly_filled(num_in: int, num_out: int
         ("scales", np.ones((8, 64), np.float16), r"linear\.scales: \[8, 64\], expected \[4, 64\]: do bits and group"),
         ("scales", np.ones((4, 64), np.int32), r"linear\.scales: int32 \[4, 64\], expected a matrix of floats"),
         ("scales", np.full((4, 64), np.nan, np.float16), r"linear\.scales: values that are not finite"),
+        ("scales", np.full((4, 64), 1e300), r"linear\.scales: values up to 1e\+300, expected weights that float32"),
+        ("scales", np.full((4, 64), -3e38, np.float32), r"linear\.scales: values up to 3e\+38"),
         ("qzeros", np.zeros((4, 9), np.int32), r"linear\.qzeros: \[4, 9\], expected \[4, 8\]"),
         ("g_idx", np.full(128, 4, np.int32), r"linear\.g_idx: .* with values 4 to 4, expected one group of 0 to 3"),
     ],
@@ -256,6 +259,35 @@ def test_tensors_that_do_not_fit_each_other_are_named(part: str, value: NDArray[
     tensors = encode_linear(quantized_matrix(Grid(4, 32))) | {part: value}
     with pytest.raises(WeightsError, match=message):
         decode_linear(tensors, Grid(4, 32), "gptq", "linear")
+
+
+@pytest.mark.parametrize("left", [{}, {"g_idx": np.zeros(0, np.int32)}], ids=["missing", "empty"])
+def test_act_order_needs_the_group_of_each_input(left: Tensors) -> None:
+    """Such codes were decoded as if neighbours shared a group: wrong weights, silently."""
+    quantized = quantized_matrix(Grid(4, 32))
+    tensors = {part: values for part, values in encode_linear(quantized).items() if part != "g_idx"} | left
+    with pytest.raises(WeightsError, match=r"a\.b\.g_idx: missing or empty, but the config says desc_act = true"):
+        decode_linear(tensors, Grid(4, 32), "gptq", "a.b", desc_act=True)
+    whole = quantized_matrix(Grid(4, 128))
+    tensors = {part: values for part, values in encode_linear(whole).items() if part != "g_idx"} | left
+    assert_same(decode_linear(tensors, Grid(4, 128), "gptq", "a.b", desc_act=True), whole)
+
+
+def test_act_order_of_a_folder_needs_the_group_of_each_input(tmp_path: Path) -> None:
+    tensors = encode_linear(quantized_matrix(Grid(4, 32)))
+    del tensors["g_idx"]
+    save_file({f"a.b.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    folder = GptqFolder(write_configs(tmp_path, {**CONFIG, "desc_act": True}, None))
+    with pytest.raises(WeightsError, match=r"a\.b\.g_idx: missing"):
+        folder.linear("a.b")
+
+
+def test_type_that_numpy_lacks_is_named(tmp_path: Path) -> None:
+    tensors = {name: torch.from_numpy(value) for name, value in encode_linear(quantized_matrix(Grid(4, 32))).items()}
+    tensors["scales"] = tensors["scales"].to(torch.float8_e4m3fn)
+    save_torch_file({f"a.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"a\.scales: .*float8_e4m3fn"):
+        GptqFolder(write_configs(tmp_path, CONFIG, None)).linear("a")
 
 
 def test_missing_scales_are_named() -> None:
@@ -374,9 +406,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found \[\]"):
         GptqFolder(tmp_path)
-    (tmp_path / "quantize_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"quantize_config\.json: cannot be read as JSON"):
-        GptqFolder(tmp_path)
+    for content in ("{", "[" * 20000):
+        (tmp_path / "quantize_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"quantize_config\.json: cannot be read as JSON"):
+            GptqFolder(tmp_path)
 
 
 # Contract: configs.
@@ -437,9 +470,12 @@ def test_names_of_old_files_are_known(tmp_path: Path, raw: dict[str, Any]) -> No
         ({"bits": True}, "bits is True"),
         ({"bits": None}, "bits is None"),
         ({"group_size": 0}, "group_size is 0; expected a positive number or -1"),
+        ({"group_size": 10**400}, "group_size is 10+; expected a positive number or -1"),
         ({"sym": "yes"}, "sym is 'yes'; expected true or false"),
         ({"format": "gptq", "checkpoint_format": "gptq_v2"}, "checkpoint_format and format contradict each other"),
         ({"dynamic": {"(": {}}}, r"dynamic: \(: not a regular expression"),
+        ({"dynamic": {"a{99999999999}": {}}}, r"dynamic: a\{9+\}: not a regular expression: the repetition number"),
+        ({"dynamic": {"(" * 3000 + ")" * 3000: {}}}, r"dynamic: \({80}: not a regular expression"),
         ({"dynamic": {"a": 3}}, "dynamic: a: expected a JSON object, found 3"),
         ({"dynamic": {"a": {"bits": 5}}}, "dynamic: a: 5 bits exist only"),
         ({"dynamic": []}, "dynamic: expected a JSON object, found"),
@@ -451,18 +487,30 @@ def test_other_methods_and_layouts_are_refused_by_name(tmp_path: Path, change: d
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("bits", 8), ("group_size", 128), ("sym", False), ("checkpoint_format", "gptq_v2")]
-)
+    ("key", "value"),
+    [
+        ("bits", 8), ("group_size", 128), ("sym", False), ("checkpoint_format", "gptq_v2"), ("lm_head", True),
+        ("dynamic", {}), ("dynamic", {"a": {"bits": 8}}),
+    ],
+)  # fmt: skip
 def test_two_configs_that_disagree_are_an_error(tmp_path: Path, key: str, value: Any) -> None:
-    own = {**CONFIG, "checkpoint_format": "gptq"}
-    with pytest.raises(ConfigError, match=rf"quantize_config\.json has {key} .*config\.json.* has {value!r}"):
-        read_config(write_configs(tmp_path, own, {**own, key: value}))
+    own = {**CONFIG, "checkpoint_format": "gptq", "dynamic": {"a": {"bits": 3}}, "lm_head": False}
+    for first, second in ((own, {**own, key: value}), ({**own, key: value}, own)):
+        found = (re.escape(repr(raw[key])) for raw in (first, second))
+        message = r"quantize_config\.json has {} {}, but .*config\.json: quantization_config has {}"
+        with pytest.raises(ConfigError, match=message.format(key, *found)):
+            read_config(write_configs(tmp_path, first, second))
 
 
 def test_key_that_only_one_config_has_counts(tmp_path: Path) -> None:
     config = read_config(write_configs(tmp_path, CONFIG, {**CONFIG, "format": "gptq_v2", "lm_head": True}))
     assert config is not None
     assert (config.checkpoint_format, config.lm_head) == ("gptq_v2", True)
+
+
+def test_patterns_that_only_one_config_has_count(tmp_path: Path) -> None:
+    config = read_config(write_configs(tmp_path, {**CONFIG, "dynamic": None}, {**CONFIG, "dynamic": {"-:a": {}}}))
+    assert config is not None and config.dynamic == (("a", None),)
 
 
 # Contract: overrides for single modules.

@@ -6,7 +6,7 @@ import pytest
 from tests.reference import gptq_format as reference
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.quant.grid import Codes
-from vlmdeploy.quant.packing import num_words, pack_rows, pack_words, unpack_rows, unpack_words
+from vlmdeploy.quant.packing import fills_words, num_words, pack_rows, pack_words, unpack_rows, unpack_words
 
 every_width = pytest.mark.parametrize("bits", range(2, 9))
 
@@ -52,6 +52,12 @@ def test_three_bit_codes_10_and_21_straddle_words() -> None:
     codes = np.zeros((32, 1), np.uint8)
     codes[10], codes[21] = 0b101, 0b101
     assert pack_words(codes, 3).view(np.uint32)[:, 0].tolist() == [0b01 << 30, 0b1 | 0b1 << 31, 0b10]
+
+
+@every_width
+def test_codes_fill_words_where_no_bits_are_left_over(bits: int) -> None:
+    filled = [count for count in range(1, 129) if fills_words(count, bits)]
+    assert filled == [count for count in range(1, 129) if num_words(count, bits) * 32 == count * bits]
 
 
 def test_bits_behind_the_last_code_are_ignored() -> None:

@@ -24,6 +24,7 @@ _AT_FDCWD = -100
 
 def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> None:
     """Raise ExportError unless a folder may be written at `out`."""
+    check_name(out)
     if not (out.exists() or out.is_symlink()):
         return
     if not out.is_dir() or out.is_symlink():
@@ -32,6 +33,14 @@ def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Non
         raise ExportError(f"{out}: exists already; choose another output or replace it with --force")
     if not is_ours(out):
         raise ExportError(f"{out}: exists and was not made by vlmdeploy, so --force does not replace it")
+
+
+def check_name(out: Path) -> None:
+    """Raise ExportError for a path that is not UTF-8: the libraries that write tensors and graphs refuse it late."""
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{out}: the path is not valid UTF-8; choose another output") from error
 
 
 @contextmanager
@@ -98,16 +107,21 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def remove_partial(folder: Path, last: str) -> None:
-    """Remove an unfinished run's folder, the file that names its settings last: a kill on the way leaves a run that can
-    still be told from others, or nothing but a lock."""
+def empty_partial(folder: Path, last: str) -> None:
+    """Remove all but the lock of an unfinished run's folder, the file that names its settings last: a kill on the way
+    leaves a run that can still be told from others, or nothing but a lock."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in (last, LOCK):
             path.unlink()
-    for name in (last, LOCK):
-        (folder / name).unlink(missing_ok=True)
+    (folder / last).unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path, last: str) -> None:
+    """Remove an unfinished run's folder in the order of `empty_partial`."""
+    empty_partial(folder, last)
+    (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
 
 

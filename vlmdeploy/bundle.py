@@ -194,7 +194,7 @@ class Verification:
 class Provenance:
     """What made the bundle."""
 
-    checkpoint_sha256: str  # of the checkpoint's config and tensor index
+    checkpoint_sha256: str  # of the checkpoint's config and every byte of its shards
     versions: dict[str, str]
     quantization: str  # e.g. "none", "rtn"
     notes: tuple[str, ...] = ()
@@ -217,7 +217,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"
     embedding: EmbeddingInfo
     has_tokenizer: bool
-    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3, or several joined by +
+    precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3 | int2, or several joined by +
     group_sizes: dict[str, int]  # part -> weights per scale, 0 where not quantized
     requested_group: int  # what was asked for, before it was fitted to the widths
     kept_in_float: tuple[str, ...]  # linears that no group size divides
@@ -328,7 +328,7 @@ def _record(kind: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]
     if missing:
-        raise BundleError(f'{where}: key "{missing[0]}" is missing; was the bundle made by an older version?')
+        raise BundleError(f'{where}: key "{missing[0]}" is missing; was it made by an older version?')
     known = {item.name for item in fields(kind)}
     return kind(**{key: _value(hints[key], data[key], f"{where}: {key}") for key in data if key in known})
 

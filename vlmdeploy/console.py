@@ -17,8 +17,15 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
+    """One JSON document on stdout, in ASCII where stdout cannot show all of it (file names that are not UTF-8)."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=_plain)
+    print(text if _showable(text) == text else json.dumps(value, indent=1, default=_plain))
+
+
+def _showable(text: str) -> str:
+    """The text with backslashes for characters that stdout's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _plain(value: Any) -> Any:
@@ -29,11 +36,11 @@ def _plain(value: Any) -> Any:
 
 def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; plain text when stdout is not a terminal."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(_showable(title)), title_justify="left")
     for column in columns:
         table.add_column(Text(column))
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_showable(cell)) for cell in row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 

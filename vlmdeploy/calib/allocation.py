@@ -1,10 +1,11 @@
 """Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
 
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample
@@ -14,15 +15,15 @@ from vlmdeploy.calib.routed import Statistics
 from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.export.options import Progress
-from vlmdeploy.export.precision import GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.export.precision import BITS, GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
+from vlmdeploy.sizes import parse_size
 
 CANDIDATE_BITS = (3, 4, 8)
 MEASURED_SAMPLES = 64  # gradients and errors are averages over these
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>GB|MB|KB|B)", re.IGNORECASE)
-UNIT_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+GRID = re.compile(rf"(?P<type>{'|'.join(BITS)}):(?P<group>[1-9]\d{{0,8}})")
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,12 @@ class Budget:
     def parse(cls, text: str) -> "Budget":
         """From "9.0GB", "450MB" or a plain number of bits such as "4.25". Raises ConfigError."""
         try:
-            return cls(average_bits=float(text))
+            bits = float(text)
         except ValueError:
             return cls(total_bytes=parse_size(text, "--budget"))
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes from "9.0GB", "450MB" and the like, powers of ten. Raises ConfigError, naming the option."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f'{option} "{text}": expected a size such as 9.0GB or 450MB')
-    return round(float(match["number"]) * UNIT_BYTES[match["unit"].upper()])
+        if not 0 < bits < math.inf:
+            raise ConfigError(f'--budget "{text:.80}": expected a size such as 9.0GB, or average bits such as 4.25')
+        return cls(average_bits=bits)
 
 
 def allocate_plan(
@@ -98,12 +94,16 @@ def grids_of(plan: PrecisionPlan) -> dict[str, str]:
     return {target: f"{item.type}:{item.group_size}" for target, item in chosen if item.bits}
 
 
-def with_grids(plan: PrecisionPlan, grids: Mapping[str, str]) -> PrecisionPlan:
-    """The plan with what `grids_of` gave."""
+def with_grids(plan: PrecisionPlan, grids: Any) -> PrecisionPlan:
+    """The plan with what `grids_of` gave and a file brought back. Raises ConfigError for anything else."""
+    if not isinstance(grids, dict) or grids.keys() != grids_of(plan).keys():
+        raise ConfigError("grids: expected one for every quantized linear")
     by_target = dict(plan.by_target)
     for target, text in grids.items():
-        kind, _, group = text.partition(":")
-        by_target[target] = Precision(kind, int(group), by_target[target].symmetric)
+        match = GRID.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ConfigError(f'grids: {target}: found {text!r:.80}, expected type and group such as "int4:64"')
+        by_target[target] = Precision(match["type"], int(match["group"]), by_target[target].symmetric)
     return replace(plan, by_target=by_target)
 
 

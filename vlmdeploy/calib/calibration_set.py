@@ -86,7 +86,7 @@ def read_calibration_sample(
     found = [item for item in spec.templates if item.name == wanted]
     if not found:
         known = ", ".join(item.name for item in spec.templates)
-        raise CalibrationError(f'{_name(sample)}: template "{wanted}" is not one of this model\'s; it has: {known}')
+        raise CalibrationError(f'{_name(sample)}: template "{wanted:.80}" is not one of this model\'s; it has: {known}')
     prompt = prompt_ids(sample.conversation(), found[0], spec.tokens, tokenizer)
     ids = np.concatenate((prompt, np.array(tokenizer.encode(sample.answer or ""), np.int64)))
     name = _name(sample)

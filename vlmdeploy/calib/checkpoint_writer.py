@@ -16,10 +16,12 @@ from torch import Tensor
 import vlmdeploy
 from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import UnitRecord, shard_name
+from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.exporter import LICENCE_PATTERNS
 from vlmdeploy.export.precision import PrecisionPlan, linears
 from vlmdeploy.families.spec import WeightRule
-from vlmdeploy.model.weights import INDEX_NAME, REPORT_NAME, SINGLE_NAME, Checkpoint
+from vlmdeploy.model.report import REPORT_NAME, read_report
+from vlmdeploy.model.weights import INDEX_NAME, SINGLE_NAME, Checkpoint
 from vlmdeploy.quant.gptq_format import (
     CONFIG_NAME,
     GptqConfig,
@@ -75,19 +77,12 @@ def encoded_parameter(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
     return tensors
 
 
-def read_report(out: Path) -> dict[str, Any] | None:
-    """The report of a quantized checkpoint that we wrote, or None."""
-    path = out / REPORT_NAME
-    try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
-        return None
-    return report if isinstance(report, dict) and "linears" in report else None
-
-
 def is_quantized_by_us(out: Path) -> bool:
-    """Whether a folder was written by `vlmdeploy quantize`."""
-    return read_report(out) is not None
+    """Whether a folder was written by `vlmdeploy quantize`: it has our report, whole."""
+    try:
+        return bool(read_report(out))
+    except ConfigError:
+        return False
 
 
 def publish(
@@ -153,4 +148,6 @@ def _write_shards(records: list[UnitRecord], partial: Path, folder: Path) -> Non
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Readable UTF-8. A lone surrogate, as file names that are not UTF-8 bring along, becomes its JSON escape."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

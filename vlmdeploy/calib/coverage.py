@@ -9,22 +9,12 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.export.precision import PrecisionPlan, linears
 from vlmdeploy.families.spec import BoundaryRows, ModelSpec
+from vlmdeploy.model.report import ExpertCoverage
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
 WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike
 FLOOR_SHARE = 4  # the floor is a quarter of the widest input
 NAMES = {"vision": "vision encoder", "connector": "connector"}
-
-
-@dataclass(frozen=True)
-class ExpertCoverage:
-    """Calibration and held-out tokens of an expert, the encoder or the connector, and the samples they come from."""
-
-    expert: str
-    tokens: int
-    samples: int
-    held_out_tokens: int
-    wanted_tokens: int
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from vlmdeploy.artifact import partial_folder
+from vlmdeploy.artifact import check_name, partial_folder
 from vlmdeploy.calib.activations import Pool
-from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, parse_size, with_grids
+from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, with_grids
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample
-from vlmdeploy.calib.checkpoint_writer import read_report
 from vlmdeploy.calib.perplexity import answer_perplexities
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.quantize import (
@@ -25,7 +24,7 @@ from vlmdeploy.calib.quantize import (
 )
 from vlmdeploy.calib.routed import HessianKind
 from vlmdeploy.calib.solver import GptqSolver
-from vlmdeploy.calib.state import first_difference, unfinished_settings
+from vlmdeploy.calib.state import SETTINGS, first_difference, unfinished_settings
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
@@ -40,9 +39,11 @@ from vlmdeploy.export.precision import (
     with_overrides,
 )
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.model.report import REPORT_NAME, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.inner import best_loops
 from vlmdeploy.runtime.chat import Tokenizer
+from vlmdeploy.sizes import parse_size
 
 TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
 CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
@@ -138,6 +139,8 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
+    check_name(out)
+    budget = None if options.budget is None else Budget.parse(options.budget)
     checkpoint = Checkpoint(ckpt)
     if checkpoint.is_quantized:
         raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
@@ -145,13 +148,10 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     plan = quantization_plan(checkpoint, options)
     calibration, everyone = read_calibration(checkpoint, options, processes, progress)
     settings = all_settings(checkpoint, plan, options, everyone, processes)
-    if options.budget is not None:
-        grids = known_grids(out, settings)
-        if grids is None:
-            budget = Budget.parse(options.budget)
-            plan = allocate_plan(checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress)
-        else:
-            plan = with_grids(plan, grids)
+    if budget is not None:
+        plan = known_plan(out, settings, plan) or allocate_plan(
+            checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress
+        )
         settings["grids"] = grids_of(plan)
     run_options = RunOptions(
         settings,
@@ -167,11 +167,17 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     return replace(result, warnings=(*slow, *plan_warnings(plan, options.group), *result.warnings))
 
 
-def known_grids(out: Path, settings: dict[str, Any]) -> dict[str, str] | None:
-    """The grids that a run with these settings chose before, finished or not: measuring again could choose others."""
-    for found in (unfinished_settings(partial_folder(out.absolute())), (read_report(out) or {}).get("settings")):
+def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> PrecisionPlan | None:
+    """The plan with the grids that a run with these settings chose before, finished or not: measuring again could
+    choose others. Raises ConfigError if they are damaged."""
+    partial = partial_folder(out.absolute())
+    before = {partial / SETTINGS: unfinished_settings(partial), out / REPORT_NAME: read_report(out).get("settings")}
+    for path, found in before.items():
         if found is not None and first_difference(settings, {**found, "grids": None}) is None:
-            return dict(found["grids"])
+            try:
+                return with_grids(plan, found.get("grids"))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
     return None
 
 
@@ -276,7 +282,7 @@ def all_settings(
 ) -> dict[str, Any]:
     """Everything that decides the result: equal settings give the same checkpoint."""
     return {
-        "checkpoint_sha256": checkpoint.fingerprint(),
+        "checkpoint_sha256": processes.first_does(checkpoint.fingerprint),
         "calibration_sha256": _samples_hash(samples),
         "samples": len(samples),
         "parts": plan.parts,

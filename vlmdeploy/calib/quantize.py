@@ -4,6 +4,8 @@ A unit is an encoder layer, the connector, a decoder layer or the head. Memory h
 Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,14 +23,13 @@ from vlmdeploy.calib.checkpoint_writer import (
     encoded_parameter,
     is_quantized_by_us,
     publish,
-    read_report,
     unit_tensors,
 )
 from vlmdeploy.calib.coverage import Coverage, check_coverage
 from vlmdeploy.calib.layers import Flow, Runner, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.routed import HessianKind, Inputs, Statistics
-from vlmdeploy.calib.solver import LinearReport, Solver
+from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
     SETTINGS,
     RunState,
@@ -41,10 +42,12 @@ from vlmdeploy.calib.state import (
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.export.options import Progress
 from vlmdeploy.export.precision import PrecisionPlan
+from vlmdeploy.model.report import LinearReport, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 
 DEFAULT_MEMORY_BYTES = 1 << 30
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def quantize_checkpoint(
     """
     processes = Processes.join()
     done = read_report(out)
-    if done is not None and (options.reuse or not options.force):
-        difference = first_difference(options.settings, done.get("settings", {}))
+    if done and (options.reuse or not options.force):
+        difference = first_difference(options.settings, done["settings"])
         if difference is None:
             if processes.is_first:
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
@@ -118,7 +121,7 @@ def quantize_checkpoint(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
     )
     folder = partial_folder(out.absolute())
-    with _only_run(folder, processes), _full_disk_explained(folder):
+    with _only_run(folder, processes), _system_errors_explained(folder):
         processes.first_does(lambda: open_settings(folder, options.settings, options.force))
         run = Run(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
         records = run.all_units()
@@ -132,18 +135,34 @@ def quantize_checkpoint(
 
 
 @contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    """Errors of the operating system while results are written, in our words. Pictures and weights have errors of their
-    own."""
+def _system_errors_explained(folder: Path) -> Iterator[None]:
+    """Errors of the operating system in our words: OUT.partial cannot be written, or something else, such as a file of
+    the source checkpoint, cannot be read."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error) if isinstance(error, SafetensorError) else error.strerror or str(error)
-        if isinstance(error, SafetensorError) and "os error" not in reason:
-            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if _is_full(error) or _is_inside(folder, error):
+            raise CalibrationError(
+                f"{folder}: cannot be written: {reason}; free some space and give the same command again: it continues"
+            ) from error
+        name = error.filename if isinstance(error, OSError) else None
+        where = reason if name is None else f"{name}: {reason}"
         raise CalibrationError(
-            f"{folder}: cannot be written: {reason}; free some space and give the same command again: it continues"
+            f"{where}; solve this and give the same command again: it continues with {folder}"
         ) from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether a disk or a quota is used up; the tensor library tells the number in its message only."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in FULL or any(f"(os error {full})" in str(error) for full in FULL)
+
+
+def _is_inside(folder: Path, error: OSError | SafetensorError) -> bool:
+    """Whether an error is about a file in this folder; the tensor library names it in its message only."""
+    name = error.filename if isinstance(error, OSError) else None
+    return f"{folder}{os.sep}" in str(error) if name is None else str(name).startswith(f"{folder}{os.sep}")
 
 
 def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
@@ -160,6 +179,16 @@ def _only_run(folder: Path, processes: Processes) -> Iterator[None]:
     with ExitStack() as stack:
         processes.first_does(lambda: stack.enter_context(locked(folder)))
         yield
+
+
+@contextmanager
+def _named(target: str) -> Iterator[None]:
+    """Errors of a linear with its name and a way out."""
+    try:
+        yield
+    except QuantizationError as error:
+        way_out = f"--override {target}=fp32 keeps it in float"
+        raise QuantizationError(f"{target}: {error}: {way_out}") from error
 
 
 @dataclass
@@ -209,12 +238,12 @@ class Run:
             flow = self._run_unit(unit, flow)
             tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
             linears = [asdict(report) for report in self._reports]
-            state.save_unit(unit, tensors, linears, flow)
+            records.append(state.save_unit(unit, tensors, linears, flow))
             del tensors
             self._encoded, self._reports = {}, []
         if flow is not None:
             flow.close()
-        return state.finished(self.units)
+        return records
 
     @torch.no_grad()
     def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:
@@ -297,13 +326,12 @@ class Run:
         grid = self.plan[target].grid
         assert grid is not None, "the callers check"
         self._reports.append(LinearReport(target, grid.bits, grid.group_size, "rtn", note=note))
-        return quantize_rtn(weights.numpy(), grid)
+        with _named(target):
+            return quantize_rtn(weights.numpy(), grid)
 
     def _solve(self, target: str, problem: Any) -> tuple[Quantized, LinearReport]:
-        try:
+        with _named(target):
             return self.solver.solve(problem)
-        except QuantizationError as error:
-            raise QuantizationError(f"{target}: {error}") from error
 
     def _keep(self, target: str, codes: Quantized) -> None:
         """Packed at once: a layer's codes, a byte each, would be twice as large."""

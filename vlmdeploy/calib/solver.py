@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.calib.hessian import effective_rank, largest_eigenvalue, start_vector
+from vlmdeploy.model.report import LinearReport
 from vlmdeploy.quant.gptq import (
     ClipWeights,
     Factor,
@@ -74,32 +75,6 @@ class Problem:
     def has_few_tokens(self) -> bool:
         """Fewer tokens than inputs: the Hessian is singular, its small eigenvalues are noise."""
         return self.tokens < self.weights.shape[1]
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """How one linear was quantized; errors are relative to the mean square of its outputs, on rows of `judged_rows`.
-
-    method: "gptq" or "rtn". held_out_error is None without held-out tokens. condition_number: of the damped Hessian.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    method: str
-    tokens: int = 0
-    samples: int = 0
-    held_out_tokens: int = 0
-    damping: float | None = None
-    sweeps: int = 0
-    asymmetric: bool = False
-    dead_inputs: int = 0
-    effective_rank: float | None = None
-    condition_number: float | None = None
-    calibration_error: float | None = None
-    held_out_error: float | None = None
-    held_out_error_rtn: float | None = None
-    note: str = ""
 
 
 class Solver(Protocol):

@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, write_file
-from vlmdeploy.bundle import FileEntry, hash_file
+from vlmdeploy.artifact import LOCK, empty_partial, write_file
+from vlmdeploy.bundle import FileEntry, from_json, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.layers import Flow
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.errors import CalibrationError
+from vlmdeploy.errors import BundleError, CalibrationError
+from vlmdeploy.model.report import LinearReport
 
 SETTINGS, SPILL = "settings.json", "spill"
 ROWS_AT_ONCE = 4096
@@ -37,6 +38,14 @@ class UnitRecord:
     unit: str
     files: dict[str, FileEntry]
     linears: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the file of a record holds."""
+
+    files: dict[str, FileEntry]
+    linears: tuple[LinearReport, ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ class RunState:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            content = _read_json(path)
-            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-            records.append(UnitRecord(unit, files, content["linears"]))
+            try:
+                content = from_json(_Content, _read_json(path), "record")
+            except (BundleError, RecursionError) as error:
+                raise _damaged(path, error) from error
+            records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
         if records:
             self._check_files(records)
         return records
@@ -84,19 +95,28 @@ class RunState:
 
     def save_unit(
         self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
-    ) -> None:
+    ) -> UnitRecord:
         """Commit a unit; then the rows that the unit before handed on are no longer needed."""
-        mine = {} if flow is None else self._write_flow(unit, flow)
-        everyone = self.processes.gather(mine)
-        if self.processes.is_first:
-            files = {name: entry for each in everyone for name, entry in each.items()}
-            if tensors:
-                files[shard_name(unit)] = self._write_shard(unit, tensors)
-            content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
-            text = json.dumps(content, indent=1).encode()
-            write_file(self._record_path(unit), lambda file: file.write(text))
-            self._delete_flows(set(files))
+        flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
+        record = self.processes.first_does(lambda: self._commit(unit, tensors, linears, flows))
         self.processes.wait()
+        return record
+
+    def _commit(
+        self,
+        unit: str,
+        tensors: Mapping[str, Tensor],
+        linears: list[dict[str, Any]],
+        flows: list[dict[str, FileEntry]],
+    ) -> UnitRecord:
+        files = {name: entry for each in flows for name, entry in each.items()}
+        if tensors:
+            files[shard_name(unit)] = self._write_shard(unit, tensors)
+        content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
+        text = json.dumps(content, indent=1).encode()
+        write_file(self._record_path(unit), lambda file: file.write(text))
+        self._delete_flows(set(files))
+        return UnitRecord(unit, files, linears)
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
         """The rows that a unit handed on."""
@@ -168,11 +188,15 @@ def unfinished_settings(folder: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CalibrationError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
     if not isinstance(content, dict):
-        raise CalibrationError(f"{path}: damaged; remove {path.parent} to start anew")
+        raise _damaged(path, f"holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _damaged(path: Path, found: object) -> CalibrationError:
+    return CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew")
 
 
 def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
@@ -190,9 +214,7 @@ def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
                 f"{folder}: holds an unfinished run with other settings: {difference}; continue with the old settings, "
                 "or start anew with --force"
             )
-        for old in folder.iterdir():
-            if old.is_file() and old.name != LOCK:
-                old.unlink()
+        empty_partial(folder, SETTINGS)
     elif any(item.name not in (LOCK, SETTINGS + ".new") for item in folder.iterdir()):
         raise CalibrationError(f"{folder}: exists and holds no {SETTINGS}: not an unfinished run; move it away")
     text = json.dumps(settings, indent=1).encode()

@@ -7,13 +7,13 @@ last message.
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmdeploy.data.samples import PixelBox, Sample
+from vlmdeploy.data.samples import PixelBox, Sample, checked_text
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.runtime.chat import read_messages
 
@@ -21,6 +21,7 @@ ROWS_NAME = "data.jsonl"
 
 Row = dict[str, Any]
 Value = TypeVar("Value")
+LONGEST_SHOWN = 80  # characters of a value or a name in a message
 JSON_NAMES = {str: "a string", bool: "true or false", list: "a list"}
 
 
@@ -60,9 +61,16 @@ def _items(path: Path, default_task: str | None) -> Iterator[Callable[[], Sample
         for number, line in enumerate(lines, 1):
             if line.strip():
                 found = True
-                yield partial(_sample, line, default_task, path.parent, f"{path}:{number}")
+                yield partial(_read, line, default_task, path.parent, f"{path}:{number}")
     if not found:
         raise DataError(f"{path}: holds no rows")
+
+
+def _read(line: bytes, default_task: str | None, folder: Path, where: str) -> Sample:
+    try:
+        return _sample(line, default_task, folder, where)
+    except RecursionError as error:  # while it is read, or while a message shows what was found
+        raise DataError(f"{where}: JSON nested without end, expected an object with messages") from error
 
 
 def _parse(line: bytes, where: str) -> Row:
@@ -77,7 +85,7 @@ def _parse(line: bytes, where: str) -> Row:
 
 def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> Sample:
     row = _parse(line, where)
-    task = _optional(row, "task", str, where) or default_task or _required(row, "task", str, where)
+    task = _optional_text(row, "task", where) or default_task or _required(row, "task", str, where)
     messages, last_answer = _split(_required(row, "messages", list, where), where)
     try:
         conversation = read_messages(messages, max_images=1)
@@ -87,10 +95,10 @@ def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> 
         image=_image(row, folder, where),
         turns=conversation.turns,
         task=task,
-        kind=_optional(row, "kind", str, where) or task,
+        kind=_optional_text(row, "kind", where) or task,
         answer=_reference(row, last_answer, where),
         boxes=_boxes(row, where),
-        template=_optional(row, "template", str, where),
+        template=_optional_text(row, "template", where),
         extra=bool(_optional(row, "extra", bool, where)),
     )
 
@@ -107,22 +115,28 @@ def _optional(row: Row, key: str, kind: type[Value], where: str) -> Value | None
     value = row.get(key)
     if value is None or isinstance(value, kind):
         return value
-    raise DataError(f'{where}: "{key}" is {json.dumps(value)[:80]}, expected {JSON_NAMES[kind]}')
+    raise DataError(f'{where}: "{key}" is {json.dumps(value)[:LONGEST_SHOWN]}, expected {JSON_NAMES[kind]}')
+
+
+def _optional_text(row: Row, key: str, where: str) -> str | None:
+    """A text that is tokenized, hashed or shown; file names need not be UTF-8, but texts must."""
+    value = _optional(row, key, str, where)
+    return value if value is None else checked_text(value, f'{where}: "{key}"')
 
 
 def _split(messages: list[Any], where: str) -> tuple[list[Any], str | None]:
     """The messages up to the last one from the user, and the assistant's answer to it, if any."""
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            found = json.dumps(message)[:80]
+            found = json.dumps(message)[:LONGEST_SHOWN]
             raise DataError(f'{where}: message {index} is {found}, expected {{"role": ..., "content": a string}}')
     if messages and messages[-1].get("role") == "assistant":
-        return messages[:-1], messages[-1]["content"]
+        return messages[:-1], checked_text(messages[-1]["content"], f"{where}: the assistant's answer")
     return messages, None
 
 
 def _reference(row: Row, last_answer: str | None, where: str) -> str | None:
-    answer = _optional(row, "answer", str, where)
+    answer = _optional_text(row, "answer", where)
     return last_answer if answer is None else answer
 
 
@@ -130,10 +144,16 @@ def _image(row: Row, folder: Path, where: str) -> Path | None:
     name = _optional(row, "image", str, where)
     if name is None:
         return None
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"{where}: picture {path}: no such file")
-    return path
+    short = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
+    if name.startswith("data:"):
+        raise DataError(f"{where}: picture {short} is a data URL, expected the path of a file")
+    try:
+        is_file = (folder / name).is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(f"{where}: picture {folder / short}: {error.strerror}") from error
+    if not is_file:
+        raise DataError(f"{where}: picture {folder / short}: no such file")
+    return folder / name
 
 
 def _boxes(row: Row, where: str) -> tuple[PixelBox, ...]:
@@ -146,9 +166,10 @@ def _box(box: Any, where: str) -> PixelBox:
         if x0 <= x1 and y0 <= y1:
             return x0, y0, x1, y1
     raise DataError(
-        f"{where}: a box is {json.dumps(box)[:80]}, expected [x0, y0, x1, y1] in pixels, x0 <= x1, y0 <= y1"
+        f"{where}: a box is {json.dumps(box)[:LONGEST_SHOWN]}, expected [x0, y0, x1, y1] in pixels, x0 <= x1, y0 <= y1"
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether this is a number that a float can hold; JSON has no bounds for whole ones."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Conversation, Turn
 
 PixelBox = tuple[float, float, float, float]
@@ -33,6 +34,18 @@ class Sample:
     def conversation(self) -> Conversation:
         """What the prompt is rendered from; the picture is not opened."""
         return Conversation(self.turns, () if self.image is None else (self.image,))
+
+
+def checked_text(text: str, what: str) -> str:
+    """The text itself. Raises DataError, calling it `what`, if half of an escaped surrogate pair stands in it.
+
+    Tokenizers refuse such text; a command line hands on bytes that are not UTF-8 in this way.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not valid UTF-8 at character {error.start}") from error
+    return text
 
 
 def choose(samples: Iterable[Sample], per_task: int, seed: int) -> list[Sample]:

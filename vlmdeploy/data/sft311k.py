@@ -5,6 +5,7 @@ Users bring their own copy (CC BY-NC 4.0). Captions come without a question; a f
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Sample, checked_text
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Turn
 
@@ -114,7 +115,7 @@ def _read_sample(file: Path, language: Language) -> Sample:
         raise DataError(f'{file}: "{keys[0]}" is a {type(entries).__name__}, expected a list')
     image = _image(file)
     if keys[0] == "captions":
-        question = QUESTIONS[language][zlib.crc32(file.stem.encode()) % len(QUESTIONS[language])]
+        question = QUESTIONS[language][zlib.crc32(os.fsencode(file.stem)) % len(QUESTIONS[language])]
         return Sample(image, (Turn(question),), "caption", "caption", _caption(entries, file))
     turns, answer = _conversation(entries, file)
     return Sample(image, turns, "chat", "chat", answer)
@@ -164,11 +165,7 @@ def _text(entry: Any, role: str, where: str) -> str:
         raise DataError(f'{where} is {found}, expected {{"role": "{role}", "content": a string}}')
     if not text.strip():
         raise DataError(f"{where}: the {role}'s text is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of an escaped surrogate pair; tokenizers refuse it
-        raise DataError(f"{where}: the {role}'s text is not valid UTF-8 at character {error.start}") from error
-    return text
+    return checked_text(text, f"{where}: the {role}'s text")
 
 
 def _image(file: Path) -> Path:

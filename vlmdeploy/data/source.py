@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from vlmdeploy.data import image_folder, jsonl, sft311k
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Sample, checked_text
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.image import load_image
 
@@ -124,6 +124,7 @@ def _open_pictures(folder: Path, prompt: str | None) -> DataSource:
         raise DataError(f'{folder}: is a folder of pictures, which needs a question: give --calib-prompt "..."')
     if not prompt.strip():
         raise DataError(f"{folder}: --calib-prompt is empty, expected the question to ask about every picture")
+    checked_text(prompt, f"{folder}: --calib-prompt")
     return DataSource("pictures with one prompt", folder, f"folder of pictures {folder}, each with {prompt!r}", prompt)
 
 

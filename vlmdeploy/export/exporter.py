@@ -40,8 +40,9 @@ from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.trt_dialect import TrtGraph
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
-from vlmdeploy.export.weights import WeightReader, quantization_report, stored_precisions
+from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.model.report import read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.runtime.session import TOKENIZER_NAME
@@ -253,8 +254,8 @@ def _quantization_notes(reader: WeightReader) -> Iterable[str]:
     targets = [target for target in reader.plan.by_target if reader.plan[target].bits == 3]
     if targets:
         yield f"{len(targets)} linears hold 3-bit codes in 4-bit fields: exact, with the size and speed of 4 bits"
-    linears = quantization_report(reader.checkpoint).get("linears", [])
-    rounded = [linear["name"] for linear in linears if linear.get("note", "").startswith("uncalibr")]
+    linears = read_report(reader.checkpoint.folder).get("linears", [])
+    rounded = [linear["name"] for linear in linears if linear["note"].startswith("uncalibr")]
     if rounded:
         yield f"{len(rounded)} linears are not calibrated, only rounded to nearest: {rounded[0]} and others"
 

@@ -10,9 +10,10 @@ from typing import ClassVar
 import numpy as np
 from onnx import TensorProto
 
+from vlmdeploy.errors import QuantizationError
 from vlmdeploy.export.graph import GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
-from vlmdeploy.export.weights import Ints
+from vlmdeploy.export.weights import Ints, in_fp32
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits
 from vlmdeploy.quant.grid import Codes, Grid
 
@@ -49,7 +50,7 @@ class OrtGraph(GraphBuilder):
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], int, int]:
         """Codes [out, blocks, bytes], float32 scales [out, blocks] and zero points ("": the middle) as MatMulNBits
         wants them, the width of its fields and its block size. A 3-bit code takes a 4-bit field."""
-        bits, block_size = field_bits(grid.bits), matmul_block_size(grid.group_size)
+        bits, block_size = field_bits(grid.bits), _block_size(weight, grid)
         blocks = self.weights.matrix_shape(weight)[1] // block_size
         scales = np.empty((len(order), blocks), np.float32)
         zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
@@ -117,3 +118,10 @@ class OrtGraph(GraphBuilder):
             do_rotary=1, rotary_interleaved=0, scale=decoder.head_dim**-0.5,
         )  # fmt: skip
         return outputs[0]
+
+
+def _block_size(weight: str, grid: Grid) -> int:
+    try:
+        return matmul_block_size(grid.group_size)
+    except QuantizationError as error:
+        raise QuantizationError(f'"{weight}": {error}: {in_fp32(weight)}') from error

@@ -14,7 +14,7 @@ from vlmdeploy.quant.grid import Grid
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int3")
 PARTS = ("vision", "connector", "decoder", "lm_head", "embedding")
-BITS = {"int8": 8, "int4": 4, "int3": 3}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 GROUP_SIZES = (128, 64, 32, 16)
 DEFAULT_GROUP = 128
 WHOLE_WIDTH = -1  # one group for all inputs of a linear

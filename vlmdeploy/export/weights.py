@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.export.precision import Precision, PrecisionPlan, Stored
-from vlmdeploy.families.spec import Config
-from vlmdeploy.model.weights import REPORT_NAME, Checkpoint, read_json
+from vlmdeploy.model.report import read_report
+from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 
 Ints = NDArray[np.int64]
@@ -26,13 +26,9 @@ def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
         return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
     codes = {target: Precision.of(grid) for target, grid in grids.items() if grid is not None}
-    chosen = quantization_report(checkpoint).get("settings", {}).get("parts", {})
+    report = read_report(checkpoint.folder)
+    chosen = report["settings"]["parts"] if report else {}
     return Stored(codes, {part: kind for part, kind in chosen.items() if kind in ("fp32", "fp16")})
-
-
-def quantization_report(checkpoint: Checkpoint) -> Config:
-    """What `vlmdeploy quantize` wrote beside the weights; {} for a checkpoint that it did not write."""
-    return read_json(checkpoint.folder / REPORT_NAME, optional=True)
 
 
 @dataclass(frozen=True)
@@ -62,23 +58,23 @@ class WeightReader:
             halves = rows.astype(np.float16)
         if not np.isfinite(halves).all():
             raise ExportError(
-                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {_in_fp32(target)}'
+                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {in_fp32(target)}'
             )
         return halves
 
     def quantized(self, target: str, start: int, stop: int) -> Quantized:
         """Rows as codes and scales: those of the checkpoint, or else rounded to nearest.
 
-        Raises QuantizationError where a scale overflows.
+        Raises QuantizationError where a scale overflows, or no backend can hold the stored codes.
         """
         grid = self.plan[target].grid
         assert grid is not None, f"{target} is kept in float"
-        if target in self.checkpoint and self.checkpoint.stored_grid(target) is not None:
-            return self.checkpoint.quantized_rows(target, start, stop)
         try:
+            if target in self.checkpoint and self.checkpoint.stored_grid(target) is not None:
+                return self.checkpoint.quantized_rows(target, start, stop)
             return quantize_rtn(self.rows(target, start, stop), grid)
         except QuantizationError as error:
-            raise QuantizationError(f'"{target}": {error}: {_in_fp32(target)}') from error
+            raise QuantizationError(f'"{target}": {error}: {in_fp32(target)}') from error
 
     def effective_rows(self, target: str, start: int, stop: int) -> Floats:
         """The float32 values that the stored rows stand for."""
@@ -106,7 +102,7 @@ class WeightReader:
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _in_fp32(target: str) -> str:
+def in_fp32(target: str) -> str:
     """What the user can do about a value that a narrow type cannot hold."""
     part = target.split(".")[0]
     option = "--target ort-fp32" if part == "decoder" else f"--{part.replace('_', '-')} fp32"

@@ -12,20 +12,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vlmdeploy.errors import WeightsError
+from vlmdeploy.errors import QuantizationError, WeightsError
 from vlmdeploy.families.spec import Source
 from vlmdeploy.quant.gptq_format import (
     PARTS,
     GptqConfig,
     Grid,
     StoredLinear,
+    check_g_idx,
     decode_linear,
     grid_of,
     read_config,
 )
+from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.packing import num_words
 
+Header = tuple[str, tuple[int, ...]]  # type, as safetensors calls it, and shape
+
 NEEDED = ("qweight", "scales")
+INTEGERS = ("I8", "I16", "I32", "I64")
+DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32", "F64"), "g_idx": INTEGERS}
 
 
 class StoredCodes:
@@ -39,6 +45,13 @@ class StoredCodes:
         if self.modules and self.config is None:
             module = sorted(self.modules)[0]
             raise WeightsError(f'{folder}: tensor "{module}.qweight" is quantized, but no config says how')
+        doubled = sorted(module for module in self.modules if f"{module}.weight" in shard_of)
+        if doubled:
+            raise WeightsError(
+                f'{folder}: linear "{doubled[0]}" is stored twice, as floats (weight) and as codes (qweight): expected '
+                "one of them"
+            )
+        self._headers: dict[str, dict[str, Header]] = {}
         self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
 
     def __contains__(self, source: object) -> bool:
@@ -60,42 +73,68 @@ class StoredCodes:
         return grid
 
     def check(self, source: Source) -> None:
-        """Raise WeightsError unless all parts are there, in the shapes that the model's weight has as codes."""
+        """Raise WeightsError unless all parts are there, in types that we read and in the shapes that the model's
+        weight has as codes."""
+        assert self.config is not None, "checked when opened"
         module, grid, width = _module(source), self.grid(source), prod(source.shape[1:])
+        found = {part: self._header(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in self._shard_of}
         for part in NEEDED:
-            if f"{module}.{part}" not in self._shard_of:
+            if part not in found:
                 raise WeightsError(f'{self._folder}: tensor "{module}.{part}" is missing')
-        with safe_open(self._folder / self._shard_of[f"{module}.qweight"], framework="pt") as shard:
-            shape = tuple(shard.get_slice(f"{module}.qweight").get_shape())
-        expected = (num_words(width, grid.bits), source.shape[0])
+        for part, (dtype, _) in found.items():
+            if dtype not in DTYPES[part]:
+                expected_types = " or ".join(DTYPES[part])
+                raise WeightsError(f'{self._folder}: tensor "{module}.{part}" is {dtype}, expected {expected_types}')
+        shape, expected = found["qweight"][1], (num_words(width, grid.bits), source.shape[0])
         if shape != expected:
             raise WeightsError(
                 f'{self._folder}: tensor "{module}.qweight" is {list(shape)}, expected {list(expected)} for '
                 f"{grid.bits} bits: do both configs belong to these weights?"
             )
+        entries = prod(found["g_idx"][1]) if "g_idx" in found else 0
+        check_g_idx(entries, width, grid, self.config.desc_act, f"{self._folder}: {module}")
+
+    def _header(self, name: str) -> Header:
+        """Type and shape of a tensor; the header of its file is read once."""
+        file = self._shard_of[name]
+        if file not in self._headers:
+            with safe_open(self._folder / file, framework="pt") as shard:
+                slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118  # not a dict
+                self._headers[file] = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        return self._headers[file][name]
 
     def linear(self, source: Source, start: int, stop: int) -> StoredLinear:
         """Rows start <= i < stop of a quantized linear."""
         assert self.config is not None, "checked when opened"
         module = _module(source)
         if self._last[0] != module:  # rows are asked for block by block
-            self._last = module, self._read(module)
-        where = f"{self._folder}: {module}"
-        return decode_linear(self._last[1], self.grid(source), self.config.checkpoint_format, where, slice(start, stop))
+            self._last = module, self._read(source)
+        where, rows = f"{self._folder}: {module}", slice(start, stop)
+        return decode_linear(self._last[1], self.grid(source), self.config.checkpoint_format, where, rows)
+
+    def quantized(self, source: Source, start: int, stop: int) -> Quantized:
+        """Rows of a linear as exporters take them. Raises QuantizationError where no backend can hold them."""
+        try:
+            return self.linear(source, start, stop).quantized()
+        except QuantizationError as error:
+            raise QuantizationError(f"{self._folder}: {_module(source)}: {error}") from error
 
     def values(self, source: Source, start: int, stop: int) -> Tensor:
         """Float values of some rows, float32 in the shape of the weight."""
         values = torch.from_numpy(self.linear(source, start, stop).dequantize())
         return values.reshape(stop - start, *source.shape[1:])
 
-    def _read(self, module: str) -> dict[str, np.ndarray]:
-        tensors = {}
+    def _read(self, source: Source) -> dict[str, np.ndarray]:
+        """The parts of a linear. An absent g_idx is added: without it the width is known only up to the last word."""
+        module, tensors = _module(source), {}
         for part in PARTS:
             name = f"{module}.{part}"
             if name in self._shard_of:
                 with safe_open(self._folder / self._shard_of[name], framework="pt") as shard:
                     values = shard.get_tensor(name)
                 tensors[part] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        if "g_idx" not in tensors or not tensors["g_idx"].size:
+            tensors["g_idx"] = np.arange(prod(source.shape[1:])) // self.grid(source).group_size
         return tensors
 
 

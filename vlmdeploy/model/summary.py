@@ -4,7 +4,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.model.weights import REPORT_NAME, Checkpoint, read_json
+from vlmdeploy.model.report import read_report
+from vlmdeploy.model.weights import Checkpoint
 
 PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 
@@ -41,10 +42,10 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.codes.config
     if config is None:
         return {}
-    report = read_json(checkpoint.folder / REPORT_NAME, optional=True)
+    report = read_report(checkpoint.folder)
     quantization = {"bits": config.bits, "group_size": config.group_size, "sym": config.symmetric}
     found = {"quantization": quantization, "quantized_linears": len(checkpoint.codes.modules)}
-    return {**found, "quantization_report": report} if "linears" in report else found
+    return {**found, "quantization_report": report} if report else found
 
 
 def checkpoint_rows(summary: dict[str, Any]) -> list[list[str]]:

@@ -5,7 +5,6 @@ exactly one rule of its family and every parameter is filled exactly once.
 """
 
 import hashlib
-import io
 import json
 from collections import Counter
 from math import prod
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmdeploy.bundle import hash_file
 from vlmdeploy.errors import ConfigError, WeightsError
 from vlmdeploy.families import family_named, find_family
 from vlmdeploy.families.spec import Config, ModelSpec, Source, WeightRule
@@ -28,7 +28,6 @@ from vlmdeploy.quant.packing import fills_words
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-REPORT_NAME = "quantization_report.json"  # beside the weights of a checkpoint that `vlmdeploy quantize` wrote
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,6 +49,7 @@ class Checkpoint:
         except ConfigError as error:
             raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the name of the config file
         self.rules = {rule.target: rule for rule in family.weights(self.spec)}
+        self._fingerprint: str | None = None
         _check_tensors(self)
 
     def shape(self, target: str) -> tuple[int, ...]:
@@ -94,20 +94,18 @@ class Checkpoint:
         )
 
     def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
-        """Rows of a parameter stored as codes. Raises QuantizationError where they have no contiguous groups."""
+        """Rows of a parameter stored as codes. Raises QuantizationError where no backend can hold them."""
         ranges = _row_ranges(self.rules[target], start, stop)
-        return stacked([self.codes.linear(source, first, last).quantized() for source, first, last in ranges])
+        return stacked([self.codes.quantized(source, first, last) for source, first, last in ranges])
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json's content and the first and last MiB of each shard: enough to tell two apart."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted(set(self.shard_of.values())):
-            with (self.folder / file).open("rb") as stream:
-                digest.update(stream.read(1 << 20))
-                size = stream.seek(0, io.SEEK_END)
-                stream.seek(max(0, size - (1 << 20)))
-                digest.update(stream.read())
-        return digest.hexdigest()
+        """SHA-256 over config.json's content and every byte of the shards, which are read once and never again."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            for file in sorted(set(self.shard_of.values())):
+                digest.update(hash_file(self.folder / file).sha256.encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def rows(self, target: str, start: int, stop: int) -> Tensor:
         """Rows start <= i < stop of a parameter along its first axis, float32. Raises WeightsError on Inf or NaN."""

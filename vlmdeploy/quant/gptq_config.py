@@ -41,7 +41,10 @@ ALIASES = {
     "pack_dtype": ("pack_dtype",),
     "is_marlin_format": ("is_marlin_format",),
 }
-MUST_AGREE = ("quant_method", "bits", "group_size", "sym", "checkpoint_format", "desc_act", "pack_dtype")
+MUST_AGREE = (
+    "quant_method", "bits", "group_size", "sym", "checkpoint_format", "desc_act", "dynamic", "lm_head", "pack_dtype",
+)  # fmt: skip
+LARGEST_GROUP = (1 << 31) - 1
 
 Settings = dict[str, Any]
 
@@ -241,14 +244,14 @@ def _pattern_json(pattern: str, override: Override | None) -> tuple[str, Setting
 def _read_json(path: Path) -> Settings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     return _checked_object(str(path), content)
 
 
 def _checked_object(where: str, content: Any) -> Settings:
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: expected a JSON object, found {content!r}")
+        raise ConfigError(f"{where}: expected a JSON object, found {content!r:.80}")
     return content
 
 
@@ -274,7 +277,9 @@ def _check_agreement(first: tuple[str, Settings], second: tuple[str, Settings]) 
     for key in MUST_AGREE:
         ours, theirs = first[1].get(key), second[1].get(key)
         if ours is not None and theirs is not None and ours != theirs:
-            raise ConfigError(f"{first[0]} has {key} {ours!r}, but {second[0]} has {theirs!r}: which one is right?")
+            raise ConfigError(
+                f"{first[0]} has {key} {ours!r:.80}, but {second[0]} has {theirs!r:.80}: which one is right?"
+            )
 
 
 def _config_from(where: str, settings: Settings) -> GptqConfig:
@@ -318,8 +323,8 @@ def _checked_bits(where: str, bits: Any) -> int:
 
 
 def _checked_group_size(where: str, group_size: Any) -> int:
-    if type(group_size) is not int or (group_size < 1 and group_size != WHOLE_WIDTH):
-        raise ConfigError(f"{where}: group_size is {group_size!r}; expected a positive number or -1 (whole width)")
+    if type(group_size) is not int or not (1 <= group_size <= LARGEST_GROUP or group_size == WHOLE_WIDTH):
+        raise ConfigError(f"{where}: group_size is {group_size!r:.80}; expected a positive number or -1 (whole width)")
     return group_size
 
 
@@ -336,11 +341,11 @@ def _dynamic_from(where: str, raw: Any) -> tuple[tuple[str, Override | None], ..
 
 def _entry_from(where: str, pattern: str, raw: Any) -> tuple[str, Override | None]:
     """One pattern without its prefix. Keys that do not change how codes are read are passed over, as GPTQModel does."""
-    here = f"{where}: {pattern}"
+    here = f"{where}: {pattern:.80}"
     bare = pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
     try:
         re.compile(bare)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{here}: not a regular expression: {error}") from error
     if pattern.startswith("-:"):
         return bare, None

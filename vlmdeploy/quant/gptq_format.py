@@ -30,7 +30,15 @@ from vlmdeploy.quant.gptq_config import (
     read_config,
 )
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, dequantize
-from vlmdeploy.quant.packing import WORD_BITS, num_words, pack_rows, pack_words, unpack_rows, unpack_words
+from vlmdeploy.quant.packing import (
+    WORD_BITS,
+    fills_words,
+    num_words,
+    pack_rows,
+    pack_words,
+    unpack_rows,
+    unpack_words,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -53,6 +61,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ALL_ROWS = slice(None)
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -143,7 +152,7 @@ def _check_encodable(quantized: Quantized, name: str) -> None:
     if num_in % grid.group_size:
         raise QuantizationError(f"{name}: group size {grid.group_size} does not divide the input width {num_in}")
     for axis, size in (("input", num_in), ("output", num_out)):
-        if size * grid.bits % WORD_BITS:
+        if not fills_words(size, grid.bits):
             raise QuantizationError(
                 f"{name}: {size} codes of {grid.bits} bits along the {axis} do not fill 32-bit words; other readers "
                 "refuse such files: keep this linear in float or use another precision"
@@ -158,22 +167,28 @@ def _are_half(scales: Floats) -> bool:
 
 
 def decode_linear(
-    tensors: Tensors, grid: Grid, checkpoint_format: CheckpointFormat, name: str, rows: slice = ALL_ROWS
+    tensors: Tensors,
+    grid: Grid,
+    checkpoint_format: CheckpointFormat,
+    name: str,
+    rows: slice = ALL_ROWS,
+    desc_act: bool = False,
 ) -> StoredLinear:
     """A linear from its tensors by short name, as any GPTQ library wrote them; `rows` takes some outputs only.
 
-    g_idx may be absent or empty (k // group size), qzeros too if the grid is symmetric; the last word and the last
-    group may be partly filled; scales may be fp16 or fp32. Zero points of a v1 file are its words plus one in every
-    field, with carries, as GPTQModel reads them (there a zero point 0 borrowed from its neighbour); 3-bit fields wrap
-    alone. Raises WeightsError, naming the linear, where shapes, types or values do not fit each other.
+    g_idx may be absent or empty (k // group size) unless the config says desc_act, qzeros too if the grid is symmetric;
+    the last word and the last group may be partly filled; scales may be fp16 or wider. Zero points of a v1 file are its
+    words plus one in every field, with carries, as GPTQModel reads them (there a zero point 0 borrowed from its
+    neighbour); 3-bit fields wrap alone. Raises WeightsError, naming the linear, where shapes, types or values do not
+    fit each other.
     """
     qweight, scales = _typed(tensors, "qweight", "i", name), _typed(tensors, "scales", "f", name)
     num_out, num_in = qweight.shape[1], input_width(tensors, grid.bits)
     groups = -(-num_in // grid.group_size)
     _check_shape(name, "qweight", qweight, (num_words(num_in, grid.bits), num_out))
     _check_shape(name, "scales", scales, (groups, num_out))
-    if not np.isfinite(scales).all():
-        raise WeightsError(f"{name}.scales: values that are not finite")
+    _check_scales(scales, grid, name)
+    check_g_idx(_size(tensors, "g_idx"), num_in, grid, desc_act, name)
     return StoredLinear(
         codes=unpack_rows(_words(qweight[:, rows]), grid.bits, num_in),
         scales=np.ascontiguousarray(scales[:, rows].T, np.float32),
@@ -186,9 +201,30 @@ def decode_linear(
 
 def input_width(tensors: Tensors, bits: int) -> int:
     """How many inputs a linear has: g_idx tells; without it every code of the last word counts."""
-    if "g_idx" in tensors and tensors["g_idx"].size:
-        return int(tensors["g_idx"].size)
-    return len(tensors["qweight"]) * WORD_BITS // bits
+    return _size(tensors, "g_idx") or len(tensors["qweight"]) * WORD_BITS // bits
+
+
+def check_g_idx(size: int, num_in: int, grid: Grid, desc_act: bool, name: str) -> None:
+    """Raise WeightsError, naming the linear, unless `size` entries (0: absent or empty) give each input its group."""
+    if size not in (0, num_in):
+        raise WeightsError(f"{name}.g_idx: {size} entries, expected {num_in}, one for each input")
+    if not size and desc_act and grid.group_size < num_in:
+        raise WeightsError(
+            f"{name}.g_idx: missing or empty, but the config says desc_act = true: which inputs share a group of "
+            f"{grid.group_size} is not known"
+        )
+
+
+def _size(tensors: Tensors, part: str) -> int:
+    return int(tensors[part].size) if part in tensors else 0
+
+
+def _check_scales(scales: Array, grid: Grid, name: str) -> None:
+    """Raise WeightsError where a scale, or a weight on its grid, is beyond float32."""
+    largest = float(np.abs(scales).max(initial=0))
+    if not largest * grid.max_code <= LARGEST_FLOAT:
+        found = f"values up to {largest:.3g}" if np.isfinite(largest) else "values that are not finite"
+        raise WeightsError(f"{name}.scales: {found}, expected weights that float32 can hold")
 
 
 def _typed(tensors: Tensors, part: str, kind: str, name: str) -> Array:
@@ -219,7 +255,7 @@ def _zero_points(
 ) -> Codes:
     """Zero points uint8 [out, groups] of the whole linear; shape is (groups, out)."""
     groups, num_out = shape
-    if "qzeros" not in tensors or not tensors["qzeros"].size:
+    if not _size(tensors, "qzeros"):
         if not grid.symmetric:
             raise WeightsError(f"{name}.qzeros: missing or empty, but the config says sym = false")
         return np.full((num_out, groups), grid.zero_point, np.uint8)
@@ -235,7 +271,7 @@ def _zero_points(
 
 
 def _group_of_input(tensors: Tensors, grid: Grid, num_in: int, groups: int, name: str) -> NDArray[np.int64]:
-    if "g_idx" not in tensors or not tensors["g_idx"].size:
+    if not _size(tensors, "g_idx"):
         return np.arange(num_in) // grid.group_size
     g_idx = tensors["g_idx"]
     if g_idx.ndim != 1 or g_idx.dtype.kind != "i" or g_idx.min() < 0 or g_idx.max() >= groups:
@@ -271,7 +307,7 @@ class GptqFolder:
         if grid is None:
             raise WeightsError(f"{self.folder}: {name} has codes, but the config says that it is kept in float")
         grid = grid_of(self.config, name, input_width(tensors, grid.bits)) or grid
-        return decode_linear(tensors, grid, self.config.checkpoint_format, name, rows)
+        return decode_linear(tensors, grid, self.config.checkpoint_format, name, rows, self.config.desc_act)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -306,7 +342,7 @@ def _read_tensor(path: Path, name: str) -> Array:
             if tensors.get_slice(name).get_dtype() != "BF16":
                 values: Array = tensors.get_tensor(name)
                 return values
-        except SafetensorError as error:
+        except (SafetensorError, AttributeError) as error:  # numpy lacks float8 and others
             raise WeightsError(f"{path}: {name}: {error}") from error
     return _read_bf16(path, name)
 

@@ -27,8 +27,8 @@ def num_words(count: int, bits: int) -> int:
 
 
 def fills_words(count: int, bits: int) -> bool:
-    """Whether `count` codes end with a word's end, as GPTQ files want it; 3-bit ones with the end of a period."""
-    return count % PERIOD == 0 if bits == 3 else count * bits % WORD_BITS == 0
+    """Whether `count` codes end with a word's end, as GPTQ files want it: 3-bit ones do so every 32 codes."""
+    return count * bits % WORD_BITS == 0
 
 
 def pack_words(codes: Codes, bits: int) -> Words:

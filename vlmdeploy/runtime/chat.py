@@ -169,7 +169,7 @@ def _check_role(message: Message, index: int) -> None:
     if role == "system":
         raise PromptError(f"message {index} is a system message; this model's prompt has no place for one")
     if role not in ("user", "assistant"):
-        raise PromptError(f'message {index} has the role {role!r}, expected "user" or "assistant"')
+        raise PromptError(f'message {index} has the role {role!r:.80}, expected "user" or "assistant"')
     if role != expected:
         raise PromptError(f"message {index} is from the {role}, expected {expected}: they take turns, the user first")
 
