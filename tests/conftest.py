@@ -3,13 +3,15 @@ run without."""
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.golden_cases import GOLDEN
 
 if TYPE_CHECKING:
+    from tests.graph_edits import Edit
+    from vlmdeploy.export.verify import Subject
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
@@ -21,3 +23,18 @@ def golden_model() -> GoldenModels:
     from vlmdeploy import load_model
 
     return cache(lambda checkpoint: load_model(GOLDEN / checkpoint))
+
+
+@pytest.fixture
+def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[["Edit"], None]:
+    """Edit the written files of an export just before they are verified."""
+    from vlmdeploy.export.verify import verify_staged
+
+    def install(edit: "Edit") -> None:
+        def edit_and_verify(subject: "Subject", *rest: Any) -> Any:
+            edit(subject.folder)
+            return verify_staged(subject, *rest)
+
+        monkeypatch.setattr("vlmdeploy.export.exporter.verify_staged", edit_and_verify)
+
+    return install

@@ -12,15 +12,15 @@ import onnx
 import pytest
 
 import vlmdeploy
+from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute, swap_outputs
 from tests.tiny_bundle import content_of, edit_manifest, export, flip_byte, sign_again
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
 from vlmdeploy.export.options import no_progress
-from vlmdeploy.export.verify import Subject, verify_bundle, verify_staged
+from vlmdeploy.export.verify import verify_bundle
 from vlmdeploy.runtime.replay import replay
 
-Edit = Callable[[Path], None]
 SIZES: dict[str, Any] = {"hidden": 80, "heads": 4, "mlp": 96, "vision_width": 32, "vision_mlp": 64}  # heads of 20
 
 
@@ -38,63 +38,6 @@ def bundle(ckpt: Path, tmp_path: Path) -> Path:
 def as_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No comparison from end to end, as for a model that does not fit in memory: the stages must find everything."""
     monkeypatch.setattr("vlmdeploy.export.verify.WHOLE_MODEL_BYTES", 0)
-
-
-@pytest.fixture
-def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
-    """Edit the written files of an export just before they are verified."""
-
-    def install(edit: Edit) -> None:
-        def edit_and_verify(subject: Subject, *rest: Any) -> Any:
-            edit(subject.folder)
-            return verify_staged(subject, *rest)
-
-        monkeypatch.setattr("vlmdeploy.export.exporter.verify_staged", edit_and_verify)
-
-    return install
-
-
-def edit_nodes(graph: str, op: str, edit: Callable[[onnx.NodeProto], None]) -> Edit:
-    """Change every node of one operator in one graph."""
-
-    def edit_file(folder: Path) -> None:
-        path = folder / f"{graph}.onnx"
-        model = onnx.load(str(path), load_external_data=False)
-        nodes = [node for node in model.graph.node if node.op_type == op]
-        assert nodes, f"{graph} has no {op}"
-        for node in nodes:
-            edit(node)
-        path.write_bytes(model.SerializeToString())
-
-    return edit_file
-
-
-def set_attribute(name: str, value: float | int | None) -> Callable[[onnx.NodeProto], None]:
-    """Give a node's attribute another value; None removes it."""
-
-    def edit(node: onnx.NodeProto) -> None:
-        kept = [attribute for attribute in node.attribute if attribute.name != name]
-        assert len(kept) == len(node.attribute) - 1, f"{node.op_type} has no {name}"
-        del node.attribute[:]
-        node.attribute.extend(kept if value is None else [*kept, onnx.helper.make_attribute(name, value)])
-
-    return edit
-
-
-def swap_outputs(node: onnx.NodeProto) -> None:
-    node.output[:] = reversed(node.output)
-
-
-def flip_weight(graph: str, tensor_name: str) -> Edit:
-    """Change the first byte of one stored tensor."""
-
-    def edit(folder: Path) -> None:
-        model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == tensor_name)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        flip_byte(folder / place["location"], int(place["offset"]))
-
-    return edit
 
 
 def flip_embedding(folder: Path) -> None:

@@ -2,7 +2,7 @@
 layout; and contract tests of how the graphs are built: no weight twice, none that its phase does not need.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,9 +61,10 @@ def golden_fp32(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return request.param, vlmdeploy.open(folder, threads=1)
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+@pytest.fixture(scope="module", params=product(CHECKPOINTS, ["ort-int4", "trt-int4"]), ids="-".join)
 def golden_int4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Exported]:
-    return request.param, export_with_model(GOLDEN / request.param, tmp_path_factory.mktemp("int4"), "ort-int4")
+    checkpoint, target = request.param
+    return checkpoint, export_with_model(GOLDEN / checkpoint, tmp_path_factory.mktemp("int4"), target)
 
 
 def cases_of(checkpoint: str) -> list[GoldenCase]:
@@ -86,7 +87,7 @@ def weight_reader(ckpt: Path, manifest: Manifest) -> WeightReader:
 
 
 def exact_session(exported: Exported) -> Session:
-    """The bundle with float instead of int8 activations, so that only the order of sums differs from PyTorch."""
+    """The bundle in float32, without int8 activations or fp16: only the order of sums differs from PyTorch."""
     folder, manifest = exported.folder, exported.manifest
     return Session(folder, manifest, tapped_backend(folder, manifest, True, 1, {}))
 
@@ -138,7 +139,7 @@ def test_int4_bundle_as_shipped_stays_close(golden_int4: tuple[str, Exported]) -
     assert verification.top1_agreement > 0.8
 
 
-@pytest.mark.parametrize("target", ["ort-fp32", "ort-int4"])
+@pytest.mark.parametrize("target", ["ort-fp32", "ort-int4", "trt-int4"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_bundle_equals_the_model(sizes: dict[str, Any], target: str, tmp_path: Path) -> None:
     tiny = TinyCheckpoint(**sizes, seed=3)
@@ -150,7 +151,7 @@ def test_bundle_equals_the_model(sizes: dict[str, Any], target: str, tmp_path: P
     assert_same_answers(session, exported.model, [tiny.bos_id], None, "BOS only")
 
 
-@pytest.mark.parametrize("target", ["ort-fp16", "ort-int8"])
+@pytest.mark.parametrize("target", ["ort-fp16", "ort-int8", "trt-fp16"])
 def test_other_targets_equal_the_model(target: str, tmp_path: Path) -> None:
     tiny = TinyCheckpoint("cogvlm2", hidden=96, heads=4, kv_heads=2)
     ckpt = write_tiny_checkpoint(tmp_path / "ckpt", **vars(tiny))
@@ -169,10 +170,11 @@ def test_embedding_of_every_precision_equals_the_model(embedding: str, tmp_path:
     assert (vlmdeploy.open(bundle).embedding[ids] == expected).all()
 
 
-def test_long_text_crosses_chunks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["ort-fp32", "trt-int4"])
+def test_long_text_crosses_chunks(target: str, tmp_path: Path) -> None:
     tiny = TinyCheckpoint("cogvlm2", context_tokens=2 * CHUNK_ROWS + 100)
     ckpt = write_tiny_checkpoint(tmp_path / "ckpt", **vars(tiny))
-    exported = export_with_model(ckpt, tmp_path, "ort-fp32")
+    exported = export_with_model(ckpt, tmp_path, target)
     text = np.random.default_rng(0).integers(0, 40, 2 * CHUNK_ROWS + 5).tolist()
     assert_same_answers(exact_session(exported), exported.model, tiny.prompt(text, True), tiny.pixels(), "long")
 
@@ -282,7 +284,7 @@ def test_blocks_of_any_size_write_the_same_files(
     assert blocks | {"manifest.json": b""} == whole | {"manifest.json": b""}
 
 
-@pytest.mark.parametrize("target", ["ort-fp32", "ort-int4"])
+@pytest.mark.parametrize("target", ["ort-fp32", "ort-int4", "trt-int4"])
 def test_two_exports_are_byte_identical(target: str, tmp_path: Path) -> None:
     ckpt = write_text_checkpoint(tmp_path / "ckpt")
     first, second = (content_of(export(ckpt, tmp_path / name, target)) for name in ("first", "second"))

@@ -1,4 +1,4 @@
-"""What a bundle is verified with: a drawn picture, a prompt of seeded ids, and ids to decode after it."""
+"""What a bundle is verified with: a drawn picture, a prompt of seeded ids, ids to decode, and a second turn."""
 
 from dataclasses import dataclass
 
@@ -13,29 +13,37 @@ from vlmdeploy.runtime.replay import sample_prompt
 PICTURE_SIZE = (96, 72)  # width, height: neither square nor the model's
 PROMPT_TOKENS = 16
 DECODE_TOKENS = 4
+TURN_TOKENS = 5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture uint8 [height, width, 3], the prompt made from it, and ids to decode one by one after it."""
+    """A picture uint8 [height, width, 3], the prompt made from it, ids to decode one by one after it, and ids of a
+    second turn, read in one call over what the cache holds by then."""
 
     picture: NDArray[np.uint8]
     prompt: Prompt
     decode_ids: Ints
+    turn_ids: Ints
+
+    @property
+    def ids(self) -> Ints:
+        """All of them in order."""
+        return np.concatenate((self.prompt.ids, self.decode_ids, self.turn_ids))
 
 
 def draw_sample(manifest: Manifest, seed: int) -> Sample:
     """A seeded picture and prompt; the text is cut short where the context is small."""
     random = np.random.default_rng(seed)
     tokens, vocab_size = manifest.tokens, manifest.embedding.vocab_size
-    room = manifest.context_tokens - 1 - tokens.rows_per_image - DECODE_TOKENS
-    text = random.integers(0, vocab_size, max(1, min(PROMPT_TOKENS, room)))
+    room = manifest.context_tokens - 1 - tokens.rows_per_image
+    text = random.integers(0, vocab_size, max(1, min(PROMPT_TOKENS, room - DECODE_TOKENS - TURN_TOKENS)))
     ids = np.concatenate(([tokens.bos_id], np.full(tokens.rows_per_image, tokens.placeholder_id), text)).astype(
         np.int64
     )
     picture = draw_picture(random)
-    decode_ids = random.integers(0, vocab_size, max(0, min(DECODE_TOKENS, room - len(text) + DECODE_TOKENS)))
-    return Sample(picture, sample_prompt(manifest, ids, picture), decode_ids)
+    after = random.integers(0, vocab_size, min(DECODE_TOKENS + TURN_TOKENS, room - len(text)))
+    return Sample(picture, sample_prompt(manifest, ids, picture), after[:DECODE_TOKENS], after[DECODE_TOKENS:])
 
 
 def draw_picture(random: np.random.Generator) -> NDArray[np.uint8]:

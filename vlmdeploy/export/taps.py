@@ -40,7 +40,7 @@ class TappedRun:
     ) -> None:
         self.spec = spec
         self.sample = sample
-        self.ids = np.concatenate((sample.prompt.ids, sample.decode_ids))
+        self.ids = sample.ids
         self.stages: dict[str, Floats] = {}
         taps = _taps_of(spec)
         backend = tapped_backend(
@@ -63,10 +63,11 @@ class TappedRun:
         rows[: len(prompt.ids)][prompt.types == 1] = self.image_rows
         self.stages["decoder.input"] = rows
         self.positions = slot_positions(prompt.positions, total)
-        self.vision_mask = np.concatenate((prompt.vision_mask, np.zeros(len(self.sample.decode_ids), np.bool_)))
+        self.vision_mask = np.zeros(total, np.bool_)
+        self.vision_mask[: len(prompt.ids)] = prompt.vision_mask
         logits: list[Floats] = []
         cache = backend.new_cache(self.positions)
-        for start, stop in _calls(self.vision_mask, len(prompt.ids)):
+        for start, stop in _calls(self.sample):
             logits += self._run_rows(backend, cache, rows, start, stop, taps)
         self.logits = np.concatenate(logits)
         self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
@@ -86,11 +87,13 @@ class TappedRun:
         return [outputs[name] for name in asked]
 
 
-def _calls(vision_mask: np.ndarray[Any, np.dtype[np.bool_]], prompt_length: int) -> list[tuple[int, int]]:
-    """Row ranges of the graph calls: the prompt's segments, then one token at a time."""
-    edges = [0, *(np.flatnonzero(np.diff(vision_mask[:prompt_length])) + 1).tolist(), prompt_length]
-    segments = list(pairwise(edges))
-    return segments + [(row, row + 1) for row in range(prompt_length, len(vision_mask))]
+def _calls(sample: Sample) -> list[tuple[int, int]]:
+    """Row ranges of the graph calls: the prompt's segments, one token at a time, then the second turn at once."""
+    prompt_length, first_turn_length = len(sample.prompt.ids), len(sample.prompt.ids) + len(sample.decode_ids)
+    edges = [0, *(np.flatnonzero(np.diff(sample.prompt.vision_mask)) + 1).tolist(), prompt_length]
+    tokens = [(row, row + 1) for row in range(prompt_length, first_turn_length)]
+    turn = [(first_turn_length, len(sample.ids))] if len(sample.turn_ids) else []
+    return [*pairwise(edges), *tokens, *turn]
 
 
 def _taps_of(spec: ModelSpec) -> dict[str, dict[str, str]]:

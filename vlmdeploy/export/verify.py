@@ -93,10 +93,19 @@ def _check_whole(gate: Gate, subject: Subject, runs: dict[str, TappedRun]) -> tu
     for check, run in runs.items():
         bound = parity.end_to_end_bound_of(check, gate.dialect)
         gate.compare("logits end to end", check, run.logits[: len(rows)], expected, bound)
+    _check_text_alone(gate, subject, model, prompt)
     num_new = min(GREEDY_TOKENS, subject.manifest.context_tokens - len(prompt.ids))
     found = subject.open(exact=True).generate_ids(prompt.ids, prompt.pixels, num_new)
     wanted = model.generate(ids, images, max_new_tokens=num_new)[0].numpy()
     return _check_greedy(gate, model, prompt, found, wanted), len(wanted)
+
+
+def _check_text_alone(gate: Gate, subject: Subject, model: VisionLanguageModel, prompt: Prompt) -> None:
+    """A prompt without a picture: BOS and the text of the sample."""
+    ids = prompt.ids[prompt.types == 0]
+    expected = model(torch.from_numpy(ids)[None])[0].numpy()
+    found = subject.open(exact=True).logits(ids)
+    gate.compare("logits of text alone", "structure", found, expected, parity.STRUCTURE_END_TO_END)
 
 
 def _load_whole(subject: Subject) -> VisionLanguageModel:

@@ -1,0 +1,53 @@
+"""Faults built into a bundle's written graphs, for the gate to find."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+
+from tests.tiny_bundle import flip_byte
+
+Edit = Callable[[Path], None]
+
+
+def edit_nodes(graph: str, op: str, edit: Callable[[onnx.NodeProto], None]) -> Edit:
+    """Change every node of one operator in one graph."""
+
+    def edit_file(folder: Path) -> None:
+        path = folder / f"{graph}.onnx"
+        model = onnx.load(str(path), load_external_data=False)
+        nodes = [node for node in model.graph.node if node.op_type == op]
+        assert nodes, f"{graph} has no {op}"
+        for node in nodes:
+            edit(node)
+        path.write_bytes(model.SerializeToString())
+
+    return edit_file
+
+
+def set_attribute(name: str, value: float | int | None) -> Callable[[onnx.NodeProto], None]:
+    """Give a node's attribute another value; None removes it."""
+
+    def edit(node: onnx.NodeProto) -> None:
+        kept = [attribute for attribute in node.attribute if attribute.name != name]
+        assert len(kept) == len(node.attribute) - 1, f"{node.op_type} has no {name}"
+        del node.attribute[:]
+        node.attribute.extend(kept if value is None else [*kept, onnx.helper.make_attribute(name, value)])
+
+    return edit
+
+
+def swap_outputs(node: onnx.NodeProto) -> None:
+    node.output[:] = reversed(node.output)
+
+
+def flip_weight(graph: str, tensor_name: str) -> Edit:
+    """Change the first byte of one stored tensor."""
+
+    def edit(folder: Path) -> None:
+        model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == tensor_name)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        flip_byte(folder / place["location"], int(place["offset"]))
+
+    return edit
