@@ -1,11 +1,15 @@
 """Compiling one ONNX graph to an engine, in a process of its own: TensorRT aborts on some errors and keeps memory, and
 a builder that runs out of memory is killed; here that is one clear error."""
 
-import multiprocessing
+import ctypes
+import json
 import os
+import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ import onnx
 
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_parts import EnginePart, cut
-from vlmdeploy.runtime.tensorrt_library import LibraryName, import_tensorrt
+from vlmdeploy.runtime.tensorrt_library import LibraryName, TensorrtLibrary, import_tensorrt
 from vlmdeploy.sizes import gigabytes
 
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 UNREAD = "Unused Input"  # how the parser says that it ignores an input, and computes something else
 
 
@@ -46,25 +51,25 @@ class EngineRequest:
 
 def compile_engine(request: EngineRequest, progress: Callable[[str, int, int], None]) -> None:
     """Write the plan of a request. Raises ExportError with what TensorRT said last."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(request, sender), daemon=True)
-    process.start()
-    sender.close()
     failure = None
-    try:
-        while True:
-            kind, *content = receiver.recv()
-            if kind == "progress":
-                progress(f"{request.part.name}: {content[0]}", content[1], content[2])
-            elif kind == "failed":
-                failure = content[0]
-    except EOFError:
-        process.join()
-    finally:
-        process.kill()
-    if failure is not None or process.exitcode != 0:
-        raise ExportError(f"{request.graph}: {failure or _death(process.exitcode, request)}; log: {request.log}")
+    command = [sys.executable, "-m", "vlmdeploy.export.engine_compiler"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
+        try:
+            process.stdin.write(pickle.dumps(request))
+            process.stdin.close()
+            for line in process.stdout:
+                kind, *content = json.loads(line)
+                if kind == "progress":
+                    progress(f"{request.part.name}: {content[0]}", content[1], content[2])
+                else:
+                    failure = content[0]
+        except BaseException:  # an interrupt too
+            process.kill()
+            raise
+    if failure is not None or process.returncode != 0:
+        raise ExportError(f"{request.graph}: {failure or _death(process.returncode, request)}; log: {request.log}")
 
 
 def _death(exit_code: int | None, request: EngineRequest) -> str:
@@ -75,16 +80,22 @@ def _death(exit_code: int | None, request: EngineRequest) -> str:
     return f"TensorRT ended the builder with status {exit_code} while it built {request.part.name}"
 
 
-def _work(request: EngineRequest, sender: Connection) -> None:
-    """The builder process: what TensorRT prints goes to the log too."""
-    with request.log.open("a", buffering=1, encoding="utf-8") as log:
+def main() -> None:
+    """The builder process: a request on stdin, JSON lines on stdout; what TensorRT prints goes to the log."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no builder outlives the command that started it
+    request: EngineRequest = pickle.load(sys.stdin.buffer)
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers, request.log.open("a", buffering=1) as log:
+
+        def tell(*content: str | int) -> None:
+            answers.write(json.dumps(content) + "\n")
+
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         log.write(f"== {request.part.name}\n")
         try:
-            _compile(request, log.write, lambda *step: sender.send(("progress", *step)))
+            _compile(request, log.write, lambda *step: tell("progress", *step))
         except (BackendError, ExportError, OSError) as error:
-            sender.send(("failed", str(error)))
+            tell("failed", str(error))
 
 
 def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Callable[[str, int, int], None]) -> None:
@@ -103,9 +114,7 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Call
     model = _model(request)
     if not parser.parse(model.SerializeToString(), str(request.graph)):
         raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
-    unread = [message for _, message in said if UNREAD in message]
-    if unread:
-        raise ExportError(f"TensorRT would ignore a part of it ({unread[0]})")
+    _check_attention(library, network)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     library.set_compute_capabilities(config, request.compute_capabilities)
@@ -115,7 +124,24 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Call
     if plan is None:
         errors = [message for severity, message in said if severity in ERRORS]
         raise ExportError(f"TensorRT cannot build it ({errors[-1] if errors else 'no reason given'})")
+    unread = [message for _, message in said if UNREAD in message]
+    if unread:
+        raise ExportError(f"TensorRT ignores a part of it ({unread[0]})")
     request.plan.write_bytes(memoryview(plan))
+
+
+def _check_attention(library: TensorrtLibrary, network: Any) -> None:
+    """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it."""
+    module = library.module
+    has_cache = any(network.get_input(index).name == "lengths" for index in range(network.num_inputs))
+    for layer in (network.get_layer(index) for index in range(network.num_layers if has_cache else 0)):
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            name = layer.name.removeprefix("node_of_").removesuffix("_AttentionInput")
+            layer.__class__ = module.IAttentionInputLayer
+            kind, lengths = layer.attention.causal_kind, layer.attention.key_value_lengths
+            if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
+                found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
+                raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
 
 
 def _model(request: EngineRequest) -> onnx.ModelProto:
@@ -149,3 +175,7 @@ def _profile(builder: Any, network: Any, sizes: dict[str, tuple[int, int, int]])
             ]
             profile.set_shape(tensor.name, *choices)
     return profile
+
+
+if __name__ == "__main__":
+    main()
