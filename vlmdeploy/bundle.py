@@ -234,6 +234,11 @@ class Manifest:
         """In which operators the graphs are written."""
         return "ort" if self.target.startswith("ort-") else "trt"
 
+    @property
+    def is_half(self) -> bool:
+        """Whether the graphs compute in fp16."""
+        return self.cache.dtype == "fp16"
+
     def template(self, name: str | None) -> ChatTemplate:
         """The template of that name, or the default one; raises BundleError and lists the names there are."""
         wanted = name or self.default_template

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -258,7 +258,7 @@ def quantize(
 @click.option("--group", type=int, default=128, help="Weights that share a scale.")
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
 @click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
-@click.option("--provider", type=click.Choice(["cpu"]), default="cpu", help="ONNX Runtime's execution provider.")
+@click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
 @build_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the verification's picture and prompt.")
 @threads_option
@@ -279,7 +279,7 @@ def export(
     group: int,
     context: int | None,
     template: str | None,
-    provider: str,
+    provider: Literal["cpu", "cuda"],
     seed: int,
     threads: int | None,
     force: bool,
@@ -307,7 +307,9 @@ def export(
     chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
     precisions = {part: precision for part, precision in chosen.items() if precision}
     build = read_build_options(sm, chunk_rows, max_memory)
-    options = ExportOptions(target, precisions, group, context, tokenizer, template, "cpu", force, seed, threads, build)
+    options = ExportOptions(
+        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build
+    )
     with progress_bar() as progress:
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, options, progress)

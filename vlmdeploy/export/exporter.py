@@ -34,7 +34,7 @@ from vlmdeploy.export.engine_build import ENGINES, compile_engines, engine_files
 from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
-from vlmdeploy.export.ort_dialect import OrtGraph
+from vlmdeploy.export.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.precision import is_tensorrt, plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.trt_dialect import TrtGraph
@@ -74,9 +74,10 @@ def export_bundle(
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
-        cache_type = "fp32" if options.target.startswith("ort-") else "fp16"
+        is_half = is_tensorrt(options.target) or options.provider == "cuda"
+        cache_type = "fp16" if is_half else "fp32"
         cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
-        graphs, hashes = _write_graphs(reader, spec, cache, folder, progress)
+        graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
         parts = plan_engines(folder, manifest, options.build) if is_compiled else []
@@ -135,7 +136,12 @@ def _copy_licences(source: Path, folder: Path) -> None:
 
 
 def _write_graphs(
-    reader: WeightReader, spec: ModelSpec, cache: CacheShape, folder: Path, progress: Progress
+    reader: WeightReader,
+    spec: ModelSpec,
+    options: ExportOptions,
+    cache: CacheShape,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[dict[str, GraphInfo], dict[str, FileEntry]]:
     """Every graph with its data file; also the hashes of the data files, taken while they were written."""
     graphs, hashes = {}, {}
@@ -143,7 +149,7 @@ def _write_graphs(
     for index, name in enumerate(names):
         progress("graphs", index, len(names))
         with DataFile(folder / f"{name}.data") as data:
-            builder = _builder(name, reader, data, cache, spec.decoder.context_tokens)
+            builder = _builder(name, reader, options, data, cache, spec.decoder.context_tokens)
             if name == "vision":
                 build_vision(builder, spec)
             else:
@@ -154,11 +160,14 @@ def _write_graphs(
     return graphs, hashes
 
 
-def _builder(name: str, reader: WeightReader, data: DataFile, cache: CacheShape, context_tokens: int) -> GraphBuilder:
-    """A graph in the dialect that the cache's type belongs to: ONNX Runtime's is fp32, TensorRT's fp16."""
-    if cache.dtype == "fp32":
-        return OrtGraph(name, reader, data)
-    return TrtGraph(name, reader, data, cache, context_tokens)
+def _builder(
+    name: str, reader: WeightReader, options: ExportOptions, data: DataFile, cache: CacheShape, context_tokens: int
+) -> GraphBuilder:
+    """A graph in the dialect of the target and its provider."""
+    if is_tensorrt(options.target):
+        return TrtGraph(name, reader, data, cache, context_tokens)
+    kind = OrtCudaGraph if options.provider == "cuda" else OrtGraph
+    return kind(name, reader, data)
 
 
 def _write_embedding(reader: WeightReader, folder: Path) -> tuple[EmbeddingInfo, FileEntry]:

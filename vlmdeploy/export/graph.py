@@ -113,6 +113,10 @@ class GraphBuilder(ABC):
         self._nodes.append(node)
         return outputs
 
+    def cast(self, x: str, output: str, kind: str) -> str:
+        """x as "fp32" or "fp16"."""
+        return self.node("Cast", [x], output, to=TYPES[kind])
+
     def constant(self, name: str, value: NDArray[np.generic]) -> str:
         """A small tensor kept inside the .onnx file; the same name twice is the same tensor."""
         self._initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))

@@ -27,7 +27,7 @@ class ExportOptions:
     context_tokens: int | None = None
     tokenizer: Path | None = None
     default_template: str | None = None
-    provider: Literal["cpu"] = "cpu"
+    provider: Literal["cpu", "cuda"] = "cpu"
     force: bool = False
     seed: int = 0
     threads: int | None = None

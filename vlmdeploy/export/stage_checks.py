@@ -41,7 +41,7 @@ class StageChecks:
         return next(iter(self.runs.values()))
 
     def _bound(self, check: str) -> Tolerance:
-        return parity.bound_of(check, self.gate.dialect)
+        return parity.bound_of(check, self.gate.is_half)
 
     def preprocess(self, manifest: Manifest) -> None:
         """Our preprocessing against PyTorch's antialiased bicubic resize, an independent implementation."""

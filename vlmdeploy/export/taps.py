@@ -124,7 +124,7 @@ def tapped_backend(
     def load(graph: str) -> Any:
         path = folder / manifest.graphs[graph].file
         model = onnx.load(str(path), load_external_data=False)
-        edit_graph(model, manifest.dialect, exact)
+        edit_graph(model, manifest, exact)
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
@@ -145,13 +145,13 @@ def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 
 
-def edit_graph(model: onnx.ModelProto, dialect: str, exact: bool) -> None:
+def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool) -> None:
     """Change a graph in place for verification; see `tapped_backend`."""
-    if dialect == "ort" and exact:
-        set_accuracy(model, FULL_ACCURACY)
-    if dialect == "trt":
+    if manifest.dialect == "trt":
         free_cache_length(model)
-        if exact:
+    if exact:
+        set_accuracy(model, FULL_ACCURACY)
+        if manifest.is_half:
             widen_floats(model)
 
 

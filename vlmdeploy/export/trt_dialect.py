@@ -24,7 +24,6 @@ from vlmdeploy.runtime.backend import rope_table
 
 OPSET = 24  # the first with TensorScatter
 TRT_DOMAIN = "trt"  # TensorRT's parser knows TRT_Attention natively; others read the function's body
-FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
 
 def attention_function() -> onnx.FunctionProto:
@@ -78,10 +77,6 @@ class TrtGraph(GraphBuilder):
             return self.node(op, inputs, output)
         narrow = self.cast(x, f"{output}.in", "fp16")
         return self.cast(self.node(op, [narrow, columns], f"{output}.fp16"), output, "fp32")
-
-    def cast(self, x: str, output: str, kind: str) -> str:
-        """x as fp32 or fp16."""
-        return self.node("Cast", [x], output, to=FLOAT_TYPES[kind])
 
     def _codes(self, weight: str, order: Ints, grid: Grid) -> str:
         """The matrix [out, in] in fp16, from codes [out, in] and fp16 scales [out, in / group]."""

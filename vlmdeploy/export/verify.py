@@ -61,9 +61,9 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
 
     Raises ParityError at the first stage that differs.
     """
-    manifest, gate = subject.manifest, Gate(subject.name, subject.manifest.dialect)
+    manifest, gate = subject.manifest, Gate(subject.name, subject.manifest.is_half)
     sample = draw_sample(manifest, seed)
-    is_exact = manifest.dialect == "ort" and not subject.reader.plan.is_quantized
+    is_exact = not (manifest.is_half or subject.reader.plan.is_quantized)
     names = ("structure",) if is_exact else ("structure", "shipped")
     runs: dict[str, TappedRun] = {}
     for check in names:
@@ -91,7 +91,7 @@ def _check_whole(gate: Gate, subject: Subject, runs: dict[str, TappedRun]) -> tu
     rows = np.flatnonzero(~prompt.vision_mask)
     expected = model(ids, images)[0].numpy()[rows]
     for check, run in runs.items():
-        bound = parity.end_to_end_bound_of(check, gate.dialect)
+        bound = parity.end_to_end_bound_of(check, gate.is_half)
         gate.compare("logits end to end", check, run.logits[: len(rows)], expected, bound)
     _check_text_alone(gate, subject, model, prompt)
     num_new = min(GREEDY_TOKENS, subject.manifest.context_tokens - len(prompt.ids))

@@ -20,19 +20,26 @@ from vlmdeploy.runtime.backend import Floats, KvCache, rope_table
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 class OrtCache:
-    """Keys and values of every layer, [1, kv_heads, slots, head_dim] each, and the positions of the slots in use.
+    """Keys and values of every layer, [1, kv_heads, slots, head_dim] each, and the positions of the slots in use, in
+    the memory of `device`; on a CPU `arrays` are views of them.
 
     `counters` is what a call must be told beside its rows, which depends on the dialect of the graphs.
     """
 
     def __init__(
-        self, ort: ModuleType, manifest: Manifest, positions: Ints, slots: int, kind: type[np.floating[Any]]
+        self,
+        ort: ModuleType,
+        manifest: Manifest,
+        positions: Ints,
+        slots: int,
+        kind: type[np.floating[Any]],
+        device: str,
     ) -> None:
         self.length = 0
         self.capacity = len(positions)
@@ -43,10 +50,11 @@ class OrtCache:
         self.arrays = {
             f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")
         }
-        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
         rope = rope_table(shape, positions)
         tables = {"cos": rope.cos, "sin": rope.sin} if self.dialect == "ort" else {}
-        self.tables = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in tables.items()}
+        on_device = ort.OrtValue.ortvalue_from_numpy
+        self.values = {name: on_device(array, device, 0) for name, array in self.arrays.items()}
+        self.tables = {name: on_device(table, device, 0) for name, table in tables.items()}
 
     def bind(self, binding: Any) -> None:
         """Bind tables, past and present of an io-binding to this cache."""
@@ -84,15 +92,19 @@ class DecodeBinding:
         }  # fmt: skip
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
         self._buffers["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
-        for name in inputs:
-            self._binding.bind_ortvalue_input(name, self._buffers[name])
+        self._inputs = list(inputs)
         self._binding.bind_ortvalue_output("logits", self._buffers["logits"])
+
+    def _bind_inputs(self) -> None:
+        for name in self._inputs:
+            self._binding.bind_ortvalue_input(name, self._buffers[name])
 
     def run(self, hidden: Floats) -> Floats:
         """Append one row; logits [vocab], valid until the next call."""
         self.hidden[:] = hidden
         for name, value in self.cache.counters(1).items():
             self.counters[name][...] = value
+        self._bind_inputs()  # binding copies them to a device
         self._session.run_with_iobinding(self._binding)
         self.cache.length += 1
         logits: Floats = self.logits[0]
@@ -148,8 +160,10 @@ class OrtBackend:
 
     def new_cache(self, positions: Ints) -> OrtCache:
         """See Backend."""
+        if self.provider != "cpu":
+            self.session("decoder_text")  # which tells what is missing, where memory of a device only fails
         slots = self.manifest.context_tokens if self._has_fixed_cache else len(positions)
-        return OrtCache(self.ort, self.manifest, positions, slots, self._cache_type)
+        return OrtCache(self.ort, self.manifest, positions, slots, self._cache_type, self.provider)
 
     def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend."""
@@ -229,10 +243,18 @@ def session_options(ort: ModuleType, threads: int | None) -> Any:
 def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None) -> Any:
     """A session of one graph on exactly the wanted provider; raises BackendError if it got another."""
     wanted = PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        raise BackendError(
+            f"{path}: made for {wanted}, which this onnxruntime does not have: pip uninstall onnxruntime, then "
+            f'pip install "vlmdeploy[{provider}]"'
+        )
     try:
         session = ort.InferenceSession(str(path), session_options(ort, threads), providers=[wanted])
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers()[0] != wanted:
-        raise BackendError(f"{path}: wanted {wanted}, onnxruntime chose {session.get_providers()[0]}")
+        raise BackendError(
+            f"{path}: wanted {wanted}, onnxruntime fell back to {session.get_providers()[0]}: is there a GPU, and do "
+            "its driver, CUDA and cuDNN fit this onnxruntime?"
+        )
     return session

@@ -2,7 +2,7 @@
 
 "structure": MatMulNBits with exact float activations (accuracy_level 0) over the shipped weights. Only the order of
 float32 sums differs, so a wrong expert, position, norm, activation or packing shows.
-For the `trt` dialect: every fp16 value widened to float32.
+Where the graphs compute in fp16, every such value is widened to float32.
 "shipped": the graphs as they are; int8 activations cost 0.4 to 1.2 % per linear, fp16 ones 0.1 %.
 Errors are root mean squares, rms(a - b) / rms(b): single values of a long sum that cancels may differ a hundred times
 more than the rest, while one wrong row or column shows in the mean.
@@ -41,26 +41,26 @@ REPLAY = Tolerance(0.05, "int8 kernels of another processor round activations di
 CLEAR_LEAD = 4  # a lead of this many error bounds (rms) is not a tie
 
 
-def bound_of(check: str, dialect: str) -> Tolerance:
-    """The bound of one stage fed with the bundle's own input."""
+def bound_of(check: str, is_half: bool) -> Tolerance:
+    """The bound of one stage fed with the bundle's own input. is_half: the bundle computes in fp16."""
     if check == "structure":
         return STRUCTURE
-    return SHIPPED if dialect == "ort" else HALF
+    return HALF if is_half else SHIPPED
 
 
-def end_to_end_bound_of(check: str, dialect: str) -> Tolerance:
+def end_to_end_bound_of(check: str, is_half: bool) -> Tolerance:
     """The bound of the whole model's logits."""
     if check == "structure":
         return STRUCTURE_END_TO_END
-    return SHIPPED_END_TO_END if dialect == "ort" else HALF_END_TO_END
+    return HALF_END_TO_END if is_half else SHIPPED_END_TO_END
 
 
 class Gate:
     """Collects verdicts and stops at the first stage that fails."""
 
-    def __init__(self, where: str, dialect: str = "ort") -> None:
+    def __init__(self, where: str, is_half: bool = False) -> None:
         self.where = where
-        self.dialect = dialect
+        self.is_half = is_half
         self.verdicts: list[StageVerdict] = []
 
     def compare(self, stage: str, check: str, found: Floats, expected: Floats, tolerance: Tolerance) -> None:
@@ -96,7 +96,7 @@ class Gate:
         rows = np.arange(len(expected))
         best, chosen = expected.argmax(1), found.argmax(1)
         lead = expected[rows, best] - expected[rows, chosen]
-        bound = bound_of(check, self.dialect)
+        bound = bound_of(check, self.is_half)
         allowed = CLEAR_LEAD * bound.bound * np.sqrt(np.square(expected).mean(1))
         if (lead > allowed).any():
             row = int((lead - allowed).argmax())

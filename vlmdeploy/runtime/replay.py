@@ -107,7 +107,5 @@ def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greed
 
 def _bound(manifest: Manifest) -> parity.Tolerance:
     """Float bundles differ by the order of sums only."""
-    quantized = manifest.dialect == "trt" or any(
-        precision.startswith("int") for precision in manifest.precision.values()
-    )
+    quantized = manifest.is_half or any(precision.startswith("int") for precision in manifest.precision.values())
     return parity.REPLAY if quantized else parity.STRUCTURE_END_TO_END
