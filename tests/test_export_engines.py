@@ -261,6 +261,11 @@ def test_killed_build_publishes_nothing(copied: Path) -> None:
     assert not aside.exists() and check_bundle(copied, "full").engines["vision"].compute_capabilities == ("8.9",)
 
 
+def test_device_chooses_the_gpu(copied: Path) -> None:
+    document = only_json_document(run_cli("build", copied, "--device", "RTX-5080", "--json"))
+    assert {tuple(engine["compute_capabilities"]) for engine in document["engines"].values()} == {("12.0",)}
+
+
 def test_failed_build_keeps_the_old_engines(copied: Path) -> None:
     before = {path.name: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert "--sm is 7.0" in only_error_line(run_cli("build", copied, "--sm", "7.0"))

@@ -272,6 +272,30 @@ def test_build_without_tensorrt_says_how_to_get_it(bundle: Path) -> None:
     assert "JetPack 7.2.2" in only_error_line(run_cli("build", bundle))
 
 
-@pytest.mark.parametrize("options", [["--sm", "sm_86"], ["--max-memory", "lots"]])
+@pytest.mark.parametrize(("device", "target", "message"), [
+    ("rtx-4080", "trt-int4", "--device rtx-4080 runs engines of tensorrt_rtx: export with --target rtx-int4"),
+    ("agx-orin-64", "rtx-int4", "--device agx-orin-64 runs engines of tensorrt: export with --target trt-int4"),
+    ("l4", "ort-int4", "--device l4 runs engines of tensorrt: export with --target trt-int4"),
+    ("rtx-9090", "trt-int4", "rtx-4080"),
+])  # fmt: skip
+def test_device_of_another_target_is_refused(
+    ckpt: Path, tmp_path: Path, device: str, target: str, message: str
+) -> None:
+    options = ("--ckpt", ckpt, "--target", target, "--quant", "rtn", "--out", tmp_path / "bundle", "--device", device)
+    assert message in only_error_line(run_cli("export", *options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_that_is_too_small_shows_the_plan(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmdeploy.export.engine_build.RESERVE_BYTES", 6 << 30)
+    options = ("--ckpt", ckpt, "--target", "trt-int4", "--quant", "rtn", "--out", tmp_path / "bundle")
+    line = only_error_line(run_cli("export", *options, "--device", "orin-nano-8", "--threads", 1))
+    assert "--device orin-nano-8 has" in line and "--residency phase needs 6." in line and "decoder_text" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [
+    ["--sm", "sm_86"], ["--max-memory", "lots"], ["--sm", "8.6", "--device", "rtx-4080"],
+])  # fmt: skip
 def test_senseless_build_option_is_one_line(options: list[str], bundle: Path) -> None:
     assert options[0] in only_error_line(run_cli("build", bundle, *options))

@@ -186,6 +186,7 @@ def build_options(command: Command) -> Command:
     """The options that `export` and `build` share: what engines are compiled for."""
     options = (
         click.option("--sm", multiple=True, help='Compute capability of an engine, "8.6"; none: a portable RTX plan.'),
+        click.option("--device", help="What the engines will run on, such as rtx-4060-ti-16 or agx-orin-64."),
         click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one call."),
         click.option("--max-memory", help="Memory for building an engine, such as 12GB.  [default: what is free]"),
     )
@@ -285,6 +286,7 @@ def export(
     force: bool,
     as_json: bool,
     sm: tuple[str, ...],
+    device: str | None,
     chunk_rows: int,
     max_memory: str | None,
     **calibration: Any,
@@ -306,7 +308,7 @@ def export(
         )
     chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
     precisions = {part: precision for part, precision in chosen.items() if precision}
-    build = read_build_options(sm, chunk_rows, max_memory)
+    build = read_build_options(sm, chunk_rows, max_memory, device)
     options = ExportOptions(
         target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build
     )
@@ -328,13 +330,15 @@ def export(
 @click.argument("bundle", type=FOLDER)
 @build_options
 @json_option
-def build(bundle: Path, sm: tuple[str, ...], chunk_rows: int, max_memory: str | None, as_json: bool) -> None:
+def build(
+    bundle: Path, sm: tuple[str, ...], device: str | None, chunk_rows: int, max_memory: str | None, as_json: bool
+) -> None:
     """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
     from vlmdeploy.export.engine_build import build_bundle, read_build_options
     from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
 
     with progress_bar() as progress:
-        manifest, is_new = build_bundle(bundle, read_build_options(sm, chunk_rows, max_memory), progress)
+        manifest, is_new = build_bundle(bundle, read_build_options(sm, chunk_rows, max_memory, device), progress)
     if as_json:
         print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
     else:

@@ -6,17 +6,21 @@ A kill at any moment leaves a bundle that is whole, with its old engines or with
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vlmdeploy import devices
 from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
+from vlmdeploy.devices import Device
 from vlmdeploy.errors import ConfigError, ExportError
 from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
+from vlmdeploy.runtime.tensorrt_backend import RESERVE_BYTES, buffer_bytes, peak_bytes
 from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
-from vlmdeploy.sizes import parse_size
+from vlmdeploy.sizes import gigabytes, parse_size
 
 logger = logging.getLogger("vlmdeploy")
 
@@ -35,15 +39,23 @@ class BuildOptions:
     compute_capabilities: tuple[str, ...] = ()
     shapes: Shapes = field(default_factory=Shapes)
     max_memory: int | None = None  # bytes; None: what is available
+    device: Device | None = None  # what the engines will run on, where that was named
 
 
-def read_build_options(capabilities: tuple[str, ...], chunk_rows: int, max_memory: str | None) -> BuildOptions:
+def read_build_options(
+    capabilities: tuple[str, ...], chunk_rows: int, max_memory: str | None, device_name: str | None
+) -> BuildOptions:
     """Options from what the command line takes. Raises ConfigError."""
+    device = None if device_name is None else devices.device(device_name)
+    if device is not None and capabilities:
+        raise ConfigError("--sm and --device both choose a GPU: give one of them")
+    if device is not None and device.engine == "tensorrt_rtx":
+        capabilities = (device.compute_capability,)
     for capability in capabilities:
         if not CAPABILITY.fullmatch(capability):
             raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
     memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
-    return BuildOptions(capabilities, Shapes(chunk_rows=chunk_rows), memory)
+    return BuildOptions(capabilities, Shapes(chunk_rows=chunk_rows), memory, device)
 
 
 def available_bytes() -> int:
@@ -63,6 +75,33 @@ def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> lis
     import_tensorrt(library_of(manifest.target))
     memory = options.max_memory or int(KEPT_FREE * available_bytes())
     return plan_parts(folder, manifest.graphs, manifest.cache.num_layers, memory)
+
+
+def check_device(target: str, device: Device | None) -> None:
+    """Raise ExportError where a target makes no engines for the device that was named."""
+    if device is None:
+        return
+    other = "trt-int4" if device.engine == "tensorrt" else "rtx-int4"
+    if target.startswith("ort-") or device.engine != library_of(target):
+        raise ExportError(f"--device {device.name} runs engines of {device.engine}: export with --target {other}")
+
+
+def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
+    """Raise ExportError where the named device has too little memory even with one phase resident at a time."""
+    if options.device is None:
+        return
+    sizes: dict[str, int] = {}
+    for part in plan_parts(folder, manifest.graphs, manifest.cache.num_layers, sys.maxsize):
+        sizes[part.graph] = sizes.get(part.graph, 0) + part.weight_bytes
+    buffers = sum(buffer_bytes(manifest, options.shapes.chunk_rows, options.shapes.logit_rows).values())
+    needed, usable = peak_bytes(sizes, "phase") + buffers + RESERVE_BYTES, options.device.usable_bytes
+    if needed > usable:
+        held = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
+        raise ExportError(
+            f"--device {options.device.name} has {gigabytes(usable)} for us and --residency phase needs "
+            f"{gigabytes(needed)} ({held}, buffers and KV cache {gigabytes(buffers)}): quantize with --vision int4, or "
+            "export with a smaller --context"
+        )
 
 
 def compile_engines(
@@ -115,6 +154,8 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
     manifest = check_bundle(folder)
     if manifest.dialect != "trt":
         raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
+    check_device(manifest.target, options.device)
+    check_fit(folder, manifest, options)
     if _is_built(manifest, options):
         return manifest, False
     parts = plan_engines(folder, manifest, options)

@@ -30,7 +30,14 @@ from vlmdeploy.bundle import (
 )
 from vlmdeploy.errors import BundleError, ExportError
 from vlmdeploy.export.decoder_graph import build_decoder, graph_name
-from vlmdeploy.export.engine_build import ENGINES, compile_engines, engine_files, plan_engines
+from vlmdeploy.export.engine_build import (
+    ENGINES,
+    check_device,
+    check_fit,
+    compile_engines,
+    engine_files,
+    plan_engines,
+)
 from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
@@ -67,6 +74,7 @@ def export_bundle(
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     is_compiled = options.target.startswith("rtx-")  # on any machine; the others on the device, by `vlmdeploy build`
+    check_device(options.target, options.build.device)
     if is_compiled:
         import_tensorrt(library_of(options.target))
     reader = WeightReader(checkpoint, plan)
@@ -80,6 +88,7 @@ def export_bundle(
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
+        check_fit(folder, manifest, options.build)
         parts = plan_engines(folder, manifest, options.build) if is_compiled else []
         subject = Subject(str(out), reader, spec, folder, manifest, options.threads)
         verification, record = verify_staged(subject, options.seed, progress)

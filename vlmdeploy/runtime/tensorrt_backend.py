@@ -280,9 +280,7 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
         sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
     engine = next(iter(manifest.engines.values()))
     buffers = sum(buffer_bytes(manifest, engine.chunk_rows, engine.logit_rows).values())
-    experts = sizes.get("decoder_vision", 0) + sizes["decoder_text"]
-    peak = max(sizes["vision"], experts) if residency == "phase" else sum(sizes.values())
-    needed = peak + buffers + RESERVE_BYTES
+    needed = peak_bytes(sizes, residency) + buffers + RESERVE_BYTES
     if needed > free_bytes:
         parts = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
         advice = "close other programs" if residency == "phase" else "use --residency phase"
@@ -291,3 +289,9 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
             f"and KV cache of {manifest.context_tokens} tokens {gigabytes(buffers)}): {advice}, or export with a "
             "smaller --context"
         )
+
+
+def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
+    """The most bytes of weights that are on the device together."""
+    experts = graph_bytes.get("decoder_vision", 0) + graph_bytes["decoder_text"]
+    return max(graph_bytes["vision"], experts) if residency == "phase" else sum(graph_bytes.values())
