@@ -145,10 +145,11 @@ class FakeEngine:
 
     num_optimization_profiles = 2
 
-    def __init__(self, plan: dict[str, Any], device: FakeDevice) -> None:
+    def __init__(self, plan: dict[str, Any], device: FakeDevice, config: "type[FakeConfig]") -> None:
         import onnxruntime
 
         self.device = device
+        self.create_runtime_config = config
         self.graph, self.name, self.profiles = plan["graph"], plan["name"], plan["profiles"]
         model = onnx.load(plan["file"], load_external_data=False)
         if plan["layers"] is not None:
@@ -171,9 +172,6 @@ class FakeEngine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH[self.graph] // (1 + profile)
 
-    def create_runtime_config(self) -> Any:
-        return FakeConfig()
-
     def create_execution_context(self, config: "FakeConfig") -> FakeContext:
         assert config.strategy == "user managed"
         return FakeContext(self, self.device)
@@ -190,13 +188,19 @@ class FakeEngine:
 
 @dataclass
 class FakeConfig:
-    """Remembers the strategy and the kernels of an engine."""
+    """Remembers the strategy of an engine."""
 
     strategy: str = ""
-    kernels: Any = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
+
+
+@dataclass
+class FakeRtxConfig(FakeConfig):
+    """Remembers the kernels too, which only TensorRT-RTX has."""
+
+    kernels: Any = None
 
     def create_runtime_cache(self) -> "FakeKernels":
         return FakeKernels()
@@ -221,6 +225,7 @@ class FakeKernels:
 
 def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = "1.7.1") -> TensorrtLibrary:
     """A library whose runtime loads fake plans onto the device."""
+    config = FakeRtxConfig if name == "tensorrt_rtx" else FakeConfig
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -228,7 +233,7 @@ def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = 
 
         def deserialize_cuda_engine(self, plan: Any) -> FakeEngine | None:
             try:
-                return FakeEngine(json.loads(bytes(plan)), device)
+                return FakeEngine(json.loads(bytes(plan)), device, config)
             except ValueError:
                 self.logger.log(SimpleNamespace(__str__=lambda: "ERROR"), "not a plan")
                 return None

@@ -154,6 +154,20 @@ def test_finished_kernels_are_kept_in_the_users_cache(
     assert sorted(path.name for path in rtx.rglob("*")) == before, "a bundle never changes"
 
 
+def test_tensorrt_runs_without_what_only_rtx_has(rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engines come with all their kernels, its configuration has no cache of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    engines = read_manifest(rtx).engines
+    edit_manifest(
+        rtx, engines={name: replace(info, library="tensorrt", version="11.4.1") for name, info in engines.items()}
+    )
+    manifest, device = read_manifest(rtx), FakeDevice()
+    backend = TrtBackend(rtx, manifest, "phase", fake_library(device, "tensorrt", "11.4.1"), device)  # type: ignore[arg-type]
+    session, (ids, pixels) = Session(rtx, manifest, backend), questions()[0]
+    assert np.array_equal(session.generate_ids(ids, pixels, 3), reference(rtx).generate_ids(ids, pixels, 3))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_unwritable_cache_is_a_warning(
     rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
