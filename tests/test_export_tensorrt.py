@@ -119,13 +119,13 @@ def test_stored_codes_are_those_of_the_reference(ckpt: Path, bundle: Path) -> No
     place = {entry.key: int(entry.value) for entry in tensors[name].external_data if entry.key != "location"}
     content = bundle.joinpath("decoder_text.data").read_bytes()[place["offset"] : place["offset"] + place["length"]]
     packed = np.frombuffer(content, np.uint8)
-    signed = np.stack((packed & 15, packed >> 4), -1).astype(np.int8).reshape(*tensors[name].dims)
+    signed = np.stack((packed & 15, packed >> 4), -1).astype(np.int8).reshape(*tensors[name].dims).T
     signed[signed > 7] -= 16
     group = read_manifest(bundle).group_sizes["decoder"]
     codes, scales = reference.quantize_rtn(Checkpoint(ckpt).parameter(name).numpy(), group)
     assert tensors[name].data_type == onnx.TensorProto.INT4
     assert (signed == codes.reshape(signed.shape).astype(int) - 8).all()
-    stored = onnx.numpy_helper.to_array(tensors[f"{name}.scales"])
+    stored = onnx.numpy_helper.to_array(tensors[f"{name}.scales"]).T
     assert stored.dtype == np.float16 and (stored == scales.reshape(stored.shape)).all()
 
 
@@ -137,7 +137,7 @@ def attributes_of(bundle: Path, graph: str, output: str) -> dict[str, Any]:
 def test_int8_encoder_has_one_scale_for_each_output(ckpt: Path, tmp_path: Path) -> None:
     """TensorRT fuses int8 codes so, and not in groups; int4 it fuses in groups only."""
     bundle = export(ckpt, tmp_path / "bundle", "trt-int4", precisions={"vision": "int8"})
-    assert attributes_of(bundle, "vision", "vision.layers.0.fc1.weight.fp16") == {"axis": 1, "block_size": 64}
+    assert attributes_of(bundle, "vision", "vision.layers.0.fc1.weight.fp16") == {"axis": 0, "block_size": 64}
     assert attributes_of(bundle, "decoder_text", "decoder.layers.0.language.down.weight.fp16")["block_size"] == 64
     assert read_manifest(bundle).group_sizes["vision"] == -1
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
@@ -22,7 +23,14 @@ from vlmdeploy.export.vision_graph import vision_taps
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.runtime.backend import Floats, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable
-from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend, OrtCache, import_onnxruntime, session_options
+from vlmdeploy.runtime.ort_backend import (
+    PROVIDERS,
+    OrtBackend,
+    OrtCache,
+    import_onnxruntime,
+    session_options,
+    unwanted_optimizers,
+)
 
 EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
@@ -124,35 +132,38 @@ def tapped_backend(
     def load(graph: str) -> Any:
         path = folder / manifest.graphs[graph].file
         model = onnx.load(str(path), load_external_data=False)
-        edit_graph(model, manifest, exact)
+        edit_graph(model, manifest, exact, path.parent)
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return session_of(ort, model, path, threads)
+        return session_of(ort, model, path, threads, manifest.dialect)
 
     cache_type = "fp32" if exact else None
     return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
 
 
-def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None) -> Any:
+def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:
     """A CPU session of a graph that was read from `path` and edited; its weights are the file's."""
     options = session_options(ort, threads)
     options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
     options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])
+        unwanted = unwanted_optimizers(dialect)
+        return ort.InferenceSession(
+            model.SerializeToString(), options, [PROVIDERS["cpu"]], disabled_optimizers=unwanted
+        )
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 
 
-def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool) -> None:
+def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: Path) -> None:
     """Change a graph in place for verification; see `tapped_backend`."""
     if manifest.dialect == "trt":
         free_cache_length(model)
     if exact:
         set_accuracy(model, FULL_ACCURACY)
         if manifest.is_half:
-            widen_floats(model)
+            widen_floats(model, folder)
 
 
 def set_accuracy(model: onnx.ModelProto, level: int) -> None:
@@ -170,9 +181,13 @@ def free_cache_length(model: onnx.ModelProto) -> None:
             value.type.tensor_type.shape.dim[2].dim_param = "capacity"
 
 
-def widen_floats(model: onnx.ModelProto) -> None:
-    """Turn every fp16 value into float32: the same graph on the same stored weights, without the rounding between."""
+def widen_floats(model: onnx.ModelProto, folder: Path) -> None:
+    """Turn every fp16 value into float32: the same graph on the same stored weights, without the rounding between.
+
+    Matrices are widened when they are used. Scales are so now, in memory: ONNX Runtime wants them constant.
+    """
     graph = model.graph
+    scales = {node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -182,7 +197,11 @@ def widen_floats(model: onnx.ModelProto) -> None:
                 attribute.i = TensorProto.FLOAT
     widened = []
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
+        if tensor.data_type == TensorProto.FLOAT16 and tensor.name in scales:
+            if tensor.external_data:
+                load_external_data_for_tensor(tensor, str(folder))
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+        elif tensor.data_type == TensorProto.FLOAT16:
             name, tensor.name = tensor.name, f"{tensor.name}.stored"
             widened.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
     nodes = [*widened, *graph.node]

@@ -1,16 +1,14 @@
 """The `trt` dialect: operators that TensorRT imports as its own layers, and that ONNX Runtime runs from the same file.
 
-Matrices are [out, in], INT4 or INT8 codes behind a DequantizeLinear, or fp16; products are fp16, everything between
-them float32: residual streams of models trained in bf16 do not fit fp16. The KV cache is fp16, of a fixed length,
-written in place by TensorScatter. Why, and what TensorRT misreads: docs/design/0007-tensorrt.md.
+Matrices are INT4 or INT8 codes behind a DequantizeLinear, or fp16; products are fp16, everything between them float32:
+residual streams of models trained in bf16 do not fit fp16. The KV cache is fp16, of a fixed length, written in place by
+TensorScatter. Why, and what TensorRT misreads: docs/design/0007-tensorrt.md.
 """
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from vlmdeploy.bundle import CacheShape
@@ -19,9 +17,10 @@ from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.weights import Ints, WeightReader
 from vlmdeploy.quant.conversions import dequantize_linear
-from vlmdeploy.quant.grid import Grid
+from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.runtime.backend import rope_table
 
+CODE_TYPES = {"INT4": TensorProto.INT4, "INT8": TensorProto.INT8}  # 3-bit codes fit INT4
 OPSET = 24  # the first with TensorScatter
 TRT_DOMAIN = "trt"  # TensorRT's parser knows TRT_Attention natively; others read the function's body
 
@@ -61,41 +60,40 @@ class TrtGraph(GraphBuilder):
         order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
         precision = self.weights.plan[weight]
         kind = "fp32" if precision.type == "fp32" else "fp16"
-        grid = precision.grid
-        matrix = self._floats(weight, order, kind) if grid is None else self._codes(weight, order, grid)
-        columns = self.node("Transpose", [matrix], f"{weight}.columns", perm=[1, 0])
+        if precision.grid is not None:
+            columns = self._codes(weight, order, precision.grid)
+        else:
+            columns = self.node("Transpose", [self._floats(weight, order, kind)], f"{weight}.columns", perm=[1, 0])
         product = f"{output}.product" if has_bias else output
-        self._in_type(kind, "MatMul", [x, columns], product)
-        if not has_bias:
-            return product
-        return self.node("Add", [product, self._bias(f"{target}.bias", order)], output)
+        self._product(x, columns, kind, product)
+        return self.node("Add", [product, self._bias(f"{target}.bias", order)], output) if has_bias else product
 
-    def _in_type(self, kind: str, op: str, inputs: list[str], output: str) -> str:
+    def _product(self, x: str, columns: str, kind: str, output: str) -> None:
         """x @ columns in fp16 with float32 on both sides, or in fp32 throughout."""
-        x, columns = inputs
         if kind == "fp32":
-            return self.node(op, inputs, output)
-        narrow = self.cast(x, f"{output}.in", "fp16")
-        return self.cast(self.node(op, [narrow, columns], f"{output}.fp16"), output, "fp32")
+            self.node("MatMul", [x, columns], output)
+        else:
+            narrow = self.cast(x, f"{output}.in", "fp16")
+            self.cast(self.node("MatMul", [narrow, columns], f"{output}.fp16"), output, "fp32")
 
     def _codes(self, weight: str, order: Ints, grid: Grid) -> str:
-        """The matrix [out, in] in fp16, from codes [out, in] and fp16 scales [out, in / group]."""
+        """The matrix [in, out] in fp16, from codes [in, out] and fp16 scales [in / group, out].
+
+        In this order ONNX Runtime multiplies with the codes as they are; in the other it widens them on every call.
+        """
         self._check_grid(weight, grid)
         width = self.weights.matrix_shape(weight)[1]
-        scales = np.empty((len(order), width // grid.group_size), np.float16)
-
-        def packed() -> Iterator[NDArray[np.generic]]:
-            done = 0
-            for block in self._code_blocks(weight, order, grid):
-                part = dequantize_linear(block, axis=1)
-                scales[done : done + len(part.scales)] = part.scales
-                done += len(part.scales)
-                yield part.codes
-
-        kind = TensorProto.INT8 if grid.bits == 8 else TensorProto.INT4  # 3-bit codes fit INT4
-        codes = self.external(weight, kind, (len(order), width), packed())
-        inputs = [codes, self.tensor(f"{weight}.scales", scales)]
-        return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=1, block_size=grid.group_size)
+        codes = np.empty((len(order), width), np.uint8)
+        scales = np.empty((len(order), width // grid.group_size), np.float32)
+        done = 0
+        for block in self._code_blocks(weight, order, grid):
+            stop = done + len(block.codes)
+            codes[done:stop], scales[done:stop] = block.codes, block.scales
+            done = stop
+        stored = dequantize_linear(Quantized(codes, scales, grid), axis=0)
+        name = self.external(weight, CODE_TYPES[stored.data_type], stored.shape, [stored.codes])
+        inputs = [name, self.tensor(f"{weight}.scales", stored.scales.astype(np.float16))]
+        return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=0, block_size=grid.group_size)
 
     def _check_grid(self, weight: str, grid: Grid) -> None:
         if not grid.symmetric:

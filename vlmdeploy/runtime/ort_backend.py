@@ -21,6 +21,7 @@ from vlmdeploy.runtime.backend import Floats, KvCache, rope_table
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
 CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
@@ -147,7 +148,8 @@ class OrtBackend:
         return self._sessions[graph]
 
     def _load_file(self, graph: str) -> Any:
-        return load_session(self.ort, self.folder / self.manifest.graphs[graph].file, self.provider, self.threads)
+        path = self.folder / self.manifest.graphs[graph].file
+        return load_session(self.ort, path, self.provider, self.threads, self.manifest.dialect)
 
     def drop(self, graph: str) -> None:
         """Release a graph's memory; it is loaded again when needed."""
@@ -235,12 +237,18 @@ def session_options(ort: ModuleType, threads: int | None) -> Any:
     """Options shared by all sessions: quiet, and as many threads as asked for (default: one per core)."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # products with codes as DequantizeLinear means them
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
 
 
-def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None) -> Any:
+def unwanted_optimizers(dialect: str) -> list[str]:
+    """What ONNX Runtime must not do to the graphs of a dialect: fold what widens or turns whole fp16 matrices."""
+    return ["ConstantFolding"] if dialect == "trt" else []
+
+
+def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None, dialect: str) -> Any:
     """A session of one graph on exactly the wanted provider; raises BackendError if it got another."""
     wanted = PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
@@ -249,7 +257,9 @@ def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None
             f'pip install "vlmdeploy[{provider}]"'
         )
     try:
-        session = ort.InferenceSession(str(path), session_options(ort, threads), providers=[wanted])
+        session = ort.InferenceSession(
+            str(path), session_options(ort, threads), [wanted], disabled_optimizers=unwanted_optimizers(dialect)
+        )
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers()[0] != wanted:
