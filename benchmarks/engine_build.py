@@ -25,6 +25,8 @@ from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engi
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
 from vlmdeploy.export.options import no_progress
 
+CONTEXTS = {"cogvlm": 2048, "cogvlm2": 4096}
+
 
 @dataclass(frozen=True)
 class Built:
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="cogvlm")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vision", choices=["int4", "fp16"], default="int4")
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--context", type=int, help="tokens of the KV cache  [default: 2048, CogVLM2: 4096]")
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--work", type=Path, help="folder for checkpoint and bundle  [default: a temporary one]")
     options = parser.parse_args()
@@ -76,7 +78,8 @@ def main() -> None:
         checkpoint, bundle = Path(temporary) / "checkpoint", Path(temporary) / "bundle"
         checkpoint.mkdir()
         write_checkpoint(checkpoint, options.family, options.layers)
-        chosen = ["--vision", options.vision, "--connector", options.vision, "--context", str(options.context)]
+        context = options.context or CONTEXTS[options.family]
+        chosen = ["--vision", options.vision, "--connector", options.vision, "--context", str(context)]
         command = [sys.executable, "-m", "vlmdeploy", "export", "--ckpt", str(checkpoint), "--target", "rtx-int4"]
         start = time.perf_counter()
         subprocess.run([*command, "--out", str(bundle), "--quant", "rtn", *chosen], check=True)

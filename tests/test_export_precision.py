@@ -1,5 +1,6 @@
 """Contract tests: the table of targets, the rule that finds one group size for a part, and what stays in float."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,15 @@ import pytest
 
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.errors import ExportError
-from vlmdeploy.export.precision import PARTS, TARGETS, Precision, common_group, linears, plan_precision
+from vlmdeploy.export.precision import (
+    PARTS,
+    TARGETS,
+    Precision,
+    common_group,
+    encoder_warning,
+    linears,
+    plan_precision,
+)
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.weights import Checkpoint
 
@@ -124,3 +133,13 @@ def test_unknown_names_are_errors_that_list_the_known_ones(
 ) -> None:
     with pytest.raises(ExportError, match=message):
         plan_precision(spec, target, overrides, group)
+
+
+def test_large_encoder_in_fp16_is_told_with_its_size(spec: ModelSpec) -> None:
+    """CogVLM's encoder: 63 layers of 1792 and 15360."""
+    vision = replace(spec.vision, num_layers=63, width=1792, mlp_width=15360)
+    large, int4 = replace(spec, vision=vision), {"vision": "int4", "connector": "int4"}
+    (warning,) = encoder_warning(plan_precision(large, "trt-int4", {}), large)
+    assert "take 8.6 GB" in warning and "--vision int4" in warning
+    assert not list(encoder_warning(plan_precision(large, "trt-int4", int4), large))
+    assert not list(encoder_warning(plan_precision(spec, "trt-int4", {}), spec))

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.external_data_helper import load_external_data_for_tensor
 
 import tests.reference.int4 as reference
+from tests.calibration_data import FAST, write_calibration_checkpoint, write_calibration_data
+from tests.gptq_checkpoint import write_gptq_checkpoint
 from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute
 from tests.tiny_bundle import content_of, export, only_error_line, run_cli, write_text_checkpoint
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -153,6 +156,68 @@ def test_group_of_the_whole_width_is_refused(ckpt: Path, tmp_path: Path) -> None
     with pytest.raises(ExportError, match=r'"decoder\.layers\.0.*one scale for all 128 inputs.*smaller --group'):
         export(ckpt, tmp_path / "bundle", "trt-int4", group=-1)
     assert list(tmp_path.iterdir()) == []
+
+
+# Codes that were chosen before
+
+
+def codes_of(bundle: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Signed codes [out, in] and scales [out, groups] of a matrix of the text decoder."""
+    tensors = {tensor.name: tensor for tensor in graph_of(bundle, "decoder_text").graph.initializer}
+    stored = []
+    for tensor in (tensors[name], tensors[f"{name}.scales"]):
+        if tensor.external_data:
+            load_external_data_for_tensor(tensor, str(bundle))
+        stored.append(onnx.numpy_helper.to_array(tensor).T)
+    return stored[0].astype(np.int8), stored[1]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_codes_of_a_gptq_checkpoint_are_shipped_as_they_are(bits: int, tmp_path: Path) -> None:
+    """3-bit codes in 4-bit fields, 8-bit ones in groups: no second rounding."""
+    ckpt = write_gptq_checkpoint(tmp_path / "ckpt", bits=bits, group_size=32 if bits != 3 else 16)
+    bundle = export(ckpt, tmp_path / "bundle", "trt-int4")
+    name = "decoder.layers.0.language.down.weight"
+    stored = Checkpoint(ckpt).quantized_rows(name, 0, 64)
+    codes, scales = codes_of(bundle, name)
+    assert (codes == stored.codes.astype(int) - stored.grid.zero_point).all()
+    assert (scales == stored.scales).all()
+    assert read_manifest(bundle).precision["decoder"] == f"int{bits}"
+
+
+def test_asymmetric_codes_are_refused(tmp_path: Path) -> None:
+    ckpt = write_gptq_checkpoint(tmp_path / "ckpt", config={"sym": False})
+    options = ("--ckpt", ckpt, "--target", "rtx-int4", "--out", tmp_path / "bundle", "--threads", 1)
+    line = only_error_line(run_cli("export", *options))
+    assert "has asymmetric codes and TensorRT takes symmetric ones only" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+@pytest.mark.parametrize(("vision", "shipped"), [("int4", "int4"), ("int8", "fp16")])
+def test_encoder_is_int4_where_the_checkpoint_was_quantized_so(vision: str, shipped: str, tmp_path: Path) -> None:
+    ckpt = write_calibration_checkpoint(tmp_path / "ckpt", vision_layers=1)
+    data = write_calibration_data(tmp_path / "data", num_pictures=9, num_texts=3)
+    chosen = ("--vision", vision, "--connector", vision)
+    result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "quantized", *FAST, *chosen)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_manifest(export(tmp_path / "quantized", tmp_path / "bundle", "trt-int4"))
+    assert (manifest.precision["vision"], manifest.precision["connector"]) == (shipped, shipped)
+    assert (manifest.precision["decoder"], manifest.precision["lm_head"]) == ("int4", "fp16")
+    assert manifest.made_by.quantization == "gptq"
+
+
+def test_calibrated_export_quantizes_what_the_target_holds(tmp_path: Path) -> None:
+    ckpt = write_calibration_checkpoint(tmp_path / "ckpt", vision_layers=1)
+    data = write_calibration_data(tmp_path / "data", num_pictures=9, num_texts=3)
+    options = ("--ckpt", ckpt, "--target", "trt-int4", "--calib", data, "--out", tmp_path / "bundle", "--threads", 1)
+    result = run_cli("export", *options, "--tokens", 20)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_manifest(tmp_path / "bundle")
+    assert (manifest.precision["vision"], manifest.precision["decoder"]) == ("fp16", "int4")
+    assert manifest.made_by.quantization == "gptq"
+
+
+# The gate
 
 
 def drop_scale(node: onnx.NodeProto) -> None:

@@ -12,9 +12,10 @@ from vlmdeploy.calib.prepare import QuantizeOptions, quantize
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.exporter import export_bundle, is_bundle
 from vlmdeploy.export.options import ExportOptions, Progress
+from vlmdeploy.export.precision import TARGETS
 from vlmdeploy.model.weights import Checkpoint
 
-BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8}
+BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8, "rtx-int4": 4, "trt-int4": 4}
 
 
 def holds_codes(ckpt: Path) -> bool:
@@ -30,12 +31,13 @@ def export_calibrated(
     if options.target not in BITS_OF_TARGET:
         raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
     aside = out.absolute().with_name(f"{out.name}.quantized")
-    integers = {part: precision for part, precision in options.precisions.items() if part != "embedding"}
+    asked = TARGETS[options.target] | options.precisions
+    parts = {part: asked[part] for part in ("vision", "connector", "lm_head")}
     wanted = replace(
         calibration,
         bits=BITS_OF_TARGET[options.target],
         group=options.group,
-        precisions=integers,
+        precisions=parts,
         tokenizer=options.tokenizer,
         template=options.default_template,
         seed=options.seed,

@@ -42,7 +42,7 @@ from vlmdeploy.export.graph import DataFile, GraphBuilder
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
 from vlmdeploy.export.ort_dialect import OrtCudaGraph, OrtGraph
-from vlmdeploy.export.precision import is_tensorrt, plan_precision, plan_warnings
+from vlmdeploy.export.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.trt_dialect import TrtGraph
 from vlmdeploy.export.verify import Subject, verify_staged
@@ -79,6 +79,7 @@ def export_bundle(
         import_tensorrt(library_of(options.target))
     reader = WeightReader(checkpoint, plan)
     warnings = [*plan_warnings(plan, options.group), *_rounded_floats(reader)]
+    warnings += encoder_warning(plan, spec) if is_tensorrt(options.target) else ()
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)

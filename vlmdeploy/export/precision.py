@@ -11,12 +11,14 @@ from fnmatch import fnmatchcase
 from vlmdeploy.errors import ExportError
 from vlmdeploy.families.spec import Downsample, GatedMlp, ModelSpec, Projection
 from vlmdeploy.quant.grid import Grid
+from vlmdeploy.sizes import gigabytes
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int3")
 PARTS = ("vision", "connector", "decoder", "lm_head", "embedding")
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 GROUP_SIZES = (128, 64, 32, 16)
 DEFAULT_GROUP = 128
+LARGE_BYTES = 10**9
 WHOLE_WIDTH = -1  # one group for all inputs of a linear
 OVERRIDE = re.compile(r"(?P<pattern>[^=]+)=(?P<type>\w+)(:(?P<group>-?\d+))?")
 
@@ -308,6 +310,18 @@ def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
     if plan.kept_in_float:
         names = ", ".join(plan.kept_in_float[:3])
         yield f"{len(plan.kept_in_float)} linears stay in float, their widths fit no group or no 32-bit words: {names}"
+
+
+def encoder_warning(plan: PrecisionPlan, spec: ModelSpec) -> Iterator[str]:
+    """The size of an encoder that stays in fp16, where that is a matter of gigabytes."""
+    widths = [linear for linear in linears(spec) if linear.part in ("vision", "connector")]
+    halves = [linear for linear in widths if plan[linear.target].type == "fp16"]
+    size = sum(2 * linear.out_width * linear.in_width for linear in halves)
+    if size >= LARGE_BYTES:
+        yield (
+            f"vision encoder and connector stay in fp16 and take {gigabytes(size)}: `quantize --vision int4 --connector "
+            "int4` takes about a quarter"
+        )
 
 
 def common_group(widths: set[int], requested: int) -> int:
