@@ -140,6 +140,6 @@ def test_large_encoder_in_fp16_is_told_with_its_size(spec: ModelSpec) -> None:
     vision = replace(spec.vision, num_layers=63, width=1792, mlp_width=15360)
     large, int4 = replace(spec, vision=vision), {"vision": "int4", "connector": "int4"}
     (warning,) = encoder_warning(plan_precision(large, "trt-int4", {}), large)
-    assert "take 8.6 GB" in warning and "--vision int4" in warning
+    assert "fp16, 8.6 GB" in warning and "--vision int4" in warning
     assert not list(encoder_warning(plan_precision(large, "trt-int4", int4), large))
     assert not list(encoder_warning(plan_precision(spec, "trt-int4", {}), spec))

@@ -319,8 +319,8 @@ def encoder_warning(plan: PrecisionPlan, spec: ModelSpec) -> Iterator[str]:
     size = sum(2 * linear.out_width * linear.in_width for linear in halves)
     if size >= LARGE_BYTES:
         yield (
-            f"vision encoder and connector stay in fp16 and take {gigabytes(size)}: `quantize --vision int4 --connector "
-            "int4` takes about a quarter"
+            f"vision encoder and connector stay in fp16, {gigabytes(size)}: `quantize --vision int4 --connector "
+            "int4` makes that about a quarter"
         )
 
 
