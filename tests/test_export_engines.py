@@ -204,7 +204,7 @@ def test_builder_that_dies_is_one_error(rtx: Path, tmp_path: Path, monkeypatch: 
     fake.write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(ExportError, match=r"was killed, most likely for memory: it was expected to take 0\.7 GB"):
+    with pytest.raises(ExportError, match=r"was killed, most likely for memory: it was expected to take 0\.5 GB"):
         compile_engine(request(rtx, tmp_path, "decoder_text"), no_progress)
 
 

@@ -17,9 +17,10 @@ from vlmdeploy.devices import Device
 from vlmdeploy.errors import ConfigError, ExportError
 from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
+from vlmdeploy.runtime.cuda_device import CudaDevice
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
 from vlmdeploy.runtime.tensorrt_backend import RESERVE_BYTES, buffer_bytes, peak_bytes
-from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
+from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
 from vlmdeploy.sizes import gigabytes, parse_size
 
 logger = logging.getLogger("vlmdeploy")
@@ -122,11 +123,16 @@ def compile_engines(
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
             f"{ENGINES}/{plan.name}", part.graph, part.part, part.layers, library.name, library.version,
-            options.compute_capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
+            built_for(library, options), shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
         )  # fmt: skip
     if log.parent != into:
         shutil.copyfile(log, into / LOG_NAME)
     return engines
+
+
+def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
+    """The GPUs that engines fit: those asked for, none for a portable plan; those of TensorRT the one of this machine."""
+    return options.compute_capabilities if library.is_rtx else (CudaDevice().compute_capability,)
 
 
 def _new_log(into: Path) -> Path:
@@ -174,9 +180,11 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
 def _is_built(manifest: Manifest, options: BuildOptions) -> bool:
     """Whether the engines are there already, for these options and the library installed here."""
     library = import_tensorrt(library_of(manifest.target))
-    wanted = (library.name, library.version, options.compute_capabilities)
+    if not manifest.engines:
+        return False
+    wanted = (library.name, library.version, built_for(library, options))
     rows = (min(options.shapes.chunk_rows, manifest.context_tokens), options.shapes.logit_rows)
-    return bool(manifest.engines) and all(
+    return all(
         (engine.library, engine.version, engine.compute_capabilities) == wanted
         and (engine.chunk_rows, engine.logit_rows) == rows
         for engine in manifest.engines.values()

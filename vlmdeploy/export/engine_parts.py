@@ -13,8 +13,8 @@ from vlmdeploy.errors import ExportError
 from vlmdeploy.sizes import gigabytes
 
 # Peak memory of a build over the bytes of the graph's weights: benchmarks/engine_build.py.
-BASE_BYTES = 700 << 20
-BYTES_PER_WEIGHT_BYTE = 3.2
+BASE_BYTES = 450 << 20
+BYTES_PER_WEIGHT_BYTE = 3.1
 
 
 @dataclass(frozen=True)
