@@ -131,7 +131,7 @@ def compile_engines(
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
-    """The GPUs that engines fit: those asked for, none for a portable plan; those of TensorRT the one of this machine."""
+    """The GPUs that engines fit: those asked for, none for a portable plan; those of TensorRT this machine's only."""
     return options.compute_capabilities if library.is_rtx else (CudaDevice().compute_capability,)
 
 
