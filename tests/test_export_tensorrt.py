@@ -285,7 +285,7 @@ def test_fp16_overflow_names_the_layer_and_offers_fp32(tmp_path: Path) -> None:
     name = next(name for name in tensors if "vision" in name and name.endswith("layers.1.mlp.fc1.weight"))
     tensors[name] = tensors[name] * 1e6
     ckpt = write_checkpoint(tmp_path / "ckpt", tiny.config(), tensors)
-    with pytest.raises((ParityError, ExportError), match=r"vision\.layer.*fp32"):
+    with pytest.raises((ParityError, ExportError), match=r"vision\.layer.*--vision fp32"):
         export(ckpt, tmp_path / "bundle", "trt-int4")
     export(ckpt, tmp_path / "bundle", "trt-int4", precisions={"vision": "fp32"})
 
@@ -335,6 +335,12 @@ def test_build_without_tensorrt_says_how_to_get_it(bundle: Path) -> None:
     """TensorRT for Jetson and datacenter GPUs cannot be installed where the tests run."""
     assert "tensorrt cannot be imported" in only_error_line(run_cli("build", bundle))
     assert "JetPack 7.2.2" in only_error_line(run_cli("build", bundle))
+
+
+def test_cache_of_another_precision_is_refused(ckpt: Path, tmp_path: Path) -> None:
+    options = ("--ckpt", ckpt, "--target", "trt-int4", "--quant", "rtn", "--out", tmp_path / "bundle", "--kv", "fp32")
+    assert "--kv is fp32, but the cache of trt-int4" in only_error_line(run_cli("export", *options))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("device", "target", "message"), [

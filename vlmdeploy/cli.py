@@ -255,7 +255,7 @@ def quantize(
 @click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
 @click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
-@click.option("--kv", type=click.Choice(["fp32"]), default="fp32", help="Precision of the KV cache.")
+@click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
 @click.option("--group", type=int, default=128, help="Weights that share a scale.")
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
 @click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
@@ -276,7 +276,7 @@ def export(
     connector: str | None,
     lm_head: str | None,
     embedding: str | None,
-    kv: str,
+    kv: str | None,
     group: int,
     context: int | None,
     template: str | None,
@@ -310,7 +310,7 @@ def export(
     precisions = {part: precision for part, precision in chosen.items() if precision}
     build = read_build_options(sm, chunk_rows, max_memory, device)
     options = ExportOptions(
-        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build
+        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build, kv
     )
     with progress_bar() as progress:
         if calib is None:

@@ -69,6 +69,7 @@ def export_bundle(
     differs from PyTorch; in every case nothing is left at `out` that was not there before.
     """
     check_output(out, options.force, is_bundle)
+    cache_type = options.cache_type
     checkpoint = Checkpoint(ckpt)
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
     stored = stored_precisions(checkpoint)
@@ -83,8 +84,6 @@ def export_bundle(
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
-        is_half = is_tensorrt(options.target) or options.provider == "cuda"
-        cache_type = "fp16" if is_half else "fp32"
         cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engine_build import BuildOptions
-from vlmdeploy.export.precision import DEFAULT_GROUP
+from vlmdeploy.export.precision import DEFAULT_GROUP, is_tensorrt
 from vlmdeploy.families.spec import ModelSpec
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -32,6 +32,15 @@ class ExportOptions:
     seed: int = 0
     threads: int | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
+    kv: str | None = None
+
+    @property
+    def cache_type(self) -> str:
+        """What the KV cache is made of. Raises ExportError where another precision was asked for."""
+        wanted = "fp16" if is_tensorrt(self.target) or self.provider == "cuda" else "fp32"
+        if self.kv not in (None, wanted):
+            raise ExportError(f"--kv is {self.kv}, but the cache of {self.target} on this provider is {wanted}")
+        return wanted
 
 
 def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:

@@ -71,8 +71,8 @@ class Gate:
         if not np.isfinite(found).all():
             place = np.argwhere(~np.isfinite(found))[0].tolist()
             raise ParityError(
-                f"{self.where}: {stage} ({check}) holds Inf or NaN at {place}; in fp16 that is an overflow: keep this "
-                "part in fp32"
+                f"{self.where}: {stage} ({check}) holds Inf or NaN at {place}; in fp16 that is an overflow: "
+                f"{_wider(stage)}"
             )
         distance = np.abs(found - expected)
         worst = np.unravel_index(int(distance.argmax()), distance.shape)
@@ -105,6 +105,13 @@ class Gate:
                 f"{best[row]}, which leads by {lead[row]:.3g}"
             )
         return float((best == chosen).mean())
+
+
+def _wider(stage: str) -> str:
+    """What to do about a stage that overflows."""
+    part = stage.replace(" ", ".").split(".")[0]
+    option = {"vision": "--vision", "connector": "--connector", "logits": "--lm-head"}.get(part)
+    return f"keep this part in fp32 with {option} fp32" if option else "keep this part in fp32, with an ort target"
 
 
 def _error(found: Floats, expected: Floats) -> float:

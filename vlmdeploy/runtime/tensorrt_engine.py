@@ -105,7 +105,8 @@ class Engine:
             if context is None:
                 raise BackendError(f"{self._where}: no execution context could be made, most likely for lack of memory")
             context.set_device_memory(scratch.address, scratch.size)
-            context.set_optimization_profile_async(profile, device.stream)
+            if not context.set_optimization_profile_async(profile, device.stream):
+                raise BackendError(f"{self._where}: has no profile {profile}; compile it again with `vlmdeploy build`")
             device.synchronize()
             self._contexts[profile] = context
         return self._contexts[profile]
