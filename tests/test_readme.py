@@ -62,9 +62,22 @@ def test_python_block_runs(first_screen: dict[str, str], checkout: Path) -> None
     assert run("python block.py", checkout) == "8", "the largest digit of the scene"
 
 
+def test_tensorrt_section_runs_without_a_gpu(first_screen: dict[str, str], checkout: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="pip install vlmdeploy[rtx]")
+    assert "quantize" in first_screen, "which made the calibration data"
+    for command in commands(blocks("sh")[1]):
+        run(command, checkout)
+    manifest = json.loads((checkout / "rtx" / "manifest.json").read_text())
+    assert (manifest["precision"]["vision"], sorted(manifest["engines"])) == (
+        "int4", ["decoder_text", "decoder_vision", "vision"],
+    )  # fmt: skip
+    on_device = [command.split()[1] for command in commands(blocks("sh")[2])]
+    assert on_device == ["build", "verify", "run"], "not run: there is no GPU"
+
+
 def test_commands_of_the_digits_section_run(checkout: Path) -> None:
     """At a small count; training is left to its own tests, the shipped checkpoint stands in for its output."""
-    train, make_data, validate = commands(blocks("sh")[1])
+    train, make_data, validate = commands(blocks("sh")[3])
     assert train == "vlmdeploy train examples/digits/train.toml --out ckpt"
     (checkout / "ckpt").symlink_to(ROOT / "examples" / "digits" / "checkpoint")
     run(re.sub(r"--count \d+", "--count 3", make_data), checkout)
