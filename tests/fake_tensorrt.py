@@ -31,6 +31,7 @@ class FakeDevice:
     """Host memory by address. `log` lists what was done, `capturing` collects what a graph will run."""
 
     compute_capability: str = "8.6"
+    name: str = "Fake RTX 4060"
     memory_bytes: int = 8 << 30
     stream: int = 7
     memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
@@ -83,6 +84,9 @@ class FakeDevice:
         self.log.append("discard")
         graph.clear()
 
+    def close(self) -> None:
+        self.log.append("close")
+
     def submit(self, run: Callable[[], None]) -> None:
         """Run now, or when the captured graph is launched."""
         if self.capturing is None:
@@ -115,20 +119,32 @@ class FakeContext:
         self.shapes[name] = tuple(shape)
         return True
 
-    def set_tensor_address(self, name: str, address: int) -> None:
-        assert name in self.engine.names, f"{name} is no tensor of {self.engine.graph}"
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return name in self.engine.names
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.is_capturable and stream == self.device.stream
 
     def execute_async_v3(self, stream: int) -> bool:
         if stream != self.device.stream:
             return False
+        self._check_that_only_the_cache_is_in_place()
         self.device.view(self.scratch[0], SCRATCH[self.engine.graph])
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         self.device.submit(lambda: self.run(shapes, addresses))
         return True
 
+    def _check_that_only_the_cache_is_in_place(self) -> None:
+        for output in self.engine.outputs:
+            shared = {name for name in self.engine.inputs if self.addresses[name] == self.addresses[output]}
+            past = {output.replace("present_", "past_")} if output.startswith("present_") else set()
+            assert shared == past, f"{self.engine.name} writes {output} where it reads {shared}"
+
     def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         self.device.log.append(f"{self.engine.name}[{self.profile}]")
+        if self.engine.kernels is not None:
+            self.engine.kernels.finished.add(f"{self.engine.name}[{self.profile}]")
         feeds = {}
         for name, value in self.engine.inputs.items():
             shape = shapes.get(name) or tuple(value.shape)
@@ -144,6 +160,8 @@ class FakeEngine:
     """A loaded plan."""
 
     num_optimization_profiles = 2
+    is_capturable = True
+    kernels: "FakeKernels | None" = None
 
     def __init__(self, plan: dict[str, Any], device: FakeDevice, config: "type[FakeConfig]") -> None:
         import onnxruntime
@@ -169,11 +187,18 @@ class FakeEngine:
     def get_tensor_name(self, index: int) -> str:
         return str(self.names[index])
 
+    def get_tensor_location(self, name: str) -> str:
+        return "device" if name in self.names else "host"
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return name.replace("present_", "past_") if name.startswith("present_") else None
+
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH[self.graph] // (1 + profile)
 
     def create_execution_context(self, config: "FakeConfig") -> FakeContext:
         assert config.strategy == "user managed"
+        self.kernels = getattr(config, "kernels", None)
         return FakeContext(self, self.device)
 
     def takes(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
@@ -200,27 +225,29 @@ class FakeConfig:
 class FakeRtxConfig(FakeConfig):
     """Remembers the kernels too, which only TensorRT-RTX has."""
 
-    kernels: Any = None
+    kernels: "FakeKernels | None" = None
+    dynamic_shapes_kernel_specialization_strategy: str = "lazy"
 
     def create_runtime_cache(self) -> "FakeKernels":
         return FakeKernels()
 
-    def set_runtime_cache(self, kernels: "FakeKernels") -> None:
+    def set_runtime_cache(self, kernels: "FakeKernels") -> bool:
         self.kernels = kernels
+        return True
 
 
 @dataclass
 class FakeKernels:
-    """Kernels that were finished for a GPU."""
+    """The profiles whose kernels were finished for a GPU."""
 
-    content: bytes = b""
+    finished: set[str] = field(default_factory=set)
 
     def deserialize(self, content: bytes) -> bool:
-        self.content = content
-        return content.startswith(b"kernels")
+        self.finished = set(content.decode().split())
+        return True
 
     def serialize(self) -> bytes:
-        return b"kernels of this GPU"
+        return " ".join(sorted(self.finished)).encode()
 
 
 def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = "1.7.1") -> TensorrtLibrary:
@@ -243,8 +270,10 @@ def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = 
             pass
 
     module = SimpleNamespace(
-        Runtime=Runtime, ILogger=Logger, ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed")
-    )
+        Runtime=Runtime, ILogger=Logger, TensorLocation=SimpleNamespace(DEVICE="device"),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(LAZY="lazy", EAGER="eager"),
+    )  # fmt: skip
     return TensorrtLibrary(name, module, version)  # type: ignore[arg-type]
 
 

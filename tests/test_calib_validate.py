@@ -72,6 +72,9 @@ class OneByOne:
         new_ids = self.model.generate(torch.from_numpy(input_ids)[None], pixels, max_new_tokens=max_new_tokens)
         return new_ids[0].numpy()
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_batches_answer_like_single_prompts(

@@ -15,7 +15,16 @@ import onnx
 import pytest
 
 from tests.plan_reader import Profile, read_plan
-from tests.tiny_bundle import ROOT, export, only_error_line, only_json_document, run_cli, write_text_checkpoint
+from tests.tiny_bundle import (
+    ROOT,
+    export,
+    flip_byte,
+    only_error_line,
+    only_json_document,
+    run_cli,
+    write_text_checkpoint,
+)
+from vlmdeploy.artifact import locked
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_build import BuildOptions, build_bundle
@@ -241,6 +250,32 @@ def test_decoder_in_several_engines(copied: Path, rtx: Path, monkeypatch: pytest
     for name in names:
         expected = int4_bytes(cut(model, manifest.engines[name].layers, LAYERS))
         assert all(profile.constant_bytes["int4"] == expected for profile in profiles_of(copied, name))
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
+def test_build_repairs_damaged_engines(copied: Path, damage: str) -> None:
+    path = copied / "engines/vision.engine"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "altered":
+        flip_byte(path)
+    else:
+        path.unlink()
+    manifest, is_new = build_bundle(copied, BuildOptions(), no_progress)
+    assert is_new and check_bundle(copied, "full") == manifest
+
+
+def test_second_build_of_a_bundle_waits_for_nobody(copied: Path) -> None:
+    with locked(copied / ".engines.partial"), pytest.raises(ExportError, match="another run is writing it"):
+        build_bundle(copied, BuildOptions(("8.6",)), no_progress)
+    check_bundle(copied, "full")
+
+
+def test_plan_can_be_captured_in_a_graph(rtx: Path) -> None:
+    for graph in GRAPHS:
+        content = (rtx / f"engines/{graph}.engine").read_bytes()
+        assert content.count(b"stream_capturable=1") >= len(profiles_of(rtx, graph))
+        assert b"stream_capturable=0" not in content
 
 
 def test_killed_build_publishes_nothing(copied: Path) -> None:

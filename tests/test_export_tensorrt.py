@@ -320,7 +320,10 @@ def test_decoder_is_cut_as_little_as_memory_demands(bundle: Path) -> None:
 
 def test_build_that_cannot_fit_is_refused_with_advice(bundle: Path) -> None:
     graphs = read_manifest(bundle).graphs
-    with pytest.raises(ExportError, match=r"vision\.onnx: building its engine takes about .* GB of memory.*add swap"):
+    with pytest.raises(
+        ExportError,
+        match=r"vision\.onnx: building its engine takes about .* allow more with --max-memory",
+    ):
         plan_parts(bundle, graphs, 3, 1 << 20)
 
 
@@ -335,6 +338,13 @@ def test_build_without_tensorrt_says_how_to_get_it(bundle: Path) -> None:
     """TensorRT for Jetson and datacenter GPUs cannot be installed where the tests run."""
     assert "tensorrt cannot be imported" in only_error_line(run_cli("build", bundle))
     assert "JetPack 7.2.2" in only_error_line(run_cli("build", bundle))
+
+
+@pytest.mark.parametrize("target", ["trt-int4", "ort-int4"])
+def test_gpu_that_cannot_be_chosen_is_told(target: str, ckpt: Path, tmp_path: Path) -> None:
+    options = ("--ckpt", ckpt, "--target", target, "--quant", "rtn", "--out", tmp_path / "bundle", "--sm", "8.7")
+    assert "--sm is for targets of TensorRT-RTX" in only_error_line(run_cli("export", *options))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cache_of_another_precision_is_refused(ckpt: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vlmdeploy.runtime.session import Session
 from vlmdeploy.runtime.tensorrt_backend import TrtBackend, buffer_bytes, pieces
 
 CHUNK_ROWS, LOGIT_ROWS = 7, 3
-LAYERS = 3
+LAYERS = 6
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def whole(graph: str) -> EnginePart:
 
 
 def decoder_in_parts(graph: str) -> list[EnginePart]:
-    edges = [(0, 1), (1, 2), (2, 3)] if graph == "decoder_text" else [(0, 2), (2, 3)]
+    edges = [(0, 1), (1, 3), (3, 5), (5, 6)] if graph == "decoder_text" else [(0, 2), (2, 4), (4, 6)]
     return [EnginePart(graph, index, layers, 0, is_whole=False) for index, layers in enumerate(edges)]
 
 
@@ -121,6 +121,49 @@ def test_phase_residency_unloads_what_only_a_prompt_needs(rtx: Path) -> None:
     assert loads == ["vision", "decoder_text", "decoder_vision", "decoder_vision"], "the picture's rows are kept"
 
 
+def test_second_picture_is_encoded_with_nothing_else_resident(rtx: Path) -> None:
+    """The encoder beside the text decoder would be more than the memory check counts with."""
+    session, _ = open_fake(rtx, "phase")
+    backend = session.backend
+    assert isinstance(backend, TrtBackend)
+    ids, pixels = questions()[0]
+    session.generate_ids(ids, pixels, 2)
+    assert pixels is not None
+    backend.encode_images(pixels + 1)
+    assert set(backend._engines) == {"vision"}
+
+
+def test_closed_session_leaves_nothing_on_the_device(rtx: Path) -> None:
+    session, device = open_fake(rtx)
+    with session:
+        session.generate_ids(*questions()[0], 4)
+        assert device.memory
+    assert device.memory == {} and device.log[-1] == "close"
+
+
+def test_engine_that_cannot_be_captured_gives_the_same_answer(
+    rtx: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = open_fake(rtx)[0].generate_ids(*questions()[1], 8)
+    monkeypatch.setattr("tests.fake_tensorrt.FakeEngine.is_capturable", False)
+    session, device = open_fake(rtx)
+    assert np.array_equal(session.generate_ids(*questions()[1], 8), expected)
+    assert "launch" not in device.log and caplog.text.count("cannot be captured") == 1
+
+
+@pytest.mark.parametrize(("method", "answer", "message"), [
+    ("get_tensor_location", "host", "expects .* in host memory"),
+    ("get_aliased_input_tensor", None, r"does not write present_key\.0 in place"),
+])  # fmt: skip
+def test_engine_of_another_make_is_refused(
+    rtx: Path, monkeypatch: pytest.MonkeyPatch, method: str, answer: str | None, message: str
+) -> None:
+    monkeypatch.setattr(f"tests.fake_tensorrt.FakeEngine.{method}", lambda engine, name: answer)
+    session, _ = open_fake(rtx)
+    with pytest.raises(BackendError, match=message):
+        session.generate_ids(np.array([1, 5]), max_new_tokens=1)
+
+
 def test_buffers_are_allocated_once_and_as_planned(rtx: Path) -> None:
     session, device = open_fake(rtx)
     planned = sum(buffer_bytes(read_manifest(rtx), CHUNK_ROWS, LOGIT_ROWS).values())
@@ -148,9 +191,10 @@ def test_finished_kernels_are_kept_in_the_users_cache(
     before = sorted(path.name for path in rtx.rglob("*"))
     session, _ = open_fake(rtx)
     session.generate_ids(*questions()[0], 2)
+    session.close()
     digest = hash_file(rtx / "engines/decoder_text.engine").sha256
-    kept = tmp_path / "cache/vlmdeploy/rtx" / f"{digest}-sm8.6.cache"
-    assert kept.read_bytes() == b"kernels of this GPU"
+    kept = tmp_path / "cache/vlmdeploy/rtx" / f"{digest}-Fake-RTX-4060.cache"
+    assert kept.read_text() == "decoder_text[0] decoder_text[1]", "of prompts and of tokens, after one question"
     assert sorted(path.name for path in rtx.rglob("*")) == before, "a bundle never changes"
 
 
@@ -175,6 +219,7 @@ def test_unwritable_cache_is_a_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     session, _ = open_fake(rtx)
     assert len(session.generate_ids(*questions()[0], 2)) == 2
+    session.close()
     assert "kernels are compiled at every start" in caplog.text
 
 
@@ -248,7 +293,7 @@ def test_plan_that_tensorrt_refuses_is_named(rtx: Path) -> None:
 
 def test_machine_without_gpu_is_one_clear_line(rtx: Path) -> None:
     line = only_error_line(run_cli("run", rtx, "--prompt", "Hello"))
-    assert "needs a CUDA GPU and this machine has none" in line
+    assert "needs a CUDA GPU and a driver for it" in line
     assert "--provider cpu" in line
 
 

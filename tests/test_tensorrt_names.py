@@ -7,6 +7,7 @@ its libraries. TensorRT-RTX is imported as it is. What a name does is not tested
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,6 @@ from tests.interface_uses import Origins, Reader, Use, misfit
 from tests.library_interface import Interface, parse_interface, parse_signature
 from tests.stub_libraries import COMPILER, build_stubs
 from tests.tiny_bundle import run_process
-from vlmdeploy.errors import BackendError
 from vlmdeploy.export.engine_compiler import KEPT_SEVERITIES
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
@@ -35,21 +35,30 @@ ANYS = {
     "runtime": "Runtime",
     "context": "IExecutionContext",
     "self._contexts": "IExecutionContext",
-    "_with_kernels": "IRuntimeCache",
+    "self._kernels": "IRuntimeCache",
+    "layer": "ILayer",
+    "_config": "IRuntimeConfig",
+    "runtime_config": "IRuntimeConfig",
+    "self._configs": "IRuntimeConfig",
     "self._graph": None,  # a captured CUDA graph
     "_captured": None,
 }
 ORIGINS = Origins(MODULES, ANYS)
 # What TensorRT-RTX alone has, and the function of ours that may use it: none of them is entered with TensorRT.
 RTX_ONLY = {
-    "ComputeCapability": "set_compute_capabilities",
-    "ComputeCapability.__members__": "set_compute_capabilities",
-    "IBuilderConfig.num_compute_capabilities": "set_compute_capabilities",
-    "IBuilderConfig.set_compute_capability": "set_compute_capabilities",
-    "IRuntimeConfig.create_runtime_cache": "_with_kernels",
-    "IRuntimeConfig.set_runtime_cache": "_with_kernels",
-    "IRuntimeCache.deserialize": "_with_kernels",
+    "ComputeCapability": "_set_compute_capabilities",
+    "ComputeCapability.__members__": "_set_compute_capabilities",
+    "IBuilderConfig.num_compute_capabilities": "_set_compute_capabilities",
+    "IBuilderConfig.set_compute_capability": "_set_compute_capabilities",
+    "IRuntimeConfig.create_runtime_cache": "_finish_kernels",
+    "IRuntimeConfig.set_runtime_cache": "_finish_kernels",
+    "IRuntimeCache.deserialize": "_finish_kernels",
     "IRuntimeCache.serialize": "keep_kernels",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": "prepare",
+    "DynamicShapesKernelSpecializationStrategy": "_finish_kernels",
+    "DynamicShapesKernelSpecializationStrategy.EAGER": "_finish_kernels",
+    "DynamicShapesKernelSpecializationStrategy.LAZY": "_finish_kernels",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": "_finish_kernels",
 }
 
 
@@ -223,9 +232,10 @@ def test_logger_and_monitor_are_made_of_the_librarys_classes(
     assert steps == [["whole", 0, 2], ["whole", 2, 2]]
 
 
-def test_tensorrt_is_asked_for_no_other_gpu() -> None:
-    """What chooses GPUs is in RTX alone: this library and this config have nothing."""
-    library = TensorrtLibrary("tensorrt", object(), "11.4.0")
-    library.set_compute_capabilities(object(), ())
-    with pytest.raises(BackendError, match="leave --sm out"):
-        library.set_compute_capabilities(object(), ("8.7",))
+def test_tensorrt_gets_a_limit_of_scratch_and_nothing_of_rtx() -> None:
+    """What chooses GPUs is in RTX alone: this library and this config do not have it."""
+    module = SimpleNamespace(MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"))
+    limits: list[tuple[str, int]] = []
+    config = SimpleNamespace(set_memory_pool_limit=lambda *limit: limits.append(limit))
+    TensorrtLibrary("tensorrt", module, "11.4.0").prepare(config, ())
+    assert limits == [("workspace", 1 << 30)]

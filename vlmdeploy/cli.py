@@ -412,8 +412,8 @@ def run(
 
     options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stop)
     show = None if as_json else lambda piece: print(piece, end="", flush=True)
-    session = vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency)
-    answer = ask(session, image, prompt, options, template, draw, show)
+    with vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency) as session:
+        answer = ask(session, image, prompt, options, template, draw, show)
     if as_json:
         print_json(answer.as_json())
     else:

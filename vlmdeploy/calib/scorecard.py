@@ -103,7 +103,10 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
     validations = []
     for model in models:
         report = _reporter(progress, str(model), len(samples))
-        validations.append(validate(open_answerer(model, options), samples, report))
+        answerer = open_answerer(model, options)
+        validations.append(validate(answerer, samples, report))
+        if isinstance(answerer, BundleAnswerer):
+            answerer.close()  # the next one may need the memory
     return Scorecard(str(rows), tuple(map(str, models)), tuple(validations))
 
 

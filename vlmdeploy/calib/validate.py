@@ -160,6 +160,9 @@ class IdsSession(Protocol):
     ) -> Ints:
         """Greedy continuation of one prompt, int64 [new]."""
 
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
 
 class BundleAnswerer:
     """Answers with an opened bundle, one prompt at a time, as a user would."""
@@ -176,3 +179,7 @@ class BundleAnswerer:
             pixels = None if question.picture is None else question.picture.pixels[None]
             new_ids = self._session.generate_ids(question.ids, pixels, self._max_new_tokens)
             yield self._maker.prediction(question, new_ids.tolist())
+
+    def close(self) -> None:
+        """Give back what the bundle's engine holds."""
+        self._session.close()

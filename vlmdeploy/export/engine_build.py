@@ -4,21 +4,25 @@ A kill at any moment leaves a bundle that is whole, with its old engines or with
 """
 
 import logging
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmdeploy import devices
+from vlmdeploy.artifact import LOCK, locked
 from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
 from vlmdeploy.devices import Device
-from vlmdeploy.errors import ConfigError, ExportError
+from vlmdeploy.errors import BundleError, ConfigError, ExportError
 from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
-from vlmdeploy.runtime.cuda_device import CudaDevice
+from vlmdeploy.runtime.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
+from vlmdeploy.runtime.memory import available_bytes
 from vlmdeploy.runtime.tensorrt_backend import RESERVE_BYTES, buffer_bytes, peak_bytes
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
 from vlmdeploy.sizes import gigabytes, parse_size
@@ -59,18 +63,6 @@ def read_build_options(
     return BuildOptions(capabilities, Shapes(chunk_rows=chunk_rows), memory, device)
 
 
-def available_bytes() -> int:
-    """Memory that a new process may take: what the system calls available, or less where a container is limited."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    return min(free, max(0, limit - used))
-
-
 def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> list[EnginePart]:
     """The engines that the bundle's graphs become here. Raises ExportError, and BackendError without the library."""
     import_tensorrt(library_of(manifest.target))
@@ -78,13 +70,14 @@ def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> lis
     return plan_parts(folder, manifest.graphs, manifest.cache.num_layers, memory)
 
 
-def check_device(target: str, device: Device | None) -> None:
-    """Raise ExportError where a target makes no engines for the device that was named."""
-    if device is None:
-        return
-    other = "trt-int4" if device.engine == "tensorrt" else "rtx-int4"
-    if target.startswith("ort-") or device.engine != library_of(target):
+def check_options(target: str, options: BuildOptions) -> None:
+    """Raise ExportError where options choose a GPU that the target makes no engines for, or that cannot be chosen."""
+    device, is_rtx = options.device, target.startswith("rtx-")
+    if device is not None and (target.startswith("ort-") or device.engine != library_of(target)):
+        other = "trt-int4" if device.engine == "tensorrt" else "rtx-int4"
         raise ExportError(f"--device {device.name} runs engines of {device.engine}: export with --target {other}")
+    if options.compute_capabilities and not is_rtx:
+        raise ExportError(f"--sm is for targets of TensorRT-RTX; engines of {target} fit the GPU that builds them")
 
 
 def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
@@ -106,9 +99,18 @@ def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
 
 
 def compile_engines(
-    folder: Path, manifest: Manifest, parts: list[EnginePart], options: BuildOptions, into: Path, progress: Progress
+    folder: Path,
+    manifest: Manifest,
+    parts: list[EnginePart],
+    options: BuildOptions,
+    capabilities: tuple[str, ...],
+    into: Path,
+    progress: Progress,
 ) -> dict[str, EngineInfo]:
-    """Compile every part into the folder `into`, with a log; what the manifest says about the engines, by name."""
+    """Compile every part into the folder `into`, with a log; what the manifest says about the engines, by name.
+
+    capabilities: the GPUs that the engines fit; see `built_for`.
+    """
     library = import_tensorrt(library_of(manifest.target))
     shapes = replace(options.shapes, chunk_rows=min(options.shapes.chunk_rows, manifest.context_tokens))
     shapes = replace(shapes, images=manifest.tokens.max_images)
@@ -123,21 +125,22 @@ def compile_engines(
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
             f"{ENGINES}/{plan.name}", part.graph, part.part, part.layers, library.name, library.version,
-            built_for(library, options), shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
+            capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
         )  # fmt: skip
     if log.parent != into:
         shutil.copyfile(log, into / LOG_NAME)
+        log.unlink()
     return engines
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
     """The GPUs that engines fit: those asked for, none for a portable plan; those of TensorRT this machine's only."""
-    return options.compute_capabilities if library.is_rtx else (CudaDevice().compute_capability,)
+    return options.compute_capabilities if library.is_rtx else (compute_capability(cuda_runtime()),)
 
 
 def _new_log(into: Path) -> Path:
     """An empty log in the user's cache, where it outlives a failed build; where that cannot be written, in `into`."""
-    log = cache_folder() / LOG_NAME
+    log = cache_folder() / f"build-{os.getpid()}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
@@ -155,49 +158,73 @@ def engine_files(into: Path) -> dict[str, FileEntry]:
 def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tuple[Manifest, bool]:
     """Compile the engines of a bundle where it lies; its new manifest, and whether anything had to be done.
 
-    Raises BundleError, BackendError and ExportError; then the bundle is as it was.
+    Engines that are damaged are built again. Raises BundleError, BackendError and ExportError; then the bundle is as it
+    was.
     """
-    manifest = check_bundle(folder)
+    manifest = check_bundle(folder, without=f"{ENGINES}/")
     if manifest.dialect != "trt":
         raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
-    check_device(manifest.target, options.device)
+    check_options(manifest.target, options)
     check_fit(folder, manifest, options)
-    if _is_built(manifest, options):
+    built_for_here = built_for(import_tensorrt(library_of(manifest.target)), options)
+    if _is_built(folder, manifest, options, built_for_here):
         return manifest, False
     parts = plan_engines(folder, manifest, options)
     aside = folder / ASIDE
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        engines = compile_engines(folder, manifest, parts, options, aside, progress)
-        return _publish(folder, manifest, engines, aside), True
+        with locked(aside), removed_on_error(aside):
+            empty(aside)
+            engines = compile_engines(folder, manifest, parts, options, built_for_here, aside, progress)
+            return _publish(folder, manifest, engines, aside), True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error} ({error.filename})") from error
-    finally:
+
+
+@contextmanager
+def removed_on_error(aside: Path) -> Iterator[None]:
+    """Remove what a failed build wrote."""
+    try:
+        yield
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
-def _is_built(manifest: Manifest, options: BuildOptions) -> bool:
-    """Whether the engines are there already, for these options and the library installed here."""
+def empty(aside: Path) -> None:
+    """Remove what a killed build left."""
+    for path in aside.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for_here: tuple[str, ...]) -> bool:
+    """Whether whole engines are there already, for these options and the library installed here."""
     library = import_tensorrt(library_of(manifest.target))
-    if not manifest.engines:
-        return False
-    wanted = (library.name, library.version, built_for(library, options))
+    wanted = (library.name, library.version, built_for_here)
     rows = (min(options.shapes.chunk_rows, manifest.context_tokens), options.shapes.logit_rows)
-    return all(
+    fitting = [
         (engine.library, engine.version, engine.compute_capabilities) == wanted
         and (engine.chunk_rows, engine.logit_rows) == rows
         for engine in manifest.engines.values()
-    )
+    ]
+    if not fitting or not all(fitting):
+        return False
+    try:
+        check_bundle(folder)
+    except BundleError:
+        return False
+    return True
 
 
 def _publish(folder: Path, manifest: Manifest, engines: dict[str, EngineInfo], aside: Path) -> Manifest:
     """Swap the engines: first a manifest without any, then the files, then the manifest that lists them."""
+    (aside / LOCK).unlink()
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
     bare = replace(manifest, engines={}, files=files)
     built = replace(bare, engines=engines, files=files | engine_files(aside))
     write_manifest(folder, bare)
-    shutil.rmtree(folder / ENGINES, ignore_errors=True)
+    if (folder / ENGINES).exists():
+        shutil.rmtree(folder / ENGINES)
     aside.rename(folder / ENGINES)
     write_manifest(folder, built)
     return built

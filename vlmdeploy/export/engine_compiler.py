@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class EngineRequest:
     compute_capabilities: tuple[str, ...]
     plan: Path
     log: Path
+    parent: int = field(default_factory=os.getpid)  # the builder ends with it
 
 
 def compile_engine(request: EngineRequest, progress: Callable[[str, int, int], None]) -> None:
@@ -84,6 +85,8 @@ def main() -> None:
     """The builder process: a request on stdin, JSON lines on stdout; what TensorRT prints goes to the log."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no builder outlives the command that started it
     request: EngineRequest = pickle.load(sys.stdin.buffer)
+    if os.getppid() != request.parent:
+        sys.exit("the command that wanted this engine is gone")
     with os.fdopen(os.dup(1), "w", buffering=1) as answers, request.log.open("a", buffering=1) as log:
 
         def tell(*content: str | int) -> None:
@@ -114,10 +117,10 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Call
     model = _model(request)
     if not parser.parse(model.SerializeToString(), str(request.graph)):
         raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
-    _check_attention(library, network)
+    _check_layers(library, network, model)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    library.set_compute_capabilities(config, request.compute_capabilities)
+    library.prepare(config, request.compute_capabilities)
     for shapes in profiles(request):
         config.add_optimization_profile(_profile(builder, network, shapes))
     plan = builder.build_serialized_network(network, config)
@@ -127,21 +130,36 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Call
     unread = [message for _, message in said if UNREAD in message]
     if unread:
         raise ExportError(f"TensorRT ignores a part of it ({unread[0]})")
-    request.plan.write_bytes(memoryview(plan))
+    with request.plan.open("wb") as file:
+        file.write(memoryview(plan))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _check_attention(library: TensorrtLibrary, network: Any) -> None:
-    """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it."""
+def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto) -> None:
+    """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it, and as
+    many layers must write the cache as nodes do."""
     module = library.module
-    has_cache = any(network.get_input(index).name == "lengths" for index in range(network.num_inputs))
-    for layer in (network.get_layer(index) for index in range(network.num_layers if has_cache else 0)):
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    for op, kind in (("TRT_Attention", "ATTENTION_INPUT"), ("TensorScatter", "KV_CACHE_UPDATE")):
+        wanted = sum(node.op_type in (op, op.removeprefix("TRT_")) for node in model.graph.node)
+        found = sum(layer.type == module.LayerType.__members__[kind] for layer in layers)
+        if found != wanted:
+            raise ExportError(f"TensorRT made {found} layers {kind} of {wanted} nodes {op}")
+    has_cache = any(value.name == "lengths" for value in model.graph.input)
+    for layer in layers if has_cache else ():
         if layer.type == module.LayerType.ATTENTION_INPUT:
-            name = layer.name.removeprefix("node_of_").removesuffix("_AttentionInput")
-            layer.__class__ = module.IAttentionInputLayer
-            kind, lengths = layer.attention.causal_kind, layer.attention.key_value_lengths
-            if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
-                found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
-                raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
+            _check_attention(library, layer)
+
+
+def _check_attention(library: TensorrtLibrary, layer: Any) -> None:
+    module = library.module
+    name = layer.name.removeprefix("node_of_").removesuffix("_AttentionInput")
+    layer.__class__ = module.IAttentionInputLayer
+    kind, lengths = layer.attention.causal_kind, layer.attention.key_value_lengths
+    if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
+        found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
+        raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
 
 
 def _model(request: EngineRequest) -> onnx.ModelProto:

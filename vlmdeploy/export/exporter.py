@@ -32,8 +32,9 @@ from vlmdeploy.errors import BundleError, ExportError
 from vlmdeploy.export.decoder_graph import build_decoder, graph_name
 from vlmdeploy.export.engine_build import (
     ENGINES,
-    check_device,
+    built_for,
     check_fit,
+    check_options,
     compile_engines,
     engine_files,
     plan_engines,
@@ -75,7 +76,7 @@ def export_bundle(
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     is_compiled = options.target.startswith("rtx-")  # on any machine; the others on the device, by `vlmdeploy build`
-    check_device(options.target, options.build.device)
+    check_options(options.target, options.build)
     if is_compiled:
         import_tensorrt(library_of(options.target))
     reader = WeightReader(checkpoint, plan)
@@ -97,7 +98,9 @@ def export_bundle(
         manifest = replace(manifest, verification=verification, memory_bytes=_memory_bytes(manifest, files))
         if parts:
             (folder / ENGINES).mkdir()
-            engines = compile_engines(folder, manifest, parts, options.build, folder / ENGINES, progress)
+            capabilities = built_for(import_tensorrt(library_of(options.target)), options.build)
+            into = folder / ENGINES
+            engines = compile_engines(folder, manifest, parts, options.build, capabilities, into, progress)
             manifest = replace(manifest, engines=engines)
             files |= engine_files(folder / ENGINES)
         manifest = replace(manifest, files=files)

@@ -49,6 +49,9 @@ class Backend(Protocol):
     def decode(self, hidden: Floats, cache: KvCache) -> Floats:
         """Run one new token's row [1, hidden] on the language expert; logits [vocab], valid until the next call."""
 
+    def close(self) -> None:
+        """Give everything back."""
+
     def end_prefill(self) -> None:
         """The prompt is in the cache: what only a prompt needs may be released (phase residency)."""
 

@@ -157,6 +157,9 @@ class OrtBackend:
 
     def encode_images(self, pixels: Floats) -> Floats:
         """See Backend."""
+        if self.residency == "phase":
+            self._decode = None
+            self.drop("decoder_text")  # of the prompt before
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
         return rows
 
@@ -201,6 +204,11 @@ class OrtBackend:
             info = self.manifest.embedding
             self._decode = DecodeBinding(self.ort, self.session("decoder_text"), cache, info.hidden, info.vocab_size)
         return self._decode.run(hidden)
+
+    def close(self) -> None:
+        """See Backend."""
+        self._decode = None
+        self._sessions.clear()
 
     def end_prefill(self) -> None:
         """Drop the prompt's graphs when only the current phase shall be resident."""
@@ -258,8 +266,9 @@ def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None
         )
     try:
         session = ort.InferenceSession(
-            str(path), session_options(ort, threads), [wanted], disabled_optimizers=unwanted_optimizers(dialect)
-        )
+            str(path), session_options(ort, threads), [wanted], enable_fallback=0,
+            disabled_optimizers=unwanted_optimizers(dialect),
+        )  # fmt: skip
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers()[0] != wanted:

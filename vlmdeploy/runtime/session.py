@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,18 @@ class Session:
                 "for text export again with --tokenizer FILE"
             )
         return self._tokenizer
+
+    def close(self) -> None:
+        """Give back what the engine holds; the session is of no use then. Also at the end of a `with` block."""
+        self.backend.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,

@@ -59,9 +59,8 @@ class TrtBackend:
         self.device = device or CudaDevice()
         self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
         self.logit_rows = min(engine.logit_rows for engine in manifest.engines.values())
-        self._capability = self.device.compute_capability
         for info in manifest.engines.values():
-            check_engine(f"{folder / info.file}", info, self.library, self._capability)
+            check_engine(f"{folder / info.file}", info, self.library, self.device.compute_capability)
         check_memory(folder, manifest, residency, self.device.free_bytes())
         self._logger = self.library.logger(_tell)
         self._runtime = self.library.module.Runtime(self._logger)
@@ -69,6 +68,7 @@ class TrtBackend:
         self._buffers = _buffers(manifest, self.chunk_rows, self.logit_rows, self.device)
         self._scratch = self.device.allocate(0)
         self._graph: Any = None
+        self._can_capture: bool | None = None  # not asked yet
         self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
         self._cache: TrtCache | None = None
 
@@ -81,17 +81,19 @@ class TrtBackend:
         return self._engines[graph]
 
     def _load(self, info: EngineInfo) -> Engine:
-        cache = RuntimeCache.of(self.manifest.files[info.file], self._capability)
+        cache = RuntimeCache.of(self.manifest.files[info.file], self.device)
         return Engine(self.folder / info.file, info, self._runtime, self.library, cache)
 
     def _grow_scratch(self, size: int) -> None:
         """One working memory for all engines; contexts that hold a smaller one are made anew."""
         if size <= self._scratch.size:
             return
+        self.device.synchronize()  # before contexts go that may be running
         self._forget_graph()
         for engine in self._loaded():
             engine.forget_contexts()
         self.device.free(self._scratch)
+        self._scratch = Buffer(0, 0)  # until there is a new one
         self._scratch = self.device.allocate(size)
 
     def _loaded(self) -> list[Engine]:
@@ -100,12 +102,15 @@ class TrtBackend:
     def drop(self, graph: str) -> None:
         """Unload a graph's engines; they are loaded again when needed."""
         self.device.synchronize()
+        if graph == "decoder_text":
+            self._forget_graph()
         for engine in self._engines.pop(graph, ()):
-            engine.keep_kernels()
-            engine.forget_contexts()
+            engine.close()
 
     def encode_images(self, pixels: Floats) -> Floats:
         """See Backend."""
+        if self.residency == "phase":
+            self.drop("decoder_text")  # of the prompt before
         rows = np.empty((len(pixels), self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden), np.float32)
         for index in range(len(pixels)):
             one = pixels[index : index + 1]
@@ -162,7 +167,8 @@ class TrtBackend:
         self._upload(hidden, valid, np.zeros(1, np.int64))
         if self._graph is None:
             self._run("decoder_text", ONE_TOKEN, self._one_token_shapes())  # also warms up what a capture must not do
-            self._graph = self._captured()
+            if self._can_capture is None or self._can_capture:
+                self._graph = self._captured()
         else:
             self.device.launch(self._graph)
         valid.length += 1
@@ -179,6 +185,10 @@ class TrtBackend:
         runs = [
             (engine, engine.context(ONE_TOKEN, self._scratch, self.device)) for engine in self.engines("decoder_text")
         ]
+        self._can_capture = all(context.is_stream_capturable(self.device.stream) for _, context in runs)
+        if not self._can_capture:
+            logger.warning("TensorRT cannot be captured in a CUDA graph here: tokens are slower, not other ones")
+            return None
 
         def enqueue() -> None:
             for engine, context in runs:
@@ -197,12 +207,12 @@ class TrtBackend:
             context = engine.context(profile, self._scratch, self.device)
             first = engine.info.layers[0]
             own = {**shapes, f"layer.{first - 1}.out": shapes["hidden"]} if first else shapes
-            engine.bind(context, {name: self._address(name) for name in engine.names}, own)
+            engine.bind(context, {name: self._address(name, engine.info) for name in engine.names}, own)
             engine.enqueue(context, self.device)
 
-    def _address(self, name: str) -> int:
-        """Where a tensor lives: past and present of a layer in the same place, rows between engines by turns."""
-        return self._buffers[buffer_of(name)].address
+    def _address(self, name: str, info: EngineInfo) -> int:
+        """Where a tensor of an engine lives."""
+        return self._buffers[buffer_of(name, info)].address
 
     def _valid(self, cache: KvCache) -> TrtCache:
         assert isinstance(cache, TrtCache), "a cache made by this backend"
@@ -212,11 +222,19 @@ class TrtBackend:
 
     def end_prefill(self) -> None:
         """Unload what only a prompt needs, when only the current phase shall be resident."""
-        for engine in self._loaded():
-            engine.keep_kernels()
         if self.residency == "phase":
             for graph in ("vision", "decoder_vision"):
                 self.drop(graph)
+
+    def close(self) -> None:
+        """Give everything on the device back, and keep the kernels that were compiled; then it is of no use."""
+        self.device.synchronize()
+        for graph in list(self._engines):
+            self.drop(graph)
+        for buffer in (*self._buffers.values(), self._scratch):
+            self.device.free(buffer)
+        self._buffers.clear()
+        self.device.close()
 
 
 def _tell(severity: str, message: str) -> None:
@@ -227,12 +245,14 @@ def _tell(severity: str, message: str) -> None:
         logger.warning("TensorRT: %s", message)
 
 
-def buffer_of(name: str) -> str:
-    """The buffer that a tensor of an engine lives in."""
+def buffer_of(name: str, info: EngineInfo) -> str:
+    """The buffer that a tensor of an engine lives in: past and present of a layer in the same one; rows between the
+    parts of a decoder in two by turns, so that none reads what it writes."""
     if name.startswith(("past_", "present_")):
         return name.partition("_")[2]
     if name.startswith("layer."):
-        return f"between.{int(name.split('.')[1]) % 2}"
+        is_input = name == f"layer.{info.layers[0] - 1}.out"
+        return f"between.{(info.part - is_input) % 2}"
     return name
 
 
@@ -292,6 +312,6 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
 
 
 def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
-    """The most bytes of weights that are on the device together."""
+    """The most bytes of weights that are on the device together: in phases the encoder alone, then both experts."""
     experts = graph_bytes.get("decoder_vision", 0) + graph_bytes["decoder_text"]
     return max(graph_bytes["vision"], experts) if residency == "phase" else sum(graph_bytes.values())

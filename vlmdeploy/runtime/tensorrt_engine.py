@@ -2,6 +2,8 @@
 
 import logging
 import mmap
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ class RuntimeCache:
     path: Path
 
     @classmethod
-    def of(cls, entry: FileEntry, capability: str) -> "RuntimeCache":
-        """The cache of an engine, by its hash and the GPU."""
-        return cls(cache_folder() / "rtx" / f"{entry.sha256}-sm{capability}.cache")
+    def of(cls, entry: FileEntry, device: CudaDevice) -> "RuntimeCache":
+        """The cache of an engine, by its hash and the model of the GPU."""
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.name)
+        return cls(cache_folder() / "rtx" / f"{entry.sha256}-{gpu}.cache")
 
     def read(self) -> bytes:
         """What was kept; nothing where there is none."""
@@ -52,7 +55,7 @@ class RuntimeCache:
 
     def write(self, content: bytes) -> None:
         """Keep for the next run; a folder that cannot be written costs time only, and a warning."""
-        aside = self.path.with_suffix(".new")
+        aside = self.path.with_suffix(f".{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(content)
@@ -71,26 +74,53 @@ class Engine:
         self.library = library
         self._where = str(path)
         self._cache = cache
-        self._known: bytes = b""
+        self._known = cache.read() if library.is_rtx else b""
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._engine = runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise BackendError(f"{path}: cannot be loaded, see the log above; compile it again with `vlmdeploy build`")
-        self._config = self._engine.create_runtime_config()
-        strategy = library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._config.set_execution_context_allocation_strategy(strategy)
-        self._kernels = self._with_kernels() if library.is_rtx else None
+            raise BackendError(
+                f"{path}: cannot be loaded, see the log above: for lack of memory, or compile it again with "
+                "`vlmdeploy build`"
+            )
+        self._kernels: Any = None  # of TensorRT-RTX, shared by all contexts
+        self._configs: dict[int, Any] = {}
         self._contexts: dict[int, Any] = {}
         self.names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._check_tensors()
 
-    def _with_kernels(self) -> Any:
-        """Give the engine the kernels of earlier runs."""
-        kernels = self._config.create_runtime_cache()
-        self._known = self._cache.read()
-        if self._known and not kernels.deserialize(self._known):
-            logger.warning("%s: not usable, kernels are compiled again", self._cache.path)
-        self._config.set_runtime_cache(kernels)
-        return kernels
+    def _check_tensors(self) -> None:
+        """Every tensor lies on the device, and the engine itself writes a layer's cache where it reads it."""
+        on_device = self.library.module.TensorLocation.DEVICE
+        for name in self.names:
+            if self._engine.get_tensor_location(name) != on_device:
+                raise BackendError(f"{self._where}: expects {name} in host memory, which this runtime does not offer")
+            kind, _, layer = name.partition("_")
+            if kind == "present" and self._engine.get_aliased_input_tensor(name) != f"past_{layer}":
+                raise BackendError(f"{self._where}: does not write {name} in place; compile it with `vlmdeploy build`")
+
+    def _config(self, profile: int) -> Any:
+        """How contexts of a profile are made. A token's kernels are finished before they are captured."""
+        if profile not in self._configs:
+            runtime_config = self._engine.create_runtime_config()
+            strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+            runtime_config.set_execution_context_allocation_strategy(strategy)
+            if self.library.is_rtx:
+                self._finish_kernels(runtime_config, profile)
+            self._configs[profile] = runtime_config
+        return self._configs[profile]
+
+    def _finish_kernels(self, runtime_config: Any, profile: int) -> None:
+        """Start TensorRT-RTX with the kernels of earlier runs."""
+        strategies = self.library.module.DynamicShapesKernelSpecializationStrategy
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            strategies.EAGER if profile == ONE_TOKEN else strategies.LAZY
+        )
+        if self._kernels is None:
+            self._kernels = runtime_config.create_runtime_cache()
+            if self._known and not self._kernels.deserialize(self._known):
+                logger.warning("%s: not usable, kernels are compiled again", self._cache.path)
+        if not runtime_config.set_runtime_cache(self._kernels):
+            logger.warning("%s: takes no kernels of earlier runs", self._where)
 
     @property
     def scratch_bytes(self) -> int:
@@ -101,7 +131,7 @@ class Engine:
     def context(self, profile: int, scratch: Buffer, device: CudaDevice) -> Any:
         """The execution context of a profile, made on first use."""
         if profile not in self._contexts:
-            context = self._engine.create_execution_context(self._config)
+            context = self._engine.create_execution_context(self._config(profile))
             if context is None:
                 raise BackendError(f"{self._where}: no execution context could be made, most likely for lack of memory")
             context.set_device_memory(scratch.address, scratch.size)
@@ -117,7 +147,8 @@ class Engine:
             if name in self.names and not context.set_input_shape(name, shape):
                 raise BackendError(f"{self._where}: does not take {name} of shape {list(shape)}")
         for name in self.names:
-            context.set_tensor_address(name, addresses[name])
+            if not context.set_tensor_address(name, addresses[name]):
+                raise BackendError(f"{self._where}: does not take an address for {name}")
 
     def enqueue(self, context: Any, device: CudaDevice) -> None:
         """Put one run on the stream."""
@@ -125,13 +156,19 @@ class Engine:
             raise BackendError(f"{self._where}: TensorRT could not run it, see the log above")
 
     def forget_contexts(self) -> None:
-        """Give up the contexts, which are made anew when needed."""
+        """Give up the contexts, which are made anew when needed. Nothing of them may be running."""
         self._contexts.clear()
+
+    def close(self) -> None:
+        """Keep the kernels and give everything up, contexts first. Nothing of it may be running."""
+        self.keep_kernels()
+        self.forget_contexts()
+        self._configs.clear()
+        self._kernels = self._engine = None
 
     def keep_kernels(self) -> None:
         """Write what TensorRT-RTX compiled since it was loaded to the user's cache."""
-        if self._kernels is not None:
-            content = bytes(memoryview(self._kernels.serialize()))
-            if content != self._known:
-                self._cache.write(content)
-                self._known = content
+        kept = None if self._kernels is None else self._kernels.serialize()
+        if kept is not None and (content := bytes(memoryview(kept))) != self._known:
+            self._cache.write(content)
+            self._known = content

@@ -15,8 +15,10 @@ LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
 HOW_TO_INSTALL = {
     "tensorrt_rtx": 'pip install "vlmdeploy[rtx]"',
-    "tensorrt": "use the bindings of JetPack 7.2.2 or later, or pip install tensorrt-cu13 where there is a wheel",
+    "tensorrt": "install TensorRT 11 and its Python bindings (a Jetson needs JetPack 7.2.2 and the SBSA package, see "
+    "docs/jetson.md)",
 }
+WORKSPACE_BYTES = 1 << 30  # scratch that TensorRT may use: on a Jetson it would else be all memory
 SUPPORTED = {"tensorrt_rtx": ((1, 7), (2, 0)), "tensorrt": ((11, 0), (12, 0))}  # at least, below
 
 
@@ -70,14 +72,19 @@ class TensorrtLibrary:
 
         return Monitor()
 
-    def set_compute_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
-        """Choose the GPUs of a plan, "8.6" each; none asks for a portable plan. Raises BackendError."""
-        if not capabilities:
-            return
-        if not self.is_rtx:
-            raise BackendError("TensorRT builds for the GPU of this machine only: leave --sm out")
+    def prepare(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        """Set what the two want differently. capabilities: the GPUs of a TensorRT-RTX plan, "8.6" each; none for a
+        portable one. Raises BackendError."""
+        if self.is_rtx:
+            config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or it cannot be captured in a graph
+            self._set_compute_capabilities(config, capabilities)
+        else:
+            config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+
+    def _set_compute_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
         known = self.module.ComputeCapability.__members__
-        config.num_compute_capabilities = len(capabilities)
+        if capabilities:  # none set: portable
+            config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             name = f"SM{capability.replace('.', '')}"
             if name not in known:

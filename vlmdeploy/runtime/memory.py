@@ -1,0 +1,25 @@
+"""How much memory is there: of the machine, which on a Jetson is the GPU's too."""
+
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """Memory that programs may still take: what the system calls available, or less where a container is limited.
+
+    Files that are only cached count as free.
+    """
+    free = _sizes(Path("/proc/meminfo"), 1024)["MemAvailable:"]
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        cached = _sizes(CGROUP / "memory.stat", 1).get("inactive_file", 0)
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, max(0, limit - used + cached))
+
+
+def _sizes(path: Path, unit: int) -> dict[str, int]:
+    """The first number of every line, by the line's first word."""
+    return {words[0]: int(words[1]) * unit for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}
