@@ -159,7 +159,7 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
     """Compile the engines of a bundle where it lies; its new manifest, and whether anything had to be done.
 
     Engines that are damaged are built again. Raises BundleError, BackendError and ExportError; then the bundle is as it
-    was.
+    was, or, where the disk failed at the very end, without engines.
     """
     manifest = check_bundle(folder, without=f"{ENGINES}/")
     if manifest.dialect != "trt":
