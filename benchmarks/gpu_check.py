@@ -5,8 +5,8 @@ For each bundle (portable `rtx-int4` plans can be built on any machine and carri
 
     python benchmarks/gpu_check.py BUNDLE... [--tokens 64] [--bandwidth 4.8e12]
 
-Prints one JSON document. The graphs in ONNX Runtime, on the CPU of the same machine, are the reference. Kernels that were
-kept from earlier runs are removed first. Without a GPU it stops with one line. Never run on a GPU yet.
+Prints one JSON document. The graphs in ONNX Runtime, on the same machine's CPU, are the reference. Kernels kept from
+earlier runs are removed first. Without a GPU it stops with one line. Never run on a GPU yet.
 """
 
 import argparse
