@@ -310,7 +310,8 @@ def test_stopped_export_leaves_a_whole_bundle(
     status, stderr = stop_at_a_random_moment(ckpt, bundle, sent, random.Random(seed).uniform(0, 0.4))
     assert_old_or_new(bundle, old, new)
     if sent is signal.SIGINT:
-        assert (status, stderr) in [(1, INTERRUPTED), (-signal.SIGINT, INTERRUPTED), (0, "")], (
+        swallowed = status == 0 and "Exception ignored in" in stderr  # by Python, inside a callback of an import
+        assert swallowed or (status, stderr) in [(1, INTERRUPTED), (-signal.SIGINT, INTERRUPTED), (0, "")], (
             "Python itself ends by the signal when the exception had passed through certain compiled code"
         )
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
