@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.golden_cases import GOLDEN
 from tests.plan_reader import Profile, read_plan
 from tests.tiny_bundle import (
     ROOT,
@@ -24,8 +25,9 @@ from tests.tiny_bundle import (
     run_cli,
     write_text_checkpoint,
 )
+from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.artifact import locked
-from vlmdeploy.bundle import hash_file
+from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_build import BuildOptions, build_bundle
 from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
@@ -215,6 +217,26 @@ def test_builder_that_dies_is_one_error(rtx: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(ExportError, match=r"was killed, most likely for memory: it was expected to take 0\.5 GB"):
         compile_engine(request(rtx, tmp_path, "decoder_text"), no_progress)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "decoder_heads_of_20": {"family": "cogvlm", "hidden": 80, "heads": 4, "mlp": 96},
+    "one_layer": {"family": "cogvlm", "hidden": 32, "heads": 16, "layers": 1},
+    "two_heads_of_24_and_one_kv_head": {"family": "cogvlm2", "hidden": 48, "heads": 2, "kv_heads": 1},
+    "encoder_heads_of_5": {"family": "cogvlm2", "vision_width": 20, "vision_heads": 4, "vision_mlp": 36},
+}
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes_without_a_kernel_of_their_own_are_built(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """TensorRT refuses such attention as it stands: heads are padded, few heads are computed in several kernels."""
+    ckpt = write_tiny_checkpoint(tmp_path / "ckpt", **vars(TinyCheckpoint(**sizes)))
+    assert len(read_manifest(export(ckpt, tmp_path / "bundle", "rtx-int4")).engines) == 3
+
+
+@pytest.mark.parametrize("checkpoint", ["cogvlm-tiny", "cogvlm2-tiny"])
+def test_golden_checkpoints_are_built(checkpoint: str, tmp_path: Path) -> None:
+    assert len(read_manifest(export(GOLDEN / checkpoint, tmp_path / "bundle", "rtx-int4")).engines) == 3
 
 
 # Building inside a bundle

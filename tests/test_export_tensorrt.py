@@ -73,7 +73,8 @@ def test_every_causal_attention_is_lower_right_with_lengths(bundle: Path) -> Non
 def test_encoder_attends_without_a_mask(bundle: Path) -> None:
     nodes = [node for node in graph_of(bundle, "vision").graph.node if "Attention" in node.op_type]
     assert len(nodes) == 2
-    assert all(len(node.input) == 3 and not node.attribute for node in nodes)
+    assert all(len(node.input) == 3 for node in nodes)
+    assert {tuple(item.name for item in node.attribute) for node in nodes} == {("scale",)}
 
 
 def test_queries_are_scaled_before_an_attention_that_scales_nothing(bundle: Path) -> None:

@@ -23,6 +23,7 @@ from vlmdeploy.sizes import gigabytes
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+FEWEST_HEADS = 4  # that causal attention has a kernel of its own for: TensorRT-RTX 1.7 refuses fewer
 UNREAD = "Unused Input"  # how the parser says that it ignores an input, and computes something else
 
 
@@ -160,6 +161,8 @@ def _check_attention(library: TensorrtLibrary, layer: Any) -> None:
     if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
         found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
         raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
+    if layer.get_input(0).shape[1] < FEWEST_HEADS:
+        layer.attention.decomposable = True  # several kernels instead of one; no released model has so few
 
 
 def _model(request: EngineRequest) -> onnx.ModelProto:

@@ -165,9 +165,16 @@ class GraphBuilder(ABC):
     def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
         """The residual sum, named `output`, and its RMS norm, named `output`.normed."""
 
+    def encoder_rows(self, num_heads: int, width: int) -> Ints | None:
+        """How the rows of the encoder's qkv matrices are arranged, -1 being zeros; None: as they are stored."""
+        return None
+
     @abstractmethod
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """Attention of all rows to all rows. qkv [images, rows, 3 * width] -> [images, rows, width]."""
+        """Attention of all rows to all rows, heads `width` wide in all.
+
+        qkv [images, rows, 3 * width], or as wide as `encoder_rows` makes it -> [images, rows, width].
+        """
 
     @abstractmethod
     def cache_inputs(self, heads: HeadLayout) -> None:
@@ -232,10 +239,14 @@ class GraphBuilder(ABC):
             yield rows, (int(stored.min()), int(stored.max()) + 1)
 
     def write(self, folder: Path) -> GraphInfo:
-        """Write NAME.onnx beside the data file, check it, and say what goes in and out."""
-        graph = helper.make_graph(
-            self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
-        )
+        """Write NAME.onnx beside the data file, check it, and say what goes in and out.
+
+        Inputs that no node reads are left out: the lengths of a decoder whose only layer stops after keys and values.
+        """
+        read = {name for node in self._nodes for name in node.input}
+        inputs = [value for value in self._inputs if value.name in read]
+        self._public_inputs = [info for info in self._public_inputs if info.name in read]
+        graph = helper.make_graph(self._nodes, self.name, inputs, self._outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmdeploy", functions=self.functions

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from vlmdeploy.bundle import CacheShape
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.graph import DataFile, GraphBuilder
-from vlmdeploy.export.head_layout import HeadLayout
+from vlmdeploy.export.head_layout import HEAD_MULTIPLE, HeadLayout
 from vlmdeploy.export.weights import Ints, WeightReader
 from vlmdeploy.quant.conversions import dequantize_linear
 from vlmdeploy.quant.grid import Grid, Quantized
@@ -23,6 +23,13 @@ from vlmdeploy.runtime.backend import rope_table
 CODE_TYPES = {"INT4": TensorProto.INT4, "INT8": TensorProto.INT8}  # 3-bit codes fit INT4
 OPSET = 24  # the first with TensorScatter
 TRT_DOMAIN = "trt"  # TensorRT's parser knows TRT_Attention natively; others read the function's body
+
+
+def kernel_width(head_dim: int) -> int:
+    """The width of an encoder's head that TensorRT has a fused kernel for, at least `head_dim`."""
+    if head_dim >= HEAD_MULTIPLE and head_dim % (HEAD_MULTIPLE // 2) == 0:
+        return head_dim
+    return -(-head_dim // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 def attention_function() -> onnx.FunctionProto:
@@ -120,13 +127,26 @@ class TrtGraph(GraphBuilder):
         total = self.node("Add", [x, branch], output)
         return total, self.rms_norm(total, norm, f"{output}.normed", eps)
 
+    def encoder_rows(self, num_heads: int, width: int) -> Ints | None:
+        """See GraphBuilder. Heads that TensorRT has no kernel for are padded at their tails."""
+        true, padded = width // num_heads, kernel_width(width // num_heads)
+        if true == padded:
+            return None
+        slots = np.where(np.arange(padded) < true, np.arange(padded), -1)
+        starts = np.arange(3 * num_heads) * true
+        return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)
+
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder. A standard Attention that is not causal is read correctly by everyone."""
+        """See GraphBuilder. A standard Attention that is not causal is read correctly by everyone, its scale too."""
+        true, padded = width // num_heads, kernel_width(width // num_heads)
         parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
-        shape = self.ints(0, -1, num_heads, width // num_heads)
+        shape = self.ints(0, -1, num_heads, padded)
         heads = [self.cast(self._heads_first(part, shape), f"{part}.fp16", "fp16") for part in parts]
-        mixed = self.node("Attention", heads, f"{output}.heads")
+        mixed = self.node("Attention", heads, f"{output}.heads", scale=true**-0.5)
         rows = self.node("Transpose", [mixed], f"{output}.rows", perm=[0, 2, 1, 3])
+        if true != padded:
+            ends = [self.ints(0), self.ints(true), self.ints(3)]
+            rows = self.node("Slice", [rows, *ends], f"{output}.rows.cut")
         joined = self.node("Reshape", [rows, self.ints(0, -1, width)], f"{output}.joined")
         return self.cast(joined, output, "fp32")
 

@@ -47,7 +47,8 @@ def _embed(builder: GraphBuilder, vision: VisionSpec) -> str:
 
 def _layer(builder: GraphBuilder, vision: VisionSpec, name: str, x: str) -> str:
     """x + norm(attention(x)), then x + norm(mlp(x))."""
-    qkv = builder.linear(x, f"{name}.qkv", f"{name}.qkv", has_bias=True)
+    order = builder.encoder_rows(vision.num_heads, vision.width)
+    qkv = builder.linear(x, f"{name}.qkv", f"{name}.qkv", order, has_bias=True)
     mixed = builder.encoder_attention(qkv, f"{name}.mixed", vision.num_heads, vision.width)
     dense = builder.linear(mixed, f"{name}.dense", f"{name}.dense", has_bias=True)
     x = builder.node(

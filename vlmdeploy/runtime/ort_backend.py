@@ -188,8 +188,9 @@ class OrtBackend:
         inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden))}
         if expert == "language":
             inputs["logit_rows"] = logit_rows
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for info in self.manifest.graphs[GRAPH_OF_EXPERT[expert]].inputs:
+            if info.name in inputs:
+                binding.bind_cpu_input(info.name, np.ascontiguousarray(inputs[info.name]))
         for name in outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
