@@ -71,7 +71,7 @@ def compile_engine(request: EngineRequest, progress: Callable[[str, int, int], N
             process.kill()
             raise
     if failure is not None or process.returncode != 0:
-        raise ExportError(f"{request.graph}: {failure or _death(process.returncode, request)}; log: {request.log}")
+        raise ExportError(f"{request.graph.name}: {failure or _death(process.returncode, request)}; log: {request.log}")
 
 
 def _death(exit_code: int | None, request: EngineRequest) -> str:

@@ -68,7 +68,7 @@ def _parts_of(name: str, path: Path, num_layers: int, memory_bytes: int) -> list
             return parts
     largest = max(parts, key=lambda part: part.build_bytes)
     raise ExportError(
-        f"{path}: building its engine takes about {gigabytes(largest.build_bytes)} of memory"
+        f"{path.name}: building its engine takes about {gigabytes(largest.build_bytes)} of memory"
         f"{', cut into single layers,' if num_layers else ''} and {gigabytes(memory_bytes)} are available: close other "
         "programs, allow more with --max-memory where there is swap, or build on a larger machine"
         + ("" if num_layers else "; an int4 encoder (`quantize --vision int4`) takes a quarter")
