@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmdeploy import devices
-from vlmdeploy.artifact import LOCK, locked
+from vlmdeploy.artifact import LOCK, empty_partial, locked
 from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
@@ -112,9 +112,7 @@ def compile_engines(
     capabilities: the GPUs that the engines fit; see `built_for`.
     """
     library = import_tensorrt(library_of(manifest.target))
-    shapes = replace(options.shapes, chunk_rows=min(options.shapes.chunk_rows, manifest.context_tokens))
-    shapes = replace(shapes, images=manifest.tokens.max_images)
-    log = _new_log(into)
+    shapes, log = shapes_of(manifest, options), _new_log(into)
     engines = {}
     for part in parts:
         plan = into / f"{part.name}.engine"
@@ -131,6 +129,12 @@ def compile_engines(
         shutil.copyfile(log, into / LOG_NAME)
         log.unlink()
     return engines
+
+
+def shapes_of(manifest: Manifest, options: BuildOptions) -> Shapes:
+    """What a bundle's engines are built for: calls no longer than its context, as many images as it takes."""
+    chunk_rows = min(options.shapes.chunk_rows, manifest.context_tokens)
+    return replace(options.shapes, chunk_rows=chunk_rows, images=manifest.tokens.max_images)
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
@@ -173,7 +177,7 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
     aside = folder / ASIDE
     try:
         with locked(aside), removed_on_error(aside):
-            empty(aside)
+            empty_partial(aside, LOG_NAME)
             engines = compile_engines(folder, manifest, parts, options, built_for_here, aside, progress)
             return _publish(folder, manifest, engines, aside), True
     except OSError as error:
@@ -190,21 +194,14 @@ def removed_on_error(aside: Path) -> Iterator[None]:
         raise
 
 
-def empty(aside: Path) -> None:
-    """Remove what a killed build left."""
-    for path in aside.iterdir():
-        if path.name != LOCK:
-            path.unlink()
-
-
 def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for_here: tuple[str, ...]) -> bool:
     """Whether whole engines are there already, for these options and the library installed here."""
     library = import_tensorrt(library_of(manifest.target))
     wanted = (library.name, library.version, built_for_here)
-    rows = (min(options.shapes.chunk_rows, manifest.context_tokens), options.shapes.logit_rows)
+    shapes = shapes_of(manifest, options)
     fitting = [
         (engine.library, engine.version, engine.compute_capabilities) == wanted
-        and (engine.chunk_rows, engine.logit_rows) == rows
+        and (engine.chunk_rows, engine.logit_rows) == (shapes.chunk_rows, shapes.logit_rows)
         for engine in manifest.engines.values()
     ]
     if not fitting or not all(fitting):

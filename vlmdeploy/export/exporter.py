@@ -53,11 +53,11 @@ from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.report import read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
+from vlmdeploy.runtime.backend import CACHE_TYPES
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
 
 EMBEDDING_NAME = "embedding.bin"
-CACHE_BYTES = {"fp32": 4, "fp16": 2}
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 
 
@@ -289,7 +289,11 @@ def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, 
         "vision": graphs["vision"],
         "prefill": graphs["decoder_text"] + graphs.get("decoder_vision", 0),
         "decode": graphs["decoder_text"],
-        "kv_per_token": 2 * CACHE_BYTES[cache.dtype] * cache.num_layers * cache.kv_heads * cache.head_dim,
+        "kv_per_token": 2
+        * np.dtype(CACHE_TYPES[cache.dtype]).itemsize
+        * cache.num_layers
+        * cache.kv_heads
+        * cache.head_dim,
     }
 
 

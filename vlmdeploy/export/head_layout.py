@@ -42,9 +42,7 @@ class HeadLayout:
 
     def value_slots(self) -> Ints:
         """The same for a value head: the tail is padding."""
-        slots = np.full(self.padded, -1)
-        slots[: self.decoder.head_dim] = np.arange(self.decoder.head_dim)
-        return slots
+        return tail_slots(self.decoder.head_dim, self.padded)
 
     def query_rows(self) -> Ints:
         """Rows of the packed qkv matrix that make up the padded queries; -1 is a row of zeros."""
@@ -61,8 +59,7 @@ class HeadLayout:
         )
 
     def _rows(self, first_head: int, num_heads: int, slots: Ints) -> Ints:
-        starts = (first_head + np.arange(num_heads)) * self.decoder.head_dim
-        return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)
+        return head_rows(first_head, num_heads, self.decoder.head_dim, slots)
 
     def cache_shape(self, inv_freq: Floats, dtype: str) -> CacheShape:
         """The KV cache of the graphs; inv_freq float32 [head_dim / 2] of the checkpoint."""
@@ -70,3 +67,16 @@ class HeadLayout:
         padded[: len(inv_freq)] = inv_freq
         frequencies = tuple(float(value) for value in padded)
         return CacheShape(self.decoder.num_layers, self.decoder.num_kv_heads, self.padded, dtype, frequencies)
+
+
+def tail_slots(head_dim: int, padded: int) -> Ints:
+    """For each place of a head that is padded at its tail the place in the true head, or -1. int64 [padded]."""
+    slots = np.full(padded, -1)
+    slots[:head_dim] = np.arange(head_dim)
+    return slots
+
+
+def head_rows(first_head: int, num_heads: int, head_dim: int, slots: Ints) -> Ints:
+    """Rows of a packed matrix that make up these heads, each arranged by `slots`; -1 is a row of zeros."""
+    starts = (first_head + np.arange(num_heads)) * head_dim
+    return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from vlmdeploy.bundle import CacheShape
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.graph import DataFile, GraphBuilder
-from vlmdeploy.export.head_layout import HEAD_MULTIPLE, HeadLayout
+from vlmdeploy.export.head_layout import HEAD_MULTIPLE, HeadLayout, head_rows, tail_slots
 from vlmdeploy.export.weights import Ints, WeightReader
 from vlmdeploy.quant.conversions import dequantize_linear
 from vlmdeploy.quant.grid import Grid, Quantized
@@ -132,9 +132,7 @@ class TrtGraph(GraphBuilder):
         true, padded = width // num_heads, kernel_width(width // num_heads)
         if true == padded:
             return None
-        slots = np.where(np.arange(padded) < true, np.arange(padded), -1)
-        starts = np.arange(3 * num_heads) * true
-        return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)
+        return head_rows(0, 3 * num_heads, true, tail_slots(true, padded))
 
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
         """See GraphBuilder. A standard Attention that is not causal is read correctly by everyone, its scale too."""

@@ -5,7 +5,7 @@ but speed is the same behind every backend.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from vlmdeploy.bundle import CacheShape
 from vlmdeploy.layout import Ints
 
 Floats = NDArray[np.float32]
+
+GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
+PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
+CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 class KvCache(Protocol):

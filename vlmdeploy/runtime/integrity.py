@@ -66,11 +66,16 @@ def _remembered() -> dict[str, str]:
 
 
 def _remember(fresh: dict[str, str]) -> None:
-    path = cache_folder() / "hashes.json"
+    content = json.dumps(_remembered() | fresh).encode()
+    keep(cache_folder() / "hashes.json", content, "so bundles are hashed at every open")
+
+
+def keep(path: Path, content: bytes, otherwise: str) -> None:
+    """Write a file of the user's cache in one step; where that fails a warning says what it costs."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(_remembered() | fresh))
+        aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
-        logger.warning("%s: cannot be written (%s), so bundles are hashed at every open", path, error.strerror)
+        logger.warning("%s: cannot be written (%s), %s", path, error.strerror, otherwise)

@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backend import Floats, KvCache, rope_table
+from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache, rope_table
 
-GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
-PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
 CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
-CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 class OrtCache:
@@ -46,6 +43,7 @@ class OrtCache:
         self.capacity = len(positions)
         self.positions = positions
         self.dialect = manifest.dialect
+        self.device = device
         shape = manifest.cache
         dims = (1, shape.kv_heads, slots, shape.head_dim)
         self.arrays = {
@@ -94,6 +92,7 @@ class DecodeBinding:
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
         self._buffers["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
         self._inputs = list(inputs)
+        self._bind_inputs()
         self._binding.bind_ortvalue_output("logits", self._buffers["logits"])
 
     def _bind_inputs(self) -> None:
@@ -105,7 +104,8 @@ class DecodeBinding:
         self.hidden[:] = hidden
         for name, value in self.cache.counters(1).items():
             self.counters[name][...] = value
-        self._bind_inputs()  # binding copies them to a device
+        if self.cache.device != "cpu":
+            self._bind_inputs()  # there binding is what copies them
         self._session.run_with_iobinding(self._binding)
         self.cache.length += 1
         logits: Floats = self.logits[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import EngineInfo, Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backend import Floats, KvCache
+from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache
 from vlmdeploy.runtime.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.tensorrt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
@@ -24,8 +24,6 @@ from vlmdeploy.sizes import gigabytes
 
 logger = logging.getLogger("vlmdeploy")
 
-GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
-CACHE_TYPES = {"fp16": np.float16, "fp32": np.float32}
 RESERVE_BYTES = 300 << 20  # CUDA context, libraries and kernels
 
 
@@ -223,7 +221,7 @@ class TrtBackend:
     def end_prefill(self) -> None:
         """Unload what only a prompt needs, when only the current phase shall be resident."""
         if self.residency == "phase":
-            for graph in ("vision", "decoder_vision"):
+            for graph in PROMPT_ONLY:
                 self.drop(graph)
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import mmap
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from vlmdeploy.bundle import EngineInfo, FileEntry
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.cuda_device import Buffer, CudaDevice
-from vlmdeploy.runtime.integrity import cache_folder
+from vlmdeploy.runtime.integrity import cache_folder, keep
 from vlmdeploy.runtime.tensorrt_library import HOW_TO_INSTALL, TensorrtLibrary
 
 logger = logging.getLogger("vlmdeploy")
@@ -55,13 +54,7 @@ class RuntimeCache:
 
     def write(self, content: bytes) -> None:
         """Keep for the next run; a folder that cannot be written costs time only, and a warning."""
-        aside = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(content)
-            aside.replace(self.path)
-        except OSError as error:
-            logger.warning("%s: cannot be written (%s), kernels are compiled at every start", self.path, error.strerror)
+        keep(self.path, content, "kernels are compiled at every start")
 
 
 class Engine:
