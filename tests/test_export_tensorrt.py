@@ -369,7 +369,7 @@ def test_device_of_another_target_is_refused(
 
 
 def test_device_that_is_too_small_shows_the_plan(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmdeploy.export.engine_build.RESERVE_BYTES", 6 << 30)
+    monkeypatch.setattr("vlmdeploy.runtime.tensorrt_backend.RESERVE_BYTES", 6 << 30)
     options = ("--ckpt", ckpt, "--target", "trt-int4", "--quant", "rtn", "--out", tmp_path / "bundle")
     line = only_error_line(run_cli("export", *options, "--device", "orin-nano-8", "--threads", 1))
     assert "--device orin-nano-8 has" in line and "--residency phase needs 6." in line and "decoder_text" in line

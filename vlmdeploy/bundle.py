@@ -232,7 +232,7 @@ class Manifest:
     @property
     def dialect(self) -> Literal["ort", "trt"]:
         """In which operators the graphs are written."""
-        return "ort" if self.target.startswith("ort-") else "trt"
+        return dialect_of(self.target)
 
     @property
     def is_half(self) -> bool:
@@ -247,6 +247,11 @@ class Manifest:
                 return template
         known = ", ".join(template.name for template in self.templates)
         raise BundleError(f'template "{wanted}" is not in this bundle; it has: {known}')
+
+
+def dialect_of(target: str) -> Literal["ort", "trt"]:
+    """In which operators the graphs of a target are written: ONNX Runtime's, or those that TensorRT imports."""
+    return "ort" if target.startswith("ort-") else "trt"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,18 +18,17 @@ from vlmdeploy.artifact import LOCK, empty_partial, locked
 from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
-from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engine_compiler import EngineRequest, Progress, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
 from vlmdeploy.runtime.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
 from vlmdeploy.runtime.memory import available_bytes
-from vlmdeploy.runtime.tensorrt_backend import RESERVE_BYTES, buffer_bytes, peak_bytes
+from vlmdeploy.runtime.tensorrt_backend import needed_bytes
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
 from vlmdeploy.sizes import gigabytes, parse_size
 
 logger = logging.getLogger("vlmdeploy")
 
-Progress = Callable[[str, int, int], None]
 ENGINES = "engines"
 ASIDE = ".engines.partial"
 LOG_NAME = "build.log"
@@ -87,8 +86,8 @@ def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
     sizes: dict[str, int] = {}
     for part in plan_parts(folder, manifest.graphs, manifest.cache.num_layers, sys.maxsize):
         sizes[part.graph] = sizes.get(part.graph, 0) + part.weight_bytes
-    buffers = sum(buffer_bytes(manifest, options.shapes.chunk_rows, options.shapes.logit_rows).values())
-    needed, usable = peak_bytes(sizes, "phase") + buffers + RESERVE_BYTES, options.device.usable_bytes
+    shapes, usable = options.shapes, options.device.usable_bytes
+    needed, buffers = needed_bytes(manifest, sizes, shapes.chunk_rows, shapes.logit_rows, "phase")
     if needed > usable:
         held = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
         raise ExportError(

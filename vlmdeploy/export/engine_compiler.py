@@ -20,6 +20,8 @@ from vlmdeploy.export.engine_parts import EnginePart, cut
 from vlmdeploy.runtime.tensorrt_library import LibraryName, TensorrtLibrary, import_tensorrt
 from vlmdeploy.sizes import gigabytes
 
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -51,7 +53,7 @@ class EngineRequest:
     parent: int = field(default_factory=os.getpid)  # the builder ends with it
 
 
-def compile_engine(request: EngineRequest, progress: Callable[[str, int, int], None]) -> None:
+def compile_engine(request: EngineRequest, progress: Progress) -> None:
     """Write the plan of a request. Raises ExportError with what TensorRT said last."""
     failure = None
     command = [sys.executable, "-m", "vlmdeploy.export.engine_compiler"]
@@ -102,7 +104,7 @@ def main() -> None:
             tell("failed", str(error))
 
 
-def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Callable[[str, int, int], None]) -> None:
+def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Progress) -> None:
     library = import_tensorrt(request.library)
     said: list[tuple[str, str]] = []
 

@@ -1,16 +1,14 @@
 """What a user may choose for an export, checked against the checkpoint."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engine_build import BuildOptions
+from vlmdeploy.export.engine_compiler import Progress as Progress  # where others take it from
 from vlmdeploy.export.precision import DEFAULT_GROUP, is_tensorrt
 from vlmdeploy.families.spec import ModelSpec
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from vlmdeploy.bundle import dialect_of
 from vlmdeploy.errors import ExportError
 from vlmdeploy.families.spec import Downsample, GatedMlp, ModelSpec, Projection
 from vlmdeploy.quant.grid import Grid
@@ -167,7 +168,7 @@ def plan_precision(
 
 def is_tensorrt(target: str) -> bool:
     """Whether a target's graphs are for TensorRT, which fuses int8 codes only with one scale for each output."""
-    return not target.startswith("ort-")
+    return dialect_of(target) == "trt"
 
 
 def _target_parts(spec: ModelSpec, target: str, stored: Stored | None) -> dict[str, str]:

@@ -297,8 +297,7 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
     for info in manifest.engines.values():
         sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
     engine = next(iter(manifest.engines.values()))
-    buffers = sum(buffer_bytes(manifest, engine.chunk_rows, engine.logit_rows).values())
-    needed = peak_bytes(sizes, residency) + buffers + RESERVE_BYTES
+    needed, buffers = needed_bytes(manifest, sizes, engine.chunk_rows, engine.logit_rows, residency)
     if needed > free_bytes:
         parts = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
         advice = "close other programs" if residency == "phase" else "use --residency phase"
@@ -307,6 +306,14 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
             f"and KV cache of {manifest.context_tokens} tokens {gigabytes(buffers)}): {advice}, or export with a "
             "smaller --context"
         )
+
+
+def needed_bytes(
+    manifest: Manifest, graph_bytes: dict[str, int], chunk_rows: int, logit_rows: int, residency: str
+) -> tuple[int, int]:
+    """What the device must have free, and how much of that is buffers and KV cache. graph_bytes: of each graph."""
+    buffers = sum(buffer_bytes(manifest, chunk_rows, logit_rows).values())
+    return peak_bytes(graph_bytes, residency) + buffers + RESERVE_BYTES, buffers
 
 
 def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
