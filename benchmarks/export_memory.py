@@ -16,7 +16,6 @@ import tempfile
 import time
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,27 +24,14 @@ from vlmdeploy.families import cogvlm, cogvlm2
 from vlmdeploy.families.spec import Config, Source
 
 FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2}
-VISION = {
-    "in_channels": 3, "patch_size": 14, "hidden_size": 1792, "num_heads": 16, "intermediate_size": 15360,
-    "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-}  # fmt: skip
-DECODER = {
-    "architectures": ["CogVLMForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5,
-    "hidden_act": "silu", "template_version": "chat",
-}  # fmt: skip
-WIDTHS: dict[str, dict[str, Any]] = {
-    "cogvlm": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, "image_size": 490},
-    "cogvlm2": {"vocab_size": 128256, "intermediate_size": 14336, "max_position_embeddings": 8192, "image_size": 1344},
-}
 SHARD_BYTES = 1 << 30
 
 
 def config_of(family: str, layers: int) -> Config:
     """config.json with the released widths and `layers` layers on both sides."""
-    widths = dict(WIDTHS[family])
-    image_px = widths.pop("image_size")
-    vision = {"image_size": image_px, "num_positions": (image_px // 14) ** 2 + 1, "num_hidden_layers": layers}
-    return {**DECODER, **widths, "num_hidden_layers": layers, "vision_config": {**VISION, **vision}}
+    released = FAMILIES[family].RELEASED
+    vision = {**released["vision_config"], "num_hidden_layers": layers}
+    return {**released, "num_hidden_layers": layers, "vision_config": vision}
 
 
 def write_checkpoint(folder: Path, family: str, layers: int) -> Config:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from vlmdeploy.bundle import dialect_of
 from vlmdeploy.errors import ExportError
-from vlmdeploy.families.spec import Downsample, GatedMlp, ModelSpec, Projection
+from vlmdeploy.families.spec import Downsample, GatedMlp, Geometry, Projection
 from vlmdeploy.quant.grid import Grid
 from vlmdeploy.sizes import gigabytes
 
@@ -95,7 +95,7 @@ class PrecisionPlan:
         return any(precision.bits for precision in self.by_target.values())
 
 
-def linears(spec: ModelSpec) -> Iterator[Linear]:
+def linears(spec: Geometry) -> Iterator[Linear]:
     """Every matrix that may be quantized, in the order of the forward pass."""
     yield from _vision_linears(spec)
     yield from _connector_linears(spec)
@@ -103,7 +103,7 @@ def linears(spec: ModelSpec) -> Iterator[Linear]:
     yield Linear("lm_head.weight", "lm_head", spec.decoder.vocab_size, spec.decoder.hidden)
 
 
-def _vision_linears(spec: ModelSpec) -> Iterator[Linear]:
+def _vision_linears(spec: Geometry) -> Iterator[Linear]:
     vision = spec.vision
     for index in range(vision.num_layers):
         layer = f"vision.layers.{index}"
@@ -113,7 +113,7 @@ def _vision_linears(spec: ModelSpec) -> Iterator[Linear]:
         yield Linear(f"{layer}.fc2.weight", "vision", vision.width, vision.mlp_width)
 
 
-def _connector_linears(spec: ModelSpec) -> Iterator[Linear]:
+def _connector_linears(spec: Geometry) -> Iterator[Linear]:
     for step in spec.connector.steps:
         name = f"connector.{step.name}"
         if isinstance(step, Downsample):
@@ -125,7 +125,7 @@ def _connector_linears(spec: ModelSpec) -> Iterator[Linear]:
             yield Linear(f"{name}.down.weight", "connector", step.out_width, step.mlp_width)
 
 
-def _decoder_linears(spec: ModelSpec) -> Iterator[Linear]:
+def _decoder_linears(spec: Geometry) -> Iterator[Linear]:
     decoder = spec.decoder
     for index in range(decoder.num_layers):
         for expert in decoder.experts:
@@ -137,7 +137,7 @@ def _decoder_linears(spec: ModelSpec) -> Iterator[Linear]:
 
 
 def plan_precision(
-    spec: ModelSpec,
+    spec: Geometry,
     target: str,
     overrides: dict[str, str],
     group: int = DEFAULT_GROUP,
@@ -171,7 +171,7 @@ def is_tensorrt(target: str) -> bool:
     return dialect_of(target) == "trt"
 
 
-def _target_parts(spec: ModelSpec, target: str, stored: Stored | None) -> dict[str, str]:
+def _target_parts(spec: Geometry, target: str, stored: Stored | None) -> dict[str, str]:
     """The target's table. For TensorRT encoder and connector are int4 where the checkpoint was quantized so: in fp16
     the encoder alone may be half of a device."""
     parts = dict(TARGETS[target])
@@ -183,7 +183,7 @@ def _target_parts(spec: ModelSpec, target: str, stored: Stored | None) -> dict[s
     return parts
 
 
-def with_stored(plan: PrecisionPlan, spec: ModelSpec, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:
+def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:
     """The plan for a quantized checkpoint: codes are shipped as they are, and what was left in float stays so.
 
     asked: the parts whose precision the user chose; there floats are rounded to nearest and codes widened to floats.
@@ -234,7 +234,7 @@ def _is_left_in_float(plan: PrecisionPlan, linear: Linear) -> bool:
 
 
 def with_overrides(
-    plan: PrecisionPlan, spec: ModelSpec, overrides: Iterable[str], names: Mapping[str, tuple[str, ...]]
+    plan: PrecisionPlan, spec: Geometry, overrides: Iterable[str], names: Mapping[str, tuple[str, ...]]
 ) -> PrecisionPlan:
     """The plan with single linears changed by "PATTERN=TYPE" or "PATTERN=TYPE:GROUP", later ones over earlier ones.
 
@@ -247,7 +247,7 @@ def with_overrides(
 
 
 def _with_override(
-    plan: PrecisionPlan, spec: ModelSpec, text: str, names: Mapping[str, tuple[str, ...]]
+    plan: PrecisionPlan, spec: Geometry, text: str, names: Mapping[str, tuple[str, ...]]
 ) -> PrecisionPlan:
     match = OVERRIDE.fullmatch(text)
     if match is None or match["type"] not in PRECISIONS:
@@ -282,7 +282,7 @@ def _matches(pattern: str, target: str, names: Mapping[str, tuple[str, ...]]) ->
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern) for name in candidates)
 
 
-def _matrices(spec: ModelSpec) -> Iterator[Linear]:
+def _matrices(spec: Geometry) -> Iterator[Linear]:
     yield from linears(spec)
     yield Linear("embedding.weight", "embedding", spec.decoder.vocab_size, spec.decoder.hidden)
 
@@ -313,7 +313,7 @@ def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
         yield f"{len(plan.kept_in_float)} linears stay in float, their widths fit no group or no 32-bit words: {names}"
 
 
-def encoder_warning(plan: PrecisionPlan, spec: ModelSpec) -> Iterator[str]:
+def encoder_warning(plan: PrecisionPlan, spec: Geometry) -> Iterator[str]:
     """The size of an encoder that stays in fp16, where that is a matter of gigabytes."""
     widths = [linear for linear in linears(spec) if linear.part in ("vision", "connector")]
     halves = [linear for linear in widths if plan[linear.target].type == "fp16"]

@@ -34,6 +34,15 @@ DOWNSAMPLE_TENSOR = "model.vision.conv.weight"  # what tells CogVLM2 from CogVLM
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONNECTOR_NORM_EPS = 1e-5  # the framework's default, not the encoder's 1e-6
+VISION_CONFIG: Config = {
+    "image_size": 490, "patch_size": 14, "num_positions": 1226, "hidden_size": 1792, "num_hidden_layers": 63,
+    "num_heads": 16, "intermediate_size": 15360, "in_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+RELEASED: Config = {  # chat-v1.1; base-490 and grounding-generalist have the same sizes
+    "architectures": [ARCHITECTURE], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "template_version": "chat", "vision_config": VISION_CONFIG,
+}  # fmt: skip
 
 
 def detect(config: Config, tensor_names: frozenset[str]) -> bool:

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from vlmdeploy.bundle import TokenRules
 from vlmdeploy.families.cogvlm import (
+    ARCHITECTURE,
     DOWNSAMPLE_TENSOR,
+    VISION_CONFIG,
     TokenDefaults,
     build_spec,
     is_cogvlm,
@@ -18,11 +20,17 @@ from vlmdeploy.families.cogvlm import (
 from vlmdeploy.families.config import ConfigReader
 from vlmdeploy.families.spec import Config, ExpertSpec, ModelSpec, RopeSpec
 
-__all__ = ["NAME", "detect", "spec", "weights"]
+__all__ = ["NAME", "RELEASED", "detect", "spec", "weights"]
 
 NAME = "cogvlm2"
 ROPE_BASE = 500000.0
 NUM_KV_HEADS = 8
+RELEASED: Config = {  # llama3-chat-19B, English and Chinese
+    "architectures": [ARCHITECTURE], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5, "template_version": "chat", "bos_token_id": 128000, "pad_token_id": 128002,
+    "eos_token_id": [128001, 128009], "vision_config": VISION_CONFIG | {"image_size": 1344, "num_positions": 9217},
+}  # fmt: skip
 TOKENS = TokenDefaults(bos_id=128000, pad_id=128002, stop_ids=(128001, 128009))
 
 

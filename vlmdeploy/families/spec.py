@@ -154,6 +154,22 @@ class DecoderSpec:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
+class Geometry(Protocol):
+    """The widths of a model's three parts: all that sizes and matrices depend on. A ModelSpec is one."""
+
+    @property
+    def vision(self) -> VisionSpec:
+        """The vision encoder."""
+
+    @property
+    def connector(self) -> ConnectorSpec:
+        """From its features to rows of the decoder."""
+
+    @property
+    def decoder(self) -> DecoderSpec:
+        """The decoder."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Everything a family knows about one checkpoint, apart from the weights."""
@@ -200,6 +216,7 @@ class Family(Protocol):
     """What every module in `families/` offers (the modules themselves satisfy this protocol)."""
 
     NAME: str
+    RELEASED: Config  # config.json of the checkpoint that the family is best known for, as far as sizes depend on it
 
     def detect(self, config: Config, tensor_names: frozenset[str]) -> bool:
         """Whether this family reads the checkpoint."""

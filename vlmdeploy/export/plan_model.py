@@ -1,0 +1,119 @@
+"""What `vlmdeploy plan` plans for: the widths of a known family's released checkpoint, or of a checkpoint folder.
+
+Weights are never read. A folder may lack them altogether: config.json and an index, or config.json and the family's
+name, say enough.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.export.precision import Stored
+from vlmdeploy.export.weights import stored_precisions
+from vlmdeploy.families import all_families, find_family
+from vlmdeploy.families.spec import (
+    Activation,
+    BoundaryRows,
+    ConnectorSpec,
+    DecoderSpec,
+    Downsample,
+    ExpertSpec,
+    Family,
+    GatedMlp,
+    Geometry,
+    Norm,
+    Projection,
+    RopeSpec,
+    VisionSpec,
+)
+from vlmdeploy.model.weights import Checkpoint, read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+ONE_IMAGE = 1  # of every family so far
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths of a model that is planned for, but cannot be exported yet."""
+
+    vision: VisionSpec
+    connector: ConnectorSpec
+    decoder: DecoderSpec
+
+
+# Source: the published config.json and tensor list of glm-4v-9b. 13,906,320,896 parameters follow.
+GLM4V = Widths(
+    vision=VisionSpec(
+        image_px=1120, patch_px=14, width=1792, num_layers=63, num_heads=16, mlp_width=15360, norm_eps=1e-6
+    ),
+    connector=ConnectorSpec(
+        (
+            Downsample(1792, 4096),
+            Projection(4096, 4096),
+            Norm(4096, 1e-5),
+            Activation(),
+            GatedMlp(4096, 13696, 4096),
+            BoundaryRows(4096),
+        )
+    ),
+    decoder=DecoderSpec(
+        hidden=4096, num_layers=40, num_heads=32, num_kv_heads=2, head_dim=128, mlp_width=13696, vocab_size=151552,
+        norm_eps=1.5625e-7, rope=RopeSpec(10000.0), experts=(ExpertSpec("language", qkv_bias=True),),
+        context_tokens=8192,
+    ),
+)  # fmt: skip
+PLANNED_ONLY: dict[str, Geometry] = {"glm4v": GLM4V}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What is planned for. `stored` is what a quantized checkpoint holds; can_export: the family is not planned only."""
+
+    name: str
+    geometry: Geometry
+    stored: Stored | None = None
+    can_export: bool = True
+
+
+def family_names() -> list[str]:
+    """Every name that `--family` takes."""
+    return [*(family.NAME for family in all_families()), *PLANNED_ONLY]
+
+
+def released_model(name: str) -> PlannedModel:
+    """The checkpoint that a family is best known for. Raises ConfigError that lists the names if there is none."""
+    if name in PLANNED_ONLY:
+        return PlannedModel(name, PLANNED_ONLY[name], can_export=False)
+    family = _family(name)
+    return PlannedModel(name, family.spec(family.RELEASED, {}))
+
+
+def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
+    """The model in a folder, whose weights may be missing; `family` says what no tensor names can tell then.
+
+    Raises ConfigError and WeightsError.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a checkpoint, or at least its config.json")
+    if any(folder.glob("*.safetensors")) and family is None:
+        checkpoint = Checkpoint(folder)
+        return PlannedModel(str(folder), checkpoint.spec, stored_precisions(checkpoint))
+    config, index = read_json(folder / "config.json"), read_json(folder / INDEX_NAME, optional=True)
+    names = index.get("weight_map", {})
+    if family is None and not (isinstance(names, dict) and names):
+        raise ConfigError(
+            f"{folder}: holds no weights and no {INDEX_NAME}, and config.json alone does not tell CogVLM from CogVLM2: "
+            f"say which with --family {'|'.join(item.NAME for item in all_families())}"
+        )
+    module = find_family(config, frozenset(names)) if family is None else _family(family)
+    return PlannedModel(str(folder), module.spec(config, {}))
+
+
+def _family(name: str) -> Family:
+    found = [family for family in all_families() if name == family.NAME]
+    if not found:
+        only = f", and without a checkpoint {', '.join(PLANNED_ONLY)}"
+        raise ConfigError(
+            f'family "{name}" is not known: choose one of {", ".join(item.NAME for item in all_families())}{only}'
+        )
+    return found[0]
