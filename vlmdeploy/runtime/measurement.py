@@ -39,6 +39,11 @@ class MeasureOptions:
             is_unset = name == "threads" and value is None
             if not is_unset and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"option {name} is {value!r}, expected a whole number of at least {least}")
+        for name in ("image", "prompt", "template"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"option {name} is a {type(getattr(self, name)).__name__}, expected a string")
+        if self.residency not in ("all", "phase"):
+            raise ConfigError(f'option residency is {self.residency!r}, expected "all" or "phase"')
         if self.text_only and self.image is not None:
             raise ConfigError(f"{self.image}: text_only leaves pictures out, so no image can be given")
 
@@ -142,12 +147,29 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """Joules, mean over the timed answers. method says which part of the machine they are of.
+
+    A token's joules are those of decoding; an answer's those of all its phases. Nothing is subtracted, except in
+    "above_idle": there, what the machine takes while this process waits (idle_w) for as long.
+    """
+
+    method: str
+    idle_w: float
+    phases_j: dict[str, float]
+    answer_j: float
+    token_j: float
+    answer_above_idle_j: float
+    token_above_idle_j: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One bundle on one machine.
 
     load_s: from opening the checked folder until a question can be answered; with residency "phase" graphs are loaded
     inside the phases instead. The time to first token is preprocess + vision + prefill (vision None: no picture).
-    prompt_tokens count the image_rows too. Rates are made of medians.
+    prompt_tokens count the image_rows too. Rates are made of medians. energy_unknown: why energy is None.
     """
 
     bundle: BundleUsed
@@ -169,3 +191,5 @@ class Measurement:
     decode_tok_s: float
     disk_bytes: DiskUse
     memory: MemoryUse
+    energy: Energy | None
+    energy_unknown: str | None

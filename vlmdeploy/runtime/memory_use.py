@@ -5,7 +5,6 @@ an exact peak for each phase. Where that is refused a thread samples the residen
 """
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backend import Backend
 from vlmdeploy.runtime.cuda_device import CudaDevice
-from vlmdeploy.runtime.measurement import PhaseMemory
 from vlmdeploy.runtime.memory import sizes_in
 from vlmdeploy.runtime.tensorrt_backend import TrtBackend, buffer_bytes
 
@@ -103,76 +101,6 @@ def peak_meter(process: Path = OWN_PROCESS) -> KernelPeak | SampledPeak:
         return KernelPeak(process)
     except OSError as error:
         return SampledPeak(error.strerror or str(error), process)
-
-
-class PhaseWatch:
-    """Follows the phases of a run; `phases` holds the largest memory of each, over all its occurrences.
-
-    device_use: bytes taken on the GPU, read when a phase ends and whenever `look` is called. `now` is a clock that
-    stands still while the watch itself is at work, so that it costs the measured times nothing.
-    """
-
-    def __init__(self, meter: KernelPeak | SampledPeak) -> None:
-        self.phases: dict[str, PhaseMemory] = {}
-        self.device_use: Callable[[], int] | None = None
-        self._meter = meter
-        self._phase: str | None = None
-        self._device_peak: int | None = None
-        self._aside_s = 0.0
-
-    @property
-    def method(self) -> str:
-        """What the peaks are, in words."""
-        return self._meter.method
-
-    def now(self) -> float:
-        """Seconds, without those that watching took."""
-        return time.perf_counter() - self._aside_s
-
-    def begin(self, phase: str) -> None:
-        """The phase before is over and this one begins; nothing happens inside a phase of that name."""
-        if phase == self._phase:
-            return
-        self.end()
-        start = time.perf_counter()
-        self._phase, self._device_peak = phase, None
-        self._meter.reset()
-        self._aside_s += time.perf_counter() - start
-
-    def look(self) -> None:
-        """Note what the GPU holds now."""
-        if self.device_use is not None:
-            start = time.perf_counter()
-            self._device_peak = max(self._device_peak or 0, self.device_use())
-            self._aside_s += time.perf_counter() - start
-
-    def end(self) -> None:
-        """The phase is over; what follows belongs to none."""
-        if self._phase is None:
-            return
-        self.look()
-        start = time.perf_counter()
-        held = resident()
-        found = PhaseMemory(self._meter.read(), held.total, held.anonymous, held.file, self._device_peak)
-        before = self.phases.get(self._phase)
-        self.phases[self._phase] = found if before is None else _larger(found, before)
-        self._phase = None
-        self._aside_s += time.perf_counter() - start
-
-    def close(self) -> None:
-        """End the phase and the meter."""
-        self.end()
-        self._meter.close()
-
-
-def _larger(first: PhaseMemory, second: PhaseMemory) -> PhaseMemory:
-    """The peaks of both, and the pages of the one that held more at its end."""
-    held = max(first, second, key=lambda phase: phase.end_bytes)
-    on_device = [peak for peak in (first.device_peak_bytes, second.device_peak_bytes) if peak is not None]
-    peak = max(first.peak_bytes, second.peak_bytes)
-    return PhaseMemory(
-        peak, held.end_bytes, held.end_anonymous_bytes, held.end_file_bytes, max(on_device, default=None)
-    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vlmdeploy.runtime.backend import Backend, Floats, KvCache
 from vlmdeploy.runtime.chat import prompt_ids, read_messages
 from vlmdeploy.runtime.image import ImageSource, load_image, preprocess
 from vlmdeploy.runtime.measurement import MeasureOptions
-from vlmdeploy.runtime.memory_use import PhaseWatch
+from vlmdeploy.runtime.phase_watch import PhaseWatch
 from vlmdeploy.runtime.session import Session
 
 QUESTION = "Describe what there is to see, from left to right."
