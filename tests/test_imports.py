@@ -55,7 +55,7 @@ OURS: dict[str, set[str]] = {
 # Part -> other people's packages: at the top of a module, and (after the bar) only inside functions.
 THEIRS: dict[str, str] = {
     "layout": "numpy |",
-    "runtime": "numpy PIL tokenizers | onnxruntime cuda",
+    "runtime": "numpy PIL tokenizers | onnxruntime cuda pynvml",
     "data": "numpy PIL |",
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",

@@ -421,6 +421,34 @@ def run(
 
 
 @main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--image", help="A picture: a path or a data URL.  [default: a random one]")
+@click.option("--text-only", is_flag=True, help="Ask without a picture.")
+@click.option("--prompt", help="The question.  [default: a fixed one; random ids where there is no tokenizer]")
+@click.option("--template", help="The prompt template.  [default: the bundle's]")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=64, help="Tokens decoded in every answer.")
+@click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Answers that are timed.")
+@click.option("--warmup", type=click.IntRange(min=0), default=1, help="Answers before those, not timed.")
+@click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
+@provider_option
+@threads_option
+@json_option
+def bench(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Measure a bundle on this machine: time to first token, decode rate, memory, energy."""
+    from vlmdeploy.runtime.measure import measure_in_process
+    from vlmdeploy.runtime.measurement import MeasureOptions
+    from vlmdeploy.runtime.measurement_table import COLUMNS, measurement_rows, measurement_title
+
+    if options["text_only"] and options["image"] is not None:
+        raise click.UsageError("--text-only and --image exclude each other: give one of them")
+    found = measure_in_process(bundle, MeasureOptions(**options))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_rows(measurement_title(found), COLUMNS, measurement_rows(found))
+
+
+@main.command()
 @click.argument("folder", type=FOLDER)
 @json_option
 def inspect(folder: Path, as_json: bool) -> None:

@@ -10,16 +10,17 @@ def available_bytes() -> int:
 
     Files that are only cached count as free.
     """
-    free = _sizes(Path("/proc/meminfo"), 1024)["MemAvailable:"]
+    free = sizes_in(Path("/proc/meminfo"), 1024)["MemAvailable:"]
     try:
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
-        cached = _sizes(CGROUP / "memory.stat", 1).get("inactive_file", 0)
+        cached = sizes_in(CGROUP / "memory.stat", 1).get("inactive_file", 0)
     except (OSError, ValueError):  # no container, or one without a limit
         return free
     return min(free, max(0, limit - used + cached))
 
 
-def _sizes(path: Path, unit: int) -> dict[str, int]:
-    """The first number of every line, by the line's first word."""
-    return {words[0]: int(words[1]) * unit for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}
+def sizes_in(path: Path, unit: int) -> dict[str, int]:
+    """The number that follows the first word of a line, by that word; other lines are left out."""
+    lines = map(str.split, path.read_text(errors="replace").splitlines())
+    return {words[0]: int(words[1]) * unit for words in lines if len(words) > 1 and words[1].isdecimal()}
