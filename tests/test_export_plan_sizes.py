@@ -1,6 +1,7 @@
 """Agreement: the planner's bytes are the bytes that an export writes, tensor by tensor; and the published budget."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -43,7 +44,7 @@ def shipped(bundle: Path) -> dict[str, int]:
 def test_planned_bytes_are_those_of_the_exported_graphs(
     family: str, target: str, provider: str, tmp_path: Path
 ) -> None:
-    sizes = {"hidden": 64, "mlp": 96, "vision_width": 32, "vision_mlp": 64, "vocab": 259}
+    sizes: dict[str, Any] = {"hidden": 64, "mlp": 96, "vision_width": 32, "vision_mlp": 64, "vocab": 259}
     checkpoint = write_tiny_checkpoint(tmp_path / "ckpt", family, **sizes)
     bundle = export(checkpoint, tmp_path / "bundle", target, provider=provider)
     model, manifest = checkpoint_model(tmp_path / "ckpt"), read_manifest(bundle)
@@ -93,7 +94,7 @@ def test_rows_of_an_image(family: str, rows: int) -> None:
 
 
 def test_unknown_family_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match='family "cogvlm3" is not known: choose one of cogvlm, cogvlm2, and .* glm4v'):
+    with pytest.raises(ConfigError, match=r'family "cogvlm3" is not known: choose one of cogvlm, .* and .* glm4v'):
         released_model("cogvlm3")
     assert family_names() == ["cogvlm", "cogvlm2", "glm4v"]
 
@@ -104,6 +105,6 @@ def test_config_without_weights_needs_the_family(tmp_path: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match="does not tell CogVLM from CogVLM2: say which with --family cogvlm|cogvlm2"):
+    with pytest.raises(ConfigError, match=r"does not tell .* say which with --family cogvlm\|cogvlm2"):
         checkpoint_model(folder)
     assert checkpoint_model(folder, "cogvlm2").geometry == expected

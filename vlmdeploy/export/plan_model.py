@@ -67,7 +67,7 @@ PLANNED_ONLY: dict[str, Geometry] = {"glm4v": GLM4V}
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What is planned for. `stored` is what a quantized checkpoint holds; can_export: the family is not planned only."""
+    """What is planned for. stored: what a quantized checkpoint holds. can_export: it is not only planned for."""
 
     name: str
     geometry: Geometry

@@ -17,6 +17,7 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache, rope_table
+from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
@@ -153,7 +154,8 @@ class OrtBackend:
 
     def drop(self, graph: str) -> None:
         """Release a graph's memory; it is loaded again when needed."""
-        self._sessions.pop(graph, None)
+        if self._sessions.pop(graph, None) is not None:
+            release_freed()
 
     def encode_images(self, pixels: Floats) -> Floats:
         """See Backend."""
@@ -161,7 +163,7 @@ class OrtBackend:
             self._decode = None
             self.drop("decoder_text")  # of the prompt before
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
-        return rows
+        return rows.copy()  # what onnxruntime hands out keeps the session's whole working memory alive
 
     def new_cache(self, positions: Ints) -> OrtCache:
         """See Backend."""
