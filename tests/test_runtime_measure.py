@@ -325,6 +325,21 @@ def test_error_of_the_process_is_raised_here(bundle: Path) -> None:
         measure_in_process(bundle, replace(SHORT, image="nowhere.png"))
 
 
+def test_warning_about_the_picture_is_said_once(bundle: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "moves.gif", save_all=True, append_images=[picture(1)])
+    question = ["--image", tmp_path / "moves.gif", "--new-tokens", 2, "--threads", 1, "--json"]
+    done = run_process("-m", "vlmdeploy", "bench", bundle, *question)
+    assert json.loads(done.stdout)["picture"] == str(tmp_path / "moves.gif")
+    assert done.stderr == f"{tmp_path / 'moves.gif'}: holds several frames; only the first one is used\n"
+
+
+def test_meter_is_given_back_when_measuring_fails(bundle: Path) -> None:
+    meter = OneJouleEachTime()
+    with pytest.raises(DataError):
+        measured(bundle, replace(SHORT, image="nowhere.png"), meter)
+    assert meter.is_closed
+
+
 def test_process_that_is_killed_is_one_clear_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(bundle.parent / "python"))
     Path(sys.executable).write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")

@@ -28,7 +28,7 @@ def test_peak_of_a_phase_is_seen_there_and_not_in_the_next() -> None:
         watch.begin(phase)
         block = np.ones(size, np.uint8)
         del block
-    watch.close()
+    watch.end()
     peak = {phase: memory.peak_bytes for phase, memory in watch.phases.items()}
     assert list(peak) == ["before", "large", "after"]
     assert peak["large"] - peak["before"] > ALMOST and peak["large"] - peak["after"] > ALMOST
@@ -56,7 +56,7 @@ def test_what_is_between_phases_belongs_to_none() -> None:
     between = np.ones(BLOCK_BYTES, np.uint8)
     del between
     watch.begin("two")
-    watch.close()
+    watch.end()
     assert abs(watch.phases["two"].peak_bytes - watch.phases["one"].peak_bytes) < ALMOST
 
 
@@ -109,7 +109,7 @@ def test_device_peak_is_the_highest_look() -> None:
     watch.look()
     watch.end()  # a third look
     watch.begin("two")
-    watch.close()
+    watch.end()
     assert [phase.device_peak_bytes for phase in watch.phases.values()] == [9, 3]
 
 
@@ -129,6 +129,6 @@ def test_watching_does_not_move_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     watch = PhaseWatch(own_kernel_peak(), SlowMeter())
     watch.begin("one")
     clock.seconds += 2
-    watch.close()
+    watch.end()
     assert (watch.now(), clock.seconds) == (2, 12)
     assert (watch.spent["one"].seconds, watch.spent["one"].joules) == (7, 7), "from reading to reading"

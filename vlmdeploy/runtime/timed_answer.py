@@ -169,6 +169,7 @@ class Question:
         session.generate_ids(ids, pixels, self._new_tokens + 1)
         edges = np.diff([*measured.decode_begun, watch.now()])
         watch.end()
+        assert len(edges) == self._new_tokens, "no answer ends before its time"
         prefill = measured.begun["prefill"] if pixels is not None else opened
         first = measured.decode_begun[0]
         return AnswerTimes(
