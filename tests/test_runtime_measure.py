@@ -361,10 +361,12 @@ print(*measure(Path({str(bundle)!r}), MeasureOptions(new_tokens=2, repeats=1, th
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl_c", "kill"])
 def test_measuring_process_ends_with_the_command(bundle: Path, sent: signal.Signals) -> None:
-    command = [sys.executable, "-m", "vlmdeploy", "bench", str(bundle), "--repeat", "1000000", "--threads", "1"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    endless = ["--new-tokens", "3", "--repeat", "100000000", "--threads", "1"]
+    command = [sys.executable, "-m", "vlmdeploy", "bench", str(bundle), *endless]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         next(measuring_children(process))
-        os.kill(process.pid, sent)
+        os.killpg(process.pid, sent)  # a terminal's Ctrl-C goes to every process of the command
         said, told = process.communicate(timeout=60)  # returns when the other process too has let go of stderr
     assert said == "" and (process.returncode, told) == (
         (1, "Error: interrupted\n") if sent is signal.SIGINT else (-sent, "")
