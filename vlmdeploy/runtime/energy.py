@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from vlmdeploy.errors import BackendError
 
+Clock = Callable[[], float]  # seconds
+
 SYS = Path("/sys")
 POWER_EVERY_S = 0.02  # how often power is sampled
 POWER_EVERY_MS = round(1000 * POWER_EVERY_S)
@@ -86,7 +88,7 @@ class Every:
 class Integral:
     """Joules as the integral of sampled watts, by trapezoids. `now` gives seconds."""
 
-    def __init__(self, watts: Callable[[], float], now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, watts: Callable[[], float], now: Clock = time.perf_counter) -> None:
         self._watts = watts
         self._now = now
         self._lock = threading.Lock()
@@ -165,7 +167,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def jetson_meter(root: Path = SYS) -> Meter | Unknown | None:
+def jetson_meter(root: Path = SYS, now: Clock = time.perf_counter) -> Meter | Unknown | None:
     """The power of a Jetson's module, from its INA3221 sensors; None where there are none."""
     rails: dict[str, tuple[Path, int]] = {}
     for chip in sorted((root / "class/hwmon").glob("hwmon*")):
@@ -180,7 +182,7 @@ def jetson_meter(root: Path = SYS) -> Meter | Unknown | None:
         expected = f"{' or '.join(WHOLE_MODULE)}, or all of {', '.join(sorted(SEPARATE_RAILS))}"
         return Unknown(f"INA3221 rails {', '.join(sorted(rails))} are not known to add up; expected {expected}")
     try:
-        power = Integral(lambda: sum(_rail_watts(*rails[name]) for name in chosen))
+        power = Integral(lambda: sum(_rail_watts(*rails[name]) for name in chosen), now)
     except (OSError, ValueError) as error:
         return Unknown(_refusal(error))
     covers = "of the module" if whole else "of the module's supplies"
@@ -231,7 +233,7 @@ def _gpu_meter() -> Meter | Unknown:
     return nvml_meter(pynvml)
 
 
-def nvml_meter(nvml: Any) -> Meter | Unknown:
+def nvml_meter(nvml: Any, now: Clock = time.perf_counter) -> Meter | Unknown:
     """The board of the machine's only GPU: its counter, or sampled power where it has none. nvml: the module."""
     try:
         nvml.nvmlInit()
@@ -255,7 +257,7 @@ def nvml_meter(nvml: Any) -> Meter | Unknown:
     except ValueError:
         pass  # a GPU before Volta counts no energy
     try:
-        power = Integral(lambda: ask("nvmlDeviceGetPowerUsage") / 1e3)
+        power = Integral(lambda: ask("nvmlDeviceGetPowerUsage") / 1e3, now)
     except ValueError as error:
         return Unknown(str(error))
     return ReadMeter(f"NVML's power of {board}, sampled every {POWER_EVERY_MS} ms", [power], POWER_EVERY_S)

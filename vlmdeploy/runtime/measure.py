@@ -5,6 +5,7 @@
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -68,9 +69,9 @@ class Subject:
 
 def measure_backend(subject: Subject, options: MeasureOptions, meter: Meter | Unknown) -> Measurement:
     """The same with any backend, which is closed at the end, and any meter of energy, closed too."""
-    picture = chosen_picture(options)
     known = None if isinstance(meter, Unknown) else meter
     try:
+        picture = chosen_picture(options)
         idle_w = None if known is None else idle_watts(known)
         baseline, watch = resident().total, PhaseWatch(peak_meter(), known)
         try:
@@ -217,9 +218,24 @@ def main() -> None:
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
         sys.exit("the command that wanted this measurement is gone")
+    logging.getLogger("vlmdeploy").addFilter(_Once())
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         json.dump(_measured(request), answer)
+
+
+class _Once(logging.Filter):
+    """Lets a message pass the first time: every answer would repeat what there is to say about its picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        is_new = record.getMessage() not in self._said
+        self._said.add(record.getMessage())
+        return is_new
 
 
 def _measured(request: dict[str, Any]) -> dict[str, Any]:

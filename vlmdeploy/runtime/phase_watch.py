@@ -80,8 +80,7 @@ class PhaseWatch:
         self.spent.clear()
 
     def close(self) -> None:
-        """End the phase and give up the meter of memory."""
-        self.end()
+        """Give up the meter of memory; a phase under way is not counted."""
         self._peak.close()
 
     def _counters(self) -> tuple[float, float]:
