@@ -80,6 +80,14 @@ def family_names() -> list[str]:
     return [*(family.NAME for family in all_families()), *PLANNED_ONLY]
 
 
+def planned_model(folder: Path | None, family: str | None) -> PlannedModel:
+    """The model in a folder, or where there is none a family's. Raises ConfigError and WeightsError."""
+    if folder is not None:
+        return checkpoint_model(folder, family)
+    assert family is not None, "the command line asks for one of the two"
+    return released_model(family)
+
+
 def released_model(name: str) -> PlannedModel:
     """The checkpoint that a family is best known for. Raises ConfigError that lists the names if there is none."""
     if name in PLANNED_ONLY:
