@@ -18,6 +18,7 @@ from vlmdeploy.export.precision import PARTS, plan_precision
 from vlmdeploy.export.reference import draw_sample
 from vlmdeploy.export.stage_checks import StageChecks
 from vlmdeploy.export.taps import TappedRun, tapped_backend
+from vlmdeploy.export.torch_stages import TorchStages
 from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints
@@ -71,7 +72,7 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
         exact = check == "structure"
         runs[check] = TappedRun(subject.spec, subject.folder, manifest, sample, exact, subject.threads)
     with torch.no_grad():
-        checks = StageChecks(gate, subject.reader, subject.spec, runs, progress)
+        checks = StageChecks(gate, TorchStages(subject.reader, subject.spec), runs, progress)
         checks.preprocess(manifest)
         checks.vision()
         checks.decoder()
