@@ -23,7 +23,11 @@ TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4
 HESSIAN = click.Choice(["routed", "pooled", "text-only"])
 PROVIDER = click.Choice(["cpu", "cuda"])
 RESIDENCY = click.Choice(["all", "phase"])
-EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
+EXTRAS = {
+    "sklearn": "digits",
+    "onnxruntime": "cpu",
+    "matplotlib": "report",
+}  # what brings a module, where it is not the toolchain
 FOLDER = click.Path(path_type=Path)
 
 
@@ -369,6 +373,50 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
     columns = ["stage", "check", "error", "allowed", "largest at"]
     rows = [[v.stage, v.check, f"{v.max_error:.2e}", f"{v.tolerance:.0e}", v.tensor] for v in verdicts]
     print_rows(f"{bundle}: agrees in all {len(rows)} comparisons", columns, rows)
+
+
+@main.command()
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--image", help="A picture: a path or a data URL.  [default: a drawn one, or none beside --prompt]")
+@click.option("--prompt", help="A question.  [default: drawn ids]")
+@click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: names what is wrong itself.")
+@click.option("--tolerance", type=float, help="Relative error that passes.  [default: the gate's for these precisions]")
+@click.option("--plot", type=FOLDER, help="Draw the errors of all stages into this file (png, svg, pdf).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the drawn picture and ids.")
+@click.option("--fail", is_flag=True, help="Exit with status 1 if a stage is beyond the tolerance.")
+@threads_option
+@json_option
+def diff(
+    a: Path,
+    b: Path,
+    image: str | None,
+    prompt: str | None,
+    isolate: bool,
+    tolerance: float | None,
+    plot: Path | None,
+    seed: int,
+    fail: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
+    from vlmdeploy.export.diff import DiffOptions, diff_models
+    from vlmdeploy.export.diff_report import check_plot, write_plot
+
+    if plot is not None:
+        check_plot(plot)
+    with progress_bar() as progress:
+        found = diff_models(a, b, DiffOptions(image, prompt, isolate, tolerance, threads, seed), progress)
+    if plot is not None:
+        write_plot(found, plot)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print_rows(f"A: {a}, B: {b}", found.columns(), found.rows())
+        click.echo("\n".join(found.verdict()))
+    if fail and not found.agrees:
+        raise click.exceptions.Exit(1)
 
 
 @main.command()
