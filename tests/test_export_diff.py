@@ -180,6 +180,25 @@ def test_damaged_bundle_is_found_too(ckpt: Path, tmp_path: Path) -> None:
     assert own["decoder.layer.1, language rows"] < diff.tolerance.own < own["decoder.layer.2, language rows"], "later"
 
 
+def test_damage_that_a_long_stream_hides_is_the_farthest_layer(tmp_path: Path) -> None:
+    """Against a long residual stream a layer that adds something else is a small relative error."""
+
+    def lengthen(tensors: Tensors) -> None:
+        tensors["model.embed_tokens.weight"] *= 50
+
+    def lengthen_and_damage(tensors: Tensors) -> None:
+        lengthen(tensors)
+        tensors["model.layers.1.mlp.language_mlp.down_proj.weight"] *= -1
+
+    first = write_changed_checkpoint(tmp_path / "first", lengthen, **SIZES)
+    other = write_changed_checkpoint(tmp_path / "other", lengthen_and_damage, **SIZES)
+    diff = diff_models(first, export(other, tmp_path / "bundle", "ort-int4"), ISOLATED)
+    item = next(item for item in diff.stages if item.title == "decoder.layer.1, language rows")
+    assert item.isolated is not None and item.isolated.update_error is not None
+    assert item.isolated.relative_error < 0.1 < 0.5 < item.isolated.update_error
+    assert "farthest layer: decoder.layer.1, language rows, " in diff.verdict()[1]
+
+
 def test_damaged_embedding_shows_in_the_language_rows(ckpt: Path, tmp_path: Path) -> None:
     diff = diff_models(ckpt, damaged(tmp_path / "damaged", "model.embed_tokens.weight"), ISOLATED)
     assert [item.title for item in diff.beyond_alone()] == ["decoder.input, language rows"]
@@ -270,8 +289,9 @@ def test_command_prints_a_table_and_the_verdict(ckpt: Path, fp32: Path) -> None:
     lines = result.stdout.splitlines()
     assert "decoder.layer.2" in result.stdout and "isolated: relative error" in result.stdout
     assert lines[-3:-1] == [
-        "all stages within tolerance 0.0001 (for float32 against float32)", "isolated, beyond tolerance 2e-05: none",
+        "all stages within tolerance 0.0001 (for float32 against float32)", lines[-2],
     ]  # fmt: skip
+    assert lines[-2].startswith("isolated, beyond tolerance 2e-05: none; farthest layer: ")
     assert lines[-1].startswith("best token equal in 100.0% of rows, KL ")
 
 
@@ -307,6 +327,13 @@ def test_plot_is_written_where_matplotlib_is(ckpt: Path, int4: Path, tmp_path: P
         options = ["--isolate", "--threads", 1, "--plot", folder / name]
         assert run_cli("diff", ckpt, int4, *options).exit_code == 0
         assert (folder / name).read_bytes().startswith(start)
+
+
+def test_plot_of_equal_models_with_no_tolerance_is_written(ckpt: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install vlmdeploy[report]")
+    options = ["--tolerance", 0, "--threads", 1, "--plot", tmp_path / "errors.pdf"]
+    assert run_cli("diff", ckpt, ckpt, *options).exit_code == 0
+    assert (tmp_path / "errors.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_plot_without_matplotlib_says_what_to_install(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

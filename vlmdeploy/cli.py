@@ -402,7 +402,7 @@ def diff(
 ) -> None:
     """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
     from vlmdeploy.export.diff import DiffOptions, diff_models
-    from vlmdeploy.export.diff_report import check_plot, write_plot
+    from vlmdeploy.export.diff_plot import check_plot, write_plot
 
     if plot is not None:
         check_plot(plot)

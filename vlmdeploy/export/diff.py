@@ -6,7 +6,7 @@ are one stage of one model and the rows that go in and out of it; nothing is wri
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,7 @@ class SideBySide:
         self._isolate = isolate
         self._progress = progress
         self._done = 0
+        self._input: Floats = np.zeros((0, 0), np.float32)  # of A's last stage
 
     def differences(self) -> Iterator[StageDifference]:
         """One for every stage, or two where it has rows of both experts, in the order of the forward pass."""
@@ -122,6 +123,7 @@ class SideBySide:
         total = len(geometry.vision_stages()) * (self._prompt.pixels is not None) + geometry.decoder_layers + 2
         self._progress(f"compare {stage}", min(self._done, total), total)
         self._done += 1
+        self._input = x
         inputs = [y, x] if self._isolate else [y]
         return self._a.run(stage, [x], self._prompt)[0], *self._b.run(stage, inputs, self._prompt)
 
@@ -151,6 +153,10 @@ class SideBySide:
         places = np.arange(len(flat[0])) if chosen is None else chosen
         found = [row_difference(flat[0][places], other[places], places if numbers is None else numbers)
                  for other in flat[1:]]  # fmt: skip
+        if self._isolate and ".layer." in stage:
+            given = self._input.reshape(flat[0].shape)[places]
+            update = row_difference(flat[0][places] - given, flat[2][places] - given, places)
+            found[1] = replace(found[1], update_error=update.relative_error)
         return StageDifference(stage, rows, *found)
 
     def _check_shapes(self, stage: str, flat: list[Floats]) -> None:

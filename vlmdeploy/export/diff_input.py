@@ -1,7 +1,7 @@
 """The input that both models of a comparison get: the user's picture and text, or else the drawn ones of the gate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from vlmdeploy.errors import PromptError
 from vlmdeploy.export.reference import draw_sample
 from vlmdeploy.export.staged_model import StagedModel
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.chat import Conversation, Tokenizer, prompt_ids, read_messages
+from vlmdeploy.runtime.chat import Tokenizer, prompt_ids, read_messages
 from vlmdeploy.runtime.generate import Prompt
 from vlmdeploy.runtime.image import load_image
 
@@ -40,34 +40,40 @@ def make_input(a: StagedModel, b: StagedModel, image: str | None, text: str | No
     Raises PromptError and DataError.
     """
     shorter = min((a, b), key=lambda model: model.rules.context_tokens)
-    rules = replace(a.rules, context_tokens=shorter.rules.context_tokens)
-    pictures, picture_name = [] if image is None else [image], image
-    if image is not None and image.lower().startswith("data:"):
-        picture_name = "data URL"
-    if text is None:
-        least = rules.tokens.rows_per_image + 2
-        if rules.context_tokens < least:
+    picture = None if image is None else load_image(image)
+    if text is not None:
+        ids = _text_ids((a, b), image, text)
+        if len(ids) > shorter.rules.context_tokens:
             raise PromptError(
-                f"{shorter.name}: holds {rules.context_tokens} tokens, expected {least}: a picture, a word"
+                f"--prompt makes {len(ids)} tokens (an image takes {a.rules.tokens.rows_per_image}), the context of "
+                f"{shorter.name} holds {shorter.rules.context_tokens}: shorten it"
             )
-        prompt = draw_sample(rules, seed).prompt
-        if image is None:
-            return DiffInput(prompt, DRAWN, None, seed)
-        return DiffInput(rules.prompt(prompt.ids, load_image(image)), picture_name, None, seed)
-    content: list[dict[str, Any]] = [{"type": "image", "image": item} for item in pictures]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-    ids = _text_ids((a, b), read_messages(messages, rules.tokens.max_images))
-    if len(ids) > rules.context_tokens:
-        raise PromptError(
-            f"--prompt makes {len(ids)} tokens (an image takes {rules.tokens.rows_per_image}), the context of "
-            f"{shorter.name} holds {rules.context_tokens}: shorten it"
-        )
-    return DiffInput(rules.prompt(ids, None if image is None else load_image(image)), picture_name, text, seed)
+        return DiffInput(a.rules.prompt(ids, picture), _name(image), text, seed)
+    drawn = _drawn_prompt(shorter, seed)
+    if picture is None:
+        return DiffInput(drawn, DRAWN, None, seed)
+    return DiffInput(a.rules.prompt(drawn.ids, picture), _name(image), None, seed)
 
 
-def _text_ids(models: Sequence[StagedModel], conversation: Conversation) -> Ints:
-    """The ids of a text by the tokenizers there are, which must agree, and the first model's template."""
+def _name(image: str | None) -> str | None:
+    """What the document calls a picture: not all the data of a URL."""
+    return "data URL" if image is not None and image.lower().startswith("data:") else image
+
+
+def _drawn_prompt(shorter: StagedModel, seed: int) -> Prompt:
+    """The gate's sample without what it decodes after the prompt."""
+    held, least = shorter.rules.context_tokens, shorter.rules.tokens.rows_per_image + 2
+    if held < least:
+        raise PromptError(f"{shorter.name}: its context holds {held} tokens, expected {least}: a picture and a word")
+    return draw_sample(shorter.rules, seed).prompt
+
+
+def _text_ids(models: Sequence[StagedModel], image: str | None, text: str) -> Ints:
+    """The ids of a question by the tokenizers there are, which must agree, and the first model's template."""
     template, tokens = models[0].template, models[0].rules.tokens
+    pictures: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    conversation = read_messages(messages, tokens.max_images)
 
     def encode(tokenizer: Tokenizer) -> Ints:
         return prompt_ids(conversation, template, tokens, tokenizer)

@@ -1,16 +1,13 @@
-"""What a comparison of two models found: its verdict, its table, its JSON document, its plot."""
+"""What a comparison of two models found: its verdict, its table, its JSON document."""
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.row_difference import RowDifference
 from vlmdeploy.export.staged_model import Arithmetic
 from vlmdeploy.runtime import parity
-
-PLOT_TYPES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,18 @@ class ModelDiff:
             ]
         if self.is_isolated:
             names = "; ".join(f"{item.title} ({_error(item.isolated)})" for item in alone if item.isolated)
-            lines.append(f"isolated, beyond tolerance {allowed.isolated:g}: {names or 'none'}")
+            lines.append(f"isolated, beyond tolerance {allowed.isolated:g}: {names or 'none'}{self._farthest()}")
         logits = self.stages[-1].own
         if logits.top1_agreement is not None:
             lines.append(f"best token equal in {logits.top1_agreement:.1%} of rows, KL {logits.kl_nats:.3g} nats")
         return lines
+
+    def _farthest(self) -> str:
+        """The layer whose own work differs most, beyond the tolerance or not; nothing where all are equal."""
+        pairs = [(item.isolated.update_error, item) for item in self.stages if item.isolated]
+        errors = [(error, item) for error, item in pairs if error is not None and math.isfinite(error)]
+        error, item = max(errors, key=lambda pair: pair[0], default=(0.0, self.stages[0]))
+        return f"; farthest layer: {item.title}, {error:.3g} of what it adds" if error > 0 else ""
 
     def as_json(self) -> dict[str, Any]:
         """The document that `diff --json` prints; figures that are not finite are null."""
@@ -106,7 +110,7 @@ class ModelDiff:
     def columns(self) -> list[str]:
         """Titles of the table."""
         own = ["stage", "rows", "relative error", "cosine", "worst cosine", "largest error", "at row, channel"]
-        return own + (["isolated: relative error", "worst cosine"] if self.is_isolated else [])
+        return own + (["isolated: relative error", "of what is added", "worst cosine"] if self.is_isolated else [])
 
     def rows(self) -> list[list[str]]:
         """A line per stage; an error beyond the tolerance is marked."""
@@ -122,7 +126,9 @@ class ModelDiff:
             cells += [_cosine(own.cosine_mean), worst, f"{own.max_abs_error:.3g}", f"{own.max_at[0]}, {own.max_at[1]}"]
         if item.isolated is not None:
             alone = item.isolated
-            cells += [_marked(alone, self.tolerance.isolated), alone.not_finite or _cosine(alone.cosine_worst)]
+            added = "" if alone.update_error is None else f"{alone.update_error:.3g}"
+            worst = alone.not_finite or _cosine(alone.cosine_worst)
+            cells += [_marked(alone, self.tolerance.isolated), added, worst]
         return cells
 
 
@@ -142,50 +148,6 @@ def default_tolerance(a: Arithmetic, b: Arithmetic) -> DiffTolerance:
     is_half = not kinds & {"int4", "int8"}
     whole, alone = parity.end_to_end_bound_of(check, is_half), parity.bound_of(check, is_half)
     return DiffTolerance(whole.bound, alone.bound, reason)
-
-
-def check_plot(path: Path) -> None:
-    """Raise, before anything runs, where no plot can be written: ConfigError, or ModuleNotFoundError for matplotlib."""
-    if path.suffix.lower() not in PLOT_TYPES:
-        raise ConfigError(f"--plot is {path}, expected a file name that ends in {', '.join(PLOT_TYPES)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--plot is {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
-    import matplotlib  # noqa: F401
-
-
-def write_plot(diff: ModelDiff, path: Path) -> None:
-    """Draw relative error and 1 - cosine of every stage on a log axis. Raises ConfigError if it cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(8.0, 0.22 * len(diff.stages)), 5.5), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(item.stage for item in diff.stages))
-    for rows in dict.fromkeys(item.rows for item in diff.stages):
-        chosen = [item for item in diff.stages if item.rows == rows]
-        places = [names.index(item.stage) for item in chosen]
-        label = "" if rows == "all" else f", {rows} rows"
-        line = axes.plot(places, [_drawn(item.own.relative_error) for item in chosen], "o-", ms=3,
-                         label=f"relative error{label}")  # fmt: skip
-        color = line[0].get_color()
-        axes.plot(places, [_drawn(1 - item.own.cosine_mean) for item in chosen], ":", color=color,
-                  label=f"1 - cosine{label}")  # fmt: skip
-        if diff.is_isolated:
-            alone = [math.nan if item.isolated is None else item.isolated.relative_error for item in chosen]
-            axes.plot(places, [_drawn(value) for value in alone], "x", color=color, label=f"isolated{label}")
-    axes.axhline(diff.tolerance.own, color="grey", lw=1, label=f"tolerance {diff.tolerance.own:g}")
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axes.set_title(f"A: {diff.a}\nB: {diff.b}", fontsize=9, parse_math=False)
-    axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"--plot is {path}: cannot be written ({error.strerror or error})") from error
-
-
-def _drawn(value: float) -> float:
-    """A value for a log axis: nothing is drawn for 0."""
-    return value if value > 0 else math.nan
 
 
 def _is_beyond(found: RowDifference, allowed: float) -> bool:

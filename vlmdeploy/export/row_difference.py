@@ -21,7 +21,8 @@ class RowDifference:
     NaN; `not_finite` then says which and where.
 
     relative_error: |b - a| / |a| over all values; inf where a is all zeros and b is not. cosine: of a row of zeros and
-    another one 0, of two rows of zeros 1. kl_nats: mean over the rows of KL(a || b).
+    another one 0, of two rows of zeros 1. kl_nats: mean over the rows of KL(a || b). update_error: of a layer that adds
+    to its input, the error relative to what a's layer adds: a long stream hides a wrong layer from the relative error.
     """
 
     relative_error: float
@@ -33,6 +34,7 @@ class RowDifference:
     not_finite: str | None = None
     top1_agreement: float | None = None
     kl_nats: float | None = None
+    update_error: float | None = None
 
 
 @dataclass
