@@ -203,8 +203,6 @@ usable = "13GB"
 bandwidth_gb_s = 100.0
 fp16_tflops = 10
 """
-    'name = "board"\nkind = "jetson"\nmemory = "16GB"\nusable = "13GB"\nbandwidth_gb_s = 100.0\nfp16_tflops = 10\n'
-)
 
 
 def test_profile_file_is_a_device(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ THEIRS: dict[str, str] = {
     "model": "numpy torch safetensors |",
     "calib": "numpy torch safetensors PIL |",
     "train": "numpy torch safetensors tokenizers |",
-    "export": "numpy torch safetensors onnx tokenizers | onnxruntime sentencepiece jinja2",
+    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime sentencepiece jinja2 matplotlib",
     "console": "rich |",
     "cli": "click |",
 }

@@ -429,6 +429,50 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 
 
 @main.command()
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--image", help="A picture: a path or a data URL.  [default: a drawn one, or none beside --prompt]")
+@click.option("--prompt", help="A question.  [default: drawn ids]")
+@click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: names what is wrong itself.")
+@click.option("--tolerance", type=float, help="Relative error that passes.  [default: the gate's for these precisions]")
+@click.option("--plot", type=FOLDER, help="Draw the errors of all stages into this file (png, svg, pdf).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the drawn picture and ids.")
+@click.option("--fail", is_flag=True, help="Exit with status 1 if a stage is beyond the tolerance.")
+@threads_option
+@json_option
+def diff(
+    a: Path,
+    b: Path,
+    image: str | None,
+    prompt: str | None,
+    isolate: bool,
+    tolerance: float | None,
+    plot: Path | None,
+    seed: int,
+    fail: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
+    from vlmdeploy.export.diff import DiffOptions, diff_models
+    from vlmdeploy.export.diff_plot import check_plot, write_plot
+
+    if plot is not None:
+        check_plot(plot)
+    with progress_bar() as progress:
+        found = diff_models(a, b, DiffOptions(image, prompt, isolate, tolerance, threads, seed), progress)
+    if plot is not None:
+        write_plot(found, plot)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print_rows(f"A: {a}, B: {b}", found.columns(), found.rows())
+        click.echo("\n".join(found.verdict()))
+    if fail and not found.agrees:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--image", multiple=True, help="A picture: a path or a data URL.")
 @click.option("--prompt", required=True, help="The question.")

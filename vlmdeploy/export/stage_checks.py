@@ -1,28 +1,20 @@
-"""The comparisons of the gate, stage by stage: each PyTorch stage is fed with the bundle's own previous output.
+"""The comparisons of the gate, stage by stage: each PyTorch stage is fed with the bundle's own previous output."""
 
-Only half a decoder layer, one encoder layer or one step of the connector is in memory at a time.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import Progress
 from vlmdeploy.export.taps import TappedRun
-from vlmdeploy.export.weights import WeightReader
-from vlmdeploy.families.spec import ConnectorStep, ModelSpec
-from vlmdeploy.model.batch import derive_layout
-from vlmdeploy.model.connector import build_step
-from vlmdeploy.model.decoder import Decoder, DecoderLayer, LayerCache, RmsNorm, Step, causal_mask
-from vlmdeploy.model.vision import VisionEncoder, VisionLayer
+from vlmdeploy.export.torch_stages import TorchStages
+from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.model.decoder import LayerCache, Step
 from vlmdeploy.runtime import parity
-from vlmdeploy.runtime.backend import Floats
 from vlmdeploy.runtime.parity import Gate, Tolerance
 
 
@@ -31,10 +23,14 @@ class StageChecks:
     """Compares the runs of one bundle ("structure", perhaps "shipped") with PyTorch; a failure raises ParityError."""
 
     gate: Gate
-    reader: WeightReader
-    spec: ModelSpec
+    stages: TorchStages
     runs: dict[str, TappedRun]
     progress: Progress
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's geometry."""
+        return self.stages.spec
 
     @property
     def _first(self) -> TappedRun:
@@ -55,35 +51,20 @@ class StageChecks:
 
     def vision(self) -> None:
         """Patches, encoder layers by groups, then the connector step by step."""
-        current = self._embed()
+        pixels = self._first.sample.prompt.pixels
+        assert pixels is not None, "the sample has a picture"
+        patches = self.stages.patches(pixels)
+        current = self._compare("vision.embed", dict.fromkeys(self.runs, patches))
         for index in range(self.spec.vision.num_layers):
             self.progress("verify vision", index, self.spec.vision.num_layers)
-            layer = self._load(lambda: VisionLayer(self.spec.vision), f"vision.layers.{index}")
+            layer = self.stages.vision_layer(index)
             current = {check: layer(x) for check, x in current.items()}
             if f"vision.layer.{index}" in self._first.stages:
                 current = self._compare(f"vision.layer.{index}", current)
         current = {check: x[:, 1:] for check, x in current.items()}
         for step in self.spec.connector.steps:
-            module = self._load(_step_builder(step), f"connector.{step.name}")
+            module = self.stages.connector_step(step)
             current = self._compare(f"connector.{step.name}", {check: module(x) for check, x in current.items()})
-
-    def _embed(self) -> dict[str, Tensor]:
-        encoder = self._load(lambda: VisionEncoder(replace(self.spec.vision, num_layers=0)), "vision")
-        assert isinstance(encoder, VisionEncoder), "what the builder makes"
-        pixels = torch.from_numpy(self._first.sample.prompt.pixels)
-        return self._compare("vision.embed", {check: encoder.embed(pixels) for check in self.runs})
-
-    def _load(self, build: Callable[[], nn.Module], prefix: str, only: tuple[str, ...] = ()) -> nn.Module:
-        """A module with the bundle's effective weights, taken over without a copy.
-
-        `only` names the submodules that get weights; the others stay without storage.
-        """
-        with torch.device("meta"):
-            module = build()
-        names = [name for name in module.state_dict() if not only or name.split(".")[-2] in only]
-        state = {name: self.reader.effective(f"{prefix}.{name}") for name in names}
-        module.load_state_dict(state, assign=True, strict=not only)
-        return module
 
     def _compare(self, stage: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compare one stage of every run; the bundle's own values, to feed the next stage with."""
@@ -94,7 +75,7 @@ class StageChecks:
     def decoder(self) -> None:
         """Each layer over the whole sequence, decoded tokens included: hidden states, keys and values."""
         self._embedding()
-        step = self._step()
+        step = self.stages.step(self._first.ids, self._first.sample.prompt.pixels)
         for index in range(self.spec.decoder.num_layers):
             self.progress("verify decoder", index, self.spec.decoder.num_layers)
             self._decoder_layer(index, step)
@@ -104,42 +85,22 @@ class StageChecks:
         run = self._first
         is_text = np.ones(len(run.ids), np.bool_)
         is_text[: len(run.sample.prompt.ids)] = run.sample.prompt.types == 0
-        ids = [int(token) for token in run.ids[is_text]]
-        expected = np.concatenate([self.reader.effective_rows("embedding.weight", token, token + 1) for token in ids])
+        expected = self.stages.text_rows(run.ids[is_text])
         self.gate.compare("embedding", "structure", run.stages["decoder.input"][is_text], expected, parity.EMBEDDING)
 
-    def _step(self) -> Step:
-        """Positions and routing as PyTorch derives them from the ids, not as the bundle's run has them."""
-        decoder, run = Decoder(replace(self.spec.decoder, num_layers=0)), self._first
-        decoder.inv_freq = self.reader.checkpoint.inv_freq()
-        ids, pixels = torch.from_numpy(run.ids)[None], torch.from_numpy(run.sample.prompt.pixels)
-        layout = derive_layout(self.spec, ids, pixels, None, None, None)
-        return decoder.step(layout.position_ids, layout.vision_mask, causal_mask(layout.attention_mask))
-
     def _decoder_layer(self, index: int, step: Step) -> None:
-        """One layer, its attention and its MLP loaded one after the other.
-
-        The last layer's rows of the vision expert are left out: the bundle does not compute them.
-        """
+        """One layer of every run. The last layer's rows of the vision expert are left out: the bundle does not compute
+        them."""
         stage, stage_before = f"decoder.layer.{index}", f"decoder.layer.{index - 1}" if index else "decoder.input"
-        middle = {}
-        layer = self._load_layer(index, ("attention_norm", "qkv", "dense"))
-        for check, run in self.runs.items():
-            cache = LayerCache()
-            middle[check] = layer.attention_half(torch.from_numpy(run.stages[stage_before])[None], step, cache)
+        inputs = [torch.from_numpy(run.stages[stage_before]) for run in self.runs.values()]
+        outputs = dict(zip(self.runs, self.stages.decoder_layer(index, inputs, step), strict=True))
+        for check, (_, cache) in outputs.items():
             self._keys_and_values(check, index, cache)
-        del layer  # before the other half is loaded
-        layer = self._load_layer(index, ("mlp_norm", "gate_up", "down"))
         for check, run in self.runs.items():
-            expected = layer.mlp_half(middle[check], step)[0].numpy()
+            expected = outputs[check][0].numpy()
             is_last = index == self.spec.decoder.num_layers - 1
             rows = ~run.vision_mask if is_last else np.ones(len(expected), np.bool_)
             self.gate.compare(stage, check, run.stages[stage][rows], expected[rows], self._bound(check))
-
-    def _load_layer(self, index: int, modules: tuple[str, ...]) -> DecoderLayer:
-        layer = self._load(lambda: DecoderLayer(self.spec.decoder), f"decoder.layers.{index}", modules)
-        assert isinstance(layer, DecoderLayer), "what the builder makes"
-        return layer
 
     def _keys_and_values(self, check: str, index: int, cache: LayerCache) -> None:
         """Keys and values [kv_heads, seq, head_dim], the bundle's cut to the true head width."""
@@ -158,7 +119,7 @@ class StageChecks:
 
         Every row whose best token leads clearly must agree.
         """
-        norm = self._load(lambda: RmsNorm(self.spec.decoder.hidden, self.spec.decoder.norm_eps), "decoder.norm")
+        norm = self.stages.norm()
         agreement = 1.0
         for check, run in self.runs.items():
             rows = ~run.vision_mask
@@ -167,17 +128,7 @@ class StageChecks:
             self.gate.compare(
                 "decoder.norm", check, run.stages["decoder.norm"][rows], normed.numpy(), self._bound(check)
             )
-            expected = self._head(normed)
+            expected = self.stages.logits(normed)
             self.gate.compare("logits", check, run.logits, expected, self._bound(check))
             agreement = self.gate.compare_best("logits", check, run.logits, expected)
         return agreement
-
-    def _head(self, normed: Tensor) -> Floats:
-        """Logits [rows, vocab] of normed rows, the head a block of its rows at a time."""
-        blocks = self.reader.blocks("lm_head.weight")
-        parts = (torch.from_numpy(self.reader.effective_rows("lm_head.weight", *span)) for span in blocks)
-        return np.asarray(torch.cat([normed @ part.T for part in parts], 1).numpy())
-
-
-def _step_builder(step: ConnectorStep) -> Callable[[], nn.Module]:
-    return lambda: build_step(step)

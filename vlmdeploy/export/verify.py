@@ -15,9 +15,10 @@ from vlmdeploy.bundle import Manifest, StageVerdict, Verification
 from vlmdeploy.errors import ExportError, ParityError
 from vlmdeploy.export.options import Progress, with_settings
 from vlmdeploy.export.precision import PARTS, plan_precision
-from vlmdeploy.export.reference import draw_sample
+from vlmdeploy.export.reference import InputRules, draw_sample
 from vlmdeploy.export.stage_checks import StageChecks
 from vlmdeploy.export.taps import TappedRun, tapped_backend
+from vlmdeploy.export.torch_stages import TorchStages
 from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints
@@ -62,7 +63,7 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
     Raises ParityError at the first stage that differs.
     """
     manifest, gate = subject.manifest, Gate(subject.name, subject.manifest.is_half)
-    sample = draw_sample(manifest, seed)
+    sample = draw_sample(InputRules.of_bundle(manifest), seed)
     is_exact = not (manifest.is_half or subject.reader.plan.is_quantized)
     names = ("structure",) if is_exact else ("structure", "shipped")
     runs: dict[str, TappedRun] = {}
@@ -71,7 +72,7 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
         exact = check == "structure"
         runs[check] = TappedRun(subject.spec, subject.folder, manifest, sample, exact, subject.threads)
     with torch.no_grad():
-        checks = StageChecks(gate, subject.reader, subject.spec, runs, progress)
+        checks = StageChecks(gate, TorchStages(subject.reader, subject.spec), runs, progress)
         checks.preprocess(manifest)
         checks.vision()
         checks.decoder()
