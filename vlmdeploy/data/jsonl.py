@@ -100,6 +100,7 @@ def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> 
         boxes=_boxes(row, where),
         template=_optional_text(row, "template", where),
         extra=bool(_optional(row, "extra", bool, where)),
+        key=where.rpartition(":")[2],
     )
 
 
