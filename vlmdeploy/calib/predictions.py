@@ -27,6 +27,7 @@ SUFFIXES = (".tsv", ".xlsx", ".jsonl")
 PREDICTION = "prediction"
 COLUMNS = (INDEX, "image", "question", "answer", PREDICTION)  # where the data is no TSV
 LONGEST_XLSX_CELL = 32767  # characters, Excel's limit
+WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # those that a float holds exactly
 NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that XML 1.0 has not
 
 Cells: TypeAlias = Mapping[str, str]
@@ -117,24 +118,29 @@ def _write_xlsx(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
     import openpyxl
     from openpyxl.cell import WriteOnlyCell
 
-    def cell(column: str, row: Cells) -> Any:
-        text = row[column]
-        if len(text) > LONGEST_XLSX_CELL:
-            found = f'column "{column}" of index "{row[INDEX]}" has {len(text)} characters'
-            raise DataError(f"{found}, a cell of .xlsx holds {LONGEST_XLSX_CELL}: write .tsv instead")
-        if column == INDEX and has_numbers:
-            return int(text)
-        made = WriteOnlyCell(sheet, NOT_IN_XLSX.sub("\N{REPLACEMENT CHARACTER}", text))
-        made.data_type = "s"  # also what begins with "=", which is no formula here
-        return made
-
-    has_numbers = all(re.fullmatch(r"0|[1-9][0-9]{0,14}", row[INDEX]) for row in rows)
+    _check_lengths(columns, rows)  # before the sheet is begun, which cannot be left half written
+    has_numbers = all(WHOLE_NUMBER.fullmatch(row[INDEX]) for row in rows)
     workbook = openpyxl.Workbook(write_only=True)
     sheet = workbook.create_sheet("Sheet1")
-    sheet.append(columns)
+
+    def text_cell(text: str) -> Any:
+        cell = WriteOnlyCell(sheet, NOT_IN_XLSX.sub("\N{REPLACEMENT CHARACTER}", text))
+        cell.data_type = "s"  # also what begins with "=", which is no formula here
+        return cell
+
+    sheet.append([text_cell(column) for column in columns])
     for row in rows:
-        sheet.append([cell(column, row) for column in columns])
+        numbered = {INDEX: int(row[INDEX])} if has_numbers else {}
+        sheet.append([numbered.get(column, text_cell(row[column])) for column in columns])
     workbook.save(file)
+
+
+def _check_lengths(columns: list[str], rows: list[Cells]) -> None:
+    for row in rows:
+        for column in columns:
+            if len(row[column]) > LONGEST_XLSX_CELL:
+                found = f'column "{column}" of index "{row[INDEX]}" has {len(row[column])} characters'
+                raise DataError(f"{found}, a cell of .xlsx holds {LONGEST_XLSX_CELL}: write .tsv instead")
 
 
 def read_predictions(path: Path) -> dict[str, str]:
