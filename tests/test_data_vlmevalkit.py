@@ -2,6 +2,7 @@
 is wrong in one is told with file and line."""
 
 import csv
+import json
 import re
 import tracemalloc
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmark_files import Row, picture_cell, png, write_tsv
+from tests.tiny_bundle import only_json_document, run_cli, write_text_checkpoint
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import open_source
@@ -291,6 +293,20 @@ def test_rotations_of_a_question_share_a_group_and_are_drawn_together(tmp_path: 
     assert [sample.group for sample in samples[:4]] == ["0", "0", "0", "1"]
     drawn = choose(samples, per_task=2, seed=0)
     assert len(drawn) == 6 and len({sample.group for sample in drawn}) == 2
+
+
+def test_indexes_without_end_are_no_numbers(tmp_path: Path) -> None:
+    """Python refuses to read numbers of more than 4300 digits."""
+    assert only_sample(tmp_path / "mine.tsv", {**CHOICE, "index": "9" * 5000}).group is None
+
+
+def test_a_table_calibrates_a_checkpoint(tmp_path: Path) -> None:
+    ckpt = write_text_checkpoint(tmp_path / "ckpt")
+    rows = [{**OPEN, "index": number, "answer": str(["cat"] * 10)} for number in range(16)]
+    data = write_tsv(tmp_path / "TextVQA_VAL.tsv", *rows)
+    command = ("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", "--group", 16, "--json")
+    report = only_json_document(run_cli(*command, "--allow-uncalibrated"))
+    assert "rule vqa_accuracy (by the name TextVQA_VAL)" in json.dumps(report)
 
 
 def test_large_indexes_alone_are_no_rotations(tmp_path: Path) -> None:

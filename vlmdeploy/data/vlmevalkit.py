@@ -45,6 +45,7 @@ CHOOSE_LETTER_ZH = "\n请直接回答选项字母。"
 SHORT_ANSWER_COGVLM = "\nShort Answer."
 CHINESE = re.compile("[\u4e00-\u9fff]")
 IMAGE_MARK = re.compile(r"<image \d>")
+ROTATED = re.compile("[0-9]{7,15}")
 ROTATION = 10**6  # what the index of each rotation of a question is increased by
 
 
@@ -142,8 +143,7 @@ def _kind_column(rule: str, rows: tuple[TableRow, ...]) -> str | None:
 
 def _has_rotations(rows: tuple[TableRow, ...]) -> bool:
     indexes = {row.index for row in rows}
-    numbers = [int(index) for index in indexes if index.isdecimal()]
-    return any(number >= ROTATION and str(number % ROTATION) in indexes for number in numbers)
+    return any(_group(index) != index and _group(index) in indexes for index in indexes)
 
 
 def _sample(questions: QuestionSet, row: TableRow) -> Sample:
@@ -175,7 +175,7 @@ def _answers(
 ) -> tuple[str, ...]:
     """The references. Raises DataError for one that the rule can do nothing with."""
     cell = (row.text("answer") or "").strip()
-    if not cell or questions.unscored is not None:
+    if not cell:
         return ()
     if options:
         return (_checked(cell.upper(), [letter for letter, _ in options], where),)
@@ -207,7 +207,8 @@ def _image(questions: QuestionSet, row: TableRow, where: str) -> Picture | None:
 
 
 def _group(index: str) -> str:
-    return str(int(index) % ROTATION) if index.isdecimal() else index
+    """The index of the question that this is a rotation of, or its own."""
+    return str(int(index) % ROTATION) if ROTATED.fullmatch(index) else index
 
 
 def _prompt(questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str], ...], where: str) -> str:
