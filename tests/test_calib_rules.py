@@ -358,6 +358,18 @@ def test_too_few_references_for_vqa_accuracy_are_told() -> None:
         check_scorable([asked("vqa_accuracy", "", "a", "b", "c").sample])
 
 
+@pytest.mark.parametrize(
+    ("prediction", "told"),
+    [
+        (asked("yes_no", "", "Yes"), "its answer is 'Yes', expected one of yes, no"),
+        (asked("multiple_choice", "", "E", options=ANIMALS), "its answer is 'E', expected one of A, B, C, D"),
+    ],
+)
+def test_references_that_no_answer_could_meet_are_told(prediction: Prediction, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        check_scorable([prediction.sample])
+
+
 def test_unscored_questions_name_the_way_out() -> None:
     with pytest.raises(DataError, match="not scored here: write the answers with --predictions"):
         check_scorable([asked(UNSCORED, "", "a").sample])

@@ -98,9 +98,19 @@ def check_scorable(samples: Iterable[Sample]) -> None:
             raise DataError(f"{where}: task rec has {len(sample.boxes)} boxes, expected a picture and one box in it")
         if sample.task != "rec" and not sample.references:
             raise DataError(f"{where}: has no reference answer")
+        if sample.task == "yes_no":
+            _check_reference(sample, ("yes", "no"), where)
+        if sample.task == "multiple_choice" and sample.options:
+            _check_reference(sample, [letter for letter, _ in sample.options], where)
         if sample.task == "vqa_accuracy" and len(sample.references) < LEAST_REFERENCES:
             found = f"has {len(sample.references)} reference answers"
             raise DataError(f"{where}: {found}, task vqa_accuracy wants those of {LEAST_REFERENCES} people or more")
+
+
+def _check_reference(sample: Sample, expected: Sequence[str], where: str) -> None:
+    for reference in sample.references:
+        if reference not in expected:
+            raise DataError(f"{where}: its answer is {reference[:80]!r}, expected one of {', '.join(expected)}")
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
