@@ -35,6 +35,7 @@ from vlmdeploy.calib.routed import HessianKind
 from vlmdeploy.calib.solver import GptqSolver, Problem, Solver, measured_report
 from vlmdeploy.data.balance import draw_samples
 from vlmdeploy.data.jsonl import read_samples
+from vlmdeploy.data.samples import Picture
 from vlmdeploy.export.precision import plan_precision
 from vlmdeploy.export.tokenizer import import_tokenizer
 from vlmdeploy.model.batch import derive_layout
@@ -176,7 +177,7 @@ class Judge:
         return Damage(1e3 * float(divergences.mean()), 1e3 * error, float(worst.sum() / divergences.sum()))
 
     @torch.no_grad()
-    def _log_probabilities(self, model: VisionLanguageModel, image_rows: dict[Path, Tensor]) -> Tensor:
+    def _log_probabilities(self, model: VisionLanguageModel, image_rows: dict[Picture, Tensor]) -> Tensor:
         """float64 [answer tokens, vocab]."""
         results: dict[int, Tensor] = {}
         for places in _batches_of_equal_length(self.samples):
@@ -194,7 +195,7 @@ class Judge:
 
 
 @torch.no_grad()
-def _image_rows(model: VisionLanguageModel, samples: Sequence[CalibrationSample]) -> dict[Path, Tensor]:
+def _image_rows(model: VisionLanguageModel, samples: Sequence[CalibrationSample]) -> dict[Picture, Tensor]:
     paths = list(dict.fromkeys(sample.image for sample in samples if sample.image))
     return {path: model.encode_images(torch.from_numpy(read_pixels(path, model.spec))[None])[0] for path in paths}
 

@@ -97,6 +97,13 @@ def test_a_question_without_a_reference_is_read(tmp_path: Path) -> None:
     assert sample.answer is None
 
 
+def test_a_question_may_have_several_answers_or_options(tmp_path: Path) -> None:
+    several = without("answer") | {"answers": ["three", "3", "3"]}
+    first, second = read_samples(write(tmp_path, several, changed(options={"B": "many", "A": "few"}, answer="B")))
+    assert (first.answer, first.references) == ("3", ("three", "3", "3"))
+    assert (second.options, second.references) == ((("A", "few"), ("B", "many")), ("B",))
+
+
 def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     folder = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r", b"", b"  ", ROW)
     assert len(list(read_samples(folder))) == 2
@@ -130,6 +137,14 @@ def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
         (b'{"messages": ' + b"[" * 20000, "JSON nested without end"),
         (changed(extra="yes"), '"extra" is "yes", expected true or false'),
         (changed(boxes={}), '"boxes" is {}, expected a list'),
+        (changed(answers=["3"]), '"answers" is ["3"], expected a list of strings, in place of "answer"'),
+        (without("answer") | {"answers": []}, '"answers" is [], expected a list of strings'),
+        (without("answer") | {"answers": ["3", 3]}, '"answers" is ["3", 3], expected a list of strings'),
+        (without("answer") | {"answers": "3"}, '"answers" is "3", expected a list'),
+        (without("answer") | {"answers": ["\ud800"]}, '"answers" is not valid UTF-8'),
+        (changed(options=["3"]), '"options" is ["3"], expected an object'),
+        (changed(options={"AB": "3"}), '"options" has {"AB": "3"}, expected a letter from A to Z'),
+        (changed(options={"A": 3}), '"options" has {"A": 3}, expected a letter from A to Z and a string'),
         (changed(boxes=[[1, 2, 3]]), "a box is [1, 2, 3]"),
         (changed(boxes=[[1, 2, 3, True]]), "a box is [1, 2, 3, true]"),
         (changed(boxes=[[1, 2, 3, float("nan")]]), "a box is [1, 2, 3, NaN]"),

@@ -73,7 +73,7 @@ def test_one_folder_of_the_set_is_a_root(tmp_path: Path, name: str) -> None:
 def test_pictures_may_be_of_another_format(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / SINGLE, "00000001", talk("?", "!"), suffix=suffix)
     (sample,) = read_samples(tmp_path)
-    assert sample.image is not None and sample.image.suffix == suffix
+    assert isinstance(sample.image, Path) and sample.image.suffix == suffix
 
 
 def test_of_two_languages_the_wanted_one_is_read(tmp_path: Path) -> None:

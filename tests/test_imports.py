@@ -32,7 +32,7 @@ OURS: dict[str, set[str]] = {
     "quant": {"errors"},
     "kernels": {"errors"},
     "runtime": {"bundle", "layout", "sizes", "errors"},
-    "data": {"runtime.image", "runtime.chat", "bundle", "errors"},
+    "data": {"runtime.image", "runtime.chat", "runtime.boxes", "bundle", "errors"},
     "model": {"families", "kernels", "quant", "layout", "bundle", "errors"},
     "calib": {
         "model", "families", "data", "quant", "runtime", "export", "devices", "layout", "artifact", "bundle", "sizes",
@@ -60,7 +60,7 @@ THEIRS: dict[str, str] = {
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
     "model": "numpy torch safetensors |",
-    "calib": "numpy torch safetensors PIL |",
+    "calib": "numpy torch safetensors PIL | openpyxl",
     "train": "numpy torch safetensors tokenizers |",
     "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime sentencepiece jinja2 matplotlib",
     "console": "rich |",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import click
 
@@ -28,7 +28,11 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "jinja2": "report",
     "matplotlib": "report",
+    "openpyxl": "report",
 }  # what brings a module, where it is not the toolchain
+RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
+PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
+PROMPT = click.Choice(["vlmevalkit", "cogvlm", "bare"])
 FOLDER = click.Path(path_type=Path)
 
 
@@ -130,44 +134,70 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
         click.echo(f"{out}: {result.message}")
 
 
+def question_options(command: Command) -> Command:
+    """The options that say how questions of VLMEvalKit tables and RefCOCO files are put and scored."""
+    from_set = "Scoring rule of a VLMEvalKit TSV.  [default: by the data set's name, else by its columns]"
+    options = (
+        click.option("--rule", type=click.Choice(RULES), help=from_set),
+        click.option("--split", help="Only the rows of this split.  [default: all]"),
+        click.option(
+            "--prompt", type=PROMPT, default="vlmevalkit", help="How a TSV's questions are put; docs/evaluation.md."
+        ),
+        click.option("--first-picture", is_flag=True, help="Of a question's several pictures show the first."),
+        click.option("--images", type=FOLDER, help="Pictures named by path.  [default: beside the data]"),
+        click.option("--grounding-prompt", help="How a RefCOCO phrase, <expr>, is asked for."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.option("--ckpt", type=FOLDER, help="A checkpoint, run in PyTorch.")
 @click.option("--bundle", type=FOLDER, help="A bundle, run in its runtime.")
-@click.option("--data", type=FOLDER, required=True, help="A JSONL file, or a folder with data.jsonl.")
-@click.option("--per-task", type=click.IntRange(min=1), help="At most this many items of each task.")
-@click.option("--seed", type=int, default=0, help="Which items --per-task takes.")
+@click.option("--from-predictions", type=FOLDER, help="A file of answers: nothing is run.")
+@click.option("--data", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, VLMEvalKit TSV, or RefCOCO.")
+@click.option("--per-task", type=click.IntRange(min=1), help="At most this many questions of each task.")
+@click.option("--seed", type=int, default=0, help="Which questions --per-task takes.")
 @click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: equal answers are counted.")
+@question_options
+@click.option("--predictions", type=FOLDER, help="Write the answers there too: .tsv, .xlsx or .jsonl.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer.")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @provider_option
 @threads_option
+@click.option("--force", is_flag=True, help="Replace an existing file of answers.")
 @json_option
 def validate(
     ckpt: Path | None,
     bundle: Path | None,
-    data: Path,
-    per_task: int | None,
-    seed: int,
+    from_predictions: Path | None,
     compare: tuple[Path, ...],
-    template: str | None,
-    tokenizer: Path | None,
-    provider: str | None,
-    threads: int | None,
     as_json: bool,
+    rule: str | None,
+    split: str | None,
+    prompt: PromptStyle,
+    first_picture: bool,
+    images: Path | None,
+    grounding_prompt: str | None,
+    **options: Any,
 ) -> None:
-    """Score a checkpoint or a bundle on a data set, with 95 % intervals."""
+    """Score a checkpoint, a bundle or a file of answers on a data set, with 95 % intervals."""
     from vlmdeploy.calib.scorecard import ScoreOptions, score_models
+    from vlmdeploy.data.questions import GROUNDING_PROMPT, QuestionOptions
 
-    given = tuple(model for model in (ckpt, bundle) if model is not None)
+    given = tuple(model for model in (ckpt, bundle, from_predictions) if model is not None)
     if len(given) != 1:
-        raise click.UsageError("give one of --ckpt and --bundle")
-    options = ScoreOptions(data, per_task, seed, template, tokenizer, threads, provider)
+        raise click.UsageError("give one of --ckpt and --bundle, or --from-predictions")
+    ask = GROUNDING_PROMPT if grounding_prompt is None else grounding_prompt
+    questions = QuestionOptions(rule, prompt, split, first_picture, images, ask)
     with progress_bar() as progress:
-        card = score_models((*given, *compare), options, progress)
+        card = score_models((*given, *compare), ScoreOptions(questions=questions, **options), progress)
     if as_json:
         print_json(card.as_json())
     else:
-        print_rows(card.data, card.columns(), card.rows())
+        print_rows(card.source, card.columns(), card.rows())
 
 
 def calibration_options(command: Command) -> Command:
@@ -254,7 +284,7 @@ def plan(
 
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint folder.")
-@click.option("--calib", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, SFT-311K root, or pictures.")
+@click.option("--calib", type=FOLDER, required=True, help="JSONL, VLMEvalKit TSV, RefCOCO, SFT-311K root, or pictures.")
 @click.option("--out", type=FOLDER, required=True, help="The quantized checkpoint folder to write.")
 @calibration_options
 @click.option("--select", type=click.Choice(["random", "perplexity"]), default="random", help="How samples are drawn.")

@@ -7,13 +7,12 @@ Hessian, they judge.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.calib.activations import Ints
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Bools, position_ids, token_types_of, vision_expert_mask
@@ -32,7 +31,7 @@ class CalibrationSample:
     """
 
     name: str
-    image: Path | None
+    image: Picture | None
     ids: Ints
     types: Ints
     positions: Ints
@@ -98,7 +97,7 @@ def read_calibration_sample(
     return _with_layout(name, sample.image, ids, len(prompt), spec)
 
 
-def _with_layout(name: str, image: Path | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
+def _with_layout(name: str, image: Picture | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
     types = token_types_of(ids, spec.tokens, has_image=image is not None)
     positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
     mask = vision_expert_mask(types[None], spec.tokens)[0]
@@ -142,7 +141,7 @@ def prompt_tokens(samples: Sequence[CalibrationSample]) -> Tokens:
 class Pictures:
     """The different pictures of the samples, in the order of their first use, and which are held out."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Picture, ...]
     held_out: Bools
 
     def tokens(self, rows_each: int) -> Tokens:
@@ -154,13 +153,13 @@ class Pictures:
 
 def pictures_of(samples: Iterable[CalibrationSample]) -> Pictures:
     """Every picture once."""
-    held: dict[Path, bool] = {}
+    held: dict[Picture, bool] = {}
     for sample in samples:
         if sample.image is not None:
             held[sample.image] = sample.held_out
     return Pictures(tuple(held), np.array(list(held.values()), np.bool_))
 
 
-def read_pixels(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
+def read_pixels(path: Picture, spec: ModelSpec) -> NDArray[np.float32]:
     """A picture as the encoder takes it, float32 [3, S, S]."""
     return preprocess(load_image(path), spec.image)

@@ -26,7 +26,7 @@ from vlmdeploy.calib.routed import HessianKind
 from vlmdeploy.calib.solver import GptqSolver
 from vlmdeploy.calib.state import SETTINGS, first_difference, unfinished_settings
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
 from vlmdeploy.errors import CalibrationError, ConfigError, DataError
 from vlmdeploy.export.options import Progress, with_settings
@@ -300,7 +300,7 @@ def all_settings(
 
 def _samples_hash(samples: tuple[CalibrationSample, ...]) -> str:
     """SHA-256 over prompts and picture files."""
-    digest, pictures = hashlib.sha256(), dict[Path, bytes]()
+    digest, pictures = hashlib.sha256(), dict[Picture, bytes]()
     for sample in samples:
         digest.update(sample.ids.tobytes())
         if sample.image is not None:

@@ -7,18 +7,37 @@ from typing import Any
 
 import vlmdeploy
 from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.calib.predictions import (
+    PredictionsAnswerer,
+    check_output,
+    is_predictions,
+    output_paths,
+    write_predictions,
+)
 from vlmdeploy.calib.scoring import Score, Scores, as_json, paired_differences
-from vlmdeploy.calib.validate import Answerer, BundleAnswerer, Validation, agreement, validate
-from vlmdeploy.data.jsonl import find_rows, read_samples
-from vlmdeploy.data.samples import choose
-from vlmdeploy.errors import ConfigError
+from vlmdeploy.calib.validate import (
+    MAX_NEW_TOKENS,
+    Answerer,
+    BundleAnswerer,
+    Validation,
+    agreement,
+    answer_all,
+    validate,
+)
+from vlmdeploy.data.questions import QuestionOptions
+from vlmdeploy.data.samples import Sample, choose
+from vlmdeploy.data.source import DataSource, open_source
+from vlmdeploy.errors import ConfigError, DataError
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is asked: rows of `data`, at most `per_task` of each task (None: all), drawn with `seed`."""
+    """What is asked: rows of `data`, at most `per_task` of each task (None: all), drawn with `seed`.
+
+    predictions: where the answers are written too; None: nowhere.
+    """
 
     data: Path
     per_task: int | None = None
@@ -27,15 +46,24 @@ class ScoreOptions:
     tokenizer: Path | None = None
     threads: int | None = None
     provider: str | None = None  # of bundles; None: what each was made for
+    questions: QuestionOptions | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    predictions: Path | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The scores of models that were asked the same questions; the others are compared with the first."""
+    """The scores of models that were asked the same questions; the others are compared with the first.
+
+    source: what the data was taken for, and by which rule it was scored. written: files of answers, one of each model.
+    """
 
     data: str
     models: tuple[str, ...]
     validations: tuple[Validation, ...]
+    source: str = ""
+    written: tuple[str, ...] = ()
 
     def equal_answers(self) -> tuple[Score, ...]:
         """For each other model, the share of questions that it answered with the first one's token ids."""
@@ -48,7 +76,10 @@ class Scorecard:
 
     def as_json(self) -> dict[str, Any]:
         """The document that `validate --json` prints."""
-        document: dict[str, Any] = {"model": self.models[0], "data": self.data, **as_json(self.validations[0].scores)}
+        document: dict[str, Any] = {"model": self.models[0], "data": self.data, "source": self.source}
+        document |= as_json(self.validations[0].scores)
+        if self.written:
+            document["predictions"] = list(self.written)
         others = zip(self.models[1:], self.validations[1:], self.equal_answers(), self.differences(), strict=True)
         compared = [
             {
@@ -71,6 +102,8 @@ class Scorecard:
         rows += self._difference_rows()
         if equal := self.equal_answers():
             rows.append(["equal answers", str(equal[0].count), "", *map(_interval, equal)])
+        if self.written:
+            rows.append(["answers written to", str(len(self.validations[0].predictions)), *self.written])
         return rows
 
     def _difference_rows(self) -> list[list[str]]:
@@ -95,19 +128,42 @@ def _points(score: Score) -> str:
 
 
 def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Progress) -> Scorecard:
-    """Ask models (checkpoints or bundles) the same questions. Raises DataError and what opening them raises."""
-    rows = find_rows(options.data)
-    samples = list(read_samples(options.data))
+    """Ask models (checkpoints, bundles or files of answers) the same questions.
+
+    Raises DataError, also where the questions cannot be scored and no answers are to be written, ExportError if answers
+    may not be written there, and what opening the models raises.
+    """
+    outputs = [] if options.predictions is None else output_paths(options.predictions, models)
+    for path in outputs:
+        check_output(path, options.force)
+    source = open_source(options.data, options=options.questions, to_score=True)
+    samples = list(source.samples())
     if options.per_task is not None:
         samples = choose(samples, options.per_task, options.seed)
+    unscored = None if source.questions is None else source.questions.unscored
+    if unscored is not None and not outputs:
+        raise DataError(f"{source.path}: {unscored}: --predictions FILE writes the answers without scoring them")
     validations = []
-    for model in models:
+    for place, model in enumerate(models):
         report = _reporter(progress, str(model), len(samples))
         answerer = open_answerer(model, options)
-        validations.append(validate(answerer, samples, report))
+        validations.append(_ask(answerer, samples, report, is_scored=unscored is None))
         if isinstance(answerer, BundleAnswerer):
             answerer.close()  # the next one may need the memory
-    return Scorecard(str(rows), tuple(map(str, models)), tuple(validations))
+        if outputs:
+            write_predictions(outputs[place], source, validations[-1].predictions)
+    return _scorecard(source, models, validations, outputs)
+
+
+def _ask(answerer: Answerer, samples: list[Sample], report: Callable[[int], None], is_scored: bool) -> Validation:
+    return validate(answerer, samples, report) if is_scored else Validation({}, answer_all(answerer, samples, report))
+
+
+def _scorecard(
+    source: DataSource, models: tuple[Path, ...], validations: list[Validation], outputs: list[Path]
+) -> Scorecard:
+    names, written = tuple(map(str, models)), tuple(map(str, outputs))
+    return Scorecard(str(source.path), names, tuple(validations), source.description, written)
 
 
 def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -115,11 +171,12 @@ def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], Non
 
 
 def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
-    """A bundle's runtime, or a checkpoint in PyTorch; which one, its files tell."""
+    """A bundle's runtime, a checkpoint in PyTorch, or a file of answers; which one, its files tell."""
+    if is_predictions(model):
+        return PredictionsAnswerer(model)
     if (model / MANIFEST_NAME).is_file():
-        return BundleAnswerer(
-            vlmdeploy.open(model, provider=options.provider, threads=options.threads), template=options.template
-        )
+        session = vlmdeploy.open(model, provider=options.provider, threads=options.threads)
+        return BundleAnswerer(session, options.max_new_tokens, options.template)
     from vlmdeploy.calib.torch_answerer import TorchAnswerer
     from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
     from vlmdeploy.runtime.chat import Tokenizer
@@ -128,4 +185,5 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     if source is None:
         raise ConfigError(f"{model}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
     tokenizer = Tokenizer(import_tokenizer(source))
-    return TorchAnswerer(vlmdeploy.load_model(model), tokenizer, template=options.template)
+    checkpoint = vlmdeploy.load_model(model)
+    return TorchAnswerer(checkpoint, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template)

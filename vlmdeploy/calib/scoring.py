@@ -1,23 +1,40 @@
 """The one definition of every metric, for training, validation of checkpoints and validation of bundles.
 
-Texts are compared lower-cased, every run of white space as one space, none at the ends; nothing else is forgiven.
-  vqa, reg   exact_match      share of answers equal to the reference
+Texts are compared lower-cased, every run of white space as one space, none at the ends; nothing else is forgiven,
+except where a benchmark's own rule does (`text_rules`, `choices`).
+  vqa, reg   exact_match      share of answers equal to the reference, or to one of them
   caption    exact_match and token_f1, the harmonic mean of precision and recall over words, repeated words counted
   rec        acc@0.5          share of answers whose first box has an IoU of at least 0.5 with the reference
              mean_iou         that IoU, 0 without a box
              parse_rate       share of answers in which a box can be read
-A task's value is the unweighted mean over its kinds, `extra` rows left out (unless the task has no others); where a
-task has several kinds, each one stands beside it as metric/kind. Intervals hold 95 %: Wilson's for a share of
-questions, a bootstrap over pictures for the rest, because questions about one picture share their luck.
+  yes_no     accuracy         share of answers that say yes where yes is right, or no where no is
+             parse_rate       share in which one of the two words can be read
+             of the set: precision, recall and f1 of yes
+  multiple_choice  accuracy   share of answers that choose the right option; without options: that quote the reference
+             parse_rate       share in which a choice can be read
+             of the set: circular_accuracy, share of questions with all rotations right, where there are rotations
+  vqa_accuracy, anls, relaxed_accuracy, exact_match   the metric of that name, of TextVQA, DocVQA, ChartQA, OCRVQA
+  ocrbench   contains         share of answers that contain a reference; times 1000 it is OCRBench's score
+A task's value is the unweighted mean over its kinds, `extra` rows left out (unless the task has no others), and for the
+tasks from yes_no on the mean over all questions, as those benchmarks want it; where a task has several kinds, each one
+stands beside it as metric/kind. Intervals hold 95 %: Wilson's for a share of questions, a bootstrap over pictures for
+the rest, because questions about one picture share their luck. Metrics of the set have no value for a single answer.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from vlmdeploy.calib.choices import chosen_option, meets_open_question, said_yes_or_no
+from vlmdeploy.calib.intervals import bootstrap_interval as bootstrap_interval
+from vlmdeploy.calib.intervals import wilson_interval as wilson_interval
+from vlmdeploy.calib.set_scores import all_right, yes_scores
+from vlmdeploy.calib.text_rules import anls, contains_answer, relaxed_accuracy, stripped_match, vqa_accuracy
+from vlmdeploy.data.questions import UNSCORED
 from vlmdeploy.data.samples import PixelBox, Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.boxes import parse_boxes
@@ -27,12 +44,21 @@ TASK_METRICS = {
     "rec": ("acc@0.5", "mean_iou", "parse_rate"),
     "reg": ("exact_match",),
     "caption": ("exact_match", "token_f1"),
+    "yes_no": ("accuracy", "parse_rate"),
+    "multiple_choice": ("accuracy", "parse_rate"),
+    "vqa_accuracy": ("vqa_accuracy",),
+    "anls": ("anls",),
+    "relaxed_accuracy": ("relaxed_accuracy",),
+    "ocrbench": ("contains",),
+    "exact_match": ("exact_match",),
 }
-SHARES = frozenset(("exact_match", "acc@0.5", "parse_rate"))  # metrics that are 0 or 1 for one answer
+MEANS_OVER_KINDS = frozenset(("vqa", "rec", "reg", "caption"))
+SHARES = frozenset(  # metrics that are 0 or 1 for one answer
+    ("exact_match", "acc@0.5", "parse_rate", "accuracy", "relaxed_accuracy", "contains")
+)
 IOU_THRESHOLD = 0.5
-Z_95 = 1.959964
-NUM_RESAMPLES = 1000
-BOOTSTRAP_SEED = 0
+LEAST_REFERENCES = 4  # of vqa_accuracy: three others must agree
+FORMULAS = "Handwritten Mathematical Expression Recognition"  # OCRBench's category in which spaces do not count
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,13 +89,28 @@ class Prediction:
 def check_scorable(samples: Iterable[Sample]) -> None:
     """Raise DataError, naming the first sample that cannot be scored: unknown task, or no reference."""
     for sample in samples:
+        if sample.task == UNSCORED:
+            raise DataError("these questions are not scored here: write the answers with --predictions FILE")
         where = f"question {sample.turns[-1].user!r} about {sample.image}"
         if sample.task not in TASK_METRICS:
             raise DataError(f'{where}: task "{sample.task}" has no metric; known: {", ".join(TASK_METRICS)}')
         if sample.task == "rec" and (sample.image is None or len(sample.boxes) != 1):
             raise DataError(f"{where}: task rec has {len(sample.boxes)} boxes, expected a picture and one box in it")
-        if sample.task != "rec" and sample.answer is None:
+        if sample.task != "rec" and not sample.references:
             raise DataError(f"{where}: has no reference answer")
+        if sample.task == "yes_no":
+            _check_reference(sample, ("yes", "no"), where)
+        if sample.task == "multiple_choice" and sample.options:
+            _check_reference(sample, [letter for letter, _ in sample.options], where)
+        if sample.task == "vqa_accuracy" and len(sample.references) < LEAST_REFERENCES:
+            found = f"has {len(sample.references)} reference answers"
+            raise DataError(f"{where}: {found}, task vqa_accuracy wants those of {LEAST_REFERENCES} people or more")
+
+
+def _check_reference(sample: Sample, expected: Sequence[str], where: str) -> None:
+    for reference in sample.references:
+        if reference not in expected:
+            raise DataError(f"{where}: its answer is {reference[:80]!r}, expected one of {', '.join(expected)}")
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
@@ -84,6 +125,7 @@ def score(predictions: Sequence[Prediction]) -> Scores:
             for metric in metrics:
                 values = np.array([each[metric] for each in measured])
                 scores[task].update(_task_scores(metric, of_task, values))
+            scores[task].update(_set_scores(of_task, measured))
     return scores
 
 
@@ -113,7 +155,9 @@ def _difference(samples: Sequence[Sample], values: Floats) -> Score:
 
 
 def _counted_strata(samples: Sequence[Sample]) -> list[list[int]]:
-    """Places of the samples that enter a task's own value, kind by kind."""
+    """Places of the samples of one task that enter its value: kind by kind, or in one where kinds do not count."""
+    if samples[0].task not in MEANS_OVER_KINDS:
+        return [list(range(len(samples)))]
     kinds: dict[str, list[int]] = defaultdict(list)
     counted: dict[str, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
@@ -131,14 +175,41 @@ def as_json(scores: Scores) -> dict[str, dict[str, dict[str, dict[str, float]]]]
 
 def measure(prediction: Prediction) -> dict[str, float]:
     """The metrics of one answer, each 0..1, by the name they have in TASK_METRICS."""
+    return MEASURES[prediction.sample.task](prediction)
+
+
+def _measure_match(prediction: Prediction) -> dict[str, float]:
+    return {"exact_match": float(any(exact_match(prediction.text, each) for each in prediction.sample.references))}
+
+
+def _measure_caption(prediction: Prediction) -> dict[str, float]:
+    f1 = max(token_f1(prediction.text, reference) for reference in prediction.sample.references)
+    return _measure_match(prediction) | {"token_f1": f1}
+
+
+def _measure_yes_no(prediction: Prediction) -> dict[str, float]:
+    said = said_yes_or_no(prediction.text)
+    return {"accuracy": float(said in prediction.sample.references), "parse_rate": float(said is not None)}
+
+
+def _measure_choice(prediction: Prediction) -> dict[str, float]:
     sample, text = prediction.sample, prediction.text
-    if sample.task == "rec":
-        return _measure_box(prediction)
-    assert sample.answer is not None, "check_scorable let no sample pass without a reference"
-    measured = {"exact_match": float(exact_match(text, sample.answer))}
-    if sample.task == "caption":
-        measured["token_f1"] = token_f1(text, sample.answer)
-    return measured
+    if not sample.options:
+        return {
+            "accuracy": float(meets_open_question(text, sample.references)),
+            "parse_rate": float(bool(text.strip())),
+        }
+    chosen = chosen_option(text, sample.options)
+    return {"accuracy": float(chosen in sample.references), "parse_rate": float(chosen is not None)}
+
+
+def _measure_formula_or_text(prediction: Prediction) -> dict[str, float]:
+    sample = prediction.sample
+    return {"contains": contains_answer(prediction.text, sample.references, is_formula=sample.kind == FORMULAS)}
+
+
+def _measure_text(name: str, rule: Callable[[str, Sequence[str]], float], prediction: Prediction) -> dict[str, float]:
+    return {name: rule(prediction.text, prediction.sample.references)}
 
 
 def _measure_box(prediction: Prediction) -> dict[str, float]:
@@ -146,6 +217,21 @@ def _measure_box(prediction: Prediction) -> dict[str, float]:
     boxes = parse_boxes(prediction.text, *prediction.size_px)
     iou = box_iou(boxes[0].pixels, prediction.sample.boxes[0]) if boxes else 0.0
     return {"acc@0.5": float(iou >= IOU_THRESHOLD), "mean_iou": iou, "parse_rate": float(bool(boxes))}
+
+
+MEASURES: dict[str, Callable[[Prediction], dict[str, float]]] = {
+    "vqa": _measure_match,
+    "rec": _measure_box,
+    "reg": _measure_match,
+    "caption": _measure_caption,
+    "yes_no": _measure_yes_no,
+    "multiple_choice": _measure_choice,
+    "vqa_accuracy": partial(_measure_text, "vqa_accuracy", vqa_accuracy),
+    "anls": partial(_measure_text, "anls", anls),
+    "relaxed_accuracy": partial(_measure_text, "relaxed_accuracy", relaxed_accuracy),
+    "ocrbench": _measure_formula_or_text,
+    "exact_match": partial(_measure_text, "exact_match", stripped_match),
+}
 
 
 def normalized(text: str) -> str:
@@ -203,40 +289,24 @@ def _score(metric: str, samples: Sequence[Sample], values: Floats, strata: list[
     return Score(value, *interval, count)
 
 
+def _set_scores(predictions: Sequence[Prediction], measured: Sequence[dict[str, float]]) -> dict[str, Score]:
+    """What the answers of one task are worth together; empty where its task has no such metric."""
+    samples = [prediction.sample for prediction in predictions]
+    if samples[0].task == "yes_no":
+        is_yes = np.array(["yes" in sample.references for sample in samples])
+        said_yes = np.array([said_yes_or_no(prediction.text) == "yes" for prediction in predictions])
+        found = yes_scores(is_yes, said_yes, _picture_numbers(samples))
+        return {name: Score(*values, len(samples)) for name, values in found.items()}
+    groups = [sample.group for sample in samples if sample.group is not None]
+    if not groups:
+        return {}
+    assert len(groups) == len(samples), "a set of questions is rotated as a whole"
+    values, count = all_right([each["accuracy"] == 1 for each in measured], groups)
+    return {"circular_accuracy": Score(*values, count)}
+
+
 def _picture_numbers(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """For each sample the number of its picture, int64 [n]; a sample without one has a number of its own."""
     numbers: dict[object, int] = {}
     keys = [sample.image if sample.image is not None else place for place, sample in enumerate(samples)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-
-
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share; (0, 1) for no trials."""
-    if count == 0:
-        return 0.0, 1.0
-    share, spread = successes / count, Z_95**2 / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z_95 / (1 + spread) * float(np.sqrt(share * (1 - share) / count + spread / (4 * count)))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # at 0 and 1 rounding would bite
-
-
-def bootstrap_interval(strata: Sequence[Floats], groups: Sequence[npt.NDArray[np.int64]]) -> tuple[float, float]:
-    """95 % percentile interval of the unweighted mean of the strata's means, whole groups being resampled.
-
-    strata: values [n_s] of each; groups: int64 [n_s], equal numbers for values that are not independent. Seeded.
-    A stratum that a resample happens to miss does not enter that resample's mean.
-    """
-    names = np.unique(np.concatenate(groups))
-    sums, counts = np.zeros((2, len(names), len(strata)))
-    for column, (values, group) in enumerate(zip(strata, groups, strict=True)):
-        members = np.searchsorted(names, group)
-        np.add.at(sums[:, column], members, values)
-        np.add.at(counts[:, column], members, 1)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    means = []
-    for _ in range(NUM_RESAMPLES):
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))  # each group was drawn
-        totals = times @ counts  # [strata]
-        means.append(float(np.mean((times @ sums)[totals > 0] / totals[totals > 0])))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)

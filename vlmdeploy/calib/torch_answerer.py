@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vlmdeploy.calib.scoring import Prediction
 from vlmdeploy.calib.validate import MAX_NEW_TOKENS, Question, QuestionMaker
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import token_types_of
 from vlmdeploy.model.batch import Layout, derive_layout
@@ -60,18 +59,18 @@ class TorchAnswerer:
             new_ids.update(zip(places, answers, strict=True))
         return [self._maker.prediction(question, new_ids[place]) for place, question in enumerate(questions)]
 
-    def _encode_pictures(self, questions: Sequence[Question]) -> dict[Path, Tensor]:
+    def _encode_pictures(self, questions: Sequence[Question]) -> dict[Picture, Tensor]:
         """The decoder rows [rows, hidden] of every picture that is asked about."""
         pictures = {question.sample.image: question.picture for question in questions}
         found = [(path, picture) for path, picture in pictures.items() if path is not None and picture is not None]
-        image_rows: dict[Path, Tensor] = {}
+        image_rows: dict[Picture, Tensor] = {}
         for batch in _batches(found, self._batch_size):
             pixels = torch.from_numpy(np.stack([picture.pixels for _, picture in batch]))
             encoded = self._model.encode_images(pixels.to(self._device))
             image_rows.update(zip([path for path, _ in batch], encoded, strict=True))
         return image_rows
 
-    def _generate(self, batch: Sequence[Question], image_rows: dict[Path, Tensor]) -> list[list[int]]:
+    def _generate(self, batch: Sequence[Question], image_rows: dict[Picture, Tensor]) -> list[list[int]]:
         """New ids of every prompt; image_rows [rows, hidden] of each picture."""
         limits = [self._limit(question) for question in batch]
         ids, layout = self._padded(batch)

@@ -6,7 +6,6 @@ question by question. Torch-free, so that a bundle can be validated where it run
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from vlmdeploy.bundle import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.calib.scoring import Prediction, Score, Scores, check_scorable, score, wilson_interval
+from vlmdeploy.data.samples import Picture as DataPicture
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.layout import Ints
@@ -48,24 +48,36 @@ def validate(
     if not samples:
         raise DataError("there are no samples to validate on")
     check_scorable(samples)
+    predictions = answer_all(answerer, samples, progress)
+    return Validation(score(predictions), predictions)
+
+
+def answer_all(
+    answerer: Answerer, samples: Sequence[Sample], progress: Callable[[int], None] | None = None
+) -> tuple[Prediction, ...]:
+    """Answer all samples, scored or not; `progress` is told the number answered so far."""
     predictions: list[Prediction] = []
     for prediction in answerer.answers(samples):
         predictions.append(prediction)
         if progress is not None:
             progress(len(predictions))
-    return Validation(score(predictions), tuple(predictions))
+    return tuple(predictions)
 
 
 def agreement(a: Validation, b: Validation) -> Score:
-    """Share of questions to which both gave the same token ids, with Wilson's interval.
+    """Share of questions to which both gave the same ids, or texts where ids are not known, with Wilson's interval.
 
     Raises DataError if they were not asked the same questions in the same order.
     """
     asked_a, asked_b = ([prediction.sample for prediction in each.predictions] for each in (a, b))
     if asked_a != asked_b:
         raise DataError(f"the validations have other samples ({len(asked_a)} and {len(asked_b)}): nothing to compare")
-    equal = sum(one.ids == other.ids for one, other in zip(a.predictions, b.predictions, strict=True))
+    equal = sum(_is_same(one, other) for one, other in zip(a.predictions, b.predictions, strict=True))
     return Score(equal / len(asked_a), *wilson_interval(equal, len(asked_a)), len(asked_a))
+
+
+def _is_same(a: Prediction, b: Prediction) -> bool:
+    return a.ids == b.ids if a.ids and b.ids else a.text.strip() == b.text.strip()
 
 
 class PromptRules(Protocol):
@@ -115,7 +127,7 @@ class QuestionMaker:
         self._rules = rules
         self._tokenizer = tokenizer
         self._template = template or rules.default_template
-        self._last: tuple[Path, Picture] | None = None
+        self._last: tuple[DataPicture, Picture] | None = None
 
     def question(self, sample: Sample) -> Question:
         """The sample's prompt and picture. Raises DataError on a bad picture, PromptError on an unknown template."""
@@ -137,10 +149,10 @@ class QuestionMaker:
         known = ", ".join(template.name for template in self._rules.templates)
         raise PromptError(f'template "{name}" is not one of this model\'s; it has: {known}')
 
-    def _picture(self, path: Path) -> Picture:
-        if self._last is None or self._last[0] != path:
-            image = load_image(path)
-            self._last = path, Picture(preprocess(image, self._rules.image), image.size)
+    def _picture(self, source: DataPicture) -> Picture:
+        if self._last is None or self._last[0] != source:
+            image = load_image(source)
+            self._last = source, Picture(preprocess(image, self._rules.image), image.size)
         return self._last[1]
 
 

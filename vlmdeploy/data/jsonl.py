@@ -3,11 +3,13 @@
 A row: {"image": path relative to the file (absent: text only), "messages": [{"role", "content"}...], "task": "vqa",
 "kind": "how_many", "answer": "3", "boxes": [[x0, y0, x1, y1]...] in pixels, "template": "chat", "extra": true}.
 Only messages and task are needed, and to calibrate only messages: kind defaults to the task, answer to the assistant's
-last message.
+last message. Tasks of benchmarks may also have "answers", a list where several are right, and "options", {"A": "cat"}.
 """
 
 import json
+import string
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ ROWS_NAME = "data.jsonl"
 Row = dict[str, Any]
 Value = TypeVar("Value")
 LONGEST_SHOWN = 80  # characters of a value or a name in a message
-JSON_NAMES = {str: "a string", bool: "true or false", list: "a list"}
+JSON_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def find_rows(data: str | Path) -> Path:
@@ -91,15 +93,19 @@ def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> 
         conversation = read_messages(messages, max_images=1)
     except PromptError as error:
         raise DataError(f"{where}: {error}") from error
+    answers = _answers(row, where)
     return Sample(
         image=_image(row, folder, where),
         turns=conversation.turns,
         task=task,
         kind=_optional_text(row, "kind", where) or task,
-        answer=_reference(row, last_answer, where),
+        answer=Counter(answers).most_common(1)[0][0] if answers else _reference(row, last_answer, where),
         boxes=_boxes(row, where),
         template=_optional_text(row, "template", where),
         extra=bool(_optional(row, "extra", bool, where)),
+        answers=answers,
+        options=_options(row, where),
+        key=where.rpartition(":")[2],
     )
 
 
@@ -138,6 +144,25 @@ def _split(messages: list[Any], where: str) -> tuple[list[Any], str | None]:
 def _reference(row: Row, last_answer: str | None, where: str) -> str | None:
     answer = _optional_text(row, "answer", where)
     return last_answer if answer is None else answer
+
+
+def _answers(row: Row, where: str) -> tuple[str, ...]:
+    answers = _optional(row, "answers", list, where)
+    if answers is None:
+        return ()
+    if not answers or "answer" in row or not all(isinstance(answer, str) for answer in answers):
+        found = json.dumps(answers)[:LONGEST_SHOWN]
+        raise DataError(f'{where}: "answers" is {found}, expected a list of strings, in place of "answer"')
+    return tuple(checked_text(answer, f'{where}: "answers"') for answer in answers)
+
+
+def _options(row: Row, where: str) -> tuple[tuple[str, str], ...]:
+    options = _optional(row, "options", dict, where) or {}
+    for letter, text in options.items():
+        if letter not in tuple(string.ascii_uppercase) or not isinstance(text, str):
+            found = json.dumps({letter: text})[:LONGEST_SHOWN]
+            raise DataError(f'{where}: "options" has {found}, expected a letter from A to Z and a string')
+    return tuple((letter, checked_text(options[letter], f'{where}: "options"')) for letter in sorted(options))
 
 
 def _image(row: Row, folder: Path, where: str) -> Path | None:

@@ -2,13 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Conversation, Turn
+
+Picture: TypeAlias = Path | StoredPicture
+"""A picture's own file, or its place in a table; equal where it is the same picture. `load_image` takes both."""
 
 PixelBox = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the upright picture; right and bottom are exclusive."""
@@ -20,9 +25,12 @@ class Sample:
 
     turns: the last one is open. `answer` is None where the data set has none. `kind` divides a task; an `extra` row is
     reported under its kind, but does not enter the task's own value. `template` None: the model's default.
+    answers: all references where an answer may be one of several; `answer` is then the commonest. options: letter and
+    text of each, of a multiple choice. group: what the rotations of one question share. key: the data set's own name
+    of the question, its index or line.
     """
 
-    image: Path | None
+    image: Picture | None
     turns: tuple[Turn, ...]
     task: str
     kind: str
@@ -30,6 +38,15 @@ class Sample:
     boxes: tuple[PixelBox, ...] = ()
     template: str | None = None
     extra: bool = False
+    answers: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    group: str | None = None
+    key: str = field(default="", compare=False)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Everything that is a right answer; empty where the data set has none."""
+        return self.answers or (() if self.answer is None else (self.answer,))
 
     def conversation(self) -> Conversation:
         """What the prompt is rendered from; the picture is not opened."""
@@ -49,16 +66,19 @@ def checked_text(text: str, what: str) -> str:
 
 
 def choose(samples: Iterable[Sample], per_task: int, seed: int) -> list[Sample]:
-    """At most `per_task` samples of every task, drawn without replacement, in the order of the data set.
+    """At most `per_task` questions of every task, drawn without replacement, in the order of the data set.
 
-    The same seed gives the same samples; which ones of a task does not depend on the other tasks.
+    The rotations of one question come together and count as one. The same seed gives the same samples; which ones of a
+    task does not depend on the other tasks.
     """
     everything = list(samples)
-    places: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, sample in enumerate(everything):
-        places[sample.task].append(place)
+        places[sample.task][place if sample.group is None else sample.group].append(place)
     kept: list[int] = []
-    for task, of_task in places.items():
+    for task, questions in places.items():
         rng = np.random.default_rng([seed, *task.encode()])
-        kept.extend(rng.permutation(of_task)[:per_task].tolist())
+        groups = list(questions.values())
+        for number in rng.permutation(len(groups))[:per_task].tolist():
+            kept.extend(groups[number])
     return [everything[place] for place in sorted(kept)]

@@ -116,9 +116,14 @@ def _read_sample(file: Path, language: Language) -> Sample:
     image = _image(file)
     if keys[0] == "captions":
         question = QUESTIONS[language][zlib.crc32(os.fsencode(file.stem)) % len(QUESTIONS[language])]
-        return Sample(image, (Turn(question),), "caption", "caption", _caption(entries, file))
+        return Sample(image, (Turn(question),), "caption", "caption", _caption(entries, file), key=_key(file))
     turns, answer = _conversation(entries, file)
-    return Sample(image, turns, "chat", "chat", answer)
+    return Sample(image, turns, "chat", "chat", answer, key=_key(file))
+
+
+def _key(file: Path) -> str:
+    """A label file's folder, which the set names, and number."""
+    return f"{file.parent.parent.name}/{file.stem}"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

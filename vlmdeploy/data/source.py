@@ -1,4 +1,5 @@
-"""The one door for DATA: a JSONL file, a folder with data.jsonl, a CogVLM-SFT-311K root, or a folder of pictures.
+"""The one door for DATA: a VLMEvalKit TSV, RefCOCO as JSONL or JSON, a JSONL file of ours or a folder with data.jsonl,
+a CogVLM-SFT-311K root, or a folder of pictures.
 
 The first that matches is taken, and `description` says which. Samples are read one by one, so that a broken one can be
 skipped and counted; pictures are not opened on the way: `check_picture` does that for those that will be used.
@@ -9,15 +10,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from vlmdeploy.data import image_folder, jsonl, sft311k
+from vlmdeploy.data import image_folder, jsonl, refcoco, sft311k
+from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, checked_text
+from vlmdeploy.data.tsv_table import read_table
+from vlmdeploy.data.vlmevalkit import QuestionSet, plan_questions
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.image import load_image
 
-Kind: TypeAlias = Literal["JSONL", "CogVLM-SFT-311K", "pictures with one prompt"]
+Kind: TypeAlias = Literal[
+    "JSONL", "CogVLM-SFT-311K", "pictures with one prompt", "VLMEvalKit TSV", "RefCOCO JSONL", "RefCOCO JSON"
+]
 
 DEFAULT_TASK = "chat"  # of a JSONL row that names none: enough to calibrate with, nothing that could be scored
 MAX_REASONS = 3
+OPTION_FLAGS = {
+    "rule": "--rule",
+    "prompt": "--prompt",
+    "split": "--split",
+    "first_picture": "--first-picture",
+    "images": "--images",
+    "grounding_prompt": "--grounding-prompt",
+}
+OPTIONS_OF: dict[Kind, frozenset[str]] = {
+    "VLMEvalKit TSV": frozenset(("rule", "prompt", "split", "first_picture", "images")),
+    "RefCOCO JSON": frozenset(("split", "images", "grounding_prompt")),
+    "RefCOCO JSONL": frozenset(("images", "grounding_prompt")),
+}
 
 
 @dataclass
@@ -67,12 +86,18 @@ class Samples(Iterator[Sample]):
 
 @dataclass(frozen=True)
 class DataSource:
-    """What DATA turned out to be; `path` is the JSONL file or the folder, `description` one line for the user."""
+    """What DATA turned out to be; `path` is the file or the folder, `description` one line for the user.
+
+    default_task: of JSONL rows that name none; None: they are refused. questions: the chosen rows of a TSV.
+    """
 
     kind: Kind
     path: Path
     description: str
     picture_prompt: str | None = None
+    default_task: str | None = DEFAULT_TASK
+    options: QuestionOptions = field(default_factory=QuestionOptions)
+    questions: QuestionSet | None = None
 
     def samples(self, skip_broken: bool = False) -> Samples:
         """All samples in their order, read as they are asked for; each call starts anew.
@@ -83,34 +108,78 @@ class DataSource:
         return Samples(self._items(), self.path, skip_broken)
 
     def _items(self) -> Iterator[Callable[[], Sample]]:
+        if self.questions is not None:
+            return self.questions.items()
+        if self.kind == "RefCOCO JSONL":
+            return refcoco.read_lines(self.path, self.options)
+        if self.kind == "RefCOCO JSON":
+            return refcoco.read_coco(self.path, self.options)
         if self.kind == "JSONL":
-            return jsonl.read_items(self.path, DEFAULT_TASK)
+            return jsonl.read_items(self.path, self.default_task)
         if self.kind == "CogVLM-SFT-311K":
             return sft311k.read_items(self.path)
         assert self.picture_prompt is not None, "open_source gives every folder of pictures its prompt"
         return image_folder.read_items(self.path, self.picture_prompt)
 
 
-def open_source(data: Path, picture_prompt: str | None = None) -> DataSource:
-    """Find out what DATA is; `picture_prompt` is the question for a folder of pictures, which needs one.
+def open_source(
+    data: Path,
+    picture_prompt: str | None = None,
+    options: QuestionOptions | None = None,
+    to_score: bool = False,
+) -> DataSource:
+    """Find out what DATA is; `picture_prompt` is the question for a folder of pictures, which needs one. to_score:
+    the questions must bring their tasks, so JSONL rows without a task and folders of pictures are refused.
 
-    Raises DataError if it is none of the known kinds, or the prompt is missing, empty or of no use.
+    Raises DataError if it is none of the known kinds, a table that cannot be read, or an option is missing, empty or of
+    no use for this kind.
     """
-    if data.is_file() or (data / jsonl.ROWS_NAME).is_file():
-        rows = jsonl.find_rows(data)
-        source = DataSource("JSONL", rows, f"JSONL file {rows}")
+    default_task = None if to_score else DEFAULT_TASK
+    if data.is_file():
+        source = _open_file(data, options or QuestionOptions(), default_task)
+    elif (data / jsonl.ROWS_NAME).is_file():
+        source = _open_jsonl(data, default_task)
     elif sft311k.is_root(data):
         source = DataSource("CogVLM-SFT-311K", data, f"CogVLM-SFT-311K root {data} ({_labels_taken(data)})")
     elif image_folder.has_pictures(data):
-        return _open_pictures(data, picture_prompt)
+        if to_score:
+            raise DataError(f"{data}: is a folder of pictures; to score, questions with answers are expected")
+        source = _open_pictures(data, picture_prompt)
     else:
         raise DataError(_nothing_known(data))
-    if picture_prompt is not None:
+    if picture_prompt is not None and source.picture_prompt is None:
         raise DataError(
             f"--calib-prompt fits only a folder of pictures, but this is a {source.description}, which brings its own "
             "questions: leave the option out"
         )
+    _check_options(source, options)
     return source
+
+
+def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -> DataSource:
+    refcoco.refuse_pickle(data)
+    if data.suffix.lower() == ".tsv":
+        questions = plan_questions(read_table(data), options)
+        return DataSource("VLMEvalKit TSV", data, questions.description(), options=options, questions=questions)
+    if refcoco.is_coco(data):
+        return DataSource("RefCOCO JSON", data, f"RefCOCO annotations {data} (COCO's form)", options=options)
+    if refcoco.is_lines(data):
+        return DataSource("RefCOCO JSONL", data, f"RefCOCO lines {data} (Qwen-VL's form)", options=options)
+    return _open_jsonl(data, default_task)
+
+
+def _open_jsonl(data: Path, default_task: str | None) -> DataSource:
+    rows = jsonl.find_rows(data)
+    return DataSource("JSONL", rows, f"JSONL file {rows}", default_task=default_task)
+
+
+def _check_options(source: DataSource, options: QuestionOptions | None) -> None:
+    """Raise DataError for an option of questions that this kind of data makes no use of."""
+    used = OPTIONS_OF.get(source.kind, frozenset())
+    plain = QuestionOptions()
+    for name, flag in OPTION_FLAGS.items():
+        if name not in used and getattr(options or plain, name) != getattr(plain, name):
+            raise DataError(f"{flag} is of no use here, this is a {source.description}: leave the option out")
 
 
 def check_picture(sample: Sample) -> None:
@@ -136,7 +205,8 @@ def _labels_taken(root: Path) -> str:
 def _nothing_known(data: Path) -> str:
     found = "holds no data that is known" if data.is_dir() else "no such file or folder"
     return (
-        f"{data}: {found}; looked for a JSONL file, a folder with {jsonl.ROWS_NAME}, a CogVLM-SFT-311K root (with "
+        f"{data}: {found}; looked for a JSONL file, a VLMEvalKit TSV, RefCOCO as JSONL or JSON, "
+        f"a folder with {jsonl.ROWS_NAME}, a CogVLM-SFT-311K root (with "
         f"{sft311k.FOLDER_NAMES[0]} or its like, or with images/ and labels_en/), and, for --calib-prompt, a folder of "
         f"pictures ({', '.join(image_folder.SUFFIXES)})"
     )

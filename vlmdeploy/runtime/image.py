@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import DataError
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """A picture's file inside a larger file; `str` of it is what messages call it."""
+
+    def read_bytes(self) -> bytes:
+        """The picture's file. Raises DataError if it is gone or altered."""
+
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredImage
 
 MAX_PIXELS = 200_000_000
 # Pillow knows more formats, but some start other programs (EPS) or hold drawings whose size is a matter of taste.
@@ -44,7 +53,8 @@ _pillow_limit_lock = threading.Lock()
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture of 8 bits per channel from a path, a data URL, a file's bytes or a Pillow image.
+    """An upright RGB picture of 8 bits per channel from a path, a data URL, a file's bytes, a file inside
+    another one, or a Pillow image.
 
     Transparency is put over white, 16-bit grey is scaled; of an animation the first frame is taken, with a logged
     warning. Raises DataError, naming the source, if it is missing, no picture, damaged or larger than 200 megapixels.
@@ -79,6 +89,8 @@ def _name(source: ImageSource) -> str:
         return "picture in a data URL"
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)[:200]
+    if isinstance(source, StoredImage):
+        return str(source)[:200]
     raise DataError(f"picture is a {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
 
 
@@ -97,7 +109,7 @@ def _pillow_limit_lifted() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
+def _open(source: str | os.PathLike[str] | bytes | StoredImage, name: str) -> Image.Image:
     """The picture with its header read and its size checked, its pixels not decoded yet."""
     content = _content(source, name)
     try:
@@ -114,9 +126,11 @@ def _open(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
     return image
 
 
-def _content(source: str | os.PathLike[str] | bytes, name: str) -> Path | io.BytesIO:
+def _content(source: str | os.PathLike[str] | bytes | StoredImage, name: str) -> Path | io.BytesIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
+    if not isinstance(source, str | os.PathLike):
+        return io.BytesIO(source.read_bytes())
     if _is_url(source, "data:"):
         return io.BytesIO(_data_url_bytes(os.fspath(source), name))
     if _is_url(source, "http://", "https://"):

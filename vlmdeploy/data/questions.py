@@ -1,0 +1,54 @@
+"""What a user may say about a data set of questions, whatever its format: how to score it, how to put the questions,
+where the pictures lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vlmdeploy.errors import ConfigError, DataError
+
+PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
+
+RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
+UNSCORED = "unscored"  # the task of questions that are answered, but not scored
+EXPRESSION = "<expr>"
+GROUNDING_PROMPT = f"Can you point out {EXPRESSION} in the image and provide the bounding boxes of its location?"
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """Options of VLMEvalKit tables and RefCOCO files; other data brings its own questions and tasks.
+
+    rule: one of RULES; None: by the data set's name, else by its columns. split: only rows of that split.
+    first_picture: of several pictures show the first instead of refusing the question. images: the folder of pictures
+    that are named by path, where they do not lie beside the file.
+    """
+
+    rule: str | None = None
+    prompt: PromptStyle = "vlmevalkit"
+    split: str | None = None
+    first_picture: bool = False
+    images: Path | None = None
+    grounding_prompt: str = GROUNDING_PROMPT
+
+    def __post_init__(self) -> None:
+        if self.rule is not None and self.rule not in RULES:
+            raise ConfigError(f'--rule is "{self.rule}", expected one of {", ".join(RULES)}')
+        if EXPRESSION not in self.grounding_prompt:
+            raise ConfigError(f"--grounding-prompt is {self.grounding_prompt!r}, expected {EXPRESSION} in it")
+
+
+def find_picture(name: str, beside: Path, images: Path | None, where: str) -> Path:
+    """A picture's file: beside the data, else in the folder of pictures, by its path or by its bare name.
+
+    Raises DataError, which begins with `where`.
+    """
+    places = [beside / name, *([] if images is None else [images / name, images / Path(name).name])]
+    for place in places:
+        try:
+            if place.is_file():
+                return place
+        except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+            raise DataError(f"{where}: picture {name[:80]!r} cannot be looked for ({error})") from error
+    hint = "; validate --images DIR looks for it elsewhere" if images is None else ""
+    raise DataError(f"{where}: picture {places[-1]}: no such file{hint}")

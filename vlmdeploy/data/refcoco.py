@@ -1,0 +1,196 @@
+"""Referring expressions: a phrase and the box it means, from RefCOCO, RefCOCO+ and RefCOCOg in two forms.
+
+JSON lines as Qwen-VL's evaluation reads them: {"image", "sent", "bbox": [x0, y0, x1, y1], "width", "height"}, pixels.
+JSON as COCO writes it: "images" with id, file_name, width, height, and "annotations" with image_id, bbox [x, y, width,
+height] and "caption" or "sentences". The pickles of the original release are refused: reading one runs its code.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vlmdeploy.data.questions import EXPRESSION, QuestionOptions, find_picture
+from vlmdeploy.data.samples import PixelBox, Sample, checked_text
+from vlmdeploy.errors import DataError
+from vlmdeploy.runtime.boxes import format_box, normalize_box
+from vlmdeploy.runtime.chat import Turn
+
+Row: TypeAlias = dict[str, Any]
+
+PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
+PICKLE_START = b"\x80"  # of every pickle since protocol 2
+EDGE_PX = 2.0  # annotations may end that far outside the picture
+LONGEST_SHOWN = 80
+EXPECTED_JSON = 'expected RefCOCO in COCO\'s form, {"images": [...], "annotations": [...]}'
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise DataError if the file is a Python pickle, such as refs(unc).p."""
+    with path.open("rb") as file:
+        if path.suffix.lower() in PICKLE_SUFFIXES or file.read(1) == PICKLE_START:
+            raise DataError(
+                f"{path}: is a Python pickle, which is not read because that runs its code; convert it to JSON where "
+                "you trust it, with the lines under RefCOCO in docs/evaluation.md"
+            )
+
+
+def is_lines(path: Path) -> bool:
+    """Whether the first row is one of Qwen-VL's JSON lines."""
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    try:
+        row = json.loads(first.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "sent" in row and "bbox" in row
+
+
+def read_lines(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
+    """For each line the function that makes it a sample; that one raises DataError, so that the next can be read.
+
+    Raises DataError at the end if there was no line.
+    """
+    found = False
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                found = True
+                yield partial(_read_line, line, number, path, options)
+    if not found:
+        raise DataError(f"{path}: holds no rows")
+
+
+def _read_line(line: bytes, number: int, path: Path, options: QuestionOptions) -> Sample:
+    where = f"{path}:{number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: holds a {type(row).__name__}, expected an object")
+    corners = _numbers(row, "bbox", where)
+    return _sample(
+        _text(row, "sent", where), _text(row, "image", where), corners, row, str(number), where, path, options
+    )
+
+
+def is_coco(path: Path) -> bool:
+    """Whether a .json file holds one object with "images" and "annotations"; JSON lines with that suffix do not."""
+    if path.suffix.lower() != ".json":
+        return False
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and "images" in document and "annotations" in document
+
+
+def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
+    """For each phrase of each annotation the function that makes it a sample; that one raises DataError.
+
+    Raises DataError at once if the document is not in COCO's form or has no annotation with a phrase.
+    """
+    document = json.loads(path.read_bytes().decode("utf-8-sig"))
+    images, annotations = (_objects(document, key, path) for key in ("images", "annotations"))
+    by_id = {json.dumps(image.get("id")): image for image in images}
+    chosen = [each for each in annotations if options.split is None or each.get("split") == options.split]
+    asked = [(number, each, phrase) for number, each in enumerate(chosen) for phrase in _phrases(each)]
+    if not asked:
+        of_split = "" if options.split is None else f' of split "{options.split}"'
+        raise DataError(f'{path}: no annotation{of_split} has a "caption" or "sentences"; {EXPECTED_JSON}')
+    return (partial(_read_annotation, each, phrase, number, by_id, path, options) for number, each, phrase in asked)
+
+
+def _objects(document: Row, key: str, path: Path) -> list[Row]:
+    items = document.get(key)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(f'{path}: "{key}" is no list of objects; {EXPECTED_JSON}')
+    return items
+
+
+def _phrases(annotation: Row) -> list[Any]:
+    """The phrases of an annotation: its caption, or each sentence, which may be an object with "sent" or "raw"."""
+    if annotation.get("caption") is not None:
+        return [annotation["caption"]]
+    sentences = annotation.get("sentences")
+    if not isinstance(sentences, list):
+        return []
+    return [item.get("sent", item.get("raw")) if isinstance(item, dict) else item for item in sentences]
+
+
+def _read_annotation(
+    annotation: Row, phrase: Any, number: int, images: dict[str, Row], path: Path, options: QuestionOptions
+) -> Sample:
+    where = f"{path}: annotation {annotation.get('id', number)}"
+    image = images.get(json.dumps(annotation.get("image_id")))
+    if image is None:
+        raise DataError(f"{where}: its image_id {_shown(annotation.get('image_id'))} is not among the images")
+    x, y, width, height = _numbers(annotation, "bbox", where)
+    named = {"phrase": phrase}
+    key = f"{annotation.get('id', number)}: {phrase}"
+    corners = (x, y, x + width, y + height)
+    name = _text(image, "file_name", where)
+    return _sample(_text(named, "phrase", where), name, corners, image, key, where, path, options)
+
+
+def _sample(
+    phrase: str, name: str, corners: PixelBox, sizes: Row, key: str, where: str, path: Path, options: QuestionOptions
+) -> Sample:
+    """sizes: the object with the picture's width and height, if it has them."""
+    size_px = _size(sizes, where)
+    _check_box(corners, size_px, where)
+    return Sample(
+        image=find_picture(name, path.parent, options.images, where),
+        turns=(Turn(options.grounding_prompt.replace(EXPRESSION, phrase)),),
+        task="rec",
+        kind="rec",
+        answer=None if size_px is None else format_box(normalize_box(corners, *size_px)),
+        boxes=(corners,),
+        key=key,
+    )
+
+
+def _text(row: Row, key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'{where}: "{key}" is {_shown(value)}, expected a text')
+    return checked_text(value, f'{where}: "{key}"').strip()
+
+
+def _numbers(row: Row, key: str, where: str) -> PixelBox:
+    values = row.get(key)
+    if isinstance(values, list) and len(values) == 4 and all(map(_is_number, values)):
+        a, b, c, d = map(float, values)
+        return a, b, c, d
+    raise DataError(f'{where}: "{key}" is {_shown(values)}, expected four numbers in pixels')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
+
+
+def _size(row: Row, where: str) -> tuple[int, int] | None:
+    """Width and height, None if the data does not tell."""
+    if row.get("width") is None or row.get("height") is None:
+        return None
+    width, height = row["width"], row["height"]
+    if not (_is_number(width) and _is_number(height) and width >= 1 and height >= 1):
+        raise DataError(f"{where}: width and height are {_shown([width, height])}, expected pixels")
+    return int(width), int(height)
+
+
+def _check_box(corners: PixelBox, size_px: tuple[int, int] | None, where: str) -> None:
+    x0, y0, x1, y1 = corners
+    if not (x0 < x1 and y0 < y1):
+        raise DataError(f"{where}: its box is {list(corners)} as x0, y0, x1, y1, expected x0 < x1 and y0 < y1")
+    if size_px is not None:
+        width, height = size_px
+        if min(x0, y0) < -EDGE_PX or x1 > width + EDGE_PX or y1 > height + EDGE_PX:
+            raise DataError(f"{where}: its box {list(corners)} lies outside the picture of {width} x {height} pixels")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:LONGEST_SHOWN]

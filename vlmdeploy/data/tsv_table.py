@@ -1,0 +1,194 @@
+"""Tables of questions as tab-separated values with pictures in base64, as VLMEvalKit keeps its data sets.
+
+Quoting is that of pandas (RFC 4180 with tabs). Rows are read one by one; of a picture only its place is kept, so memory
+is bounded by the texts and the largest row. What the columns mean is the business of `vlmevalkit`.
+"""
+
+import ast
+import csv
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from vlmdeploy.data.stored_picture import StoredPicture
+from vlmdeploy.errors import DataError
+
+LONGEST_CELL = 2**28  # characters; a quote that is never closed would take the rest of the file into one cell
+LONGEST_INDEX = 64  # an image cell no longer than this names another row, whose picture it shares
+MISSING = frozenset(("", "nan"))  # what an empty cell is, also after it went through str()
+REFERENCE = "\0index "  # marks the name of a row while the others are being read; no path can begin so
+IMAGE, IMAGE_PATH, INDEX = "image", "image_path", "index"
+
+Cells: TypeAlias = dict[str, str]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One question: its cells without the picture's; `pictures` in their order, as places or as paths."""
+
+    line: int
+    cells: Cells
+    pictures: tuple[StoredPicture | str, ...]
+
+    @property
+    def index(self) -> str:
+        """The question's name."""
+        return self.cells[INDEX]
+
+    def text(self, column: str) -> str | None:
+        """A cell's text as it stands there, None where the column or the cell is missing."""
+        cell = self.cells.get(column, "")
+        return None if cell.strip() in MISSING else cell
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns without the picture's, and rows; without_picture counts those left out for lack of a picture."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    without_picture: int = 0
+
+
+def literal_list(cell: str) -> list[str] | None:
+    """The items of a cell that holds a list as Python writes it, as texts; None if it holds anything else."""
+    if not (cell.startswith("[") and cell.endswith("]")):
+        return None
+    try:
+        items = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return [str(item) for item in items] if isinstance(items, list) else None
+
+
+def read_table(path: Path) -> Table:
+    """The whole table; rows that lack the picture that others have are left out, as VLMEvalKit does, and counted.
+
+    Raises DataError, naming file and line, for what is not UTF-8 or no table, for a row without an index, two rows with
+    the same one, or an image cell that names no picture.
+    """
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open("rb") as file:
+            return _read(path, file)
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as tab-separated values ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read(path: Path, file: BinaryIO) -> Table:
+    lines = _Lines(path, file)
+    reader = csv.reader(lines, delimiter="\t", strict=True)
+    columns = _columns(path, next(reader, []))
+    rows: dict[str, TableRow] = {}
+    lines.start_row()
+    for cells in reader:
+        if cells:
+            row = _row(path, lines, columns, cells)
+            if row.index in rows:
+                first = rows[row.index].line
+                raise DataError(f'{path}:{row.line}: index "{row.index}" stands in line {first} already')
+            rows[row.index] = row
+        lines.start_row()
+    if not rows:
+        raise DataError(f"{path}: holds no rows, only a header")
+    shown = tuple(column for column in columns if column != IMAGE)
+    found = [_with_pictures(path, row, rows) for row in rows.values()]
+    kept = tuple(row for row in found if row.pictures)
+    return Table(path, shown, kept or tuple(found), len(found) - len(kept) if kept else 0)
+
+
+class _Lines(Iterator[str]):
+    """The file's lines as text; it remembers where the row began that is being read, and its bytes."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.row_start = self._end = 0
+        self.row_line = self._line = 0
+        self._path = path
+        self._file = file
+        self._parts: list[bytes] = []
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self._parts.append(line)
+        self._end += len(line)
+        self._line += 1
+        try:
+            return line.decode("utf-8-sig" if self._line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._path}:{self._line}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+    def start_row(self) -> None:
+        """What comes next is another row."""
+        self._parts = []
+        self.row_start, self.row_line = self._end, self._line + 1
+
+    def row(self) -> bytes:
+        """The bytes of the row read last."""
+        return b"".join(self._parts)
+
+
+def _columns(path: Path, header: list[str]) -> list[str]:
+    columns = [name.strip() for name in header]
+    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    if doubled:
+        raise DataError(f'{path}:1: column "{doubled[0]}" stands twice in the header')
+    for name in (INDEX, "question"):
+        if name not in columns:
+            found = ", ".join(columns)[:200] or "nothing"
+            raise DataError(f'{path}:1: has no column "{name}"; the first line holds {found}, expected a header')
+    return columns
+
+
+def _row(path: Path, lines: _Lines, columns: list[str], cells: list[str]) -> TableRow:
+    where = f"{path}:{lines.row_line}"
+    if len(cells) != len(columns):
+        raise DataError(f"{where}: has {len(cells)} cells, the header {len(columns)}")
+    named = dict(zip(columns, cells, strict=True))
+    named[INDEX] = named[INDEX].strip()
+    if named[INDEX] in MISSING:
+        raise DataError(f"{where}: has no index")
+    image = named.pop(IMAGE, "").strip()
+    if image in MISSING:
+        return TableRow(lines.row_line, named, tuple(_items(named.get(IMAGE_PATH, "").strip())))
+    name = f'{path.name}, index "{named[INDEX]}"'
+    pictures = tuple(_picture(path, lines, item, name) for item in _items(image))
+    return TableRow(lines.row_line, named, pictures)
+
+
+def _items(cell: str) -> list[str]:
+    if cell in MISSING:
+        return []
+    items = literal_list(cell)
+    return [cell] if items is None else items
+
+
+def _picture(path: Path, lines: _Lines, text: str, name: str) -> StoredPicture | str:
+    """The place of a picture's text in the file; of a short text, which names another row, the name."""
+    if len(text) <= LONGEST_INDEX:
+        return f"{REFERENCE}{text.strip()}"
+    encoded = text.encode()
+    place = lines.row().find(encoded)
+    if place < 0:  # escaped quotes or the like, which base64 has not
+        raise DataError(f"{path}:{lines.row_line}: its image is not base64, it starts with {text[:40]!r}")
+    return StoredPicture(path, hashlib.sha256(encoded).hexdigest(), lines.row_start + place, len(encoded), name)
+
+
+def _with_pictures(path: Path, row: TableRow, rows: dict[str, TableRow]) -> TableRow:
+    return replace(row, pictures=tuple(_resolved(path, row, picture, rows) for picture in row.pictures))
+
+
+def _resolved(
+    path: Path, row: TableRow, picture: StoredPicture | str, rows: dict[str, TableRow]
+) -> StoredPicture | str:
+    if isinstance(picture, StoredPicture) or not picture.startswith(REFERENCE):
+        return picture
+    name = picture.removeprefix(REFERENCE)
+    pictures = rows[name].pictures if name in rows else ()
+    if len(pictures) != 1 or not isinstance(pictures[0], StoredPicture):
+        raise DataError(f'{path}:{row.line}: its image "{name}" names no row that holds a picture')
+    return pictures[0]
