@@ -142,6 +142,10 @@ class QuestionMaker:
         size_px = None if question.picture is None else question.picture.size_px
         return Prediction(question.sample, self._tokenizer.decode(ids).strip(), ids, size_px)
 
+    def answer_ids(self, text: str) -> Ints:
+        """A given answer as the model would have written it, the stop id included, int64 [answer]."""
+        return np.array([*self._tokenizer.encode(text), self._rules.tokens.stop_ids[0]], np.int64)
+
     def _find_template(self, name: str) -> ChatTemplate:
         for template in self._rules.templates:
             if template.name == name:

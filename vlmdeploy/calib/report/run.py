@@ -1,0 +1,208 @@
+"""`vlmdeploy report`: every model is asked the same questions, measured in a process of its own, and compared with the
+first one. What is done is kept in OUT.partial until the report is whole."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import vlmdeploy
+from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
+from vlmdeploy.calib.report.collect import frontier, model_result, questions_by_task
+from vlmdeploy.calib.report.evaluation import Store, samples_hash
+from vlmdeploy.calib.report.files import write_report
+from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
+from vlmdeploy.calib.report.runner import PICTURED, TEXTS, Asked, Measured, Runner
+from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
+from vlmdeploy.calib.report.shown_pictures import PictureFolder
+from vlmdeploy.calib.scoring import check_scorable
+from vlmdeploy.data.questions import QuestionOptions
+from vlmdeploy.data.samples import Sample, choose
+from vlmdeploy.data.source import DataSource, open_source
+from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.export.options import Progress, no_progress
+from vlmdeploy.runtime.machine import machine
+
+EVALUATIONS = "evaluations"
+PACKAGES = ("numpy", "onnxruntime", "torch", "tokenizers", "pillow", "matplotlib", "jinja2")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report is made of. ref: a checkpoint, or None: the first bundle is the reference.
+
+    per_task: at most this many questions of each task. agreement_questions: with pictures, and text_questions without,
+    whose token distributions are compared.
+    """
+
+    bundles: tuple[Path, ...]
+    data: Path
+    out: Path
+    ref: Path | None = None
+    per_task: int | None = None
+    seed: int = 0
+    questions: QuestionOptions | None = None
+    asked: OpenOptions = field(default_factory=OpenOptions)
+    agreement_questions: int = 200
+    text_questions: int = 50
+    measured: Measured = field(default_factory=Measured)
+    title: str | None = None
+    force: bool = False
+
+
+def make_report(
+    options: ReportOptions,
+    progress: Progress = no_progress,
+    failures: tuple[Failure, ...] = (),
+    store: Store | None = None,
+) -> Report:
+    """Make the report at options.out. failures: of models that never came to be. store: where evaluations are kept
+    beyond this report.
+
+    Raises DataError for the questions, ConfigError where models are not versions of one, and what opening them raises;
+    nothing is left at options.out then, and what was evaluated is kept for the next try.
+    """
+    check_output(options.out, options.force, is_report)
+    models = ((options.ref,) if options.ref is not None else ()) + options.bundles
+    names = model_names(models)
+    source, samples = _questions(options)
+    _check_models(models, options)
+    subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
+    partial = partial_folder(options.out)
+    with locked(partial):
+        kept = store or Store(partial / EVALUATIONS)
+        runner = Runner(_asked(samples, options), options.asked, options.measured, kept, partial, progress)
+        evaluations = runner.evaluate(models, subjects)
+        with staged_folder(options.out, options.force, is_report) as folder:
+            pictures = PictureFolder(folder)
+            results = tuple(
+                model_result(subject, samples, evaluation, evaluations[0] if place else None, pictures)
+                for place, (subject, evaluation) in enumerate(zip(subjects, evaluations, strict=True))
+            )
+            report = Report(
+                title=options.title or f"{subjects[0].family}: what compression cost",
+                created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
+                command=shlex.join(["vlmdeploy", *sys.argv[1:]]),
+                versions=_versions(),
+                host=_host(),
+                data=_data_used(source, samples, options),
+                reference=names[0],
+                models=results,
+                frontier=frontier(results),
+                failures=failures,
+            )
+            write_report(report, folder)
+        remove_partial(partial, LOCK)
+    return report
+
+
+def is_report(folder: Path) -> bool:
+    """Whether vlmdeploy wrote this folder as a report."""
+    path = folder / JSON_NAME
+    return path.is_file() and (folder / "report.html").is_file()
+
+
+def model_names(models: Sequence[Path]) -> list[str]:
+    """A short name of each: its folder's, with as much of the way to it as tells them apart. Raises ConfigError if one
+    is given twice."""
+    absolute = [model.absolute() for model in models]
+    for place, path in enumerate(absolute):
+        if path in absolute[:place]:
+            raise ConfigError(f"{models[place]}: is given twice")
+    for depth in range(1, max(len(path.parts) for path in absolute) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in absolute]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths differ somewhere")
+
+
+def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
+    source = open_source(options.data, options=options.questions, to_score=True)
+    unscored = None if source.questions is None else source.questions.unscored
+    if unscored is not None:
+        raise DataError(f"{source.path}: {unscored}: a report needs answers to score")
+    samples = list(source.samples())
+    if options.per_task is not None:
+        samples = choose(samples, options.per_task, options.seed)
+    if not samples:
+        raise DataError(f"{source.path}: holds no questions")
+    check_scorable(samples)
+    return source, samples
+
+
+def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
+    for path in options.bundles:
+        if not is_bundle(path):
+            raise ConfigError(
+                f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
+            )
+    if options.ref is not None and is_bundle(options.ref):
+        raise ConfigError(
+            f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
+        )
+    first = identity_of(models[0], options.asked.tokenizer)
+    for path in models[1:]:
+        check_same_model(models[0], first, path, identity_of(path, None))
+
+
+def _asked(samples: list[Sample], options: ReportOptions) -> Asked:
+    pictured = [sample for sample in samples if sample.image is not None]
+    texts = [sample for sample in samples if sample.image is None]
+    source = "questions without a picture"
+    if not texts:
+        source = "questions whose pictures were left out"
+        texts = [_without_picture(sample) for sample in _spread(pictured, options.text_questions)]
+    compared = {
+        PICTURED: _spread(pictured, options.agreement_questions),
+        TEXTS: _spread(texts, options.text_questions),
+    }
+    words = {PICTURED: "questions with pictures", TEXTS: source}
+    found = {name: each for name, each in compared.items() if each}
+    return Asked(samples, found, {name: f"{words[name]}; {_answers_from(each)}" for name, each in found.items()})
+
+
+def _without_picture(sample: Sample) -> Sample:
+    return replace(sample, image=None, boxes=(), answer=None, answers=())
+
+
+def _answers_from(samples: list[Sample]) -> str:
+    given = sum(bool(sample.references) for sample in samples)
+    if given == len(samples):
+        return "answers as the data gives them"
+    return "answers as the reference gives them" if given == 0 else "answers of the data, or else of the reference"
+
+
+def _spread(samples: list[Sample], count: int) -> list[Sample]:
+    """At most `count` of them, evenly over the list."""
+    step = max(1.0, len(samples) / max(1, count))
+    return [samples[int(place * step)] for place in range(min(count, len(samples)))]
+
+
+def _data_used(source: DataSource, samples: Sequence[Sample], options: ReportOptions) -> DataUsed:
+    pictures = {sample.image for sample in samples if sample.image is not None}
+    return DataUsed(
+        str(source.path), source.description, samples_hash(samples), questions_by_task(samples), len(pictures),
+        options.seed, options.asked.template,
+    )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {"vlmdeploy": vlmdeploy.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _host() -> dict[str, str]:
+    here = machine(None)
+    return {
+        "processor": here.cpu, "cores": str(here.logical_cores), "memory": f"{here.memory_bytes / 1e9:.1f} GB",
+        "system": here.kernel, **({"board": here.board} if here.board else {}),
+    }  # fmt: skip

@@ -1,0 +1,188 @@
+"""Evaluating the models of a report, one at a time: answers, agreement with the reference, measurements.
+
+Each evaluation is kept as soon as it is whole. The reference's distributions lie in files beside them, because the
+others are compared with them one by one.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import vlmdeploy
+from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.calib.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
+from vlmdeploy.calib.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
+from vlmdeploy.calib.report.opened import OpenedModel, OpenOptions, is_bundle, open_model
+from vlmdeploy.calib.report.shape import Agreement, Subject
+from vlmdeploy.calib.validate import answer_all
+from vlmdeploy.data.samples import Picture, Sample
+from vlmdeploy.export.options import Progress
+from vlmdeploy.runtime.image import load_image
+from vlmdeploy.runtime.measure import measure_in_process
+from vlmdeploy.runtime.measurement import Measurement, MeasureOptions
+
+PICTURED, TEXTS = "pictured", "texts"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions: all of them, and those whose distributions are compared, with pictures and without; by the keys
+    PICTURED and TEXTS, where there are any. sources: a word on each."""
+
+    samples: list[Sample]
+    compared: dict[str, list[Sample]]
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How bundles are measured."""
+
+    new_tokens: int = 32
+    repeats: int = 5
+    residency: str = "all"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Evaluates models; `folder` holds what is needed on the way, `store` what is kept."""
+
+    asked: Asked
+    options: OpenOptions
+    measured: Measured
+    store: Store
+    folder: Path
+    progress: Progress
+
+    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> list[Evaluation]:
+        """Every model's evaluation, the reference's first. Raises what opening and asking raise."""
+        decided, count = self._decided_by(), len(self.asked.samples)
+        contents = [_content_of(path, subject) for path, subject in zip(models, subjects, strict=True)]
+        reference_key = key_of(model=contents[0], **decided)
+        keys = [key_of(model=content, reference=reference_key, **decided) for content in contents[1:]]
+        kept = [self.store.get(key, count) for key in (reference_key, *keys)]
+        found = [each for each in kept if each is not None]
+        if len(found) == len(kept):
+            return found
+        beside = _Reference(self, models[0], reference_key)
+        evaluations = [beside.evaluate(kept[0])]
+        for path, key, before in zip(models[1:], keys, kept[1:], strict=True):
+            evaluations.append(before or self.store.put(key, beside.compared(path)))
+        return evaluations
+
+    def _decided_by(self) -> dict[str, object]:
+        """What an evaluation depends on, beside the models."""
+        options, compared = self.options, self.asked.compared
+        return {
+            "samples": samples_hash(self.asked.samples),
+            "compared": {name: samples_hash(samples) for name, samples in compared.items()},
+            "options": (options.template, options.threads, options.provider, options.max_new_tokens),
+            "measured": (self.measured.new_tokens, self.measured.repeats, self.measured.residency),
+            "vlmdeploy": vlmdeploy.__version__,
+        }
+
+    def answered(
+        self, model: OpenedModel, path: Path, agreement: Agreement | None = None, text_only: Agreement | None = None
+    ) -> Evaluation:
+        """The model's answers and measurements."""
+
+        def report(done: int) -> None:
+            self.progress(f"{path.name}: answers", done, len(self.asked.samples))
+
+        answers = tuple(KeptAnswer.of(each) for each in answer_all(model, self.asked.samples, report))
+        self.progress(f"{path.name}: latency and memory", 0, 1)
+        if is_bundle(path):
+            return Evaluation(answers, agreement, text_only, self._measure(model, path), None)
+        return Evaluation(answers, agreement, text_only, None, "a checkpoint in PyTorch, which is no deployment")
+
+    def _measure(self, model: OpenedModel, path: Path) -> Measurement:
+        """A question of middling length, asked in a process of its own."""
+        samples = self.asked.compared.get(PICTURED) or self.asked.samples
+        sample = sorted(samples, key=lambda each: len(each.turns[-1].user))[len(samples) // 2]
+        room = model.context_tokens - len(model.maker.question(sample).ids) - 1
+        chosen = MeasureOptions(
+            image=None if sample.image is None else _picture_argument(sample.image),
+            text_only=sample.image is None,
+            prompt=sample.turns[-1].user,
+            new_tokens=max(1, min(self.measured.new_tokens, room)),
+            repeats=self.measured.repeats,
+            provider=self.options.provider,
+            threads=self.options.threads,
+            residency=self.measured.residency,
+            template=sample.template or self.options.template,
+        )
+        return measure_in_process(path, chosen)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The model that the others are compared with; `key` is its evaluation's."""
+
+    runner: Runner
+    path: Path
+    key: str
+
+    def evaluate(self, kept: Evaluation | None) -> Evaluation:
+        """Its evaluation, the kept one where there is one; its distributions are written in any case."""
+        runner, model = self.runner, open_model(self.path, self.runner.options)
+        try:
+            evaluation = kept or runner.store.put(self.key, runner.answered(model, self.path))
+            for name, samples in runner.asked.compared.items():
+                texts = self._texts(name, samples, model)
+                runner.progress(f"{self.path.name}: distributions, {name}", 0, len(samples))
+                self._file(name, model.vocab_size).write(model, _givens(model, samples, texts))
+        finally:
+            model.close()
+        return evaluation
+
+    def compared(self, path: Path) -> Evaluation:
+        """The evaluation of another model."""
+        runner, model, agreements = self.runner, open_model(path, self.runner.options), {}
+        try:
+            for name, samples in runner.asked.compared.items():
+                runner.progress(f"{path.name}: distributions, {name}", 0, len(samples))
+                givens = _givens(model, samples, self._texts(name, samples))
+                record = compare(model, self._file(name, model.vocab_size), givens)
+                agreements[name] = agreement_of(record, runner.asked.sources[name])
+            return runner.answered(model, path, agreements.get(PICTURED), agreements.get(TEXTS))
+        finally:
+            model.close()
+
+    def _file(self, name: str, vocab_size: int) -> ReferenceFile:
+        return ReferenceFile(self.runner.folder / f"distributions.{name}", vocab_size)
+
+    def _texts(self, name: str, samples: list[Sample], model: OpenedModel | None = None) -> list[str]:
+        """The answers that all models are compared on: the data's, or where it has none the reference's own.
+
+        model: the reference, which is opened first.
+        """
+        unanswered = [sample for sample in samples if not sample.references]
+        store, key = Store(self.runner.folder / TEXTS), f"{name}.{self.key}"
+        kept = store.get(key, len(unanswered)) if unanswered else None
+        if unanswered and kept is None:
+            assert model is not None, "the reference answers before it is compared with"
+            own = answer_all(model, unanswered)
+            kept = store.put(key, Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None))
+        own_texts = iter([answer.text for answer in kept.answers] if kept else [])
+        return [sample.references[0] if sample.references else next(own_texts) for sample in samples]
+
+
+def _givens(model: OpenedModel, samples: list[Sample], texts: list[str]) -> Iterator[GivenAnswer]:
+    return given_answers(samples, texts, model.maker, model.context_tokens)
+
+
+def _picture_argument(picture: Picture) -> str:
+    """A picture as the measuring process takes it, wherever it is stored."""
+    if isinstance(picture, Path):
+        return str(picture.absolute())
+    content = io.BytesIO()
+    load_image(picture).save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _content_of(path: Path, subject: Subject) -> str:
+    """A hash of all that a model's answers depend on."""
+    return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest() if is_bundle(path) else subject.sha256
