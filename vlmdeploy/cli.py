@@ -29,6 +29,7 @@ EXTRAS = {
     "jinja2": "report",
     "matplotlib": "report",
     "openpyxl": "report",
+    "ray": "sweep",
 }  # what brings a module, where it is not the toolchain
 RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
 PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
@@ -198,6 +199,92 @@ def validate(
         print_json(card.as_json())
     else:
         print_rows(card.source, card.columns(), card.rows())
+
+
+def question_options(command: Command) -> Command:
+    """The options of `report` and `sweep`: what is asked, and how it is measured."""
+    options = (
+        click.option("--per-task", type=click.IntRange(min=1), help="Ask at most this many questions of each task."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Which questions are drawn."),
+        click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
+        click.option("--tokenizer", type=FOLDER, help="Of the checkpoint.  [default: the one in its folder]"),
+        click.option("--rule", type=click.Choice(RULES), help="How a TSV is scored.  [default: by its name]"),
+        click.option("--split", help="Take the rows of this split of a TSV."),
+        click.option("--prompt", type=PROMPT, default="vlmevalkit", help="How the questions of a TSV are worded."),
+        click.option("--images", type=FOLDER, help="Where RefCOCO's pictures are.  [default: beside the data]"),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer."),
+        click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens of the measured answers."),
+        click.option("--repeat", type=click.IntRange(min=1), default=5, help="Measured answers."),
+        click.option("--residency", type=RESIDENCY, default="all", help="Of the measured bundles; see `run`."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("bundles", type=FOLDER, nargs=-1, required=True)
+@click.option("--data", type=FOLDER, required=True, help="The questions: JSONL, VLMEvalKit TSV or RefCOCO.")
+@click.option("--ref", type=FOLDER, help="The float checkpoint to compare with.  [default: the first bundle]")
+@click.option("--out", type=FOLDER, required=True, help="The folder to write: report.html, JSON, CSV, PNG, Markdown.")
+@click.option("--title", help="What the page is called.")
+@question_options
+@provider_option
+@threads_option
+@force_option
+@json_option
+def report(bundles: tuple[Path, ...], ref: Path | None, out: Path, as_json: bool, **options: Any) -> None:
+    """What compression cost and what it bought: bundles beside each other, as a page, tables and plots."""
+    from vlmdeploy.calib.prepare import use_threads
+    from vlmdeploy.calib.report.run import make_report, read_report_options
+    from vlmdeploy.calib.report.summary import SUMMARY_COLUMNS, summary_rows
+
+    use_threads(options["threads"])
+    with progress_bar() as progress:
+        made = make_report(read_report_options(bundles=bundles, ref=ref, out=out, **options), progress)
+    if as_json:
+        print_json({"report": str(out), **asdict(made)})
+    else:
+        print_rows(f"{out / 'report.html'}: {made.title}", SUMMARY_COLUMNS, summary_rows(made))
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint, which all points are compared with.")
+@click.option("--grid", type=FOLDER, required=True, help="The grid of points, a TOML file.")
+@click.option("--data", type=FOLDER, required=True, help="The questions: JSONL, VLMEvalKit TSV or RefCOCO.")
+@click.option("--calib", type=FOLDER, help="Calibration data; see `quantize` for its kinds.")
+@click.option("--out", type=FOLDER, required=True, help="The folder of the sweep; the same one continues it.")
+@click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many calibration samples.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens wanted per expert; see `quantize`.")
+@click.option("--ray", help='Run points on a Ray cluster: an address, "auto", or "local" for one on this machine.')
+@click.option("--cpus", type=click.IntRange(min=1), help="CPUs of a point on the cluster.  [default: a whole machine]")
+@click.option("--title", help="What the report is called.")
+@question_options
+@threads_option
+@json_option
+def sweep(
+    ckpt: Path, grid: Path, calib: Path | None, out: Path, samples: int, tokens: int | None, ray: str | None,
+    cpus: int | None, as_json: bool, **options: Any,
+) -> None:
+    """Quantize, export, score and measure every point of a grid, and report them together."""
+    from vlmdeploy.calib.prepare import use_threads
+    from vlmdeploy.calib.report.run import read_report_options
+    from vlmdeploy.calib.report.summary import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.calib.sweep.run import SweepOptions, run_sweep, sweep_json
+
+    use_threads(options["threads"])
+    asked = read_report_options(bundles=(), ref=ckpt, out=out, **options)
+    calibration = {"samples": samples, "tokens": tokens, "tokenizer": options["tokenizer"]}
+    chosen = SweepOptions(ckpt, grid, out, asked, calib, calibration, options["threads"], ray, cpus)
+    with progress_bar() as progress:
+        result = run_sweep(chosen, progress)
+    for failure in result.failures:
+        warn(f"{failure.name} failed: {failure.error}")
+    if as_json:
+        print_json({"report": str(out / "report"), **sweep_json(result)})
+    else:
+        title = f"{out / 'report' / 'report.html'}: {len(result.points)} points, {len(result.failures)} failed"
+        print_rows(title, SUMMARY_COLUMNS, summary_rows(result.report))
 
 
 def calibration_options(command: Command) -> Command:

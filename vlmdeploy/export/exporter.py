@@ -50,7 +50,7 @@ from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
 from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
-from vlmdeploy.model.report import read_report
+from vlmdeploy.model.report import REPORT_NAME, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.runtime.backend import CACHE_TYPES
@@ -85,6 +85,7 @@ def export_bundle(
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         _copy_licences(checkpoint.folder, folder)
+        _copy_quantization_report(checkpoint.folder, folder)
         cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
@@ -145,6 +146,12 @@ def _copy_licences(source: Path, folder: Path) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _copy_quantization_report(source: Path, folder: Path) -> None:
+    """What is known of the errors of each linear travels with the bundle; the runtime does not read it."""
+    if (source / REPORT_NAME).is_file():
+        shutil.copyfile(source / REPORT_NAME, folder / REPORT_NAME)
 
 
 def _write_graphs(

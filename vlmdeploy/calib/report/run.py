@@ -20,6 +20,7 @@ from vlmdeploy.calib.report.runner import PICTURED, TEXTS, Asked, Measured, Runn
 from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
+from vlmdeploy.calib.validate import MAX_NEW_TOKENS
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
@@ -52,6 +53,45 @@ class ReportOptions:
     measured: Measured = field(default_factory=Measured)
     title: str | None = None
     force: bool = False
+
+
+def read_report_options(
+    bundles: tuple[Path, ...],
+    data: Path,
+    out: Path,
+    ref: Path | None,
+    *,
+    per_task: int | None = None,
+    seed: int = 0,
+    template: str | None = None,
+    tokenizer: Path | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    rule: str | None = None,
+    split: str | None = None,
+    prompt: PromptStyle = "vlmevalkit",
+    images: Path | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    new_tokens: int = 32,
+    repeat: int = 5,
+    residency: str = "all",
+    title: str | None = None,
+    force: bool = False,
+) -> ReportOptions:
+    """Options under the names that the command line gives them."""
+    return ReportOptions(
+        bundles=bundles,
+        data=data,
+        out=out,
+        ref=ref,
+        per_task=per_task,
+        seed=seed,
+        questions=QuestionOptions(rule=rule, split=split, prompt=prompt, images=images),
+        asked=OpenOptions(template, tokenizer, threads, provider, max_new_tokens),
+        measured=Measured(new_tokens, repeat, residency),
+        title=title,
+        force=force,
+    )
 
 
 def make_report(
@@ -98,6 +138,30 @@ def make_report(
             write_report(report, folder)
         remove_partial(partial, LOCK)
     return report
+
+
+def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> None:
+    """Evaluate the reference of a sweep and keep its distributions, once and for all, in `folder`."""
+    assert options.ref is not None, "a sweep compares with its checkpoint"
+    _, samples = _questions(options)
+    runner = Runner(
+        _asked(samples, options), options.asked, options.measured, Store(folder / EVALUATIONS), folder, progress
+    )
+    runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+
+
+def evaluate_one(options: ReportOptions, bundle: Path, folder: Path) -> None:
+    """Evaluate one bundle of a sweep, whose reference is prepared, and keep it in `folder`."""
+    assert options.ref is not None, "a sweep compares with its checkpoint"
+    runner = _runner_in(folder, options, no_progress)
+    reference = runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+    runner.evaluation(bundle, subject_of(bundle, bundle.name), reference)
+
+
+def _runner_in(folder: Path, options: ReportOptions, progress: Progress) -> Runner:
+    _, samples = _questions(options)
+    store = Store(folder / EVALUATIONS)
+    return Runner(_asked(samples, options), options.asked, options.measured, store, folder, progress)
 
 
 def is_report(folder: Path) -> bool:

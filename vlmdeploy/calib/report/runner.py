@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vlmdeploy
+from vlmdeploy.artifact import write_file
 from vlmdeploy.bundle import MANIFEST_NAME
 from vlmdeploy.calib.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
 from vlmdeploy.calib.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
@@ -59,19 +60,32 @@ class Runner:
 
     def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> list[Evaluation]:
         """Every model's evaluation, the reference's first. Raises what opening and asking raise."""
-        decided, count = self._decided_by(), len(self.asked.samples)
-        contents = [_content_of(path, subject) for path, subject in zip(models, subjects, strict=True)]
-        reference_key = key_of(model=contents[0], **decided)
-        keys = [key_of(model=content, reference=reference_key, **decided) for content in contents[1:]]
-        kept = [self.store.get(key, count) for key in (reference_key, *keys)]
+        reference = Reference(self, models[0], self._key(models[0], subjects[0]))
+        kept = [self.store.get(reference.key, len(self.asked.samples))]
+        for path, subject in zip(models[1:], subjects[1:], strict=True):
+            kept.append(self.store.get(self._key(path, subject, reference), len(self.asked.samples)))
         found = [each for each in kept if each is not None]
         if len(found) == len(kept):
             return found
-        beside = _Reference(self, models[0], reference_key)
-        evaluations = [beside.evaluate(kept[0])]
-        for path, key, before in zip(models[1:], keys, kept[1:], strict=True):
-            evaluations.append(before or self.store.put(key, beside.compared(path)))
+        evaluations = [reference.prepare()]
+        for path, subject in zip(models[1:], subjects[1:], strict=True):
+            evaluations.append(self.evaluation(path, subject, reference))
         return evaluations
+
+    def reference(self, path: Path, subject: Subject) -> "Reference":
+        """The reference, evaluated, its distributions written."""
+        reference = Reference(self, path, self._key(path, subject))
+        reference.prepare()
+        return reference
+
+    def evaluation(self, path: Path, subject: Subject, reference: "Reference") -> Evaluation:
+        """A model's evaluation: the kept one, or else it is made now and kept."""
+        key = self._key(path, subject, reference)
+        return self.store.get(key, len(self.asked.samples)) or self.store.put(key, reference.compared(path))
+
+    def _key(self, path: Path, subject: Subject, reference: "Reference | None" = None) -> str:
+        content = _content_of(path, subject)
+        return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
     def _decided_by(self) -> dict[str, object]:
         """What an evaluation depends on, beside the models."""
@@ -118,25 +132,37 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The model that the others are compared with; `key` is its evaluation's."""
 
     runner: Runner
     path: Path
     key: str
 
-    def evaluate(self, kept: Evaluation | None) -> Evaluation:
-        """Its evaluation, the kept one where there is one; its distributions are written in any case."""
-        runner, model = self.runner, open_model(self.path, self.runner.options)
+    def prepare(self) -> Evaluation:
+        """Its evaluation; its distributions are written too. The model is not opened where all that is kept."""
+        runner, asked = self.runner, self.runner.asked
+        kept = runner.store.get(self.key, len(asked.samples))
+        if kept is not None and self._is_written():
+            return kept
+        model = open_model(self.path, runner.options)
         try:
             evaluation = kept or runner.store.put(self.key, runner.answered(model, self.path))
-            for name, samples in runner.asked.compared.items():
+            for name, samples in asked.compared.items():
                 texts = self._texts(name, samples, model)
                 runner.progress(f"{self.path.name}: distributions, {name}", 0, len(samples))
                 self._file(name, model.vocab_size).write(model, _givens(model, samples, texts))
+            write_file(self._mark(), lambda file: file.write(self.key.encode()))
         finally:
             model.close()
         return evaluation
+
+    def _mark(self) -> Path:
+        """What says whose distributions lie here, all of them."""
+        return self.runner.folder / "distributions.of"
+
+    def _is_written(self) -> bool:
+        return self._mark().is_file() and self._mark().read_text() == self.key
 
     def compared(self, path: Path) -> Evaluation:
         """The evaluation of another model."""
