@@ -12,7 +12,7 @@ all: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[cpu,toolchain,digits,rtx,dev]"
+	$(BIN)/pip install --quiet -e ".[cpu,toolchain,digits,report,rtx,dev]"
 	touch $(READY)
 
 demo: $(READY)

@@ -23,7 +23,8 @@ TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4
 HESSIAN = click.Choice(["routed", "pooled", "text-only"])
 PROVIDER = click.Choice(["cpu", "cuda"])
 RESIDENCY = click.Choice(["all", "phase"])
-EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu"}  # what brings a module, where it is not the toolchain
+# What brings a module, where it is not the toolchain.
+EXTRAS = {"sklearn": "digits", "onnxruntime": "cpu", "jinja2": "report", "matplotlib": "report"}
 FOLDER = click.Path(path_type=Path)
 
 
