@@ -60,7 +60,7 @@ THEIRS: dict[str, str] = {
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
     "model": "numpy torch safetensors |",
-    "calib": "numpy torch safetensors PIL | openpyxl",
+    "calib": "numpy torch safetensors PIL | openpyxl jinja2 markupsafe matplotlib",
     "train": "numpy torch safetensors tokenizers |",
     "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime sentencepiece jinja2 matplotlib",
     "console": "rich |",
@@ -71,7 +71,10 @@ NAMES_TAKEN = {name for names in THEIRS.values() for name in names.split()} | {"
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module as it is written, e.g. "numpy.typing", and whether only a function call imports it."""
+    """One imported module as it is written, e.g. "numpy.typing", and whether only a function call imports it.
+
+    What stands under `if TYPE_CHECKING` is imported by no running program, and counts as inside a function.
+    """
 
     module: str
     inside_function: bool
@@ -104,7 +107,12 @@ def imports_of(node: ast.AST, inside_function: bool = False) -> Iterator[Import]
                     submodule if is_our_module(submodule) else str(child.module), inside_function, child.lineno
                 )
         else:
-            yield from imports_of(child, inside_function or isinstance(child, (ast.FunctionDef, ast.Lambda)))
+            yield from imports_of(child, inside_function or is_run_later(child))
+
+
+def is_run_later(node: ast.AST) -> bool:
+    is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return is_for_types or isinstance(node, (ast.FunctionDef, ast.Lambda))
 
 
 def is_our_module(name: str) -> bool:

@@ -33,8 +33,12 @@ def _copy_of_sources(folder: Path) -> Path:
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("*.py")} | {"vlmdeploy/py.typed"}
+    templates = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy" / "calib" / "report" / "templates").iterdir()
+    }
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == sources
+    assert templates
+    assert held == sources | templates
 
 
 def test_wheel_brings_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:

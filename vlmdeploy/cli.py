@@ -201,17 +201,13 @@ def validate(
         print_rows(card.source, card.columns(), card.rows())
 
 
-def question_options(command: Command) -> Command:
+def asking_options(command: Command) -> Command:
     """The options of `report` and `sweep`: what is asked, and how it is measured."""
     options = (
         click.option("--per-task", type=click.IntRange(min=1), help="Ask at most this many questions of each task."),
         click.option("--seed", type=click.IntRange(min=0), default=0, help="Which questions are drawn."),
         click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
         click.option("--tokenizer", type=FOLDER, help="Of the checkpoint.  [default: the one in its folder]"),
-        click.option("--rule", type=click.Choice(RULES), help="How a TSV is scored.  [default: by its name]"),
-        click.option("--split", help="Take the rows of this split of a TSV."),
-        click.option("--prompt", type=PROMPT, default="vlmevalkit", help="How the questions of a TSV are worded."),
-        click.option("--images", type=FOLDER, help="Where RefCOCO's pictures are.  [default: beside the data]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer."),
         click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens of the measured answers."),
         click.option("--repeat", type=click.IntRange(min=1), default=5, help="Measured answers."),
@@ -219,7 +215,7 @@ def question_options(command: Command) -> Command:
     )
     for option in reversed(options):
         command = option(command)
-    return command
+    return question_options(command)
 
 
 @main.command()
@@ -228,7 +224,7 @@ def question_options(command: Command) -> Command:
 @click.option("--ref", type=FOLDER, help="The float checkpoint to compare with.  [default: the first bundle]")
 @click.option("--out", type=FOLDER, required=True, help="The folder to write: report.html, JSON, CSV, PNG, Markdown.")
 @click.option("--title", help="What the page is called.")
-@question_options
+@asking_options
 @provider_option
 @threads_option
 @force_option
@@ -236,8 +232,8 @@ def question_options(command: Command) -> Command:
 def report(bundles: tuple[Path, ...], ref: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """What compression cost and what it bought: bundles beside each other, as a page, tables and plots."""
     from vlmdeploy.calib.prepare import use_threads
+    from vlmdeploy.calib.report.overview import SUMMARY_COLUMNS, summary_rows
     from vlmdeploy.calib.report.run import make_report, read_report_options
-    from vlmdeploy.calib.report.summary import SUMMARY_COLUMNS, summary_rows
 
     use_threads(options["threads"])
     with progress_bar() as progress:
@@ -259,17 +255,25 @@ def report(bundles: tuple[Path, ...], ref: Path | None, out: Path, as_json: bool
 @click.option("--ray", help='Run points on a Ray cluster: an address, "auto", or "local" for one on this machine.')
 @click.option("--cpus", type=click.IntRange(min=1), help="CPUs of a point on the cluster.  [default: a whole machine]")
 @click.option("--title", help="What the report is called.")
-@question_options
+@asking_options
 @threads_option
 @json_option
 def sweep(
-    ckpt: Path, grid: Path, calib: Path | None, out: Path, samples: int, tokens: int | None, ray: str | None,
-    cpus: int | None, as_json: bool, **options: Any,
+    ckpt: Path,
+    grid: Path,
+    calib: Path | None,
+    out: Path,
+    samples: int,
+    tokens: int | None,
+    ray: str | None,
+    cpus: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Quantize, export, score and measure every point of a grid, and report them together."""
     from vlmdeploy.calib.prepare import use_threads
+    from vlmdeploy.calib.report.overview import SUMMARY_COLUMNS, summary_rows
     from vlmdeploy.calib.report.run import read_report_options
-    from vlmdeploy.calib.report.summary import SUMMARY_COLUMNS, summary_rows
     from vlmdeploy.calib.sweep.run import SweepOptions, run_sweep, sweep_json
 
     use_threads(options["threads"])

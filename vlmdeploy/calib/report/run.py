@@ -21,7 +21,7 @@ from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
 from vlmdeploy.calib.validate import MAX_NEW_TOKENS
-from vlmdeploy.data.questions import QuestionOptions
+from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import ConfigError, DataError
@@ -70,7 +70,9 @@ def read_report_options(
     rule: str | None = None,
     split: str | None = None,
     prompt: PromptStyle = "vlmevalkit",
+    first_picture: bool = False,
     images: Path | None = None,
+    grounding_prompt: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     new_tokens: int = 32,
     repeat: int = 5,
@@ -79,6 +81,9 @@ def read_report_options(
     force: bool = False,
 ) -> ReportOptions:
     """Options under the names that the command line gives them."""
+    questions = QuestionOptions(rule, prompt, split, first_picture, images)
+    if grounding_prompt is not None:
+        questions = replace(questions, grounding_prompt=grounding_prompt)
     return ReportOptions(
         bundles=bundles,
         data=data,
@@ -86,7 +91,7 @@ def read_report_options(
         ref=ref,
         per_task=per_task,
         seed=seed,
-        questions=QuestionOptions(rule=rule, split=split, prompt=prompt, images=images),
+        questions=questions,
         asked=OpenOptions(template, tokenizer, threads, provider, max_new_tokens),
         measured=Measured(new_tokens, repeat, residency),
         title=title,

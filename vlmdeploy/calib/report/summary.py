@@ -1,35 +1,80 @@
-"""A report in one table, for the terminal."""
+"""The report in one screen of Markdown: a sentence on each model, and one table."""
 
-from vlmdeploy.calib.report.shape import ModelResult, Report
-from vlmdeploy.calib.scoring import TASK_METRICS, Score
-from vlmdeploy.sizes import megabytes
+import re
+from collections.abc import Iterator
 
-SUMMARY_COLUMNS = ["model", "accuracy, difference to the reference", "KL", "first token", "decoding", "peak", "on disk"]
+from vlmdeploy.calib.report.formats import Document, Piece, Shown
+from vlmdeploy.calib.report.shape import Report
+from vlmdeploy.calib.report.wording import main_metrics, model_sentence, peak_key, task_name
+
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
+MAX_NAME = 80
+NOTHING = "\N{EN DASH}"
 
 
-def summary_rows(report: Report) -> list[list[str]]:
-    """A line per model; accuracy by the first metric of each task."""
-    return [_row(result) for result in report.models]
-
-
-def _row(result: ModelResult) -> list[str]:
-    measured = result.measurement
-    return [
-        result.subject.name,
-        "; ".join(_accuracy(result, task) for task in result.tasks),
-        "" if result.agreement is None else f"{result.agreement.kl.value:.2e}",
-        "" if measured is None else f"{measured.first_token.p50:.0f} ms",
-        "" if measured is None else f"{measured.decode_tok_s:.1f} tokens/s",
-        "" if measured is None else megabytes(measured.memory.peak_bytes),
-        megabytes(result.subject.size_bytes),
+def render_summary(document: Document) -> str:
+    """The whole summary.md."""
+    report = document.report
+    lines = [f"# {escaped(report.title)}", ""]
+    lines += [
+        f"Compared with **{escaped(report.reference)}**, the reference, on {escaped(report.data.description)}.",
+        "",
     ]
+    for place, model in enumerate(report.models):
+        sentence = document.sentence(model_sentence(report, place))
+        lines.append(f"- **{escaped(model.subject.name)}**: {sentence}.")
+    lines += ["", *(_line(row) for row in table_rows(document))]
+    lines += [
+        "",
+        "Differences to the reference are in points with 95 % intervals; one that holds 0 is no loss and no gain.",
+    ]
+    if report.failures:
+        failures = (f"- **{escaped(each.name)}**: {escaped(each.error, 300)}" for each in report.failures)
+        lines += ["", "Could not be made or scored:", "", *failures]
+    return "\n".join(lines) + "\n"
 
 
-def _accuracy(result: ModelResult, task: str) -> str:
-    metric = TASK_METRICS[task][0]
-    value = f"{task} {100 * result.tasks[task][metric].value:.2f} %"
-    return value if result.differences is None else f"{value} ({_points(result.differences[task][metric])})"
+def escaped(text: str, length: int = MAX_NAME) -> str:
+    """Text on one line that Markdown takes for nothing but text."""
+    words = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    shown = words if len(words) <= length else f"{words[:length]}\N{HORIZONTAL ELLIPSIS}"
+    return SPECIAL.sub(r"\\\1", shown) or "(empty)"
 
 
-def _points(difference: Score) -> str:
-    return f"{100 * difference.value:+.2f}, {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_rows(document: Document) -> Iterator[list[str]]:
+    """Headings, the line below them, then a line for each model."""
+    report = document.report
+    columns = main_metrics(report.models[0])
+    tasks = [name for task, _ in columns for name in (task_name(task), "difference")]
+    headings = ["model", *map(escaped, tasks), "on disk", "first token, ms", "tokens/s", "memory"]
+    yield headings
+    yield ["---", *["---:"] * (len(headings) - 1)]
+    for place, model in enumerate(report.models):
+        scores = [cell for task, metric in columns for cell in _score_cells(report, place, task, metric)]
+        shown = (document.sentence(cell) or NOTHING for cell in (*scores, *_cost_cells(report, place)))
+        yield [escaped(model.subject.name), *shown]
+
+
+def _score_cells(report: Report, place: int, task: str, metric: str) -> Iterator[list[Piece]]:
+    model, key = report.models[place], ("models", place)
+    is_scored = metric in model.tasks.get(task, {})
+    yield [Shown("share", (*key, "tasks", task, metric, "value"))] if is_scored else []
+    if metric not in (model.differences or {}).get(task, {}):
+        yield []
+        return
+    value, low, high = (Shown("points", (*key, "differences", task, metric, end)) for end in ("value", "low", "high"))
+    yield [value, " (", low, " to ", high, ")"]
+
+
+def _cost_cells(report: Report, place: int) -> Iterator[list[Piece]]:
+    yield [Shown("size", ("models", place, "subject", "size_bytes"))]
+    key = ("models", place, "measurement")
+    is_measured = report.models[place].measurement is not None
+    yield [Shown("amount", (*key, "first_token", "p50"))] if is_measured else []
+    yield [Shown("amount", (*key, "decode_tok_s"))] if is_measured else []
+    peak = peak_key(report, place)
+    yield [Shown("size", peak)] if peak is not None else []

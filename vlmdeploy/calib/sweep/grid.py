@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One version of the model. None: the target's default. Floats have no bits, group or quality that mean anything."""
+    """One version of the model. None: the target's default. Of floats bits, group and quality mean nothing."""
 
     name: str
     algorithm: str = "routed"

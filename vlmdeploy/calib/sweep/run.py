@@ -121,8 +121,8 @@ def _check_settings(options: SweepOptions) -> None:
         for key, value in now.items():
             if before.get(key) != value:
                 raise ConfigError(
-                    f"{options.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {value!r:.120}: choose "
-                    "another --out"
+                    f"{options.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {value!r:.120}: "
+                    "choose another --out"
                 )
         return
     others = [item.name for item in options.out.iterdir() if item.name != "lock"]
