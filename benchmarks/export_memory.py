@@ -35,8 +35,14 @@ def config_of(family: str, layers: int) -> Config:
 
 
 def write_checkpoint(folder: Path, family: str, layers: int) -> Config:
-    """A random bf16 checkpoint in shards of about 1 GiB, written tensor by tensor."""
+    """A random bf16 checkpoint with the released widths; see `write_random`."""
     config = config_of(family, layers)
+    write_random(folder, family, config)
+    return config
+
+
+def write_random(folder: Path, family: str, config: Config) -> None:
+    """A random bf16 checkpoint in shards of about 1 GiB, written tensor by tensor."""
     module = FAMILIES[family]
     sources = [source for rule in module.weights(module.spec(config, {})) for source in rule.sources]
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +57,6 @@ def write_checkpoint(folder: Path, family: str, layers: int) -> Config:
             shard = {}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
-    return config
 
 
 def random_tensor(source: Source, generator: torch.Generator) -> torch.Tensor:
