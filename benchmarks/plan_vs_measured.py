@@ -103,9 +103,7 @@ def planned(checkpoint: Path, target: str, precisions: dict[str, str], residency
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", help="comma-separated names  [default: all]")
-    parser.add_argument(
-        "--work", type=Path, help="folder for what is made, kept  [default: a temporary one]"
-    )
+    parser.add_argument("--work", type=Path, help="folder for what is made, kept  [default: a temporary one]")
     options = parser.parse_args()
     wanted = options.shapes.split(",") if options.shapes else list(SHAPES)
     with tempfile.TemporaryDirectory() as temporary:

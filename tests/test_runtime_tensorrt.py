@@ -7,6 +7,7 @@ there; what a real engine computes is not tested here.
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,9 +129,17 @@ def test_second_picture_is_encoded_with_nothing_else_resident(rtx: Path) -> None
     assert isinstance(backend, TrtBackend)
     ids, pixels = questions()[0]
     session.generate_ids(ids, pixels, 2)
+    resident: list[set[str]] = []
+    run = backend._run
+
+    def noted(*arguments: Any) -> None:
+        run(*arguments)
+        resident.append(set(backend._engines))
+
+    backend._run = noted  # type: ignore[method-assign]
     assert pixels is not None
     backend.encode_images(pixels + 1)
-    assert set(backend._engines) == {"vision"}
+    assert (resident, backend._engines) == ([{"vision"}], {}), "and the encoder goes with its last picture"
 
 
 def test_closed_session_leaves_nothing_on_the_device(rtx: Path) -> None:

@@ -163,7 +163,10 @@ class OrtBackend:
             self._decode = None
             self.drop("decoder_text")  # of the prompt before
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
-        return rows.copy()  # what onnxruntime hands out keeps the session's whole working memory alive
+        rows = rows.copy()  # what onnxruntime hands out keeps the session's whole working memory alive
+        if self.residency == "phase":
+            self.drop("vision")
+        return rows
 
     def new_cache(self, positions: Ints) -> OrtCache:
         """See Backend."""
@@ -182,8 +185,6 @@ class OrtBackend:
     ) -> dict[str, Floats]:
         """One call of an expert's decoder graph; the named outputs beside the cache."""
         assert isinstance(cache, OrtCache), "a cache made by this backend"
-        if self.residency == "phase":
-            self.drop("vision")  # the image is encoded before its rows come here
         session = self.session(GRAPH_OF_EXPERT[expert])
         binding = session.io_binding()
         cache.bind(binding)

@@ -115,6 +115,8 @@ class TrtBackend:
             self.device.upload(one, self._buffers["pixels"])
             self._run("vision", PROMPT, {"pixels": one.shape})
             self.device.download(self._buffers["rows"], rows[index : index + 1])
+        if self.residency == "phase":
+            self.drop("vision")
         return rows
 
     def new_cache(self, positions: Ints) -> TrtCache:
@@ -124,8 +126,6 @@ class TrtBackend:
 
     def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend. Runs pieces that the engines take: rows of one call, and logits of one call, are limited."""
-        if self.residency == "phase":
-            self.drop("vision")  # the image is encoded before its rows come here
         logits = np.empty((len(logit_rows), self.manifest.embedding.vocab_size), np.float32)
         for start, stop in pieces(len(hidden), logit_rows, self.chunk_rows, self.logit_rows):
             asked = (logit_rows >= start) & (logit_rows < stop)
