@@ -136,7 +136,7 @@ def test_second_picture_is_encoded_with_nothing_else_resident(rtx: Path) -> None
         run(*arguments)
         resident.append(set(backend._engines))
 
-    backend._run = noted  # type: ignore[method-assign]
+    backend._run = noted  # type: ignore[assignment, method-assign]
     assert pixels is not None
     backend.encode_images(pixels + 1)
     assert (resident, backend._engines) == ([{"vision"}], {}), "and the encoder goes with its last picture"
