@@ -5,8 +5,8 @@ from pathlib import Path
 
 from vlmdeploy.calib.report.formats import Document
 from vlmdeploy.calib.report.page import render_page
+from vlmdeploy.calib.report.plot_list import Plot, all_plots
 from vlmdeploy.calib.report.plot_style import png_of, styled, svg_of
-from vlmdeploy.calib.report.plots import Plot, all_plots
 from vlmdeploy.calib.report.shape import JSON_NAME, Report
 from vlmdeploy.calib.report.summary import render_summary
 from vlmdeploy.calib.report.tables import all_tables, csv_text

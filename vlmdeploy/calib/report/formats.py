@@ -35,6 +35,11 @@ def share(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
+def percent(value: float) -> str:
+    """The same without its sign, where the sign stands nearby."""
+    return f"{100 * value:.2f}"
+
+
 def points(value: float) -> str:
     """A difference of shares in points, with its sign: -0.0004 is "-0.04", with a true minus sign."""
     return _signed(f"{100 * value:+.2f}")
@@ -80,6 +85,11 @@ def decimal(value: float) -> str:
     return f"{value:,.3f}".replace("-", MINUS) if abs(value) < LARGEST_FIXED else amount(value)
 
 
+def short(value: float) -> str:
+    """A metric of one answer: 0, 1, or something between to three digits."""
+    return f"{value:.3g}"
+
+
 def p_value(value: float) -> str:
     """A p value; very small ones are only said to be small."""
     return f"< {SMALLEST_P}" if value < SMALLEST_P else f"{value:.3f}"
@@ -92,6 +102,7 @@ def plain(value: object) -> str:
 
 FORMS: dict[str, Callable[[Any], str]] = {
     "share": share,
+    "percent": percent,
     "points": points,
     "change": change,
     "count": count,
@@ -99,6 +110,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "amount": amount,
     "times": times,
     "decimal": decimal,
+    "short": short,
     "p": p_value,
     "plain": plain,
 }

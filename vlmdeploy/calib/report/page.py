@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmdeploy.calib.report import wording
 from vlmdeploy.calib.report.formats import Document, Key, Piece, Shown, key_text
 from vlmdeploy.calib.report.pictures import Embedded, embed_picture, rectangle
-from vlmdeploy.calib.report.plots import Plot
+from vlmdeploy.calib.report.plot_list import Plot
 from vlmdeploy.calib.report.shape import ModelResult
 from vlmdeploy.calib.scoring import Score
 

@@ -27,7 +27,7 @@ HALF_IN, FULL_IN = 5.4, 8.8  # widths: two plots side by side in the page, or on
 ROW_IN = 0.23  # height of a line of text beside a bar
 PNG_DPI = 160
 LABEL_LENGTH = 26
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types it by a list of all its settings
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign

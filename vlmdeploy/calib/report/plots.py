@@ -1,23 +1,38 @@
 """The plots of a report, one function each; all take the whole report and return a matplotlib Figure.
 
-Colour says what kind a thing is, never which model: models are named in words, so that twenty of them can be told apart.
+Colour says what kind a thing is, never which model: models are named in words, so that twenty can be told apart.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmdeploy.calib.report.formats import Key, Piece, Shown, size
 from vlmdeploy.calib.report.plot_style import (
-    BLUE, FULL_IN, GREEN, GREY, HALF_IN, INK, LINE, MUTED, ORANGE, PURPLE, ROW_IN, SKY, SURFACE, VERMILLION, new_figure,
-    place_labels, short_label,
+    BLUE,
+    FULL_IN,
+    GREEN,
+    GREY,
+    HALF_IN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    ROW_IN,
+    SKY,
+    SURFACE,
+    VERMILLION,
+    new_figure,
+    place_labels,
+    short_label,
 )  # fmt: skip
 from vlmdeploy.calib.report.shape import LayerErrors, ModelResult, Report
 from vlmdeploy.calib.report.wording import (
-    differences_message, frontier_message, main_metrics, peak_key, range_message, task_name, metric_name, verdict,
+    main_metrics,
+    metric_name,
+    task_name,
+    verdict,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -27,91 +42,6 @@ if TYPE_CHECKING:
 PHASE_COLOURS = {"open": GREY, "preprocess": SKY, "vision": ORANGE, "prefill": GREEN, "decode": BLUE}
 VERDICT_COLOURS = {"a loss": VERMILLION, "a gain": BLUE}
 MAX_PANELS_PER_ROW = 3
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot to be drawn: `name` is its file's, `message` what it says."""
-
-    name: str
-    title: str
-    message: tuple[Piece, ...]
-    draw: Callable[[], "Figure"]
-
-
-def all_plots(report: Report) -> list[Plot]:
-    """The plots that the report has numbers for, in the order of the page."""
-    plots = []
-    if report.frontier is not None and report.frontier.points:
-        plots += [_frontier_plot(report, other) for other in ("latency_ms", "peak_bytes")]
-    if any(model.differences for model in report.models[1:]):
-        message = tuple(differences_message(report))
-        plots.append(Plot("differences", "Accuracy beside the reference", message, lambda: draw_differences(report)))
-    plots += _agreement_plots(report) + _measured_plots(report)
-    for place, model in enumerate(report.models):
-        if model.layer_errors is not None and _is_measured(model.layer_errors):
-            plots.append(_layer_plot(report, place))
-    return plots
-
-
-def _frontier_plot(report: Report, other: str) -> Plot:
-    name, word = ("accuracy_latency", "latency") if other == "latency_ms" else ("accuracy_memory", "memory")
-    message = tuple(frontier_message(report, other))
-    return Plot(name, f"Accuracy against {word}", message, lambda: draw_frontier(report, other))
-
-
-def _agreement_plots(report: Report) -> list[Plot]:
-    keys: dict[int, Key] = {
-        place: ("models", place, "agreement", "kl", "value")
-        for place, model in enumerate(report.models)
-        if model.agreement is not None
-    }
-    plots = []
-    if keys:
-        values = {place: report.models[place].agreement.kl.value for place in keys}  # type: ignore[union-attr]
-        message = tuple(range_message(report, keys, "amount", " nats per token", values))
-        title = "KL divergence from the reference"
-        plots.append(Plot("divergence", title, message, lambda: draw_divergence(report)))
-    if any(model.grounding is not None for model in report.models):
-        drifts = {place: model.grounding.drift_median for place, model in enumerate(report.models) if model.grounding}
-        keys = {place: ("models", place, "grounding", "drift_median") for place in drifts}
-        message = (*range_message(report, keys, "amount", " thousandths", drifts), " (Medians.)")
-        plots.append(Plot("drift", "How far boxes moved", message, lambda: draw_drift(report)))
-    return plots
-
-
-def _measured_plots(report: Report) -> list[Plot]:
-    measured = {place: model.measurement for place, model in enumerate(report.models) if model.measurement}
-    if not measured:
-        return []
-    times = {place: measurement.first_token.p50 for place, measurement in measured.items()}
-    keys: dict[int, Key] = {place: ("models", place, "measurement", "first_token", "p50") for place in measured}
-    message = tuple(range_message(report, keys, "amount", " ms", times))
-    plots = [Plot("first_token", "Time to first token, by phase", message, lambda: draw_first_token(report))]
-    peaks = {place: key for place in measured if (key := peak_key(report, place)) is not None}
-    if peaks:
-        highest = {place: max(phase.peak_bytes for phase in measured[place].memory.phases.values()) for place in peaks}
-        message = tuple(range_message(report, peaks, "size", " at the highest", highest))
-        plots.append(Plot("memory", "Memory, by phase", message, lambda: draw_memory(report)))
-    return plots
-
-
-def _layer_plot(report: Report, place: int) -> Plot:
-    errors, name = report.models[place].layer_errors, report.models[place].subject.name
-    assert errors is not None, "asked for models with layer errors only"
-    _, row, column = max(
-        (error, row, column)
-        for row, line in enumerate(errors.errors)
-        for column, error in enumerate(line)
-        if error is not None
-    )
-    key = ("models", place, "layer_errors", "errors", row, column)
-    message = (f"Largest error: {errors.rows[row]}, {errors.columns[column]}, ", Shown("amount", key), ".")
-    return Plot(f"layer_errors_{place}", f"Errors by layer: {name}", message, lambda: draw_layer_errors(errors))
-
-
-def _is_measured(errors: LayerErrors) -> bool:
-    return any(error is not None for row in errors.errors for error in row)
 
 
 def _axes(figure: "Figure") -> "Axes":
@@ -398,7 +328,7 @@ def _heat_map(
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, aspect=40, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.xaxis.set_minor_locator(NullLocator())
     bar.ax.xaxis.set_major_locator(FixedLocator(_log_steps(norm.vmin, norm.vmax)))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -3,7 +3,7 @@
 Page and summary share them. A difference is called a loss or a gain only if its interval does not hold 0.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vlmdeploy.calib.report.formats import Key, Piece, Shown
 from vlmdeploy.calib.report.shape import Frontier, ModelResult, Point, Report
@@ -71,6 +71,24 @@ def has_device_memory(report: Report) -> bool:
     return any(each.memory.device_planned_bytes is not None for each in measured)
 
 
+def unmeasured(report: Report) -> dict[str, list[str]]:
+    """Names of the models that were not measured, by the reason."""
+    return _by_reason((model.unmeasured, model.subject.name) for model in report.models if model.measurement is None)
+
+
+def energy_unknown(report: Report) -> dict[str, list[str]]:
+    """Names of the measured models whose energy is unknown, by the reason."""
+    measured = [(model.measurement, model.subject.name) for model in report.models if model.measurement is not None]
+    return _by_reason((each.energy_unknown, name) for each, name in measured if each.energy is None)
+
+
+def _by_reason(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        reasons.setdefault((reason or "").rstrip("."), []).append(name)
+    return reasons
+
+
 def methods(report: Report) -> str:
     """How memory was measured."""
     measured = [model.measurement for model in report.models if model.measurement is not None]
@@ -130,7 +148,7 @@ def _reference_costs(report: Report) -> list[list[Piece]]:
     size: list[Piece] = [Shown("size", ("models", 0, "subject", "size_bytes")), " on disk"]
     if report.models[0].measurement is None:
         return [size]
-    return [size, ["first token after ", Shown("amount", _first_token(0)), " ms"]]
+    return [size, ["first token after ", Shown("amount", _first_token(0)), "\N{NO-BREAK SPACE}ms"]]
 
 
 def _losses(model: ModelResult, place: int) -> list[Piece]:
@@ -155,7 +173,14 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
 
 def _difference(key: Key) -> list[Piece]:
     low, high = Shown("points", (*key, "low")), Shown("points", (*key, "high"))
-    return [Shown("points", (*key, "value")), " points (95 %: ", low, " to ", high, ")"]
+    return [
+        Shown("points", (*key, "value")),
+        "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ",
+        low,
+        " to ",
+        high,
+        ")",
+    ]
 
 
 def _size(report: Report, place: int) -> list[Piece]:
@@ -169,7 +194,7 @@ def _speed(report: Report, place: int) -> list[list[Piece]]:
     if mine is None:
         return []
     if reference is None:
-        return [["first token after ", Shown("amount", _first_token(place)), " ms"]]
+        return [["first token after ", Shown("amount", _first_token(place)), "\N{NO-BREAK SPACE}ms"]]
     keys = (_first_token(place), _first_token(0))
     words = ("faster", "slower", "as fast")
     return [["first token ", *_compared(mine.first_token.p50, reference.first_token.p50, keys, words)]]
@@ -185,7 +210,7 @@ def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str
         return [words[2]] if mine > 0 and other > 0 else []
     less = mine < other
     top, bottom = (keys[1], keys[0]) if less else keys
-    return [Shown("times", top, bottom), f" \N{MULTIPLICATION SIGN} {words[0 if less else 1]}"]
+    return [Shown("times", top, bottom), f"\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN} {words[0 if less else 1]}"]
 
 
 def joined(names: Sequence[str], word: str = "and") -> str:
@@ -235,11 +260,11 @@ def _with_verdict(report: Report, wanted: str) -> list[str]:
     return found if len(found) <= MANY_NAMES else [*found[:MANY_NAMES], "others"]
 
 
-def range_message(report: Report, keys: dict[int, Key], form: str, unit: str, values: dict[int, float]) -> list[Piece]:
-    """Which models have the least and the most of something. keys, values: by place of the model."""
-    least, most = min(values, key=lambda place: values[place]), max(values, key=lambda place: values[place])
+def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Piece]:
+    """Which models have the least and the most of something. found: by place of the model, where it stands, and it."""
+    least, most = min(found, key=lambda place: found[place][1]), max(found, key=lambda place: found[place][1])
     names = [report.models[place].subject.name for place in (least, most)]
-    pieces: list[Piece] = [f"{names[0]}: ", Shown(form, keys[least]), unit]
+    pieces: list[Piece] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]
     if least == most:
         return [*pieces, "."]
-    return ["Least: ", *pieces, f"; most: {names[1]}: ", Shown(form, keys[most]), f"{unit}."]
+    return ["Least: ", *pieces, f"; most: {names[1]}: ", Shown(form, found[most][0]), f"{unit}."]
