@@ -1,6 +1,6 @@
 """Made-up reports for tests of the page, the tables and the plots: whole ones, a bare one, one with evil text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -258,7 +258,7 @@ def missing_parts_report() -> Report:
     report = example_report(3)
     missing = replace(
         report.models[2], differences={}, flips={}, equal_answers=None, agreement=None, text_only=None, grounding=None,
-        measurement=None, unmeasured="needs a GPU of NVIDIA's", layer_errors=None, regressions=(), num_regressions=0,
+        measurement=None, unmeasured="needs an NVIDIA GPU", layer_errors=None, regressions=(), num_regressions=0,
         num_improvements=0,
     )  # fmt: skip
     reference = replace(report.models[0], measurement=None, unmeasured="a checkpoint is not measured")
@@ -289,7 +289,7 @@ def _evil_model(model: ModelResult, text: str) -> ModelResult:
         examples = tuple(replace(example, question=text) for example in grounding.examples)
         grounding = replace(grounding, examples=examples)
     subject = replace(model.subject, name=text, path=text, quantization=text, notes=(text,))
-    return replace(model, subject=subject, regressions=regressions, grounding=grounding)
+    return replace(model, subject=subject, regressions=regressions, grounding=grounding, layer_errors=None)
 
 
 def write_pictures(folder: Path) -> Path:
@@ -302,3 +302,12 @@ def write_pictures(folder: Path) -> Path:
         draw.text((90, 35), "3", fill="#ffd080", font_size=48)
         picture.save(folder / "pictures" / f"scene_{number}.png")
     return folder
+
+
+REPORTS: dict[str, Callable[[], Report]] = {
+    "whole": lambda: example_report(5),
+    "one model": lambda: example_report(1),
+    "missing parts": missing_parts_report,
+    "bare": bare_report,
+    "evil": evil_report,
+}

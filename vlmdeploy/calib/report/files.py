@@ -42,6 +42,10 @@ def _draw(document: Document, plots: list[Plot]) -> dict[str, tuple[Plot, str, b
     for plot in plots:
         with styled():
             figure = plot.draw()
+            figure.draw_without_rendering()
+            figure.set_layout_engine(
+                "none"
+            )  # it stands; working it out again for each file would take most of the time
         drawn[plot.name] = plot, svg_of(figure, plot.name, document.sentence(plot.message)), png_of(figure)
     return drawn
 

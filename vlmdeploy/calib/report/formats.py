@@ -16,6 +16,7 @@ Key = tuple[str | int, ...]
 MINUS = "\N{MINUS SIGN}"
 SMALLEST_P = 0.001
 LARGEST_FIXED = 1e12
+LABEL_LENGTH = 26
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def amount(value: float) -> str:
     """A physical quantity to about three digits: 0.0421, 1.50, 23.4, 1,234."""
     if value != 0 and not 1e-5 <= abs(value) < LARGEST_FIXED:
         return f"{value:.1e}".replace("-", MINUS)
-    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    rounded = abs(float(f"{value:.3g}"))
+    digits = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(rounded)))
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
@@ -114,6 +116,15 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "p": p_value,
     "plain": plain,
 }
+
+
+def short_label(name: str, length: int = LABEL_LENGTH) -> str:
+    """A name on one line of letters that print, cut in its middle if it is long: both ends tell names apart."""
+    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "?"
+    if len(clean) <= length:
+        return clean
+    head = (length - 1) * 2 // 3
+    return f"{clean[:head]}\N{HORIZONTAL ELLIPSIS}{clean[head + 1 - length :]}"
 
 
 class Document:

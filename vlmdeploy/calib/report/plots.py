@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmdeploy.calib.report.formats import amount, short_label
 from vlmdeploy.calib.report.plot_style import (
     BLUE,
     FULL_IN,
@@ -25,15 +26,9 @@ from vlmdeploy.calib.report.plot_style import (
     VERMILLION,
     new_figure,
     place_labels,
-    short_label,
-)  # fmt: skip
+)
 from vlmdeploy.calib.report.shape import LayerErrors, ModelResult, Report
-from vlmdeploy.calib.report.wording import (
-    main_metrics,
-    metric_name,
-    task_name,
-    verdict,
-)  # fmt: skip
+from vlmdeploy.calib.report.wording import main_metrics, metric_name, task_name, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,14 +240,8 @@ def draw_first_token(report: Report) -> "Figure":
             if spread is not None:
                 axes.barh(row, spread.p50, left=left, height=0.62, color=PHASE_COLOURS[phase])
                 left += spread.p50
-        text = (
-            f"{measurement.first_token.p50:,.3g}"
-            if measurement.first_token.p50 < 1000
-            else f"{measurement.first_token.p50:,.0f}"
-        )
-        axes.annotate(
-            text, (left, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
-        )
+        text, end = amount(measurement.first_token.p50), (left, row)
+        axes.annotate(text, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED)
     _model_rows(axes, models)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
     axes.set_xlabel("ms, medians")

@@ -5,7 +5,7 @@ Page and summary share them. A difference is called a loss or a gain only if its
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vlmdeploy.calib.report.formats import Key, Piece, Shown
+from vlmdeploy.calib.report.formats import Key, Piece, Shown, short_label
 from vlmdeploy.calib.report.shape import Frontier, ModelResult, Point, Report
 from vlmdeploy.calib.scoring import Score
 
@@ -24,7 +24,13 @@ METRICS = {
     "token_f1": "token F1",
 }
 MANY_NAMES = 4
+NAME_LENGTH = 40  # of a model in a sentence
 SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
+
+
+def model_name(model: ModelResult | Point) -> str:
+    """A model in a sentence; a very long name is cut in its middle."""
+    return short_label(model.name if isinstance(model, Point) else model.subject.name, NAME_LENGTH)
 
 
 def task_name(task: str) -> str:
@@ -210,7 +216,10 @@ def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str
         return [words[2]] if mine > 0 and other > 0 else []
     less = mine < other
     top, bottom = (keys[1], keys[0]) if less else keys
-    return [Shown("times", top, bottom), f"\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN} {words[0 if less else 1]}"]
+    return [
+        Shown("times", top, bottom),
+        f"\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}{words[0 if less else 1]}",
+    ]
 
 
 def joined(names: Sequence[str], word: str = "and") -> str:
@@ -225,9 +234,12 @@ def frontier_message(report: Report, other: str) -> list[Piece]:
     best = _extreme(frontier, lambda point: -point.accuracy)
     least = _extreme(frontier, lambda point: float(getattr(point, other)))
     word, form, unit = ("fastest", "amount", " ms") if other == "latency_ms" else ("smallest in memory", "size", "")
-    kept = [point.name for point in frontier.points if not point.is_dominated]
-    pieces: list[Piece] = [f"Most accurate: {frontier.points[best].name} ("]
-    pieces += [Shown("share", ("frontier", "points", best, "accuracy")), f"); {word}: {frontier.points[least].name} ("]
+    kept = [model_name(point) for point in frontier.points if not point.is_dominated]
+    pieces: list[Piece] = [f"Most accurate: {model_name(frontier.points[best])} ("]
+    pieces += [
+        Shown("share", ("frontier", "points", best, "accuracy")),
+        f"); {word}: {model_name(frontier.points[least])} (",
+    ]
     pieces += [Shown(form, ("frontier", "points", least, other)), f"{unit}). "]
     return [
         *pieces,
@@ -256,14 +268,14 @@ def _with_verdict(report: Report, wanted: str) -> list[str]:
         main = [(task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {})]
         tasks = [task_name(task) for task, metric in main if verdict(differences[task][metric]) == wanted]
         if tasks:
-            found.append(f"{model.subject.name} ({', '.join(tasks)})")
+            found.append(f"{model_name(model)} ({', '.join(tasks)})")
     return found if len(found) <= MANY_NAMES else [*found[:MANY_NAMES], "others"]
 
 
 def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Piece]:
     """Which models have the least and the most of something. found: by place of the model, where it stands, and it."""
     least, most = min(found, key=lambda place: found[place][1]), max(found, key=lambda place: found[place][1])
-    names = [report.models[place].subject.name for place in (least, most)]
+    names = [model_name(report.models[place]) for place in (least, most)]
     pieces: list[Piece] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]
     if least == most:
         return [*pieces, "."]
