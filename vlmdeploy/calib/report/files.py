@@ -43,9 +43,7 @@ def _draw(document: Document, plots: list[Plot]) -> dict[str, tuple[Plot, str, b
         with styled():
             figure = plot.draw()
             figure.draw_without_rendering()
-            figure.set_layout_engine(
-                "none"
-            )  # it stands; working it out again for each file would take most of the time
+            figure.set_layout_engine("none")  # to work it out again for each file would take most of the time
         drawn[plot.name] = plot, svg_of(figure, plot.name, document.sentence(plot.message)), png_of(figure)
     return drawn
 
