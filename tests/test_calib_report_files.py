@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from PIL import Image
 from tests.report_example import EVIL, REPORTS, bare_report, evil_report, example_report, write_pictures
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.formats import Document
+from vlmdeploy.calib.report.page import render_page
 from vlmdeploy.calib.report.plot_list import all_plots
 from vlmdeploy.calib.report.plot_style import styled, svg_of
-from vlmdeploy.calib.report.shape import read_report_json
+from vlmdeploy.calib.report.shape import Report, read_report_json
+from vlmdeploy.calib.report.summary import render_summary
+from vlmdeploy.calib.scoring import Score
 from vlmdeploy.errors import DataError
 
 TABLES = ["scores.csv", "agreement.csv", "latency.csv", "memory.csv", "layer_errors.csv", "regressions.csv"]
@@ -130,7 +134,7 @@ def test_plots_are_pictures_with_something_on_them(whole: Path) -> None:
         assert 0.005 < (pixels < 200).mean() < 0.8, path.name
 
 
-@pytest.mark.parametrize("num_models", [1, 2, 7, 15])
+@pytest.mark.parametrize("num_models", [1, 2, 7, pytest.param(15, marks=pytest.mark.slow)])
 def test_text_in_plots_does_not_overlap(num_models: int) -> None:
     for plot in all_plots(example_report(num_models))[:8]:
         with styled():
@@ -200,6 +204,46 @@ def test_summary_says_what_the_page_says(whole: Path) -> None:
     assert text.startswith("# Calibration report: cogvlm on the digits\n")
     assert "- **ort-fp32**: VQA -0.06 points (95 %: -0.17 to +0.05): no loss seen, nor in boxes" in text
     assert "| ort-int4 RTN | 97.26 % | 0.00 (-0.11 to +0.11) |" in text
+
+
+def odd_reports() -> dict[str, Report]:
+    """Valid, but at the ends of what can be: nothing counted, nothing held, all equal, zero everywhere."""
+    report = example_report(5)
+    model, measurement, grounding = report.models[4], report.models[4].measurement, report.models[4].grounding
+    errors, agreement, frontier = model.layer_errors, model.agreement, report.frontier
+    assert measurement and grounding and errors and agreement and frontier
+    zero = Score(0.0, 0.0, 0.0, 0)
+    zeros = tuple(tuple(0.0 if error is not None else None for error in row) for row in errors.errors)
+    same = tuple(replace(frontier.points[0], name=point.name) for point in frontier.points)
+    memory = replace(measurement.memory, phases={})
+    no_drifts = replace(grounding, both=0, counts=(0,) * len(grounding.counts), examples=())
+    changed = {
+        "no phases of memory": replace(model, measurement=replace(measurement, memory=memory)),
+        "no picture": replace(model, measurement=replace(measurement, vision=None)),
+        "no drifts": replace(model, grounding=no_drifts),
+        "no bins": replace(model, grounding=replace(grounding, edges=(0.0,), counts=())),
+        "no errors": replace(model, layer_errors=replace(errors, errors=zeros, ratios=zeros)),
+        "no rows": replace(model, layer_errors=replace(errors, rows=(), errors=(), ratios=(), bits=())),
+        "the same model": replace(model, agreement=replace(agreement, kl=zero, kl_p99=0.0, perplexity=zero)),
+        "no size": replace(model, subject=replace(model.subject, size_bytes=0)),
+        "no metrics": replace(model, tasks={"vqa": {}}, differences={"vqa": {}}, flips={"vqa": {}}),
+    }
+    odd = {name: replace(report, models=(report.models[0], each)) for name, each in changed.items()}
+    return {**odd, "points at one place": replace(report, frontier=replace(frontier, points=same))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", odd_reports())
+def test_odd_but_valid_reports_are_written(name: str, tmp_path: Path) -> None:
+    report = odd_reports()[name]
+    plots = {plot.name: plot for plot in all_plots(report)}
+    for plot in plots.values():
+        with styled():
+            plot.draw().draw_without_rendering()
+    drawn = {name: (plot, "<svg/>") for name, plot in plots.items()}
+    page = render_page(Document(report), drawn, write_pictures(tmp_path))
+    assert ET.fromstring(page).tag == "html"
+    assert report.models[-1].subject.name in render_summary(Document(report))
 
 
 def test_example_has_every_part_of_the_shape() -> None:

@@ -17,6 +17,11 @@ MINUS = "\N{MINUS SIGN}"
 SMALLEST_P = 0.001
 LARGEST_FIXED = 1e12
 LABEL_LENGTH = 26
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {
+    127: 0x2421,
+    **dict.fromkeys((*range(0xD800, 0xE000), *range(0x80, 0xA0), 0xFFFE, 0xFFFF), 0xFFFD),
+}
+"""Letters that HTML cannot hold, and what is shown in their place."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,11 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "p": p_value,
     "plain": plain,
 }
+
+
+def printable(text: str) -> str:
+    """Text that HTML can hold: control characters become symbols, halves of surrogate pairs a question mark."""
+    return text.translate(CONTROLS)
 
 
 def short_label(name: str, length: int = LABEL_LENGTH) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vlmdeploy.calib.report.formats import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -175,7 +177,7 @@ def svg_of(figure: "Figure", name: str, message: str) -> str:
         _rewrite(element, f"{name}-")
     width_pt = root.attrib.pop("width").removesuffix("pt")
     del root.attrib["height"]
-    root.attrib.update({"role": "img", "aria-label": message, "style": f"--width: {float(width_pt):.0f}"})
+    root.attrib.update({"role": "img", "aria-label": printable(message), "style": f"--width: {float(width_pt):.0f}"})
     return ET.tostring(root, encoding="unicode")
 
 

@@ -210,6 +210,7 @@ def draw_drift(report: Report) -> "Figure":
         axes.set_xticks(np.arange(len(grounding.edges)) - 0.5, [f"{edge:g}" for edge in grounding.edges])
         _thin_ticks(axes, len(grounding.edges))
         axes.set_title(short_label(model.subject.name))
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(True, axis="y")
         axes.set_ylim(0, 105)
         axes.set_yticks([0, 50, 100])
@@ -310,7 +311,8 @@ def _heat_map(
     colour_map = matplotlib.colormaps[colours].with_extremes(
         bad=(0, 0, 0, 0)
     )  # the page shows through where nothing was measured
-    image = axes.imshow(table, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
+    shown = np.maximum(table, norm.vmin)  # a log axis has no 0; NaN stays
+    image = axes.imshow(shown, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(errors.columns)), [short_label(name) for name in errors.columns], rotation=90)
     axes.set_yticks(range(len(errors.rows)), [short_label(name) for name in errors.rows])
     axes.tick_params(labelsize=7)
@@ -319,6 +321,7 @@ def _heat_map(
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, aspect=40, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_minor_locator(NullLocator())
+    bar.ax.tick_params(labelsize=7)
     bar.ax.xaxis.set_major_locator(FixedLocator(_log_steps(norm.vmin, norm.vmax)))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
