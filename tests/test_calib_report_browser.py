@@ -59,7 +59,7 @@ def browse(tmp_path: Path) -> Browse:
     return run
 
 
-@pytest.mark.parametrize(("name", "width"), [("whole", 390), ("whole", 1280), ("evil", 390)])
+@pytest.mark.parametrize(("name", "width"), [("whole", 390), ("whole", 1280), ("evil", 360)])
 def test_page_is_as_wide_as_the_window(
     name: str, width: int, browse: Browse, written_report: Callable[[str], Path], tmp_path: Path
 ) -> None:

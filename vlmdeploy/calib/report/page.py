@@ -26,7 +26,7 @@ def render_page(document: Document, plots: Mapping[str, tuple[Plot, str]], folde
     """The page. plots: by name, with their SVG. folder: where the pictures lie. Raises DataError if one is missing."""
     environment = _environment()
     page = _Page(document, plots, folder)
-    functions = ("number", "say", "plain", "plot", "picture", "has_plot", "plot_names", "peak", "place_of")
+    functions = ("number", "say", "plot", "picture", "has_plot", "plot_names", "peak", "place_of")
     names = {name: getattr(page, name) for name in functions}
     return environment.get_template("report.html").render(
         report=document.report,
@@ -98,10 +98,6 @@ class _Page:
             for piece in pieces
         )
         return Markup("").join(shown)
-
-    def plain(self, pieces: Iterable[Piece]) -> str:
-        """The same without elements, for an attribute."""
-        return self._document.sentence(pieces)
 
     def place_of(self, model: ModelResult) -> int:
         """Which of the report's models this one is."""

@@ -29,6 +29,7 @@ from vlmdeploy.calib.report.plot_style import (
 )
 from vlmdeploy.calib.report.shape import LayerErrors, ModelResult, Report
 from vlmdeploy.calib.report.wording import main_metrics, metric_name, task_name, verdict
+from vlmdeploy.calib.scoring import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,27 +48,30 @@ def draw_frontier(report: Report, other: str) -> "Figure":
     """Accuracy against "latency_ms" or "peak_bytes": the upper left is best; dominated models are grey and hollow."""
     frontier = report.frontier
     assert frontier is not None, "only drawn where there are points"
-    unit = 1.0 if other == "latency_ms" else 1e6
+    unit, words = 1.0, f"first token and {frontier.new_tokens:,} more, ms"
+    if other == "peak_bytes":
+        unit, name = _memory_unit(point.peak_bytes for point in frontier.points)
+        words = f"highest memory, {name}"
     places = [(getattr(point, other) / unit, 100 * point.accuracy) for point in frontier.points]
     figure = new_figure(HALF_IN, 3.5)
     axes = _axes(figure)
     for point, (x, y) in zip(frontier.points, places, strict=True):
         marker = "D" if point.name == report.reference else "o"
-        face = SURFACE if point.is_dominated else BLUE
-        axes.plot(
-            x, y, marker, color=face, markeredgecolor=GREY if point.is_dominated else BLUE, markersize=6, zorder=3
-        )
+        face, edge = (SURFACE, GREY) if point.is_dominated else (BLUE, BLUE)
+        axes.plot(x, y, marker, color=face, markeredgecolor=edge, markersize=6, zorder=3)
     axes.grid(True)
-    axes.margins(0.16)
     _limits_around(axes, places)
     axes.set_ylabel("accuracy, %")
-    axes.set_xlabel(
-        f"first token and {frontier.new_tokens:,} more, ms" if other == "latency_ms" else "highest memory, MB"
-    )
+    axes.set_xlabel(words)
     _plain_ticks(axes)
     labels = [short_label(point.name) for point in frontier.points]
     place_labels(axes, places, labels, [MUTED if point.is_dominated else INK for point in frontier.points])
     return figure
+
+
+def _memory_unit(sizes: Iterable[int]) -> tuple[float, str]:
+    """Bytes in the unit of an axis, and its name."""
+    return (1e9, "GB") if max(sizes, default=0) >= 2e9 else (1e6, "MB")
 
 
 def _limits_around(axes: "Axes", places: Sequence[tuple[float, float]]) -> None:
@@ -87,10 +91,10 @@ def _plain_ticks(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _model_rows(axes: "Axes", models: Iterable[ModelResult], labels: bool = True) -> None:
+def _model_rows(axes: "Axes", models: Iterable[ModelResult]) -> None:
     """One row per model, the first on top."""
     names = [short_label(model.subject.name) for model in models]
-    axes.set_yticks(range(len(names)), names if labels else [""] * len(names))
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
@@ -120,7 +124,7 @@ def draw_differences(report: Report) -> "Figure":
     return figure
 
 
-def _of(model: ModelResult, task: str) -> dict[str, Any]:
+def _of(model: ModelResult, task: str) -> dict[str, Score]:
     return (model.differences or {}).get(task, {})
 
 
@@ -257,25 +261,20 @@ def draw_memory(report: Report) -> "Figure":
     phases = list(dict.fromkeys(name for measurement in measurements for name in measurement.memory.phases))
     figure = new_figure(HALF_IN, 1.0 + (0.16 + 0.085 * len(phases)) * len(models))
     axes = _axes(figure)
-    height = 0.78 / len(phases)
+    unit, unit_name = _memory_unit(measurement.memory.peak_bytes for measurement in measurements)
+    height, colours = 0.78 / len(phases), [PHASE_COLOURS.get(phase, PURPLE) for phase in phases]
     for row, measurement in enumerate(measurements):
         memory = measurement.memory
-        for number, phase in enumerate(phases):
+        for number, (phase, colour) in enumerate(zip(phases, colours, strict=True)):
             if phase in memory.phases:
-                y = row - 0.39 + height * (number + 0.5)
-                axes.barh(
-                    y,
-                    memory.phases[phase].peak_bytes / 1e6,
-                    height=height * 0.9,
-                    color=PHASE_COLOURS.get(phase, PURPLE),
-                )
-        axes.plot([memory.baseline_bytes / 1e6] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.2)
+                y, peak = row - 0.39 + height * (number + 0.5), memory.phases[phase].peak_bytes / unit
+                axes.barh(y, peak, height=height * 0.9, color=colour)
+        axes.plot([memory.baseline_bytes / unit] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.2)
     _model_rows(axes, models)
     axes.set_xlim(left=0)
-    axes.set_xlabel("resident memory at the peak, MB")
-    _legend(
-        figure, [*(("bar", PHASE_COLOURS.get(phase, PURPLE), phase) for phase in phases), ("|", INK, "before opening")]
-    )
+    axes.set_xlabel(f"resident memory at the peak, {unit_name}")
+    entries = [("bar", colour, phase) for phase, colour in zip(phases, colours, strict=True)]
+    _legend(figure, [*entries, ("|", INK, "before opening")])
     return figure
 
 
@@ -308,9 +307,8 @@ def _heat_map(
     import matplotlib
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    colour_map = matplotlib.colormaps[colours].with_extremes(
-        bad=(0, 0, 0, 0)
-    )  # the page shows through where nothing was measured
+    see_through = (0, 0, 0, 0)  # where nothing was measured
+    colour_map = matplotlib.colormaps[colours].with_extremes(bad=see_through)
     shown = np.maximum(table, norm.vmin)  # a log axis has no 0; NaN stays
     image = axes.imshow(shown, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(errors.columns)), [short_label(name) for name in errors.columns], rotation=90)

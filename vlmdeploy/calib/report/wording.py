@@ -172,21 +172,14 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
         pieces += [f": {verdicts[task]}"]
     untold = [task_name(task).lower() for task, metric in main if (task, metric) not in told]
     if untold:
-        pieces += [f", nor in {joined(untold, 'or')}" if verdicts[main[0][0]] == "no loss seen" and len(told) == 1
-                   else f"; no loss seen in {joined(untold, 'or')}"]  # fmt: skip
+        is_second = told == main[:1] and verdicts[main[0][0]] == "no loss seen"
+        pieces += [", nor in " if is_second else "; no loss seen in ", joined(untold, "or")]
     return pieces
 
 
 def _difference(key: Key) -> list[Piece]:
-    low, high = Shown("points", (*key, "low")), Shown("points", (*key, "high"))
-    return [
-        Shown("points", (*key, "value")),
-        "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ",
-        low,
-        " to ",
-        high,
-        ")",
-    ]
+    value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
+    return [value, "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ", low, " to ", high, ")"]
 
 
 def _size(report: Report, place: int) -> list[Piece]:
