@@ -3,6 +3,7 @@ run without."""
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,21 @@ def golden_model() -> GoldenModels:
     from vlmdeploy import load_model
 
     return cache(lambda checkpoint: load_model(GOLDEN / checkpoint))
+
+
+@pytest.fixture(scope="session")
+def written_report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a made-up report by its name in tests.report_example, written once. Do not change its files."""
+    from tests.report_example import REPORTS, write_pictures
+    from vlmdeploy.calib.report.files import write_report
+
+    @cache
+    def written(name: str) -> Path:
+        folder = write_pictures(tmp_path_factory.mktemp("report"))
+        write_report(REPORTS[name](), folder)
+        return folder
+
+    return written
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Made-up reports for the tests of the page, the tables and the plots: whole ones, a bare one and one with evil text."""
+"""Made-up reports for tests of the page, the tables and the plots: whole ones, a bare one, one with evil text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -39,13 +39,14 @@ from vlmdeploy.runtime.measurement import (
 MB = 10**6
 Item = TypeVar("Item")
 SIZE_PX = (160, 120)
+PICTURES = ("pictures/scene_0.png", "pictures/scene_1.png")
 NAMES = (
     "PyTorch fp32", "ort-fp32", "ort-fp16", "ort-int8", "ort-int4 RTN", "ort-int4 GPTQ", "ort-int4 GPTQ vision int4",
     "3 bits", "ort-int4 group 64", "ort-int4 group 32", "ort-int4 text-only Hessians", "ort-int4 pooled Hessians",
     "budget 4.0 MB", "budget 3.5 MB", "a-model-with-a-very-long-name-that-nobody-would-choose-but-a-sweep-writes",
 )  # fmt: skip
 METRICS = {
-    "vqa": {"exact_match": 0.9731, "exact_match/largest": 0.978, "exact_match/left_right": 1.0, "exact_match/sum": 0.9293},
+    "vqa": {"exact_match": 0.9731, "exact_match/left_right": 1.0, "exact_match/sum": 0.9293},
     "rec": {"acc@0.5": 0.9976, "mean_iou": 0.9212, "parse_rate": 1.0},
     "reg": {"exact_match": 0.985},
     "caption": {"exact_match": 0.958, "token_f1": 0.991},
@@ -84,7 +85,7 @@ def example_report(num_models: int = 5) -> Report:
         ),
         reference=NAMES[0],
         models=models,
-        frontier=Frontier(("vqa exact_match", "rec acc@0.5"), 64, tuple(map(_point, range(num_models), models))),
+        frontier=_frontier(models),
         failures=(Failure("ort-int4 group 8", "group 8: expected one of 16, 32, 64, 128"),),
     )
 
@@ -161,8 +162,8 @@ def _grounding(rng: np.random.Generator, place: int) -> Grounding:
     edges = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
     counts = rng.multinomial(2048, [0.55, 0.2, 0.12, 0.06, 0.03, 0.02, 0.01, 0.01]).tolist()
     examples = (
-        BoxExample("pictures/scene_0.png", "Where is the 7?", (20, 30, 60, 80), (21, 31, 61, 80), (28, 36, 74, 88), 81.2, 0.52),
-        BoxExample("pictures/scene_1.png", "Where is the 3?", (80, 20, 130, 90), (80, 20, 131, 92), None, None, 0.0),
+        BoxExample(PICTURES[0], "Where is the 7?", (20, 30, 60, 80), (21, 31, 61, 80), (28, 36, 74, 88), 81.2, 0.52),
+        BoxExample(PICTURES[1], "Where is the 3?", (80, 20, 130, 90), (80, 20, 131, 92), None, None, 0.0),
     )  # fmt: skip
     return Grounding(2048, edges, tuple(counts), 0.4 * place, 12.5 * place, examples)
 
@@ -175,7 +176,7 @@ def _measurement(rng: np.random.Generator, place: int) -> Measurement:
     vision, prefill = 40 / (1 + 0.3 * place), 18 / (1 + 0.25 * place)
     phases = {
         name: PhaseMemory(round(size * MB / (1 + 0.15 * place)), 60 * MB, 40 * MB, 20 * MB, None)
-        for name, size in (("open", 92.0), ("preprocess", 96.0), ("vision", 131.0), ("prefill", 124.0), ("decode", 118.0))
+        for name, size in {"open": 92, "preprocess": 96, "vision": 131, "prefill": 124, "decode": 118}.items()
     }  # fmt: skip
     energy = None
     if place % 2:
@@ -213,19 +214,32 @@ def _tuples(rows: Sequence[Sequence[Item]]) -> tuple[tuple[Item, ...], ...]:
 
 
 def _regressions() -> tuple[Regression, ...]:
-    return (
-        Regression("vqa", "sum", "pictures/scene_0.png", "What do the digits add up to?", "18", "18", "19", "exact_match", 1.0, 0.0),
-        Regression("rec", "", "pictures/scene_1.png", "Where is the 3?", "[[500,167,812,750]]", "[[500,167,818,766]]", "the 3", "acc@0.5", 1.0, 0.0),
-        Regression("caption", "", None, "Describe it.", "a 3 and a 7", "a 3 and a 7", "a 3", "token_f1", 1.0, 0.4),
-    )  # fmt: skip
+    sum_of = Regression("vqa", "sum", PICTURES[0], "What is the sum?", "18", "18", "19", "exact_match", 1.0, 0.0)
+    box = "[[500,167,812,750]]"
+    where = Regression("rec", "", PICTURES[1], "Where is the 3?", box, box, "the 3", "acc@0.5", 1.0, 0.0)
+    caption = Regression("caption", "", None, "Describe it.", "a 3, a 7", "a 3, a 7", "a 3", "token_f1", 1.0, 0.4)
+    return sum_of, where, caption
 
 
-def _point(place: int, model: ModelResult) -> Point:
+def _frontier(models: Sequence[ModelResult]) -> Frontier:
+    costs = [_costs(model) for model in models]
+    beaten = [
+        any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in costs)
+        for mine in costs
+    ]
+    points = (
+        Point(model.subject.name, -negative, latency, int(peak), is_dominated)
+        for model, (negative, latency, peak), is_dominated in zip(models, costs, beaten, strict=True)
+    )
+    return Frontier(("VQA exact match", "Boxes IoU at 0.5"), 64, tuple(points))
+
+
+def _costs(model: ModelResult) -> tuple[float, float, float]:
+    """What is better when lower: minus the accuracy, milliseconds, bytes."""
     measurement = model.measurement
     assert measurement is not None, "example_report measures every model"
     latency = measurement.first_token.p50 + 64 * measurement.decode_per_token.p50
-    accuracy = model.tasks["vqa"]["exact_match"].value
-    return Point(model.subject.name, accuracy, latency, measurement.memory.peak_bytes, place in (0, 2))
+    return -model.tasks["vqa"]["exact_match"].value, latency, float(measurement.memory.peak_bytes)
 
 
 def bare_report() -> Report:
@@ -244,7 +258,7 @@ def missing_parts_report() -> Report:
     report = example_report(3)
     missing = replace(
         report.models[2], differences={}, flips={}, equal_answers=None, agreement=None, text_only=None, grounding=None,
-        measurement=None, unmeasured="needs a GPU of NVIDIA's", layer_errors=None, regressions=(), num_regressions=0,
+        measurement=None, unmeasured="needs an NVIDIA GPU", layer_errors=None, regressions=(), num_regressions=0,
         num_improvements=0,
     )  # fmt: skip
     reference = replace(report.models[0], measurement=None, unmeasured="a checkpoint is not measured")
@@ -275,7 +289,7 @@ def _evil_model(model: ModelResult, text: str) -> ModelResult:
         examples = tuple(replace(example, question=text) for example in grounding.examples)
         grounding = replace(grounding, examples=examples)
     subject = replace(model.subject, name=text, path=text, quantization=text, notes=(text,))
-    return replace(model, subject=subject, regressions=regressions, grounding=grounding)
+    return replace(model, subject=subject, regressions=regressions, grounding=grounding, layer_errors=None)
 
 
 def write_pictures(folder: Path) -> Path:
@@ -288,3 +302,12 @@ def write_pictures(folder: Path) -> Path:
         draw.text((90, 35), "3", fill="#ffd080", font_size=48)
         picture.save(folder / "pictures" / f"scene_{number}.png")
     return folder
+
+
+REPORTS: dict[str, Callable[[], Report]] = {
+    "whole": lambda: example_report(5),
+    "one model": lambda: example_report(1),
+    "missing parts": missing_parts_report,
+    "bare": bare_report,
+    "evil": evil_report,
+}

@@ -30,7 +30,7 @@ from tests.tiny_bundle import (
     write_text_checkpoint,
 )
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.cli import main
+from vlmdeploy.cli import error_line, main
 from vlmdeploy.runtime.sampling import SamplingOptions
 
 COMMANDS = sorted(main.commands)
@@ -160,6 +160,15 @@ def test_missing_toolchain_says_what_to_install(ckpt: Path, tmp_path: Path) -> N
     done = run_process("-c", f"{script}\nfrom vlmdeploy.cli import main\nmain({[str(item) for item in arguments]!r})")
     assert done.returncode == 1
     assert done.stderr == 'Error: torch is not installed: pip install "vlmdeploy[cpu,toolchain]"\n'
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("jinja2", "report"), ("matplotlib", "report"), ("onnxruntime", "cpu"), ("onnx", "cpu,toolchain")],
+)
+def test_missing_module_is_told_with_the_extra_that_brings_it(module: str, extra: str) -> None:
+    line = error_line(ModuleNotFoundError(f"No module named '{module}'", name=module))
+    assert line == f'{module} is not installed: pip install "vlmdeploy[{extra}]"'
 
 
 # export

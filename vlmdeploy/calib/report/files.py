@@ -5,8 +5,8 @@ from pathlib import Path
 
 from vlmdeploy.calib.report.formats import Document
 from vlmdeploy.calib.report.page import render_page
+from vlmdeploy.calib.report.plot_list import Plot, all_plots
 from vlmdeploy.calib.report.plot_style import png_of, styled, svg_of
-from vlmdeploy.calib.report.plots import Plot, all_plots
 from vlmdeploy.calib.report.shape import JSON_NAME, Report
 from vlmdeploy.calib.report.summary import render_summary
 from vlmdeploy.calib.report.tables import all_tables, csv_text
@@ -42,6 +42,8 @@ def _draw(document: Document, plots: list[Plot]) -> dict[str, tuple[Plot, str, b
     for plot in plots:
         with styled():
             figure = plot.draw()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # to work it out again for each file would take most of the time
         drawn[plot.name] = plot, svg_of(figure, plot.name, document.sentence(plot.message)), png_of(figure)
     return drawn
 

@@ -16,6 +16,12 @@ Key = tuple[str | int, ...]
 MINUS = "\N{MINUS SIGN}"
 SMALLEST_P = 0.001
 LARGEST_FIXED = 1e12
+LABEL_LENGTH = 26
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {
+    127: 0x2421,
+    **dict.fromkeys((*range(0xD800, 0xE000), *range(0x80, 0xA0), 0xFFFE, 0xFFFF), 0xFFFD),
+}
+"""Letters that HTML cannot hold, and what is shown in their place."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ Piece = str | Shown
 def share(value: float) -> str:
     """0..1 in percent: 0.97311 is "97.31 %"."""
     return f"{100 * value:.2f} %"
+
+
+def percent(value: float) -> str:
+    """The same without its sign, where the sign stands nearby."""
+    return f"{100 * value:.2f}"
 
 
 def points(value: float) -> str:
@@ -66,7 +77,8 @@ def amount(value: float) -> str:
     """A physical quantity to about three digits: 0.0421, 1.50, 23.4, 1,234."""
     if value != 0 and not 1e-5 <= abs(value) < LARGEST_FIXED:
         return f"{value:.1e}".replace("-", MINUS)
-    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    rounded = abs(float(f"{value:.3g}"))
+    digits = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(rounded)))
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
@@ -78,6 +90,11 @@ def times(value: float) -> str:
 def decimal(value: float) -> str:
     """A number of order 1, such as an IoU or a perplexity, to three places."""
     return f"{value:,.3f}".replace("-", MINUS) if abs(value) < LARGEST_FIXED else amount(value)
+
+
+def short(value: float) -> str:
+    """A metric of one answer: 0, 1, or something between to three digits."""
+    return f"{value:.3g}"
 
 
 def p_value(value: float) -> str:
@@ -92,6 +109,7 @@ def plain(value: object) -> str:
 
 FORMS: dict[str, Callable[[Any], str]] = {
     "share": share,
+    "percent": percent,
     "points": points,
     "change": change,
     "count": count,
@@ -99,9 +117,24 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "amount": amount,
     "times": times,
     "decimal": decimal,
+    "short": short,
     "p": p_value,
     "plain": plain,
 }
+
+
+def printable(text: str) -> str:
+    """Text that HTML can hold: control characters become symbols, halves of surrogate pairs a question mark."""
+    return text.translate(CONTROLS)
+
+
+def short_label(name: str, length: int = LABEL_LENGTH) -> str:
+    """A name on one line of letters that print, cut in its middle if it is long: both ends tell names apart."""
+    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "?"
+    if len(clean) <= length:
+        return clean
+    head = (length - 1) * 2 // 3
+    return f"{clean[:head]}\N{HORIZONTAL ELLIPSIS}{clean[head + 1 - length :]}"
 
 
 class Document:

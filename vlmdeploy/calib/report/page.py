@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmdeploy.calib.report import wording
-from vlmdeploy.calib.report.formats import Document, Key, Piece, Shown, key_text
+from vlmdeploy.calib.report.formats import Document, Key, Piece, Shown, key_text, printable
 from vlmdeploy.calib.report.pictures import Embedded, embed_picture, rectangle
-from vlmdeploy.calib.report.plots import Plot
+from vlmdeploy.calib.report.plot_list import Plot
 from vlmdeploy.calib.report.shape import ModelResult
 from vlmdeploy.calib.scoring import Score
 
@@ -20,18 +20,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MAX_TEXT = 1200  # letters of a question or an answer that are shown; all of them are in the JSON and CSV files
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {
-    127: 0x2421,
-    **dict.fromkeys((*range(0xD800, 0xE000), *range(0x80, 0xA0), 0xFFFE, 0xFFFF), 0xFFFD),
-}
-"""Letters that HTML cannot hold, and what is shown in their place."""
 
 
 def render_page(document: Document, plots: Mapping[str, tuple[Plot, str]], folder: Path) -> str:
     """The page. plots: by name, with their SVG. folder: where the pictures lie. Raises DataError if one is missing."""
     environment = _environment()
     page = _Page(document, plots, folder)
-    functions = ("number", "say", "plain", "plot", "picture", "has_plot", "plot_names", "peak", "place_of")
+    functions = ("number", "say", "plot", "picture", "has_plot", "plot_names", "peak", "place_of")
     names = {name: getattr(page, name) for name in functions}
     return environment.get_template("report.html").render(
         report=document.report,
@@ -52,16 +47,16 @@ def _environment() -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_printable,
+        finalize=_finalized,
     )
     environment.filters["shortened"] = _shortened
     return environment
 
 
-def _printable(value: object) -> object:
+def _finalized(value: object) -> object:
     """What HTML can hold. Everything that the template writes passes here."""
     if isinstance(value, str):
-        clean = value.translate(CONTROLS)
+        clean = printable(value)
         return value.__class__(clean) if clean != value else value  # Markup stays Markup
     return value
 
@@ -90,7 +85,7 @@ class _Page:
         """A value of the document in a form of FORMS, in an element that says where it stands there."""
         from markupsafe import Markup
 
-        text = self._document.text(Shown(form, key, over)).translate(CONTROLS)
+        text = printable(self._document.text(Shown(form, key, over)))
         other = Markup(' data-over="{}"').format(key_text(over)) if over else ""
         return Markup('<span data-form="{}" data-path="{}"{}>{}</span>').format(form, key_text(key), other, text)
 
@@ -103,10 +98,6 @@ class _Page:
             for piece in pieces
         )
         return Markup("").join(shown)
-
-    def plain(self, pieces: Iterable[Piece]) -> str:
-        """The same without elements, for an attribute."""
-        return self._document.sentence(pieces)
 
     def place_of(self, model: ModelResult) -> int:
         """Which of the report's models this one is."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vlmdeploy.calib.report.formats import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -26,8 +28,7 @@ VARIABLES = {
 HALF_IN, FULL_IN = 5.4, 8.8  # widths: two plots side by side in the page, or one
 ROW_IN = 0.23  # height of a line of text beside a bar
 PNG_DPI = 160
-LABEL_LENGTH = 26
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types it by a list of all its settings
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -84,15 +85,6 @@ def new_figure(width_in: float, height_in: float, rows: int = 1, columns: int = 
     FigureCanvasAgg(figure)
     figure.subplots(rows, columns, squeeze=False, **options)
     return figure
-
-
-def short_label(name: str, length: int = LABEL_LENGTH) -> str:
-    """A name on one line, cut in its middle if it is long: both ends tell names apart."""
-    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "?"
-    if len(clean) <= length:
-        return clean
-    head = (length - 1) * 2 // 3
-    return f"{clean[:head]}\N{HORIZONTAL ELLIPSIS}{clean[head + 1 - length :]}"
 
 
 def place_labels(
@@ -183,9 +175,9 @@ def svg_of(figure: "Figure", name: str, message: str) -> str:
     _strip(root)
     for element in root.iter():
         _rewrite(element, f"{name}-")
-    for size in ("width", "height"):
-        del root.attrib[size]
-    root.attrib.update({"role": "img", "aria-label": message})
+    width_pt = root.attrib.pop("width").removesuffix("pt")
+    del root.attrib["height"]
+    root.attrib.update({"role": "img", "aria-label": printable(message), "style": f"--width: {float(width_pt):.0f}"})
     return ET.tostring(root, encoding="unicode")
 
 

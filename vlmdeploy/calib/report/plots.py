@@ -1,16 +1,15 @@
 """The plots of a report, one function each; all take the whole report and return a matplotlib Figure.
 
-Colour says what kind a thing is, never which model: models are named in words, so that twenty of them can be told apart.
+Colour says what kind a thing is, never which model: models are named in words, so that twenty can be told apart.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmdeploy.calib.report.formats import Key, Piece, Shown
+from vlmdeploy.calib.report.formats import amount, short_label
 from vlmdeploy.calib.report.plot_style import (
     BLUE,
     FULL_IN,
@@ -27,19 +26,10 @@ from vlmdeploy.calib.report.plot_style import (
     VERMILLION,
     new_figure,
     place_labels,
-    short_label,
-)  # fmt: skip
+)
 from vlmdeploy.calib.report.shape import LayerErrors, ModelResult, Report
-from vlmdeploy.calib.report.wording import (
-    differences_message,
-    frontier_message,
-    main_metrics,
-    metric_name,
-    peak_key,
-    range_message,
-    task_name,
-    verdict,
-)  # fmt: skip
+from vlmdeploy.calib.report.wording import main_metrics, metric_name, task_name, verdict
+from vlmdeploy.calib.scoring import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,91 +40,6 @@ VERDICT_COLOURS = {"a loss": VERMILLION, "a gain": BLUE}
 MAX_PANELS_PER_ROW = 3
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot to be drawn: `name` is its file's, `message` what it says."""
-
-    name: str
-    title: str
-    message: tuple[Piece, ...]
-    draw: Callable[[], "Figure"]
-
-
-def all_plots(report: Report) -> list[Plot]:
-    """The plots that the report has numbers for, in the order of the page."""
-    plots = []
-    if report.frontier is not None and report.frontier.points:
-        plots += [_frontier_plot(report, other) for other in ("latency_ms", "peak_bytes")]
-    if any(model.differences for model in report.models[1:]):
-        message = tuple(differences_message(report))
-        plots.append(Plot("differences", "Accuracy beside the reference", message, lambda: draw_differences(report)))
-    plots += _agreement_plots(report) + _measured_plots(report)
-    for place, model in enumerate(report.models):
-        if model.layer_errors is not None and _is_measured(model.layer_errors):
-            plots.append(_layer_plot(report, place))
-    return plots
-
-
-def _frontier_plot(report: Report, other: str) -> Plot:
-    name, word = ("accuracy_latency", "latency") if other == "latency_ms" else ("accuracy_memory", "memory")
-    message = tuple(frontier_message(report, other))
-    return Plot(name, f"Accuracy against {word}", message, lambda: draw_frontier(report, other))
-
-
-def _agreement_plots(report: Report) -> list[Plot]:
-    keys: dict[int, Key] = {
-        place: ("models", place, "agreement", "kl", "value")
-        for place, model in enumerate(report.models)
-        if model.agreement is not None
-    }
-    plots = []
-    if keys:
-        values = {place: report.models[place].agreement.kl.value for place in keys}  # type: ignore[union-attr]
-        message = tuple(range_message(report, keys, "amount", " nats per token", values))
-        title = "KL divergence from the reference"
-        plots.append(Plot("divergence", title, message, lambda: draw_divergence(report)))
-    if any(model.grounding is not None for model in report.models):
-        drifts = {place: model.grounding.drift_median for place, model in enumerate(report.models) if model.grounding}
-        keys = {place: ("models", place, "grounding", "drift_median") for place in drifts}
-        message = (*range_message(report, keys, "amount", " thousandths", drifts), " (Medians.)")
-        plots.append(Plot("drift", "How far boxes moved", message, lambda: draw_drift(report)))
-    return plots
-
-
-def _measured_plots(report: Report) -> list[Plot]:
-    measured = {place: model.measurement for place, model in enumerate(report.models) if model.measurement}
-    if not measured:
-        return []
-    times = {place: measurement.first_token.p50 for place, measurement in measured.items()}
-    keys: dict[int, Key] = {place: ("models", place, "measurement", "first_token", "p50") for place in measured}
-    message = tuple(range_message(report, keys, "amount", " ms", times))
-    plots = [Plot("first_token", "Time to first token, by phase", message, lambda: draw_first_token(report))]
-    peaks = {place: key for place in measured if (key := peak_key(report, place)) is not None}
-    if peaks:
-        highest = {place: max(phase.peak_bytes for phase in measured[place].memory.phases.values()) for place in peaks}
-        message = tuple(range_message(report, peaks, "size", " at the highest", highest))
-        plots.append(Plot("memory", "Memory, by phase", message, lambda: draw_memory(report)))
-    return plots
-
-
-def _layer_plot(report: Report, place: int) -> Plot:
-    errors, name = report.models[place].layer_errors, report.models[place].subject.name
-    assert errors is not None, "asked for models with layer errors only"
-    _, row, column = max(
-        (error, row, column)
-        for row, line in enumerate(errors.errors)
-        for column, error in enumerate(line)
-        if error is not None
-    )
-    key = ("models", place, "layer_errors", "errors", row, column)
-    message = (f"Largest error: {errors.rows[row]}, {errors.columns[column]}, ", Shown("amount", key), ".")
-    return Plot(f"layer_errors_{place}", f"Errors by layer: {name}", message, lambda: draw_layer_errors(errors))
-
-
-def _is_measured(errors: LayerErrors) -> bool:
-    return any(error is not None for row in errors.errors for error in row)
-
-
 def _axes(figure: "Figure") -> "Axes":
     return figure.axes[0]
 
@@ -143,27 +48,30 @@ def draw_frontier(report: Report, other: str) -> "Figure":
     """Accuracy against "latency_ms" or "peak_bytes": the upper left is best; dominated models are grey and hollow."""
     frontier = report.frontier
     assert frontier is not None, "only drawn where there are points"
-    unit = 1.0 if other == "latency_ms" else 1e6
+    unit, words = 1.0, f"first token and {frontier.new_tokens:,} more, ms"
+    if other == "peak_bytes":
+        unit, name = _memory_unit(point.peak_bytes for point in frontier.points)
+        words = f"highest memory, {name}"
     places = [(getattr(point, other) / unit, 100 * point.accuracy) for point in frontier.points]
     figure = new_figure(HALF_IN, 3.5)
     axes = _axes(figure)
     for point, (x, y) in zip(frontier.points, places, strict=True):
         marker = "D" if point.name == report.reference else "o"
-        face = SURFACE if point.is_dominated else BLUE
-        axes.plot(
-            x, y, marker, color=face, markeredgecolor=GREY if point.is_dominated else BLUE, markersize=6, zorder=3
-        )
+        face, edge = (SURFACE, GREY) if point.is_dominated else (BLUE, BLUE)
+        axes.plot(x, y, marker, color=face, markeredgecolor=edge, markersize=6, zorder=3)
     axes.grid(True)
-    axes.margins(0.16)
     _limits_around(axes, places)
     axes.set_ylabel("accuracy, %")
-    axes.set_xlabel(
-        f"first token and {frontier.new_tokens:,} more, ms" if other == "latency_ms" else "highest memory, MB"
-    )
+    axes.set_xlabel(words)
     _plain_ticks(axes)
     labels = [short_label(point.name) for point in frontier.points]
     place_labels(axes, places, labels, [MUTED if point.is_dominated else INK for point in frontier.points])
     return figure
+
+
+def _memory_unit(sizes: Iterable[int]) -> tuple[float, str]:
+    """Bytes in the unit of an axis, and its name."""
+    return (1e9, "GB") if max(sizes, default=0) >= 2e9 else (1e6, "MB")
 
 
 def _limits_around(axes: "Axes", places: Sequence[tuple[float, float]]) -> None:
@@ -183,10 +91,10 @@ def _plain_ticks(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _model_rows(axes: "Axes", models: Iterable[ModelResult], labels: bool = True) -> None:
+def _model_rows(axes: "Axes", models: Iterable[ModelResult]) -> None:
     """One row per model, the first on top."""
     names = [short_label(model.subject.name) for model in models]
-    axes.set_yticks(range(len(names)), names if labels else [""] * len(names))
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
@@ -216,7 +124,7 @@ def draw_differences(report: Report) -> "Figure":
     return figure
 
 
-def _of(model: ModelResult, task: str) -> dict[str, Any]:
+def _of(model: ModelResult, task: str) -> dict[str, Score]:
     return (model.differences or {}).get(task, {})
 
 
@@ -306,6 +214,7 @@ def draw_drift(report: Report) -> "Figure":
         axes.set_xticks(np.arange(len(grounding.edges)) - 0.5, [f"{edge:g}" for edge in grounding.edges])
         _thin_ticks(axes, len(grounding.edges))
         axes.set_title(short_label(model.subject.name))
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(True, axis="y")
         axes.set_ylim(0, 105)
         axes.set_yticks([0, 50, 100])
@@ -336,14 +245,8 @@ def draw_first_token(report: Report) -> "Figure":
             if spread is not None:
                 axes.barh(row, spread.p50, left=left, height=0.62, color=PHASE_COLOURS[phase])
                 left += spread.p50
-        text = (
-            f"{measurement.first_token.p50:,.3g}"
-            if measurement.first_token.p50 < 1000
-            else f"{measurement.first_token.p50:,.0f}"
-        )
-        axes.annotate(
-            text, (left, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
-        )
+        text, end = amount(measurement.first_token.p50), (left, row)
+        axes.annotate(text, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED)
     _model_rows(axes, models)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
     axes.set_xlabel("ms, medians")
@@ -358,25 +261,20 @@ def draw_memory(report: Report) -> "Figure":
     phases = list(dict.fromkeys(name for measurement in measurements for name in measurement.memory.phases))
     figure = new_figure(HALF_IN, 1.0 + (0.16 + 0.085 * len(phases)) * len(models))
     axes = _axes(figure)
-    height = 0.78 / len(phases)
+    unit, unit_name = _memory_unit(measurement.memory.peak_bytes for measurement in measurements)
+    height, colours = 0.78 / len(phases), [PHASE_COLOURS.get(phase, PURPLE) for phase in phases]
     for row, measurement in enumerate(measurements):
         memory = measurement.memory
-        for number, phase in enumerate(phases):
+        for number, (phase, colour) in enumerate(zip(phases, colours, strict=True)):
             if phase in memory.phases:
-                y = row - 0.39 + height * (number + 0.5)
-                axes.barh(
-                    y,
-                    memory.phases[phase].peak_bytes / 1e6,
-                    height=height * 0.9,
-                    color=PHASE_COLOURS.get(phase, PURPLE),
-                )
-        axes.plot([memory.baseline_bytes / 1e6] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.2)
+                y, peak = row - 0.39 + height * (number + 0.5), memory.phases[phase].peak_bytes / unit
+                axes.barh(y, peak, height=height * 0.9, color=colour)
+        axes.plot([memory.baseline_bytes / unit] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.2)
     _model_rows(axes, models)
     axes.set_xlim(left=0)
-    axes.set_xlabel("resident memory at the peak, MB")
-    _legend(
-        figure, [*(("bar", PHASE_COLOURS.get(phase, PURPLE), phase) for phase in phases), ("|", INK, "before opening")]
-    )
+    axes.set_xlabel(f"resident memory at the peak, {unit_name}")
+    entries = [("bar", colour, phase) for phase, colour in zip(phases, colours, strict=True)]
+    _legend(figure, [*entries, ("|", INK, "before opening")])
     return figure
 
 
@@ -409,18 +307,19 @@ def _heat_map(
     import matplotlib
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    colour_map = matplotlib.colormaps[colours].with_extremes(
-        bad=(0, 0, 0, 0)
-    )  # the page shows through where nothing was measured
-    image = axes.imshow(table, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
+    see_through = (0, 0, 0, 0)  # where nothing was measured
+    colour_map = matplotlib.colormaps[colours].with_extremes(bad=see_through)
+    shown = np.maximum(table, norm.vmin)  # a log axis has no 0; NaN stays
+    image = axes.imshow(shown, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(errors.columns)), [short_label(name) for name in errors.columns], rotation=90)
     axes.set_yticks(range(len(errors.rows)), [short_label(name) for name in errors.rows])
     axes.tick_params(labelsize=7)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, aspect=40, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.xaxis.set_minor_locator(NullLocator())
+    bar.ax.tick_params(labelsize=7)
     bar.ax.xaxis.set_major_locator(FixedLocator(_log_steps(norm.vmin, norm.vmax)))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

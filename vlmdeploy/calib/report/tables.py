@@ -15,12 +15,12 @@ Cell = str | int | float | None
 Rows = list[Sequence[Cell]]
 
 SCORE_COLUMNS = (
-    "model", "task", "metric", "value", "low", "high", "count", "difference", "difference_low", "difference_high", "lost",
-    "gained", "p_value",
+    "model", "task", "metric", "value", "low", "high", "count", "difference", "difference_low", "difference_high",
+    "lost", "gained", "p_value",
 )  # fmt: skip
 AGREEMENT_COLUMNS = (
-    "model", "part", "source", "questions", "tokens", "kl", "kl_low", "kl_high", "kl_median", "kl_p99", "kl_max", "top1",
-    "top1_low", "top1_high", "perplexity", "perplexity_low", "perplexity_high", "reference_perplexity",
+    "model", "part", "source", "questions", "tokens", "kl", "kl_low", "kl_high", "kl_median", "kl_p99", "kl_max",
+    "top1", "top1_low", "top1_high", "perplexity", "perplexity_low", "perplexity_high", "reference_perplexity",
 )  # fmt: skip
 LATENCY_COLUMNS = ("model", "phase", "p50_ms", "p95_ms", "mean_ms", "minimum_ms", "count", "tokens_per_s")
 MEMORY_COLUMNS = (
@@ -29,7 +29,8 @@ MEMORY_COLUMNS = (
 )  # fmt: skip
 LAYER_COLUMNS = ("model", "layer", "linear", "bits", "error", "ratio_to_rtn")
 REGRESSION_COLUMNS = (
-    "model", "task", "kind", "metric", "before", "after", "picture", "question", "expected", "reference_answer", "answer",
+    "model", "task", "kind", "metric", "before", "after", "picture", "question", "expected", "reference_answer",
+    "answer",
 )  # fmt: skip
 PHASES = ("preprocess", "vision", "prefill", "first_token", "decode_per_token")
 

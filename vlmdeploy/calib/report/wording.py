@@ -3,9 +3,9 @@
 Page and summary share them. A difference is called a loss or a gain only if its interval does not hold 0.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vlmdeploy.calib.report.formats import Key, Piece, Shown
+from vlmdeploy.calib.report.formats import Key, Piece, Shown, short_label
 from vlmdeploy.calib.report.shape import Frontier, ModelResult, Point, Report
 from vlmdeploy.calib.scoring import Score
 
@@ -24,7 +24,13 @@ METRICS = {
     "token_f1": "token F1",
 }
 MANY_NAMES = 4
+NAME_LENGTH = 40  # of a model in a sentence
 SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
+
+
+def model_name(model: ModelResult | Point) -> str:
+    """A model in a sentence; a very long name is cut in its middle."""
+    return short_label(model.name if isinstance(model, Point) else model.subject.name, NAME_LENGTH)
 
 
 def task_name(task: str) -> str:
@@ -69,6 +75,24 @@ def has_device_memory(report: Report) -> bool:
     """Whether any model's memory on a GPU is known."""
     measured = [model.measurement for model in report.models if model.measurement is not None]
     return any(each.memory.device_planned_bytes is not None for each in measured)
+
+
+def unmeasured(report: Report) -> dict[str, list[str]]:
+    """Names of the models that were not measured, by the reason."""
+    return _by_reason((model.unmeasured, model.subject.name) for model in report.models if model.measurement is None)
+
+
+def energy_unknown(report: Report) -> dict[str, list[str]]:
+    """Names of the measured models whose energy is unknown, by the reason."""
+    measured = [(model.measurement, model.subject.name) for model in report.models if model.measurement is not None]
+    return _by_reason((each.energy_unknown, name) for each, name in measured if each.energy is None)
+
+
+def _by_reason(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        reasons.setdefault((reason or "").rstrip("."), []).append(name)
+    return reasons
 
 
 def methods(report: Report) -> str:
@@ -130,7 +154,7 @@ def _reference_costs(report: Report) -> list[list[Piece]]:
     size: list[Piece] = [Shown("size", ("models", 0, "subject", "size_bytes")), " on disk"]
     if report.models[0].measurement is None:
         return [size]
-    return [size, ["first token after ", Shown("amount", _first_token(0)), " ms"]]
+    return [size, ["first token after ", Shown("amount", _first_token(0)), "\N{NO-BREAK SPACE}ms"]]
 
 
 def _losses(model: ModelResult, place: int) -> list[Piece]:
@@ -148,14 +172,14 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
         pieces += [f": {verdicts[task]}"]
     untold = [task_name(task).lower() for task, metric in main if (task, metric) not in told]
     if untold:
-        pieces += [f", nor in {joined(untold, 'or')}" if verdicts[main[0][0]] == "no loss seen" and len(told) == 1
-                   else f"; no loss seen in {joined(untold, 'or')}"]  # fmt: skip
+        is_second = told == main[:1] and verdicts[main[0][0]] == "no loss seen"
+        pieces += [", nor in " if is_second else "; no loss seen in ", joined(untold, "or")]
     return pieces
 
 
 def _difference(key: Key) -> list[Piece]:
-    low, high = Shown("points", (*key, "low")), Shown("points", (*key, "high"))
-    return [Shown("points", (*key, "value")), " points (95 %: ", low, " to ", high, ")"]
+    value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
+    return [value, "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ", low, " to ", high, ")"]
 
 
 def _size(report: Report, place: int) -> list[Piece]:
@@ -169,7 +193,7 @@ def _speed(report: Report, place: int) -> list[list[Piece]]:
     if mine is None:
         return []
     if reference is None:
-        return [["first token after ", Shown("amount", _first_token(place)), " ms"]]
+        return [["first token after ", Shown("amount", _first_token(place)), "\N{NO-BREAK SPACE}ms"]]
     keys = (_first_token(place), _first_token(0))
     words = ("faster", "slower", "as fast")
     return [["first token ", *_compared(mine.first_token.p50, reference.first_token.p50, keys, words)]]
@@ -185,7 +209,10 @@ def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str
         return [words[2]] if mine > 0 and other > 0 else []
     less = mine < other
     top, bottom = (keys[1], keys[0]) if less else keys
-    return [Shown("times", top, bottom), f" \N{MULTIPLICATION SIGN} {words[0 if less else 1]}"]
+    return [
+        Shown("times", top, bottom),
+        f"\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}{words[0 if less else 1]}",
+    ]
 
 
 def joined(names: Sequence[str], word: str = "and") -> str:
@@ -200,9 +227,12 @@ def frontier_message(report: Report, other: str) -> list[Piece]:
     best = _extreme(frontier, lambda point: -point.accuracy)
     least = _extreme(frontier, lambda point: float(getattr(point, other)))
     word, form, unit = ("fastest", "amount", " ms") if other == "latency_ms" else ("smallest in memory", "size", "")
-    kept = [point.name for point in frontier.points if not point.is_dominated]
-    pieces: list[Piece] = [f"Most accurate: {frontier.points[best].name} ("]
-    pieces += [Shown("share", ("frontier", "points", best, "accuracy")), f"); {word}: {frontier.points[least].name} ("]
+    kept = [model_name(point) for point in frontier.points if not point.is_dominated]
+    pieces: list[Piece] = [f"Most accurate: {model_name(frontier.points[best])} ("]
+    pieces += [
+        Shown("share", ("frontier", "points", best, "accuracy")),
+        f"); {word}: {model_name(frontier.points[least])} (",
+    ]
     pieces += [Shown(form, ("frontier", "points", least, other)), f"{unit}). "]
     return [
         *pieces,
@@ -231,15 +261,15 @@ def _with_verdict(report: Report, wanted: str) -> list[str]:
         main = [(task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {})]
         tasks = [task_name(task) for task, metric in main if verdict(differences[task][metric]) == wanted]
         if tasks:
-            found.append(f"{model.subject.name} ({', '.join(tasks)})")
+            found.append(f"{model_name(model)} ({', '.join(tasks)})")
     return found if len(found) <= MANY_NAMES else [*found[:MANY_NAMES], "others"]
 
 
-def range_message(report: Report, keys: dict[int, Key], form: str, unit: str, values: dict[int, float]) -> list[Piece]:
-    """Which models have the least and the most of something. keys, values: by place of the model."""
-    least, most = min(values, key=lambda place: values[place]), max(values, key=lambda place: values[place])
-    names = [report.models[place].subject.name for place in (least, most)]
-    pieces: list[Piece] = [f"{names[0]}: ", Shown(form, keys[least]), unit]
+def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Piece]:
+    """Which models have the least and the most of something. found: by place of the model, where it stands, and it."""
+    least, most = min(found, key=lambda place: found[place][1]), max(found, key=lambda place: found[place][1])
+    names = [model_name(report.models[place]) for place in (least, most)]
+    pieces: list[Piece] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]
     if least == most:
         return [*pieces, "."]
-    return ["Least: ", *pieces, f"; most: {names[1]}: ", Shown(form, keys[most]), f"{unit}."]
+    return ["Least: ", *pieces, f"; most: {names[1]}: ", Shown(form, found[most][0]), f"{unit}."]
