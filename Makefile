@@ -1,10 +1,10 @@
-# `make` sets up .venv, `make demo` shows an answer, `make test` runs what every change must pass.
+# `make` sets up .venv, `make demo` shows an answer, `make report` what compression costs, `make test` runs what every change must pass.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: all demo test test-all lint format gptqmodel clean
+.PHONY: all demo report test test-all lint format gptqmodel clean
 
 all: $(READY)
 
@@ -19,6 +19,14 @@ demo: $(READY)
 	$(BIN)/python examples/digits/make_data.py --split calib --count 120 --out demo/calib --force
 	$(BIN)/vlmdeploy export --ckpt examples/digits/checkpoint --target ort-int4 --calib demo/calib --out demo/bundle --force
 	$(BIN)/python examples/digits/demo.py --bundle demo/bundle --out demo
+
+# Six versions of the digits model, compared: demo/sweep/report/report.html. Stopped, it goes on where it was.
+report: $(READY) demo/report-calib demo/report-test
+	$(BIN)/vlmdeploy sweep --ckpt examples/digits/checkpoint --grid examples/digits/grid.toml --calib demo/report-calib \
+	  --data demo/report-test --title "The digits model: six versions" --out demo/sweep
+
+demo/report-%: | $(READY)
+	$(BIN)/python examples/digits/make_data.py --split $* --count $(if $(filter calib,$*),150,300) --out $@ --force
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -q

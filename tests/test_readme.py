@@ -18,6 +18,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def block(command: str) -> str:
+    """The first block of shell commands that runs this one."""
+    return next(each for each in blocks("sh") if f"vlmdeploy {command}" in each)
+
+
 def commands(block: str) -> list[str]:
     """The lines of a block that run something of ours, comments left out."""
     lines = [line.split(" #")[0].strip() for line in block.splitlines()]
@@ -62,22 +67,38 @@ def test_python_block_runs(first_screen: dict[str, str], checkout: Path) -> None
     assert run("python block.py", checkout) == "8", "the largest digit of the scene"
 
 
+def test_plan_needs_nothing_but_a_name(checkout: Path) -> None:
+    (command,) = commands(block("plan"))
+    assert "cogvlm2 as trt-int4 on Jetson Orin NX 16 GB: fits (" in run(command, checkout)
+
+
+def test_report_of_the_bundle_is_a_page(first_screen: dict[str, str], checkout: Path) -> None:
+    make_data, report = commands(block("report"))
+    assert "quantize" in first_screen, "which made the bundle"
+    run(make_data.replace("--count 40", "--count 4"), checkout)
+    run(report, checkout)
+    made = json.loads((checkout / "report" / "report.json").read_text())
+    assert [model["subject"]["name"] for model in made["models"]] == ["checkpoint", "bundle"]
+    assert made["models"][1]["layer_errors"] is not None, "the quantization report came with the bundle"
+    assert (checkout / "report" / "report.html").stat().st_size > 100_000
+
+
 def test_tensorrt_section_runs_without_a_gpu(first_screen: dict[str, str], checkout: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install vlmdeploy[rtx]")
     assert "quantize" in first_screen, "which made the calibration data"
-    for command in commands(blocks("sh")[1]):
+    for command in commands(block("export --ckpt int4")):
         run(command, checkout)
     manifest = json.loads((checkout / "rtx" / "manifest.json").read_text())
     assert (manifest["precision"]["vision"], sorted(manifest["engines"])) == (
         "int4", ["decoder_text", "decoder_vision", "vision"],
     )  # fmt: skip
-    on_device = [command.split()[1] for command in commands(blocks("sh")[2])]
+    on_device = [command.split()[1] for command in commands(block("build"))]
     assert on_device == ["build", "verify", "run"], "not run: there is no GPU"
 
 
 def test_commands_of_the_digits_section_run(checkout: Path) -> None:
     """At a small count; training is left to its own tests, the shipped checkpoint stands in for its output."""
-    train, make_data, validate = commands(blocks("sh")[3])
+    train, make_data, validate = commands(block("train"))
     assert train == "vlmdeploy train examples/digits/train.toml --out ckpt"
     (checkout / "ckpt").symlink_to(ROOT / "examples" / "digits" / "checkpoint")
     run(re.sub(r"--count \d+", "--count 3", make_data), checkout)

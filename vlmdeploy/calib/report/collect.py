@@ -32,6 +32,7 @@ from vlmdeploy.calib.report.shape import (
     Subject,
 )
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
+from vlmdeploy.calib.report.wording import metric_name, task_name
 from vlmdeploy.calib.scoring import TASK_METRICS, Prediction, box_iou, paired_differences, score
 from vlmdeploy.calib.validate import Validation, agreement
 from vlmdeploy.data.samples import Sample
@@ -192,7 +193,7 @@ def frontier(results: Sequence[ModelResult]) -> Frontier | None:
     if not measured:
         return None
     tasks = [task for task in TASK_METRICS if task in results[0].tasks]
-    metrics = tuple(f"{task} {TASK_METRICS[task][0]}" for task in tasks)
+    metrics = tuple(f"{task_name(task)} {metric_name(TASK_METRICS[task][0])}" for task in tasks)
     points = [_point(result, tasks) for result in measured]
     measurement = measured[0].measurement
     assert measurement is not None, "only measured ones are here"
