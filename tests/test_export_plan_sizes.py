@@ -108,3 +108,8 @@ def test_config_without_weights_needs_the_family(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not tell .* say which with --family cogvlm\|cogvlm2"):
         checkpoint_model(folder)
     assert checkpoint_model(folder, "cogvlm2").geometry == expected
+
+
+@pytest.mark.parametrize("name", ["CogVLM2", "cogvlm-2", "GLM-4V", "glm_4v"])
+def test_family_may_be_spelt_as_people_do(name: str) -> None:
+    assert released_model(name).name == name.lower().replace("-", "").replace("_", "")

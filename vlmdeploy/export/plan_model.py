@@ -89,11 +89,15 @@ def planned_model(folder: Path | None, family: str | None) -> PlannedModel:
 
 
 def released_model(name: str) -> PlannedModel:
-    """The checkpoint that a family is best known for. Raises ConfigError that lists the names if there is none."""
-    if name in PLANNED_ONLY:
-        return PlannedModel(name, PLANNED_ONLY[name], can_export=False)
+    """The checkpoint that a family is best known for, however its name is spelt ("GLM-4V" is glm4v).
+
+    Raises ConfigError that lists the names if there is none.
+    """
+    plain = _plain(name)
+    if plain in PLANNED_ONLY:
+        return PlannedModel(plain, PLANNED_ONLY[plain], can_export=False)
     family = _family(name)
-    return PlannedModel(name, family.spec(family.RELEASED, {}))
+    return PlannedModel(family.NAME, family.spec(family.RELEASED, {}))
 
 
 def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
@@ -118,10 +122,14 @@ def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
 
 
 def _family(name: str) -> Family:
-    found = [family for family in all_families() if name == family.NAME]
+    found = [family for family in all_families() if _plain(name) == family.NAME]
     if not found:
         only = f", and without a checkpoint {', '.join(PLANNED_ONLY)}"
         raise ConfigError(
             f'family "{name}" is not known: choose one of {", ".join(item.NAME for item in all_families())}{only}'
         )
     return found[0]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
