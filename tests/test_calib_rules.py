@@ -219,6 +219,14 @@ def test_yes_or_no_is_said_by_one_of_the_words(text: str, said: str | None) -> N
         ("D: fish", "D"),
         ("The answer is B", "B"),
         ("The correct answer is **C**. Here is a long reason why that is so", "C"),
+        ("The answer is b.", "B"),
+        ("the correct answer is **c**, because it has feathers and can fly", "C"),
+        ("ANSWER IS a", "A"),
+        ("The answer is a dog", "B"),  # an article
+        ("The answer is B, neither A nor C", "B"),
+        ("The answer is D\u56e0\u4e3a\u5b83\u5728 A B", "D"),  # Chinese needs no space after the letter
+        ("the answer is blue or dog", "B"),  # no letter: "dog" is quoted
+        ("the answer is unclear", None),
         ("B because it barks very loudly at night", None),  # the letter is too far from the end
         ("A B", None),
         ("A or B", None),
