@@ -88,6 +88,15 @@ def test_rows_without_the_picture_that_others_have_are_left_out_and_counted(tmp_
     assert len(list(source.samples())) == 1 and "2 rows without a picture left out" in source.description
 
 
+@pytest.mark.parametrize(
+    ("column", "cell"), [("image", ""), ("image", "nan"), ("image_path", " "), ("image_path", "[]")]
+)
+def test_a_column_of_pictures_without_any_is_told(tmp_path: Path, column: str, cell: str) -> None:
+    row = {"index": 0, column: cell, "question": "What?", "answer": "x"}
+    with pytest.raises(DataError, match=rf'x\.tsv: its column "{column}" is empty in every row'):
+        read_table(write_tsv(tmp_path / "x.tsv", row))
+
+
 def test_a_table_without_any_picture_is_text_only(tmp_path: Path) -> None:
     assert only_sample(tmp_path / "x.tsv", {"index": 0, "question": "What?", "answer": "x"}).image is None
 

@@ -68,7 +68,7 @@ def read_table(path: Path) -> Table:
     """The whole table; rows that lack the picture that others have are left out, as VLMEvalKit does, and counted.
 
     Raises DataError, naming file and line, for what is not UTF-8 or no table, for a row without an index, two rows with
-    the same one, or an image cell that names no picture.
+    the same one, an image cell that names no picture, or a column for pictures that holds none.
     """
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
@@ -95,6 +95,11 @@ def _read(path: Path, file: BinaryIO) -> Table:
     shown = tuple(column for column in columns if column != IMAGE)
     found = [_with_pictures(path, row, rows) for row in rows.values()]
     kept = tuple(row for row in found if row.pictures)
+    for column in (IMAGE, IMAGE_PATH):
+        if column in columns and not kept:
+            raise DataError(
+                f'{path}: its column "{column}" is empty in every row; without the column rows are text only'
+            )
     return Table(path, shown, kept or tuple(found), len(found) - len(kept) if kept else 0)
 
 
