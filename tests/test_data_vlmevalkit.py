@@ -172,7 +172,8 @@ def test_a_bad_table_is_told_with_file_and_line(tmp_path: Path, content: bytes, 
     ("name", "row", "told"),
     [
         ("MMBench_DEV_EN", {**CHOICE, "answer": "C"}, "answer is 'C', expected one of A, B"),
-        ("MME", {**OPEN, "answer": "maybe"}, "answer is 'maybe', expected one of yes, no"),
+        ("MMBench_DEV_EN", {**CHOICE, "answer": "cat"}, "answer is 'cat', expected one of A, B"),
+        ("MME", {**OPEN, "answer": "Maybe"}, "answer is 'Maybe', expected one of yes, no"),
         ("OCRBench", {**OPEN, "answer": "['a', '']"}, ".* expected a text or a list of texts"),
         ("DocVQA_VAL", {**OPEN, "answer": "[]"}, r"answer is '\[\]', expected a text or a list"),
         ("DocVQA_VAL", {**OPEN, "question": ""}, "has no question"),
@@ -211,7 +212,6 @@ def test_lists_are_read_as_literals_and_nothing_is_run(cell: str, items: list[st
         ("ChartQA_TEST", "relaxed_accuracy"),
         ("OCRBench", "ocrbench"),
         ("OCRVQA_TESTCORE", "exact_match"),
-        ("MMMU_DEV_VAL", "multiple_choice"),
         ("textvqa_val", "vqa_accuracy"),
         ("OCRBench_v2", "none"),
         ("MMVet", "none"),
@@ -228,6 +228,11 @@ def test_the_name_decides_the_rule_and_the_description_says_so(tmp_path: Path, n
     assert (source.questions.unscored is None) == (rule != "none")
 
 
+@pytest.mark.parametrize("name", ["MMMU_DEV_VAL", "MMBench_DEV_EN_V11", "mmstar", "MMT-Bench_VAL"])
+def test_sets_of_choices_are_known_by_name(tmp_path: Path, name: str) -> None:
+    assert "rule multiple_choice (by the name" in open_source(write_tsv(tmp_path / f"{name}.tsv", CHOICE)).description
+
+
 def test_columns_decide_where_the_name_does_not(tmp_path: Path) -> None:
     choice = open_source(write_tsv(tmp_path / "mine.tsv", CHOICE))
     assert "rule multiple_choice (by its columns A and B)" in choice.description
@@ -241,6 +246,14 @@ def test_an_explicit_rule_wins(tmp_path: Path) -> None:
     assert "rule anls (by --rule)" in source.description and next(source.samples()).task == "anls"
     with pytest.raises(ConfigError, match='--rule is "bleu", expected one of yes_no, multiple_choice'):
         QuestionOptions(rule="bleu")
+
+
+@pytest.mark.parametrize("row", [OPEN, {**OPEN, "A": "", "B": "nan"}])
+def test_choices_without_any_options_are_told(tmp_path: Path, row: Row) -> None:
+    with pytest.raises(DataError, match=r"MMBench_DEV_EN\.tsv: rule multiple_choice .* no row has options; expected"):
+        open_source(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", row))
+    with pytest.raises(DataError, match=r"mine\.tsv: rule multiple_choice \(by --rule\), but no row has options"):
+        open_source(write_tsv(tmp_path / "mine.tsv", row), options=QuestionOptions(rule="multiple_choice"))
 
 
 def test_without_answers_questions_are_asked_as_usual_but_not_scored(tmp_path: Path) -> None:
