@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlmdeploy.data.questions import EXPRESSION, QuestionOptions, find_picture
-from vlmdeploy.data.samples import PixelBox, Sample, checked_text
+from vlmdeploy.data.samples import PixelBox, Sample, checked_text, is_inside
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.boxes import format_box, normalize_box
 from vlmdeploy.runtime.chat import Turn
@@ -22,7 +22,6 @@ Row: TypeAlias = dict[str, Any]
 
 PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 PICKLE_START = b"\x80"  # of every pickle since protocol 2
-EDGE_PX = 2.0  # annotations may end that far outside the picture
 LONGEST_SHOWN = 80
 EXPECTED_JSON = 'expected RefCOCO in COCO\'s form, {"images": [...], "annotations": [...]}'
 
@@ -149,6 +148,7 @@ def _sample(
         kind="rec",
         answer=None if size_px is None else format_box(normalize_box(corners, *size_px)),
         boxes=(corners,),
+        size_px=size_px,
         key=key,
     )
 
@@ -186,10 +186,10 @@ def _check_box(corners: PixelBox, size_px: tuple[int, int] | None, where: str) -
     x0, y0, x1, y1 = corners
     if not (x0 < x1 and y0 < y1):
         raise DataError(f"{where}: its box is {list(corners)} as x0, y0, x1, y1, expected x0 < x1 and y0 < y1")
-    if size_px is not None:
-        width, height = size_px
-        if min(x0, y0) < -EDGE_PX or x1 > width + EDGE_PX or y1 > height + EDGE_PX:
-            raise DataError(f"{where}: its box {list(corners)} lies outside the picture of {width} x {height} pixels")
+    if size_px is not None and not is_inside(corners, size_px):
+        raise DataError(
+            f"{where}: its box {list(corners)} lies outside the picture of {' x '.join(map(str, size_px))} pixels"
+        )
 
 
 def _shown(value: Any) -> str:
