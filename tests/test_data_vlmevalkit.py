@@ -280,6 +280,8 @@ HINTED = {**CHOICE, "hint": "Look.", "C": "None"}
         ("MMMU_DEV_VAL", {**OPEN, "question": "Is <image 1> it?"}, "vlmevalkit", "Question: Is \n it?\n"),
         ("MME", {**OPEN, "answer": "Yes"}, "vlmevalkit", "What?"),
         ("MME", {**OPEN, "answer": "Yes"}, "cogvlm", "What?\nShort Answer."),
+        ("AMBER", {**OPEN, "answer": "yes"}, "vlmevalkit", "What?\nPlease answer yes or no."),
+        ("AMBER", {**OPEN, "answer": "yes"}, "cogvlm", "What?\nShort Answer."),
         ("OCRBench", OPEN, "vlmevalkit", "What?"),
         ("MMVet", OPEN, "vlmevalkit", "What?"),
         ("TextVQA_VAL", OPEN, "cogvlm", "What?\nAnswer the question using a single word or phrase."),

@@ -39,6 +39,7 @@ NOT_SCORED_HERE = {
 NO_RULE = "none"
 SHORT_ANSWER_RULES = ("vqa_accuracy", "anls", "relaxed_accuracy", "exact_match")
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+YES_OR_NO = "\nPlease answer yes or no."  # which AMBER's questions lack
 CHOOSE = "Please select the correct answer from the options above. \n"
 CHOOSE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 CHOOSE_LETTER_ZH = "\n请直接回答选项字母。"
@@ -234,6 +235,8 @@ def _prompt(questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str
         return "\n".join(IMAGE_MARK.split(prompt)) if _is_mmmu(questions.table) else prompt  # there stands the picture
     if rule == "yes_no" and style == "cogvlm":
         return question + SHORT_ANSWER_COGVLM
+    if _by_name({"AMBER": rule}, questions.table.path.stem) is not None:
+        return question + YES_OR_NO
     return question + SHORT_ANSWER if rule in SHORT_ANSWER_RULES else question
 
 
