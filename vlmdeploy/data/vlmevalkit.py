@@ -233,10 +233,9 @@ def _prompt(questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str
             return _choice_prompt_cogvlm(hint, question, options)
         prompt = _choice_prompt(hint, question, options)
         return "\n".join(IMAGE_MARK.split(prompt)) if _is_mmmu(questions.table) else prompt  # there stands the picture
-    if rule == "yes_no" and style == "cogvlm":
-        return question + SHORT_ANSWER_COGVLM
-    if _by_name({"AMBER": rule}, questions.table.path.stem) is not None:
-        return question + YES_OR_NO
+    if rule == "yes_no":
+        is_amber = questions.table.path.stem.upper().startswith("AMBER")
+        return question + YES_OR_NO * is_amber + SHORT_ANSWER_COGVLM * (style == "cogvlm")
     return question + SHORT_ANSWER if rule in SHORT_ANSWER_RULES else question
 
 
