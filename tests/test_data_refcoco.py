@@ -1,5 +1,6 @@
 """Contract: RefCOCO in Qwen-VL's lines and in COCO's JSON; pickles are refused without reading one."""
 
+import codecs
 import json
 import pickle
 from collections.abc import Callable
@@ -62,6 +63,13 @@ def test_the_source_says_which_form_it_took(tmp_path: Path) -> None:
     lines, coco = open_source(write_lines(tmp_path, LINE)), open_source(write_coco(tmp_path))
     assert (lines.kind, coco.kind) == ("RefCOCO JSONL", "RefCOCO JSON")
     assert "refcoco_val.jsonl (Qwen-VL's form)" in lines.description and "COCO's form" in coco.description
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    for path in (write_lines(tmp_path, LINE), write_coco(tmp_path)):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        source = open_source(path)
+        assert source.kind.startswith("RefCOCO") and len(list(source.samples())) == 1
 
 
 def test_each_line_has_its_number_as_key(tmp_path: Path) -> None:

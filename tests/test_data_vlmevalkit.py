@@ -1,6 +1,7 @@
 """Contract: VLMEvalKit's TSV files become questions with the right pictures, prompts and rules, in bounded memory; what
 is wrong in one is told with file and line."""
 
+import codecs
 import csv
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from tests.benchmark_files import Row, picture_cell, png, write_tsv
 from tests.tiny_bundle import only_json_document, run_cli, write_text_checkpoint
+from vlmdeploy.calib.scoring import FORMULAS
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import open_source
@@ -49,8 +51,9 @@ def test_a_row_becomes_a_question_about_its_picture(tmp_path: Path, quoting: int
     assert isinstance(sample.image, StoredPicture) and sample.image.read_bytes() == png("red")
 
 
-def test_a_short_image_cell_names_another_row(tmp_path: Path) -> None:
-    rows = [{**OPEN, "image": 7}, {**OPEN, "index": 7, "image": picture_cell("blue")}, {**OPEN, "index": 8}]
+@pytest.mark.parametrize("name", ["7", "validation_Architecture_and_Engineering_7"])
+def test_a_short_image_cell_names_another_row(tmp_path: Path, name: str) -> None:
+    rows = [{**OPEN, "image": name}, {**OPEN, "index": name, "image": picture_cell("blue")}, {**OPEN, "index": 8}]
     first, second, third = samples_of(write_tsv(tmp_path / "x.tsv", *rows))
     assert first.image == second.image != third.image
     assert [color_of(each) for each in (first, second, third)] == [(0, 0, 255), (0, 0, 255), (255, 0, 0)]
@@ -126,7 +129,10 @@ def test_a_table_that_changes_while_it_is_in_use_is_told(tmp_path: Path) -> None
         load_image(sample.image)
 
 
-@pytest.mark.parametrize(("cell", "told"), [("*" * 80, "not valid base64"), ("QUJD" * 40, "not a picture or damaged")])
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("*" * 80, "not valid base64"), (f"QUJD,{RED}", "not valid base64"), ("QUJD" * 40, "not a picture or damaged")],
+)
 def test_what_is_no_picture_is_told_with_its_index(tmp_path: Path, cell: str, told: str) -> None:
     sample = only_sample(tmp_path / "x.tsv", {**OPEN, "image": cell})
     with pytest.raises(DataError, match=f'x.tsv, index "0": .*{told}'):
@@ -314,11 +320,29 @@ def test_several_splits_are_kinds_and_one_can_be_asked_for(tmp_path: Path) -> No
         samples_of(path, split="test")
 
 
+def test_categories_of_the_second_level_are_kinds_where_there_are_no_others(tmp_path: Path) -> None:
+    rows = [{**CHOICE, "index": number, "l2-category": f"c{number}"} for number in range(2)]
+    assert [sample.kind for sample in samples_of(write_tsv(tmp_path / "mine.tsv", *rows))] == ["c0", "c1"]
+
+
+def test_formulas_of_ocrbench_keep_their_category_where_it_is_the_only_one(tmp_path: Path) -> None:
+    row = {**OPEN, "category": FORMULAS}
+    assert only_sample(tmp_path / "OCRBench.tsv", row).kind == FORMULAS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "x.tsv", OPEN)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    (sample,) = samples_of(path)
+    assert sample.key == "0" and color_of(sample) == (255, 0, 0)
+
+
 def test_rotations_of_a_question_share_a_group_and_are_drawn_together(tmp_path: Path) -> None:
-    indexes = [number + 10**6 * turn for number in range(5) for turn in range(3)]
+    indexes = [number + 10**6 * turn for number in (0, 1, 2, 100_001, 100_002) for turn in range(3)]
     samples = samples_of(write_tsv(tmp_path / "mine.tsv", *({**CHOICE, "index": index} for index in indexes)))
     assert [sample.group for sample in samples[:4]] == ["0", "0", "0", "1"]
     drawn = choose(samples, per_task=2, seed=0)
+    assert [sample.group for sample in samples[9::3]] == ["100001", "100002"]
     assert len(drawn) == 6 and len({sample.group for sample in drawn}) == 2
 
 

@@ -125,8 +125,9 @@ def _choose_rule(name: str, rows: tuple[TableRow, ...], asked: str | None) -> tu
 
 def _by_name(table: dict[str, str], name: str) -> str | None:
     """The entry whose key is the name, or its beginning up to "_" or "-": DocVQA is meant by DocVQA_VAL."""
-    found = [key for key in table if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE)]
-    return table[max(found, key=len)] if found else None
+    found = (key for key in table if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE))
+    key = next(found, None)
+    return None if key is None else table[key]
 
 
 def _why_unscored(name: str, rows: tuple[TableRow, ...], asked: str | None) -> str | None:
