@@ -250,3 +250,20 @@ def test_a_missing_library_is_told_before_anything_runs(data: Path, monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run_cli("validate", "--ckpt", "nowhere", "--data", data, "--predictions", data.with_name("x.xlsx"))
     assert only_error_line(result) == 'Error: openpyxl is not installed: pip install "vlmdeploy[report]"'
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"width": 400, "height": 200}, 'question "1" has its box in a picture of 400 x 200: was it resized'),
+        ({"width": 20, "height": 40}, 'question "1" has its box in a picture of 20 x 40: was it resized or turned'),
+        ({}, 'question "1" has the box [0.0, 0.0, 9.0, 39.0]'),
+    ],
+)
+def test_a_box_that_belongs_to_another_picture_size_is_told(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(size=(40, 20)))
+    row = {"image": "a.png", "sent": "x", "bbox": [0, 0, 9, 39]}
+    (tmp_path / "refcoco_val.jsonl").write_text(json.dumps(row | sizes))
+    path = write_answers(tmp_path / "out.jsonl", i1="[[0,0,9,9]]")
+    line = only_error_line(run_cli("validate", "--from-predictions", path, "--data", tmp_path / "refcoco_val.jsonl"))
+    assert f"a.png: is 40 x 20 pixels, but {told}" in line

@@ -51,6 +51,8 @@ ANIMALS = (("A", "cat"), ("B", "dog"), ("C", "bird"), ("D", "fish"))
         ("1,000", "1000"),
         ("1,000 (a-b)", "1000 ab"),  # the number with a comma drops all marks
         ("e-mail", "e mail"),
+        ("c-d(-b", "c d b"),  # beside a space in the answer as written
+        ("a)b c)\nd", "ab c d"),  # a line end is a space
         ("yes, it is!", "yes it is"),
         ("no - way", "no way"),
         ("line\nbreak\ttab", "line break tab"),
@@ -137,6 +139,8 @@ def test_anls(text: str, references: list[str], value: float) -> None:
         ("94.9", "100", 0),
         ("-100", "-104", 1),
         ("-100", "100", 0),
+        ("-100", "-50", 0),
+        (" Yes\n", "yes", 1),
         ("5%", "0.05", 1),
         ("5%", "5", 0),
         ("51%", "50%", 1),
@@ -219,6 +223,18 @@ def test_yes_or_no_is_said_by_one_of_the_words(text: str, said: str | None) -> N
         ("D: fish", "D"),
         ("The answer is B", "B"),
         ("The correct answer is **C**. Here is a long reason why that is so", "C"),
+        ("**B**", "B"),
+        ("B as it barks", "B"),  # among the last four words
+        ("B as it barks loudly", None),
+        ("A, B or Z: the answer is B, so say I and so it is", "B"),
+        ("The answer is b.", "B"),
+        ("the correct answer is **c**, because it has feathers and can fly", "C"),
+        ("ANSWER IS a", "A"),
+        ("The answer is a dog", "B"),  # an article
+        ("The answer is B, neither A nor C", "B"),
+        ("The answer is D\u56e0\u4e3a\u5b83\u5728 A B", "D"),  # Chinese needs no space after the letter
+        ("the answer is blue or dog", "B"),  # no letter: "dog" is quoted
+        ("the answer is unclear", None),
         ("B because it barks very loudly at night", None),  # the letter is too far from the end
         ("A B", None),
         ("A or B", None),
@@ -326,11 +342,11 @@ def test_what_is_undecided_is_neither_yes_nor_no() -> None:
 
 
 def test_yes_has_precision_recall_and_f1() -> None:
-    """Truth yes yes yes no no, said yes yes ? yes no: 2 hits, 3 true, 3 said."""
-    truth, said = ("yes", "yes", "yes", "no", "no"), ("Yes", "yes", "hm", "yes", "no")
+    """2 hits, 4 true, 3 said."""
+    truth, said = ("yes", "yes", "yes", "yes", "no"), ("Yes", "yes", "hm", "no", "yes")
     scores = score([asked("yes_no", text, answer) for text, answer in zip(said, truth, strict=True)])["yes_no"]
     values = [scores[name].value for name in ("accuracy", "parse_rate", "precision", "recall", "f1")]
-    assert values == pytest.approx([0.6, 0.8, 2 / 3, 2 / 3, 2 / 3])
+    assert values == pytest.approx([0.4, 0.8, 2 / 3, 1 / 2, 4 / 7])
     assert all(scores[name].low <= scores[name].value <= scores[name].high for name in ("precision", "recall", "f1"))
 
 

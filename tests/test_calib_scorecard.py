@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.benchmark_files import write_tsv
 from tests.tiny_bundle import export, only_error_line, only_json_document, run_cli, write_text_checkpoint
 
 
@@ -72,3 +73,10 @@ def test_ids_only_checkpoint_says_which_option_is_missing(ckpt: Path, data: Path
 
 def test_data_without_rows_is_one_line(ckpt: Path, tmp_path: Path) -> None:
     assert "data.jsonl" in only_error_line(run_cli("validate", "--ckpt", ckpt, "--data", tmp_path))
+
+
+def test_a_row_without_answer_is_told_with_its_file_and_name_before_a_model_is_opened(tmp_path: Path) -> None:
+    rows = [{"index": 7, "question": "Q" * 500, "A": "x", "B": "y", "answer": answer} for answer in ("A", "")]
+    path = write_tsv(tmp_path / "MMBench.tsv", rows[0], rows[1] | {"index": 8})
+    line = only_error_line(run_cli("validate", "--bundle", tmp_path, "--data", path))
+    assert 'MMBench.tsv: question "8" (' in line and "QQQ...'): has no reference answer" in line and len(line) < 300

@@ -153,6 +153,17 @@ def test_prompts_follow_the_rows_template_then_the_given_one(
         prompt("poem", None)
 
 
+def test_a_picture_of_another_size_than_the_data_says_is_not_asked_about(
+    model: VisionLanguageModel, tokenizer: Tokenizer, samples: list[Sample]
+) -> None:
+    maker, sample = QuestionMaker(model.spec, tokenizer), replace(samples[0], size_px=(80, 40))
+    assert maker.question(sample).picture is not None
+    with pytest.raises(DataError, match=r"a\.png: is 80 x 40 pixels, but .* picture of 160 x 80"):
+        maker.question(replace(sample, size_px=(160, 80)))
+    with pytest.raises(DataError, match=r"a\.png: is 80 x 40 pixels, but .* has the box \[0, 0, 90, 10\]"):
+        maker.question(replace(sample, task="rec", boxes=((0, 0, 90, 10),)))
+
+
 def test_a_question_holds_its_pictures_pixels(
     model: VisionLanguageModel, tokenizer: Tokenizer, samples: list[Sample]
 ) -> None:

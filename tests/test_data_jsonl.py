@@ -68,7 +68,7 @@ def test_with_a_default_task_only_messages_are_needed(tmp_path: Path) -> None:
 
 def test_a_row_that_got_the_default_task_cannot_be_scored(tmp_path: Path) -> None:
     samples = list(read_samples(write(tmp_path, without("task")), default_task="chat"))
-    with pytest.raises(DataError, match=r"question 'How many digits\?' about .*0\.png: task \"chat\" has no metric"):
+    with pytest.raises(DataError, match=r"question \"1\" \('How many digits\?'\): task \"chat\" has no metric"):
         check_scorable(samples)
 
 

@@ -1,5 +1,6 @@
 """Contract: RefCOCO in Qwen-VL's lines and in COCO's JSON; pickles are refused without reading one."""
 
+import codecs
 import json
 import pickle
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmark_files import png
+from vlmdeploy.calib.predictions import read_predictions, write_predictions
 from vlmdeploy.calib.scoring import Prediction, check_scorable, measure
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample
@@ -63,6 +65,13 @@ def test_the_source_says_which_form_it_took(tmp_path: Path) -> None:
     assert "refcoco_val.jsonl (Qwen-VL's form)" in lines.description and "COCO's form" in coco.description
 
 
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    for path in (write_lines(tmp_path, LINE), write_coco(tmp_path)):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        source = open_source(path)
+        assert source.kind.startswith("RefCOCO") and len(list(source.samples())) == 1
+
+
 def test_each_line_has_its_number_as_key(tmp_path: Path) -> None:
     samples = open_source(write_lines(tmp_path, LINE, b"", LINE)).samples()
     assert [sample.key for sample in samples] == ["1", "3"]
@@ -78,11 +87,20 @@ def test_every_sentence_is_a_question(tmp_path: Path) -> None:
     assert len({sample.key for sample in samples}) == 3
 
 
+def test_a_phrase_said_twice_is_two_questions_whose_answers_can_be_read_back(tmp_path: Path) -> None:
+    """RefCOCO holds such phrases; answers that were written could not be scored again, as their names were equal."""
+    source = open_source(write_coco(tmp_path, annotations=[annotation(caption=None, sentences=["left", "left", "x"])]))
+    samples = list(source.samples())
+    assert [sample.key for sample in samples] == ["3: left", "3: left (2)", "3: x"]
+    write_predictions(tmp_path / "out.jsonl", source, [Prediction(sample, "?") for sample in samples])
+    assert list(read_predictions(tmp_path / "out.jsonl")) == [sample.key for sample in samples]
+
+
 def test_one_split_can_be_asked_for(tmp_path: Path) -> None:
     rows = [annotation(id=number, split=split) for number, split in enumerate(["val", "testA", "val"])]
     path = write_coco(tmp_path, annotations=rows)
     assert len(list(open_source(path, options=QuestionOptions(split="val")).samples())) == 2
-    with pytest.raises(DataError, match='no annotation of split "testB"'):
+    with pytest.raises(DataError, match='has no annotation of split "testB"; it has: testA, val'):
         list(open_source(path, options=QuestionOptions(split="testB")).samples())
 
 
@@ -151,7 +169,9 @@ def test_a_box_may_end_a_little_outside(tmp_path: Path) -> None:
         ({"annotations": [annotation(image_id=8)]}, "annotation 3: its image_id 8 is not among the images"),
         ({"annotations": [annotation(bbox=[1, 2])]}, 'annotation 3: "bbox" is [1, 2], expected four numbers'),
         ({"annotations": [annotation(bbox=[1, 2, -3, 4])]}, "expected x0 < x1"),
-        ({"annotations": [annotation(caption=4)]}, '"phrase" is 4, expected a text'),
+        ({"annotations": [annotation(caption=4)]}, 'annotation 3: "caption" is 4, expected a text'),
+        ({"annotations": [annotation(caption=None, sentences=[{}])]}, '"sentences" is null, expected a text'),
+        ({"images": [*COCO["images"], {"id": 7, "file_name": "b.png"}]}, "two images have the id 7"),
         ({"images": [{"id": 7}]}, '"file_name" is null, expected a text'),
     ],
 )
@@ -184,7 +204,14 @@ def test_pickles_are_refused_unread(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 20000, '{"images": 1}', "text"])
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_half_of_cocos_form_is_told(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({key: []}))
+    with pytest.raises(DataError, match=rf'x\.json: has "{key}" alone; expected RefCOCO in COCO\'s form'):
+        open_source(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 20000, "{}", "text"])
 def test_other_json_is_read_as_our_own_rows(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     source = open_source(tmp_path / "x.json")

@@ -1,6 +1,9 @@
 """Contract: DATA is recognized, broken samples are skipped only on request and counted, and pictures can be checked."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,20 @@ def test_a_truncated_picture_is_found_when_checked(tmp_path: Path) -> None:
 
 def test_a_sample_without_a_picture_passes_the_check() -> None:
     check_picture(Sample(None, (Turn("What?"),), "chat", "chat", None))
+
+
+@pytest.mark.parametrize("name", ["DocVQA_VAL.tsv", "refcoco_val.jsonl", "refcoco.json", "x.tsv.gz"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (gzip.compress(b"index"), "is packed with gzip, expected text in UTF-8: unpack it first"),
+        (lzma.compress(b"index"), "is packed with xz"),
+        (bz2.compress(b"index"), "is packed with bzip2"),
+        (b"PK\x03\x04rest", "is packed with zip"),
+        ("index".encode("utf-16"), "is text in UTF-16, expected UTF-8"),
+    ],
+)
+def test_packed_files_and_utf_16_are_told_as_such(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: {told}"):
+        open_source(tmp_path / name)

@@ -1,6 +1,7 @@
 """Contract: VLMEvalKit's TSV files become questions with the right pictures, prompts and rules, in bounded memory; what
 is wrong in one is told with file and line."""
 
+import codecs
 import csv
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from tests.benchmark_files import Row, picture_cell, png, write_tsv
 from tests.tiny_bundle import only_json_document, run_cli, write_text_checkpoint
+from vlmdeploy.calib.scoring import FORMULAS
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import open_source
@@ -49,8 +51,9 @@ def test_a_row_becomes_a_question_about_its_picture(tmp_path: Path, quoting: int
     assert isinstance(sample.image, StoredPicture) and sample.image.read_bytes() == png("red")
 
 
-def test_a_short_image_cell_names_another_row(tmp_path: Path) -> None:
-    rows = [{**OPEN, "image": 7}, {**OPEN, "index": 7, "image": picture_cell("blue")}, {**OPEN, "index": 8}]
+@pytest.mark.parametrize("name", ["7", "validation_Architecture_and_Engineering_7"])
+def test_a_short_image_cell_names_another_row(tmp_path: Path, name: str) -> None:
+    rows = [{**OPEN, "image": name}, {**OPEN, "index": name, "image": picture_cell("blue")}, {**OPEN, "index": 8}]
     first, second, third = samples_of(write_tsv(tmp_path / "x.tsv", *rows))
     assert first.image == second.image != third.image
     assert [color_of(each) for each in (first, second, third)] == [(0, 0, 255), (0, 0, 255), (255, 0, 0)]
@@ -88,6 +91,15 @@ def test_rows_without_the_picture_that_others_have_are_left_out_and_counted(tmp_
     assert len(list(source.samples())) == 1 and "2 rows without a picture left out" in source.description
 
 
+@pytest.mark.parametrize(
+    ("column", "cell"), [("image", ""), ("image", "nan"), ("image_path", " "), ("image_path", "[]")]
+)
+def test_a_column_of_pictures_without_any_is_told(tmp_path: Path, column: str, cell: str) -> None:
+    row = {"index": 0, column: cell, "question": "What?", "answer": "x"}
+    with pytest.raises(DataError, match=rf'x\.tsv: its column "{column}" is empty in every row'):
+        read_table(write_tsv(tmp_path / "x.tsv", row))
+
+
 def test_a_table_without_any_picture_is_text_only(tmp_path: Path) -> None:
     assert only_sample(tmp_path / "x.tsv", {"index": 0, "question": "What?", "answer": "x"}).image is None
 
@@ -117,7 +129,10 @@ def test_a_table_that_changes_while_it_is_in_use_is_told(tmp_path: Path) -> None
         load_image(sample.image)
 
 
-@pytest.mark.parametrize(("cell", "told"), [("*" * 80, "not valid base64"), ("QUJD" * 40, "not a picture or damaged")])
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("*" * 80, "not valid base64"), (f"QUJD,{RED}", "not valid base64"), ("QUJD" * 40, "not a picture or damaged")],
+)
 def test_what_is_no_picture_is_told_with_its_index(tmp_path: Path, cell: str, told: str) -> None:
     sample = only_sample(tmp_path / "x.tsv", {**OPEN, "image": cell})
     with pytest.raises(DataError, match=f'x.tsv, index "0": .*{told}'):
@@ -143,7 +158,9 @@ def test_base64_may_be_broken_into_lines_or_a_data_url(tmp_path: Path) -> None:
         (b"index\tquestion\n\n0\n", "3: has 1 cells, the header 2"),
         (b"index\tquestion\n\tWhat?\n", "2: has no index"),
         (b"index\tquestion\n0\t\xff\n", "2: not UTF-8"),
-        (b'index\tquestion\n0\t"never closed\n', "cannot be read as tab-separated values"),
+        (b'index\tquestion\n0\tWhat?\n1\t"never closed\n2\tWhy?\n', "3: cannot be read as tab-separated values"),
+        (b'index\tquestion\n0\t"a\nb"\n1\t"Go" says?\n', "4: cannot be read as tab-separated values"),
+        (b'"index\tquestion\n', "1: cannot be read as tab-separated values"),
         (b"index\rquestion\r0\rWhat?", "cannot be read as tab-separated values"),
         (b"index\timage\tquestion\n0\t9\tWhat?\n", '2: its image "9" names no row that holds a picture'),
         (b"index\timage\tquestion\n0\t0\tWhat?\n", '2: its image "0" names no row that holds a picture'),
@@ -161,7 +178,8 @@ def test_a_bad_table_is_told_with_file_and_line(tmp_path: Path, content: bytes, 
     ("name", "row", "told"),
     [
         ("MMBench_DEV_EN", {**CHOICE, "answer": "C"}, "answer is 'C', expected one of A, B"),
-        ("MME", {**OPEN, "answer": "maybe"}, "answer is 'maybe', expected one of yes, no"),
+        ("MMBench_DEV_EN", {**CHOICE, "answer": "cat"}, "answer is 'cat', expected one of A, B"),
+        ("MME", {**OPEN, "answer": "Maybe"}, "answer is 'Maybe', expected one of yes, no"),
         ("OCRBench", {**OPEN, "answer": "['a', '']"}, ".* expected a text or a list of texts"),
         ("DocVQA_VAL", {**OPEN, "answer": "[]"}, r"answer is '\[\]', expected a text or a list"),
         ("DocVQA_VAL", {**OPEN, "question": ""}, "has no question"),
@@ -200,7 +218,6 @@ def test_lists_are_read_as_literals_and_nothing_is_run(cell: str, items: list[st
         ("ChartQA_TEST", "relaxed_accuracy"),
         ("OCRBench", "ocrbench"),
         ("OCRVQA_TESTCORE", "exact_match"),
-        ("MMMU_DEV_VAL", "multiple_choice"),
         ("textvqa_val", "vqa_accuracy"),
         ("OCRBench_v2", "none"),
         ("MMVet", "none"),
@@ -217,6 +234,11 @@ def test_the_name_decides_the_rule_and_the_description_says_so(tmp_path: Path, n
     assert (source.questions.unscored is None) == (rule != "none")
 
 
+@pytest.mark.parametrize("name", ["MMMU_DEV_VAL", "MMBench_DEV_EN_V11", "mmstar", "MMT-Bench_VAL"])
+def test_sets_of_choices_are_known_by_name(tmp_path: Path, name: str) -> None:
+    assert "rule multiple_choice (by the name" in open_source(write_tsv(tmp_path / f"{name}.tsv", CHOICE)).description
+
+
 def test_columns_decide_where_the_name_does_not(tmp_path: Path) -> None:
     choice = open_source(write_tsv(tmp_path / "mine.tsv", CHOICE))
     assert "rule multiple_choice (by its columns A and B)" in choice.description
@@ -230,6 +252,14 @@ def test_an_explicit_rule_wins(tmp_path: Path) -> None:
     assert "rule anls (by --rule)" in source.description and next(source.samples()).task == "anls"
     with pytest.raises(ConfigError, match='--rule is "bleu", expected one of yes_no, multiple_choice'):
         QuestionOptions(rule="bleu")
+
+
+@pytest.mark.parametrize("row", [OPEN, {**OPEN, "A": "", "B": "nan"}])
+def test_choices_without_any_options_are_told(tmp_path: Path, row: Row) -> None:
+    with pytest.raises(DataError, match=r"MMBench_DEV_EN\.tsv: rule multiple_choice .* no row has options; expected"):
+        open_source(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", row))
+    with pytest.raises(DataError, match=r"mine\.tsv: rule multiple_choice \(by --rule\), but no row has options"):
+        open_source(write_tsv(tmp_path / "mine.tsv", row), options=QuestionOptions(rule="multiple_choice"))
 
 
 def test_without_answers_questions_are_asked_as_usual_but_not_scored(tmp_path: Path) -> None:
@@ -256,6 +286,9 @@ HINTED = {**CHOICE, "hint": "Look.", "C": "None"}
         ("MMMU_DEV_VAL", {**OPEN, "question": "Is <image 1> it?"}, "vlmevalkit", "Question: Is \n it?\n"),
         ("MME", {**OPEN, "answer": "Yes"}, "vlmevalkit", "What?"),
         ("MME", {**OPEN, "answer": "Yes"}, "cogvlm", "What?\nShort Answer."),
+        ("AMBER", {**OPEN, "answer": "yes"}, "vlmevalkit", "What?\nPlease answer yes or no."),
+        ("AMBER", {**OPEN, "answer": "yes"}, "cogvlm",
+         "What?\nPlease answer yes or no.\nShort Answer."),
         ("OCRBench", OPEN, "vlmevalkit", "What?"),
         ("MMVet", OPEN, "vlmevalkit", "What?"),
         ("TextVQA_VAL", OPEN, "cogvlm", "What?\nAnswer the question using a single word or phrase."),
@@ -287,11 +320,29 @@ def test_several_splits_are_kinds_and_one_can_be_asked_for(tmp_path: Path) -> No
         samples_of(path, split="test")
 
 
+def test_categories_of_the_second_level_are_kinds_where_there_are_no_others(tmp_path: Path) -> None:
+    rows = [{**CHOICE, "index": number, "l2-category": f"c{number}"} for number in range(2)]
+    assert [sample.kind for sample in samples_of(write_tsv(tmp_path / "mine.tsv", *rows))] == ["c0", "c1"]
+
+
+def test_formulas_of_ocrbench_keep_their_category_where_it_is_the_only_one(tmp_path: Path) -> None:
+    row = {**OPEN, "category": FORMULAS}
+    assert only_sample(tmp_path / "OCRBench.tsv", row).kind == FORMULAS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "x.tsv", OPEN)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    (sample,) = samples_of(path)
+    assert sample.key == "0" and color_of(sample) == (255, 0, 0)
+
+
 def test_rotations_of_a_question_share_a_group_and_are_drawn_together(tmp_path: Path) -> None:
-    indexes = [number + 10**6 * turn for number in range(5) for turn in range(3)]
+    indexes = [number + 10**6 * turn for number in (0, 1, 2, 100_001, 100_002) for turn in range(3)]
     samples = samples_of(write_tsv(tmp_path / "mine.tsv", *({**CHOICE, "index": index} for index in indexes)))
     assert [sample.group for sample in samples[:4]] == ["0", "0", "0", "1"]
     drawn = choose(samples, per_task=2, seed=0)
+    assert [sample.group for sample in samples[9::3]] == ["100001", "100002"]
     assert len(drawn) == 6 and len({sample.group for sample in drawn}) == 2
 
 

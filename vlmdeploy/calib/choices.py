@@ -14,7 +14,8 @@ Options = Sequence[tuple[str, str]]
 
 BRACKETING = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 LAST_WORDS = 4  # a letter among several words chooses only near the end
-STATED = re.compile(r"\b[Aa]nswer\s+is\s+\**([A-Z])\b")
+# A letter after "answer is", whatever its case, that no Latin letter follows; "a" before a word is an article.
+STATED = re.compile(r"(?i:answer\s+is)\s+\**([A-Zb-z]|a(?!\s+\w))(?![A-Za-z])")
 NO_OPTION = "Z"  # how models that were asked to say so choose none
 REFUSALS = (
     "Failed to obtain answer via API",
@@ -50,7 +51,7 @@ def _named_letter(text: str, letters: Sequence[str]) -> str | None:
     if not named and NO_OPTION in words:
         return NO_OPTION
     stated = STATED.search(text)
-    return stated[1] if stated is not None and stated[1] in letters else None
+    return stated[1].upper() if stated is not None and stated[1].upper() in letters else None
 
 
 def _quoted_option(text: str, options: Options) -> str | None:

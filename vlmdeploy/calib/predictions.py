@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from vlmdeploy.artifact import write_file
 from vlmdeploy.calib.scoring import Prediction
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Sample, check_boxes
 from vlmdeploy.data.source import DataSource
 from vlmdeploy.data.tsv_table import INDEX, LONGEST_CELL
 from vlmdeploy.errors import DataError, ExportError
@@ -235,6 +235,8 @@ class PredictionsAnswerer:
                 raise DataError(
                     f'{self._path}: has no answer to index "{sample.key}"; is it of another data set or split?'
                 )
-            is_located = sample.task == "rec" and sample.image is not None
-            size_px = load_image(sample.image).size if is_located and sample.image is not None else None
+            size_px = None
+            if sample.task == "rec" and sample.image is not None:
+                size_px = load_image(sample.image).size
+                check_boxes(sample, size_px)
             yield Prediction(sample, self._answers[sample.key], size_px=size_px)

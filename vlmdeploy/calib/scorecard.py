@@ -14,7 +14,7 @@ from vlmdeploy.calib.predictions import (
     output_paths,
     write_predictions,
 )
-from vlmdeploy.calib.scoring import Score, Scores, as_json, paired_differences
+from vlmdeploy.calib.scoring import Score, Scores, as_json, check_scorable, paired_differences
 from vlmdeploy.calib.validate import (
     MAX_NEW_TOKENS,
     Answerer,
@@ -143,6 +143,8 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
     unscored = None if source.questions is None else source.questions.unscored
     if unscored is not None and not outputs:
         raise DataError(f"{source.path}: {unscored}: --predictions FILE writes the answers without scoring them")
+    if unscored is None:
+        check_scorable(samples, source.path)  # before a model is loaded, which may take minutes
     validations = []
     for place, model in enumerate(models):
         report = _reporter(progress, str(model), len(samples))

@@ -25,6 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,7 @@ SHARES = frozenset(  # metrics that are 0 or 1 for one answer
     ("exact_match", "acc@0.5", "parse_rate", "accuracy", "relaxed_accuracy", "contains")
 )
 IOU_THRESHOLD = 0.5
+LONGEST_SHOWN = 80  # characters of a question in a message
 LEAST_REFERENCES = 4  # of vqa_accuracy: three others must agree
 FORMULAS = "Handwritten Mathematical Expression Recognition"  # OCRBench's category in which spaces do not count
 
@@ -86,12 +88,17 @@ class Prediction:
     size_px: tuple[int, int] | None = None
 
 
-def check_scorable(samples: Iterable[Sample]) -> None:
-    """Raise DataError, naming the first sample that cannot be scored: unknown task, or no reference."""
+def check_scorable(samples: Iterable[Sample], data: Path | None = None) -> None:
+    """Raise DataError, naming the first sample that cannot be scored: unknown task, or no reference.
+
+    data: the file they come from, which the message then names too.
+    """
+    of_file = "" if data is None else f"{data}: "
     for sample in samples:
         if sample.task == UNSCORED:
-            raise DataError("these questions are not scored here: write the answers with --predictions FILE")
-        where = f"question {sample.turns[-1].user!r} about {sample.image}"
+            found = "these questions are not scored here: write the answers with --predictions FILE"
+            raise DataError(f"{of_file}{found}")
+        where = f"{of_file}{_named(sample)}"
         if sample.task not in TASK_METRICS:
             raise DataError(f'{where}: task "{sample.task}" has no metric; known: {", ".join(TASK_METRICS)}')
         if sample.task == "rec" and (sample.image is None or len(sample.boxes) != 1):
@@ -105,6 +112,12 @@ def check_scorable(samples: Iterable[Sample]) -> None:
         if sample.task == "vqa_accuracy" and len(sample.references) < LEAST_REFERENCES:
             found = f"has {len(sample.references)} reference answers"
             raise DataError(f"{where}: {found}, task vqa_accuracy wants those of {LEAST_REFERENCES} people or more")
+
+
+def _named(sample: Sample) -> str:
+    """The question as a message calls it: by the data set's own name, and by how it begins."""
+    text = sample.turns[-1].user
+    return f'question "{sample.key}" ({text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."!r})'
 
 
 def _check_reference(sample: Sample, expected: Sequence[str], where: str) -> None:

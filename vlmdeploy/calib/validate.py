@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.calib.scoring import Prediction, Score, Scores, check_scorable, score, wilson_interval
 from vlmdeploy.data.samples import Picture as DataPicture
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Sample, check_boxes
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
@@ -130,10 +130,14 @@ class QuestionMaker:
         self._last: tuple[DataPicture, Picture] | None = None
 
     def question(self, sample: Sample) -> Question:
-        """The sample's prompt and picture. Raises DataError on a bad picture, PromptError on an unknown template."""
+        """The sample's prompt and picture. Raises DataError on a bad picture or one of another size than its boxes
+        refer to, PromptError on an unknown template."""
         template = self._find_template(sample.template or self._template)
         ids = prompt_ids(sample.conversation(), template, self._rules.tokens, self._tokenizer)
-        return Question(sample, ids, None if sample.image is None else self._picture(sample.image))
+        picture = None if sample.image is None else self._picture(sample.image)
+        if picture is not None:
+            check_boxes(sample, picture.size_px)
+        return Question(sample, ids, picture)
 
     def prediction(self, question: Question, new_ids: Sequence[int]) -> Prediction:
         """What the new ids say, up to the first stop id."""

@@ -7,13 +7,14 @@ height] and "caption" or "sentences". The pickles of the original release are re
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlmdeploy.data.questions import EXPRESSION, QuestionOptions, find_picture
-from vlmdeploy.data.samples import PixelBox, Sample, checked_text
+from vlmdeploy.data.samples import PixelBox, Sample, checked_text, is_inside
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.boxes import format_box, normalize_box
 from vlmdeploy.runtime.chat import Turn
@@ -22,7 +23,6 @@ Row: TypeAlias = dict[str, Any]
 
 PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 PICKLE_START = b"\x80"  # of every pickle since protocol 2
-EDGE_PX = 2.0  # annotations may end that far outside the picture
 LONGEST_SHOWN = 80
 EXPECTED_JSON = 'expected RefCOCO in COCO\'s form, {"images": [...], "annotations": [...]}'
 
@@ -78,14 +78,20 @@ def _read_line(line: bytes, number: int, path: Path, options: QuestionOptions) -
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a .json file holds one object with "images" and "annotations"; JSON lines with that suffix do not."""
+    """Whether a .json file holds one object with "images" and "annotations"; JSON lines with that suffix do not.
+
+    Raises DataError if it has only one of the two.
+    """
     if path.suffix.lower() != ".json":
         return False
     try:
         document = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and "images" in document and "annotations" in document
+    found = [key for key in ("images", "annotations") if isinstance(document, dict) and key in document]
+    if len(found) == 1:
+        raise DataError(f'{path}: has "{found[0]}" alone; {EXPECTED_JSON}')
+    return bool(found)
 
 
 def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
@@ -95,13 +101,46 @@ def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sam
     """
     document = json.loads(path.read_bytes().decode("utf-8-sig"))
     images, annotations = (_objects(document, key, path) for key in ("images", "annotations"))
-    by_id = {json.dumps(image.get("id")): image for image in images}
-    chosen = [each for each in annotations if options.split is None or each.get("split") == options.split]
+    by_id = _by_id(images, path)
+    chosen = annotations if options.split is None else _of_split(annotations, options.split, path)
     asked = [(number, each, phrase) for number, each in enumerate(chosen) for phrase in _phrases(each)]
     if not asked:
         of_split = "" if options.split is None else f' of split "{options.split}"'
         raise DataError(f'{path}: no annotation{of_split} has a "caption" or "sentences"; {EXPECTED_JSON}')
-    return (partial(_read_annotation, each, phrase, number, by_id, path, options) for number, each, phrase in asked)
+    keys = _keys([f"{each.get('id', number)}: {phrase}" for number, each, phrase in asked])
+    named = zip(asked, keys, strict=True)
+    return (
+        partial(_read_annotation, each, phrase, number, key, by_id, path, options)
+        for (number, each, phrase), key in named
+    )
+
+
+def _by_id(images: list[Row], path: Path) -> dict[str, Row]:
+    by_id: dict[str, Row] = {}
+    for image in images:
+        name = json.dumps(image.get("id"))
+        if name in by_id:
+            raise DataError(f"{path}: two images have the id {name[:LONGEST_SHOWN]}")
+        by_id[name] = image
+    return by_id
+
+
+def _of_split(annotations: list[Row], split: str, path: Path) -> list[Row]:
+    chosen = [each for each in annotations if each.get("split") == split]
+    if not chosen:
+        known = ", ".join(sorted({str(each["split"]) for each in annotations if "split" in each})) or 'no key "split"'
+        raise DataError(f'{path}: has no annotation of split "{split}"; it has: {known[:LONGEST_SHOWN]}')
+    return chosen
+
+
+def _keys(names: list[str]) -> list[str]:
+    """The names, each later one of equal ones numbered: RefCOCO holds phrases that were said twice of one box."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in names:
+        seen[name] += 1
+        keys.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return keys
 
 
 def _objects(document: Row, key: str, path: Path) -> list[Row]:
@@ -122,18 +161,17 @@ def _phrases(annotation: Row) -> list[Any]:
 
 
 def _read_annotation(
-    annotation: Row, phrase: Any, number: int, images: dict[str, Row], path: Path, options: QuestionOptions
+    annotation: Row, phrase: Any, number: int, key: str, images: dict[str, Row], path: Path, options: QuestionOptions
 ) -> Sample:
     where = f"{path}: annotation {annotation.get('id', number)}"
     image = images.get(json.dumps(annotation.get("image_id")))
     if image is None:
         raise DataError(f"{where}: its image_id {_shown(annotation.get('image_id'))} is not among the images")
     x, y, width, height = _numbers(annotation, "bbox", where)
-    named = {"phrase": phrase}
-    key = f"{annotation.get('id', number)}: {phrase}"
+    source = "caption" if annotation.get("caption") is not None else "sentences"
     corners = (x, y, x + width, y + height)
     name = _text(image, "file_name", where)
-    return _sample(_text(named, "phrase", where), name, corners, image, key, where, path, options)
+    return _sample(_text({source: phrase}, source, where), name, corners, image, key, where, path, options)
 
 
 def _sample(
@@ -149,6 +187,7 @@ def _sample(
         kind="rec",
         answer=None if size_px is None else format_box(normalize_box(corners, *size_px)),
         boxes=(corners,),
+        size_px=size_px,
         key=key,
     )
 
@@ -186,10 +225,10 @@ def _check_box(corners: PixelBox, size_px: tuple[int, int] | None, where: str) -
     x0, y0, x1, y1 = corners
     if not (x0 < x1 and y0 < y1):
         raise DataError(f"{where}: its box is {list(corners)} as x0, y0, x1, y1, expected x0 < x1 and y0 < y1")
-    if size_px is not None:
-        width, height = size_px
-        if min(x0, y0) < -EDGE_PX or x1 > width + EDGE_PX or y1 > height + EDGE_PX:
-            raise DataError(f"{where}: its box {list(corners)} lies outside the picture of {width} x {height} pixels")
+    if size_px is not None and not is_inside(corners, size_px):
+        raise DataError(
+            f"{where}: its box {list(corners)} lies outside the picture of {' x '.join(map(str, size_px))} pixels"
+        )
 
 
 def _shown(value: Any) -> str:

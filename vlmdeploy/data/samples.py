@@ -12,6 +12,8 @@ from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Conversation, Turn
 
+EDGE_PX = 2.0  # a box may end that far outside its picture
+
 Picture: TypeAlias = Path | StoredPicture
 """A picture's own file, or its place in a table; equal where it is the same picture. `load_image` takes both."""
 
@@ -27,7 +29,7 @@ class Sample:
     reported under its kind, but does not enter the task's own value. `template` None: the model's default.
     answers: all references where an answer may be one of several; `answer` is then the commonest. options: letter and
     text of each, of a multiple choice. group: what the rotations of one question share. key: the data set's own name
-    of the question, its index or line.
+    of the question, its index or line. size_px: width and height of the upright picture as the data set states them.
     """
 
     image: Picture | None
@@ -41,6 +43,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
     group: str | None = None
+    size_px: tuple[int, int] | None = None
     key: str = field(default="", compare=False)
 
     @property
@@ -51,6 +54,23 @@ class Sample:
     def conversation(self) -> Conversation:
         """What the prompt is rendered from; the picture is not opened."""
         return Conversation(self.turns, () if self.image is None else (self.image,))
+
+
+def is_inside(box: PixelBox, size_px: tuple[int, int]) -> bool:
+    """Whether the box lies in the picture, or ends a little outside, as some annotations do."""
+    x0, y0, x1, y1 = box
+    return min(x0, y0) >= -EDGE_PX and x1 <= size_px[0] + EDGE_PX and y1 <= size_px[1] + EDGE_PX
+
+
+def check_boxes(sample: Sample, size_px: tuple[int, int]) -> None:
+    """Raise DataError, naming the picture, if it is not of the stated size, or a box to be found lies outside."""
+    found = f"{sample.image}: is {size_px[0]} x {size_px[1]} pixels"
+    stated = sample.size_px
+    if stated is not None and stated != size_px:
+        said = f'question "{sample.key}" has its box in a picture of {stated[0]} x {stated[1]}'
+        raise DataError(f"{found}, but {said}: was it resized or turned?")
+    if sample.task == "rec" and not all(is_inside(box, size_px) for box in sample.boxes):
+        raise DataError(f'{found}, but question "{sample.key}" has the box {list(sample.boxes[0])}')
 
 
 def checked_text(text: str, what: str) -> str:

@@ -5,6 +5,7 @@ The first that matches is taken, and `description` says which. Samples are read 
 skipped and counted; pictures are not opened on the way: `check_picture` does that for those that will be used.
 """
 
+import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ Kind: TypeAlias = Literal[
 
 DEFAULT_TASK = "chat"  # of a JSONL row that names none: enough to calibrate with, nothing that could be scored
 MAX_REASONS = 3
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 OPTION_FLAGS = {
     "rule": "--rule",
     "prompt": "--prompt",
@@ -158,6 +161,7 @@ def open_source(
 
 def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -> DataSource:
     refcoco.refuse_pickle(data)
+    _refuse_packed(data)
     if data.suffix.lower() == ".tsv":
         questions = plan_questions(read_table(data), options)
         return DataSource("VLMEvalKit TSV", data, questions.description(), options=options, questions=questions)
@@ -166,6 +170,16 @@ def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -
     if refcoco.is_lines(data):
         return DataSource("RefCOCO JSONL", data, f"RefCOCO lines {data} (Qwen-VL's form)", options=options)
     return _open_jsonl(data, default_task)
+
+
+def _refuse_packed(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    for magic, name in PACKED.items():
+        if start.startswith(magic):
+            raise DataError(f"{path}: is packed with {name}, expected text in UTF-8: unpack it first")
+    if start.startswith(UTF16):
+        raise DataError(f"{path}: is text in UTF-16, expected UTF-8: save it as that")
 
 
 def _open_jsonl(data: Path, default_task: str | None) -> DataSource:

@@ -68,49 +68,61 @@ def read_table(path: Path) -> Table:
     """The whole table; rows that lack the picture that others have are left out, as VLMEvalKit does, and counted.
 
     Raises DataError, naming file and line, for what is not UTF-8 or no table, for a row without an index, two rows with
-    the same one, or an image cell that names no picture.
+    the same one, an image cell that names no picture, or a column for pictures that holds none.
     """
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
         with path.open("rb") as file:
             return _read(path, file)
-    except csv.Error as error:
-        raise DataError(f"{path}: cannot be read as tab-separated values ({error})") from error
     finally:
         csv.field_size_limit(limit)
 
 
 def _read(path: Path, file: BinaryIO) -> Table:
     lines = _Lines(path, file)
-    reader = csv.reader(lines, delimiter="\t", strict=True)
-    columns = _columns(path, next(reader, []))
+    cells_of_rows = _cells(path, lines)
+    columns = _columns(path, next(cells_of_rows, []))
     rows: dict[str, TableRow] = {}
-    lines.start_row()
-    for cells in reader:
+    for cells in cells_of_rows:
         if cells:
             row = _row(path, lines, columns, cells)
             if row.index in rows:
                 first = rows[row.index].line
                 raise DataError(f'{path}:{row.line}: index "{row.index}" stands in line {first} already')
             rows[row.index] = row
-        lines.start_row()
     if not rows:
         raise DataError(f"{path}: holds no rows, only a header")
     shown = tuple(column for column in columns if column != IMAGE)
     found = [_with_pictures(path, row, rows) for row in rows.values()]
     kept = tuple(row for row in found if row.pictures)
+    for column in (IMAGE, IMAGE_PATH):
+        if column in columns and not kept:
+            raise DataError(
+                f'{path}: its column "{column}" is empty in every row; without the column rows are text only'
+            )
     return Table(path, shown, kept or tuple(found), len(found) - len(kept) if kept else 0)
+
+
+def _cells(path: Path, lines: "_Lines") -> Iterator[list[str]]:
+    """The cells of each row, the header's first; an error names the line in which its row begins."""
+    reader = csv.reader(lines, delimiter="\t", strict=True)
+    try:
+        for cells in reader:
+            yield cells
+            lines.start_row()
+    except csv.Error as error:
+        found = f"cannot be read as tab-separated values ({error}); are quotes doubled and closed?"
+        raise DataError(f"{path}:{lines.row_line}: {found}") from error
 
 
 class _Lines(Iterator[str]):
     """The file's lines as text; it remembers where the row began that is being read, and its bytes."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.row_start = self._end = 0
-        self.row_line = self._line = 0
         self._path = path
         self._file = file
-        self._parts: list[bytes] = []
+        self._end = self._line = 0
+        self.start_row()
 
     def __next__(self) -> str:
         line = next(self._file)
@@ -124,7 +136,7 @@ class _Lines(Iterator[str]):
 
     def start_row(self) -> None:
         """What comes next is another row."""
-        self._parts = []
+        self._parts: list[bytes] = []
         self.row_start, self.row_line = self._end, self._line + 1
 
     def row(self) -> bytes:

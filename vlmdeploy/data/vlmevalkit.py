@@ -39,6 +39,7 @@ NOT_SCORED_HERE = {
 NO_RULE = "none"
 SHORT_ANSWER_RULES = ("vqa_accuracy", "anls", "relaxed_accuracy", "exact_match")
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+YES_OR_NO = "\nPlease answer yes or no."  # which AMBER's questions lack
 CHOOSE = "Please select the correct answer from the options above. \n"
 CHOOSE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 CHOOSE_LETTER_ZH = "\n请直接回答选项字母。"
@@ -79,9 +80,11 @@ class QuestionSet:
 
 
 def plan_questions(table: Table, options: QuestionOptions) -> QuestionSet:
-    """Choose rows and rule. Raises DataError if the split has no rows."""
+    """Choose rows and rule. Raises DataError if the split has no rows, or no row has options to choose from."""
     rows = table.rows if options.split is None else _of_split(table, options.split)
     rule, why = _choose_rule(table.path.stem, rows, options.rule)
+    if rule == "multiple_choice" and not any(map(_options, rows)) and not _is_mmmu(table):
+        raise DataError(f"{table.path}: rule {rule} ({why}), but no row has options; expected columns A, B, C, ...")
     circular = rule == "multiple_choice" and _has_rotations(rows)
     return QuestionSet(
         table,
@@ -122,8 +125,9 @@ def _choose_rule(name: str, rows: tuple[TableRow, ...], asked: str | None) -> tu
 
 def _by_name(table: dict[str, str], name: str) -> str | None:
     """The entry whose key is the name, or its beginning up to "_" or "-": DocVQA is meant by DocVQA_VAL."""
-    found = [key for key in table if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE)]
-    return table[max(found, key=len)] if found else None
+    found = (key for key in table if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE))
+    key = next(found, None)
+    return None if key is None else table[key]
 
 
 def _why_unscored(name: str, rows: tuple[TableRow, ...], asked: str | None) -> str | None:
@@ -139,6 +143,11 @@ def _kind_column(rule: str, rows: tuple[TableRow, ...]) -> str | None:
     if rule == "ocrbench":
         return "category"
     return several[0] if several else None
+
+
+def _is_mmmu(table: Table) -> bool:
+    """Whether it is MMMU, which has open questions among its choices, and marks where its pictures belong."""
+    return table.path.stem.upper().startswith("MMMU")
 
 
 def _has_rotations(rows: tuple[TableRow, ...]) -> bool:
@@ -178,9 +187,9 @@ def _answers(
     if not cell:
         return ()
     if options:
-        return (_checked(cell.upper(), [letter for letter, _ in options], where),)
+        return (_found(cell, {letter: letter for letter, _ in options}, where),)
     if questions.rule == "yes_no":
-        return (_checked(cell.lower(), ["yes", "no"], where),)
+        return (_found(cell, {"YES": "yes", "NO": "no"}, where),)
     listed = literal_list(cell)
     answers = (cell,) if listed is None else tuple(listed)
     if not answers or (questions.rule == "ocrbench" and not all(answer.strip() for answer in answers)):
@@ -188,10 +197,11 @@ def _answers(
     return answers
 
 
-def _checked(answer: str, expected: list[str], where: str) -> str:
-    if answer not in expected:
-        raise DataError(f"{where}: answer is {answer[:80]!r}, expected one of {', '.join(expected)}")
-    return answer
+def _found(cell: str, expected: dict[str, str], where: str) -> str:
+    """The reference that the cell stands for, whatever its case; expected: by what it is in upper case."""
+    if cell.upper() not in expected:
+        raise DataError(f"{where}: answer is {cell[:80]!r}, expected one of {', '.join(expected.values())}")
+    return expected[cell.upper()]
 
 
 def _image(questions: QuestionSet, row: TableRow, where: str) -> Picture | None:
@@ -223,10 +233,10 @@ def _prompt(questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str
         if style == "cogvlm":
             return _choice_prompt_cogvlm(hint, question, options)
         prompt = _choice_prompt(hint, question, options)
-        is_mmmu = questions.table.path.stem.upper().startswith("MMMU")
-        return "\n".join(IMAGE_MARK.split(prompt)) if is_mmmu else prompt  # VLMEvalKit puts the picture there
-    if rule == "yes_no" and style == "cogvlm":
-        return question + SHORT_ANSWER_COGVLM
+        return "\n".join(IMAGE_MARK.split(prompt)) if _is_mmmu(questions.table) else prompt  # there stands the picture
+    if rule == "yes_no":
+        is_amber = questions.table.path.stem.upper().startswith("AMBER")
+        return question + YES_OR_NO * is_amber + SHORT_ANSWER_COGVLM * (style == "cogvlm")
     return question + SHORT_ANSWER if rule in SHORT_ANSWER_RULES else question
 
 

@@ -199,7 +199,7 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
         samples = choose(samples, options.per_task, options.seed)
     if not samples:
         raise DataError(f"{source.path}: holds no questions")
-    check_scorable(samples)
+    check_scorable(samples, source.path)
     return source, samples
 
 
