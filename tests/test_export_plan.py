@@ -14,10 +14,12 @@ from tests.tiny_bundle import export, run_cli, write_text_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ConfigError, ExportError
 from vlmdeploy.export.engine_parts import build_bytes
-from vlmdeploy.export.plan import Plan, PlanOptions, make_plan, plan_json
+from vlmdeploy.export.plan import make_plan, plan_json
 from vlmdeploy.export.plan_device import PlanDevice, plan_device
+from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_memory import PHASES, Setting, engine_buffers
 from vlmdeploy.export.plan_model import checkpoint_model, released_model
+from vlmdeploy.export.plan_options import PlanOptions
 from vlmdeploy.export.plan_speed import encoder_flop, prompt_flop
 from vlmdeploy.runtime.tensorrt_backend import buffer_bytes, needed_bytes
 

@@ -353,9 +353,10 @@ def plan(
     **options: Any,
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
-    from vlmdeploy.export.plan import make_plan, plan_json, read_plan_options
+    from vlmdeploy.export.plan import make_plan, plan_json
     from vlmdeploy.export.plan_device import plan_device
     from vlmdeploy.export.plan_model import planned_model
+    from vlmdeploy.export.plan_options import read_plan_options
     from vlmdeploy.export.plan_table import headline, plan_tables, write_page
 
     if ckpt is None and family is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdeploy.export.plan import Plan
+from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_memory import PHASES
 from vlmdeploy.export.plan_speed import Range
 from vlmdeploy.sizes import gigabytes
