@@ -12,7 +12,7 @@ import pytest
 from tests.calibration_data import write_calibration_checkpoint, write_calibration_data
 from tests.tiny_bundle import export, run_cli, write_text_checkpoint
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.errors import ConfigError, ExportError
+from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.engine_parts import build_bytes
 from vlmdeploy.export.plan import make_plan, plan_json
 from vlmdeploy.export.plan_device import PlanDevice, plan_device
@@ -53,12 +53,13 @@ def test_buffers_are_those_that_the_runtime_allocates(tmp_path: Path) -> None:
     bundle = export(write_text_checkpoint(tmp_path / "ckpt"), tmp_path / "bundle", "trt-int4")
     manifest, geometry = read_manifest(bundle), checkpoint_model(tmp_path / "ckpt").geometry
     cache = manifest.context_tokens * manifest.memory_bytes["kv_per_token"]
-    buffers = sum(engine_buffers(geometry, Setting()).values())
-    assert buffers + cache == sum(buffer_bytes(manifest, Setting().chunk_rows, Setting().logit_rows).values())
+    setting = Setting(chunk_rows=manifest.context_tokens)  # shorter than the default
+    buffers = sum(engine_buffers(geometry, setting).values())
+    assert buffers + cache == sum(buffer_bytes(manifest, setting.chunk_rows, setting.logit_rows).values())
     plan = make_plan(checkpoint_model(tmp_path / "ckpt"), plan_device("agx-orin-64"), PlanOptions())
     graphs = {"vision": plan.memory["vision"].weights, "decoder_text": plan.memory["decode"].weights}
     graphs["decoder_vision"] = plan.memory["prefill"].weights - graphs["decoder_text"]
-    needed, _ = needed_bytes(manifest, graphs, Setting().chunk_rows, Setting().logit_rows, "phase")
+    needed, _ = needed_bytes(manifest, graphs, setting.chunk_rows, setting.logit_rows, "phase")
     scratch = plan.memory["prefill"].activations
     assert max(plan.peak_bytes.values()) == needed + scratch, "what opening asks for, and the engines' scratch"
 
@@ -115,8 +116,8 @@ def test_changes_do_what_they_say() -> None:
     assert plan.changes[0].options == ("--swap 14GB",)
     assert planned("cogvlm2", board(14.8), swap_bytes=14 * 10**9).verdict == "fits"
     assert planned("cogvlm2", board(14.8), swap_bytes=13 * 10**9).verdict.startswith("fits with")
-    other = next(change for change in plan.changes if "--vision int8 --connector int8" in change.options)
-    chosen = planned("cogvlm2", board(14.8), precisions={"vision": "int8", "connector": "int8"})
+    other = next(change for change in plan.changes if "--vision int4 --connector int4" in change.options)
+    chosen = planned("cogvlm2", board(14.8), precisions=INT4_ENCODER)
     assert (chosen.verdict, max(chosen.peak_bytes.values())) == ("fits", other.peak_bytes)
 
 
@@ -254,9 +255,10 @@ def test_profile_with_a_mistake_is_one_clear_line(old: str, new: str, message: s
         (
             ["--family", "cogvlm", "--device", "thor", "--context", "9999"],
             1,
-            "--context is 9999, expected at most",
+            "--context is 9999, expected 1230 (an image and a word) to 2048 (the model's own context)",
         ),
-        (["--family", "cogvlm", "--device", "thor", "--context", "1000"], 1, "a prompt of 1291 tokens"),
+        (["--family", "cogvlm", "--device", "thor", "--context", "1291"], 1, "a prompt of 1291 tokens"),
+        (["--family", "cogvlm", "--device", "thor", "--context", "1229", "--images", "0"], 1, "--context is 1229"),
         (["--family", "cogvlm", "--device", "thor", "--kv", "fp32"], 1, "--kv is fp32, but the cache of trt-int4"),
         (["--family", "cogvlm", "--device", "host", "--target", "trt-int4"], 1, "device host has no GPU"),
         (["--family", "cogvlm", "--device", "thor", "--power-mode", "fast"], 1, "it has MAXN, 120W, 90W, 70W"),
@@ -280,7 +282,7 @@ def test_power_mode_changes_the_rates() -> None:
 
 def test_codes_of_another_width_are_refused(tmp_path: Path) -> None:
     geometry = released_model("cogvlm")
-    with pytest.raises(ExportError, match='precision "int5" of part "decoder" is unknown'):
+    with pytest.raises(ConfigError, match="--bits is 5, but the decoder of trt-int4 is int4"):
         make_plan(geometry, plan_device("thor"), PlanOptions(bits=5))
     with pytest.raises(ConfigError, match='--target "ort-int5" is not known'):
         make_plan(geometry, plan_device("thor"), PlanOptions(target="ort-int5"))

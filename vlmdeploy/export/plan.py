@@ -8,15 +8,15 @@ from vlmdeploy.export.plan_changes import find_changes
 from vlmdeploy.export.plan_device import PlanDevice
 from vlmdeploy.export.plan_draft import Plan, draft
 from vlmdeploy.export.plan_model import PlannedModel
-from vlmdeploy.export.plan_options import DEFAULT_TARGETS, PlanOptions, check_options, with_context
+from vlmdeploy.export.plan_options import DEFAULT_TARGETS, PlanOptions, check_options
 from vlmdeploy.export.plan_speed import Range, Speed
 
 
 def make_plan(model: PlannedModel, device: PlanDevice, options: PlanOptions) -> Plan:
     """Plan one model on one device. Raises ConfigError and ExportError for options that cannot be."""
-    geometry, target = with_context(model.geometry, options), options.target or DEFAULT_TARGETS[device.kind]
-    check_options(geometry, target, device, options)
-    plan = draft(model, geometry, device, target, options)
+    target = options.target or DEFAULT_TARGETS[device.kind]
+    check_options(model.geometry, target, device, options)
+    plan = draft(model, device, target, options)
     if plan.fits:
         return plan
     changes = tuple(find_changes(model, device, replace(options, target=target)))

@@ -55,6 +55,11 @@ class PlanDevice:
         """Whether the CPU and its programs live in the same memory."""
         return self.kind in ("jetson", "cpu")
 
+    @property
+    def engine(self) -> devices.Engine:
+        """The library that runs engines there."""
+        return "tensorrt_rtx" if self.kind == "rtx" else "tensorrt"
+
 
 def plan_device(text: str, power_mode: str | None = None) -> PlanDevice:
     """The device of a name, of a profile file (anything that ends in .toml), or this machine ("host").

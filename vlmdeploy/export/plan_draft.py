@@ -3,30 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from vlmdeploy.export.engine_parts import build_bytes
+from vlmdeploy.export.ort_dialect import matmul_block
+from vlmdeploy.export.plan_build import Build, plan_build
 from vlmdeploy.export.plan_device import PlanDevice
 from vlmdeploy.export.plan_memory import PhaseMemory, Setting, phase_memory
 from vlmdeploy.export.plan_model import PlannedModel
-from vlmdeploy.export.plan_options import PlanOptions
+from vlmdeploy.export.plan_options import CHUNK_ROWS, PlanOptions, storage_of, with_context
 from vlmdeploy.export.plan_sizes import Storage, kv_bytes_per_token, stored_matrices, weight_sizes
 from vlmdeploy.export.plan_speed import Range, Speed, assumptions, speed
-from vlmdeploy.export.precision import PrecisionPlan, is_tensorrt, plan_precision
+from vlmdeploy.export.precision import PrecisionPlan, encoder_warning, is_tensorrt, plan_precision, plan_warnings
+from vlmdeploy.export.trt_dialect import check_grid
 from vlmdeploy.families.spec import Geometry
 from vlmdeploy.sizes import gigabytes
-
-ON_DEVICE = "on the device"
-
-
-@dataclass(frozen=True)
-class Build:
-    """What compiling the engines takes, where the target has any. ram_bytes: of the largest graph in one piece;
-    least_ram_bytes: with decoders cut into single layers. fits: into memory and swap of the device, where it must be
-    done there; the builder works in ordinary memory."""
-
-    where: str
-    ram_bytes: int
-    least_ram_bytes: int
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -78,14 +66,14 @@ class Plan:
         return max(self.peak_bytes.values()) <= self.usable_bytes and (self.build is None or self.build.fits)
 
 
-def draft(model: PlannedModel, geometry: Geometry, device: PlanDevice, target: str, options: PlanOptions) -> Plan:
-    """The plan as asked for; its verdict says whether that fits."""
-    storage = Storage.of(target, options.provider)
-    precision = planned_precision(model, geometry, target, options)
+def draft(model: PlannedModel, device: PlanDevice, target: str, options: PlanOptions) -> Plan:
+    """The plan as asked for; its verdict says whether that fits. Raises ExportError and QuantizationError for
+    precisions and groups that an export would refuse."""
+    geometry, storage = with_context(model.geometry, options), storage_of(target, options)
+    precision = planned_precision(model, target, options)
+    _check_grids(geometry, precision, storage)
     sizes, setting = weight_sizes(geometry, precision, storage), _setting(geometry, storage, options)
-    memory = phase_memory(geometry, precision, storage, setting)
-    build = _build(geometry, precision, storage, target, device.usable_bytes + options.swap_bytes)
-    engines = sum(sizes.graphs.values()) if build else 0
+    build = plan_build(geometry, precision, target, device, options.swap_bytes) if is_tensorrt(target) else None
     plan = Plan(
         model=model.name,
         can_export=model.can_export,
@@ -101,64 +89,69 @@ def draft(model: PlannedModel, geometry: Geometry, device: PlanDevice, target: s
         residency=options.residency,
         weights_bytes=sizes.parts,
         kv_bytes_per_token=kv_bytes_per_token(geometry.decoder, setting.kv),
-        memory=memory,
+        memory=phase_memory(geometry, precision, storage, setting),
         usable_bytes=device.usable_bytes,
-        disk_bytes=sizes.total + engines,
+        disk_bytes=sizes.total + (sum(sizes.graphs.values()) if build else 0),
         build=build,
         speed=speed(geometry, precision, storage, setting, device),
         verdict="fits",
         changes=(),
-        warnings=tuple(_warnings(model, build)),
+        warnings=tuple(_warnings(model, device, target, precision, options, build)),
         assumptions=tuple(assumptions(storage, setting, device)),
     )
     return plan if plan.fits else replace(plan, verdict="does not fit")
 
 
-def planned_precision(model: PlannedModel, geometry: Geometry, target: str, options: PlanOptions) -> PrecisionPlan:
+def planned_precision(model: PlannedModel, target: str, options: PlanOptions) -> PrecisionPlan:
     """The precision of every matrix. Raises ExportError where the target or a quantized checkpoint cannot have it."""
     chosen = dict(options.precisions)
     if options.bits is not None:
         chosen["decoder"] = f"int{options.bits}"
-    return plan_precision(geometry, target, chosen, options.group, stored=model.stored)
+    return plan_precision(model.geometry, target, chosen, options.group_size, stored=model.stored)
+
+
+def _check_grids(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> None:
+    """Raise the error of an export where the dialect has no product for a matrix's groups."""
+    for matrix in stored_matrices(geometry, precision, storage):
+        if matrix.precision.grid is None:
+            continue
+        if storage.dialect == "trt":
+            check_grid(matrix.target, matrix.width, matrix.precision.grid)
+        else:
+            matmul_block(matrix.target, matrix.precision.grid)
 
 
 def _setting(geometry: Geometry, storage: Storage, options: PlanOptions) -> Setting:
-    kv = "fp32" if storage.provider == "cpu" else "fp16"
+    context = geometry.decoder.context_tokens
     return Setting(
-        options.residency, options.images, geometry.decoder.context_tokens, options.text_tokens, kv,
-        options.chunk_rows,
-    )  # fmt: skip
+        residency=options.residency,
+        images=options.images,
+        cache_tokens=context,
+        text_tokens=options.text_tokens,
+        kv="fp32" if storage.provider == "cpu" else "fp16",
+        chunk_rows=min(options.chunk_rows or CHUNK_ROWS, context),  # as engines are built
+    )
 
 
-def _build(
-    geometry: Geometry, precision: PrecisionPlan, storage: Storage, target: str, room_bytes: int
-) -> Build | None:
-    """What the builder takes: the encoder in one piece, a decoder whole or cut down to its largest layer."""
-    if not is_tensorrt(target):
-        return None
-    graphs = weight_sizes(geometry, precision, storage).graphs
-    layers: dict[tuple[str, str], int] = {}
-    for matrix in stored_matrices(geometry, precision, storage):
-        names = matrix.target.split(".")
-        key = matrix.graph, names[2] if names[0] == "decoder" else names[0]
-        layers[key] = layers.get(key, 0) + storage.matrix_bytes(matrix.rows, matrix.width, matrix.precision)
-    last = str(geometry.decoder.num_layers - 1)
-    head = layers.pop(("decoder_text", "lm_head"), 0)
-    layers["decoder_text", last] = layers.get(("decoder_text", last), 0) + head
-    cut = max(size for (graph, _), size in layers.items() if graph != "vision")
-    least = build_bytes(max(graphs["vision"], cut))
-    on_device = target.startswith("trt-")
-    return Build(
-        ON_DEVICE if on_device else "on any x86-64 machine", build_bytes(max(graphs.values())), least,
-        not on_device or least <= room_bytes,
-    )  # fmt: skip
-
-
-def _warnings(model: PlannedModel, build: Build | None) -> Iterator[str]:
+def _warnings(
+    model: PlannedModel,
+    device: PlanDevice,
+    target: str,
+    precision: PrecisionPlan,
+    options: PlanOptions,
+    build: Build | None,
+) -> Iterator[str]:
+    """What a user should know beside the numbers; what an export would warn of, too."""
     if not model.can_export:
         yield f"{model.name} can be planned for, but not exported yet"
-    if build is not None and build.where == ON_DEVICE:
+    if model.stored is None:
+        yield from plan_warnings(precision, options.group_size)
+    if is_tensorrt(target):
+        yield from encoder_warning(precision, model.geometry)
+    if device.kind == "jetson" and options.provider == "cuda":
+        yield "onnxruntime-gpu has no wheel for a Jetson: it must be compiled there, or take --target trt-int4"
+    if build is not None and build.is_on_device:
         yield (
             f"compiling the engines on the device is expected to take {gigabytes(build.least_ram_bytes)}, more with "
-            "larger pieces; swap counts, since the builder works in ordinary memory"
+            "larger pieces; swap counts where `build --max-memory` says how much memory there is with it"
         )
