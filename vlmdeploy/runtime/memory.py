@@ -21,6 +21,15 @@ def available_bytes() -> int:
     return min(free, max(0, limit - used + cached))
 
 
+def total_bytes(root: Path = Path("/")) -> int:
+    """Memory of the machine, or what a container may take of it."""
+    whole = sizes_in(root / "proc/meminfo", 1024)["MemTotal:"]
+    try:
+        return min(whole, int((root / CGROUP.relative_to("/") / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return whole
+
+
 def sizes_in(path: Path, unit: int) -> dict[str, int]:
     """The number that follows the first word of a line, by that word; other lines are left out."""
     lines = map(str.split, path.read_text(errors="replace").splitlines())
