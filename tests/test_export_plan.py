@@ -21,6 +21,7 @@ from vlmdeploy.export.plan_memory import PHASES, Setting, engine_buffers
 from vlmdeploy.export.plan_model import checkpoint_model, released_model
 from vlmdeploy.export.plan_options import PlanOptions
 from vlmdeploy.export.plan_speed import encoder_flop, prompt_flop
+from vlmdeploy.export.plan_table import headline, plan_tables
 from vlmdeploy.runtime.tensorrt_backend import buffer_bytes, needed_bytes
 
 KEYS = {"weights_bytes", "kv_bytes_per_token", "peak_bytes", "ttft_s", "decode_tok_s", "verdict", "changes"}
@@ -225,6 +226,7 @@ def test_profile_file_is_a_device(tmp_path: Path) -> None:
         ("memory", "#", 'key "memory" is missing; needed are name, kind, memory, bandwidth_gb_s'),
         ("100.0", '"fast"', "bandwidth_gb_s is 'fast', expected a number above 0"),
         ("100.0", "nan", "bandwidth_gb_s is nan, expected a number above 0"),
+        ("100.0", "5e-324", "bandwidth_gb_s is 5e-324, expected a number above 0, 0.001 to 1e9"),
         ("100.0", "true", "bandwidth_gb_s is True, expected a number above 0"),
         ('"16GB"', '"16GiB"', 'memory "16GiB": expected a size'),
         ('"16GB"', "-1", "memory is -1, expected a size"),
@@ -271,6 +273,31 @@ def test_bad_input_is_one_clear_line(arguments: list[str], status: int, message:
     result = run_cli("plan", *arguments)
     assert result.exit_code == status
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_decoding_is_as_slow_as_its_arithmetic() -> None:
+    """A CPU may multiply slower than its memory reads: then the products decide, not bandwidth alone."""
+    weights, head, tokens = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32000 * 4096, 1291
+    flop = 2 * (weights + head) + 4 * tokens * 4096 * 32
+    slow = replace(plan_device("thor"), cpu_flop_per_s=30e9)
+    found = planned("cogvlm", slow, target="ort-int4").speed.decode_tok_s
+    assert found == pytest.approx((0.5 * 30e9 / flop, 1.6 * 30e9 / flop), rel=1e-9)
+    unknown = planned("cogvlm", "thor", target="ort-int4")
+    assert unknown.speed.decode_tok_s > found
+    assert any("decoding may be slower than bandwidth allows" in line for line in unknown.assumptions)
+
+
+def test_headline_names_what_does_not_fit() -> None:
+    assert "(peak 11.9 GB, building 28.5 GB, usable 14.8 GB)" in headline(planned("cogvlm2", "orin-nx-16"))
+    assert "building" not in headline(planned("cogvlm2", "agx-orin-64"))
+
+
+def test_tables_say_what_is_there() -> None:
+    cells = {row[0]: row[-1] for table in plan_tables(planned("cogvlm2", "orin-nx-16")) for row in table.rows}
+    assert cells["memory to build engines, on the device"] == "28.5 GB", "the encoder is the largest, and is not cut"
+    assert "on disk, engines included" in cells
+    table = plan_tables(planned("cogvlm", "thor", target="ort-int4"))[0]
+    assert table.rows[-1][0] == "on disk", "there are no engines"
 
 
 def test_power_mode_changes_the_rates() -> None:
