@@ -186,6 +186,15 @@ def test_page_holds_the_tables_and_nothing_from_outside(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
 
 
+@pytest.mark.parametrize(("place", "reason"), [("none/plan.html", "No such file"), ("folder", "Is a directory")])
+def test_page_that_cannot_be_written_is_named(place: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    result = run_cli("plan", "--family", "cogvlm", "--device", "thor", "--html", tmp_path / place)
+    assert result.exit_code == 1
+    assert f"Error: --html {tmp_path / place}: cannot be written: {reason}" in result.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"], "nothing is left aside"
+
+
 def test_plan_of_this_machine_measures_its_rates() -> None:
     plan = planned("cogvlm", "host", context_tokens=1400)
     assert (plan.target, plan.provider, plan.precision["kv"]) == ("ort-int4", "cpu", "fp32")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_memory import PHASES
 from vlmdeploy.export.plan_speed import Range
@@ -122,12 +123,12 @@ def plan_page(plan: Plan) -> str:
 
 
 def write_page(plan: Plan, path: Path) -> None:
-    """Write the page in one step; a page that is there is replaced."""
+    """Write the page in one step; a page that is there is replaced. Raises ConfigError where that cannot be."""
     page = plan_page(plan)
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.write_text(page, encoding="utf-8")
         aside.replace(path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        raise
+        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """How much memory is there: of the machine, which on a Jetson is the GPU's too; and giving it back."""
 
 import ctypes
+import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -41,6 +42,8 @@ def release_freed() -> None:
 
     Nothing is done where the C library is not glibc.
     """
+    if sys.platform != "linux":  # on Windows there is no library without a name
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
