@@ -305,6 +305,8 @@ def test_tables_say_what_is_there() -> None:
     cells = {row[0]: row[-1] for table in plan_tables(planned("cogvlm2", "orin-nx-16")) for row in table.rows}
     assert cells["memory to build engines, on the device"] == "28.5 GB", "the encoder is the largest, and is not cut"
     assert "on disk, engines included" in cells
+    columns = [table.size_columns for table in plan_tables(planned("cogvlm2", "orin-nx-16"))]
+    assert columns == [{2}, {1, 2, 3, 4, 5, 6}, set(), {1}], "sizes line up, words do not"
     table = plan_tables(planned("cogvlm", "thor", target="ort-int4"))[0]
     assert table.rows[-1][0] == "on disk", "there are no engines"
 

@@ -21,6 +21,11 @@ class PlanTable:
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def size_columns(self) -> set[int]:
+        """The columns that hold sizes alone."""
+        return {index for index in range(len(self.columns)) if all(row[index].endswith(" GB") for row in self.rows)}
+
 
 def plan_tables(plan: Plan) -> list[PlanTable]:
     """Everything of a plan but its verdict, warnings and assumptions."""
