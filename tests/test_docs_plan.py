@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from vlmdeploy.export.plan import Plan, PlanOptions, make_plan
+from vlmdeploy.export.plan import make_plan
 from vlmdeploy.export.plan_device import plan_device
+from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_model import released_model
+from vlmdeploy.export.plan_options import PlanOptions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
 INT4 = {"vision": "int4", "connector": "int4"}

@@ -12,13 +12,16 @@ import pytest
 from tests.calibration_data import write_calibration_checkpoint, write_calibration_data
 from tests.tiny_bundle import export, run_cli, write_text_checkpoint
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.errors import ConfigError, ExportError
+from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.engine_parts import build_bytes
-from vlmdeploy.export.plan import Plan, PlanOptions, make_plan, plan_json
+from vlmdeploy.export.plan import make_plan, plan_json
 from vlmdeploy.export.plan_device import PlanDevice, plan_device
+from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_memory import PHASES, Setting, engine_buffers
 from vlmdeploy.export.plan_model import checkpoint_model, released_model
+from vlmdeploy.export.plan_options import PlanOptions
 from vlmdeploy.export.plan_speed import encoder_flop, prompt_flop
+from vlmdeploy.export.plan_table import headline, plan_tables
 from vlmdeploy.runtime.tensorrt_backend import buffer_bytes, needed_bytes
 
 KEYS = {"weights_bytes", "kv_bytes_per_token", "peak_bytes", "ttft_s", "decode_tok_s", "verdict", "changes"}
@@ -51,12 +54,13 @@ def test_buffers_are_those_that_the_runtime_allocates(tmp_path: Path) -> None:
     bundle = export(write_text_checkpoint(tmp_path / "ckpt"), tmp_path / "bundle", "trt-int4")
     manifest, geometry = read_manifest(bundle), checkpoint_model(tmp_path / "ckpt").geometry
     cache = manifest.context_tokens * manifest.memory_bytes["kv_per_token"]
-    buffers = sum(engine_buffers(geometry, Setting()).values())
-    assert buffers + cache == sum(buffer_bytes(manifest, Setting().chunk_rows, Setting().logit_rows).values())
+    setting = Setting(chunk_rows=manifest.context_tokens)  # shorter than the default
+    buffers = sum(engine_buffers(geometry, setting).values())
+    assert buffers + cache == sum(buffer_bytes(manifest, setting.chunk_rows, setting.logit_rows).values())
     plan = make_plan(checkpoint_model(tmp_path / "ckpt"), plan_device("agx-orin-64"), PlanOptions())
     graphs = {"vision": plan.memory["vision"].weights, "decoder_text": plan.memory["decode"].weights}
     graphs["decoder_vision"] = plan.memory["prefill"].weights - graphs["decoder_text"]
-    needed, _ = needed_bytes(manifest, graphs, Setting().chunk_rows, Setting().logit_rows, "phase")
+    needed, _ = needed_bytes(manifest, graphs, setting.chunk_rows, setting.logit_rows, "phase")
     scratch = plan.memory["prefill"].activations
     assert max(plan.peak_bytes.values()) == needed + scratch, "what opening asks for, and the engines' scratch"
 
@@ -113,8 +117,8 @@ def test_changes_do_what_they_say() -> None:
     assert plan.changes[0].options == ("--swap 14GB",)
     assert planned("cogvlm2", board(14.8), swap_bytes=14 * 10**9).verdict == "fits"
     assert planned("cogvlm2", board(14.8), swap_bytes=13 * 10**9).verdict.startswith("fits with")
-    other = next(change for change in plan.changes if "--vision int8 --connector int8" in change.options)
-    chosen = planned("cogvlm2", board(14.8), precisions={"vision": "int8", "connector": "int8"})
+    other = next(change for change in plan.changes if "--vision int4 --connector int4" in change.options)
+    chosen = planned("cogvlm2", board(14.8), precisions=INT4_ENCODER)
     assert (chosen.verdict, max(chosen.peak_bytes.values())) == ("fits", other.peak_bytes)
 
 
@@ -182,6 +186,15 @@ def test_page_holds_the_tables_and_nothing_from_outside(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
 
 
+@pytest.mark.parametrize(("place", "reason"), [("none/plan.html", "No such file"), ("folder", "Is a directory")])
+def test_page_that_cannot_be_written_is_named(place: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    result = run_cli("plan", "--family", "cogvlm", "--device", "thor", "--html", tmp_path / place)
+    assert result.exit_code == 1
+    assert f"Error: --html {tmp_path / place}: cannot be written: {reason}" in result.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"], "nothing is left aside"
+
+
 def test_plan_of_this_machine_measures_its_rates() -> None:
     plan = planned("cogvlm", "host", context_tokens=1400)
     assert (plan.target, plan.provider, plan.precision["kv"]) == ("ort-int4", "cpu", "fp32")
@@ -222,6 +235,7 @@ def test_profile_file_is_a_device(tmp_path: Path) -> None:
         ("memory", "#", 'key "memory" is missing; needed are name, kind, memory, bandwidth_gb_s'),
         ("100.0", '"fast"', "bandwidth_gb_s is 'fast', expected a number above 0"),
         ("100.0", "nan", "bandwidth_gb_s is nan, expected a number above 0"),
+        ("100.0", "5e-324", "bandwidth_gb_s is 5e-324, expected a number above 0, 0.001 to 1e9"),
         ("100.0", "true", "bandwidth_gb_s is True, expected a number above 0"),
         ('"16GB"', '"16GiB"', 'memory "16GiB": expected a size'),
         ('"16GB"', "-1", "memory is -1, expected a size"),
@@ -252,9 +266,10 @@ def test_profile_with_a_mistake_is_one_clear_line(old: str, new: str, message: s
         (
             ["--family", "cogvlm", "--device", "thor", "--context", "9999"],
             1,
-            "--context is 9999, expected at most",
+            "--context is 9999, expected 1230 (an image and a word) to 2048 (the model's own context)",
         ),
-        (["--family", "cogvlm", "--device", "thor", "--context", "1000"], 1, "a prompt of 1291 tokens"),
+        (["--family", "cogvlm", "--device", "thor", "--context", "1291"], 1, "a prompt of 1291 tokens"),
+        (["--family", "cogvlm", "--device", "thor", "--context", "1229", "--images", "0"], 1, "--context is 1229"),
         (["--family", "cogvlm", "--device", "thor", "--kv", "fp32"], 1, "--kv is fp32, but the cache of trt-int4"),
         (["--family", "cogvlm", "--device", "host", "--target", "trt-int4"], 1, "device host has no GPU"),
         (["--family", "cogvlm", "--device", "thor", "--power-mode", "fast"], 1, "it has MAXN, 120W, 90W, 70W"),
@@ -269,6 +284,33 @@ def test_bad_input_is_one_clear_line(arguments: list[str], status: int, message:
     assert message in result.stderr.splitlines()[-1]
 
 
+def test_decoding_is_as_slow_as_its_arithmetic() -> None:
+    """A CPU may multiply slower than its memory reads: then the products decide, not bandwidth alone."""
+    weights, head, tokens = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32000 * 4096, 1291
+    flop = 2 * (weights + head) + 4 * tokens * 4096 * 32
+    slow = replace(plan_device("thor"), cpu_flop_per_s=30e9)
+    found = planned("cogvlm", slow, target="ort-int4").speed.decode_tok_s
+    assert found == pytest.approx((0.5 * 30e9 / flop, 1.6 * 30e9 / flop), rel=1e-9)
+    unknown = planned("cogvlm", "thor", target="ort-int4")
+    assert unknown.speed.decode_tok_s > found
+    assert any("decoding may be slower than bandwidth allows" in line for line in unknown.assumptions)
+
+
+def test_headline_names_what_does_not_fit() -> None:
+    assert "(peak 11.9 GB, building 28.5 GB, usable 14.8 GB)" in headline(planned("cogvlm2", "orin-nx-16"))
+    assert "building" not in headline(planned("cogvlm2", "agx-orin-64"))
+
+
+def test_tables_say_what_is_there() -> None:
+    cells = {row[0]: row[-1] for table in plan_tables(planned("cogvlm2", "orin-nx-16")) for row in table.rows}
+    assert cells["memory to build engines, on the device"] == "28.5 GB", "the encoder is the largest, and is not cut"
+    assert "on disk, engines included" in cells
+    columns = [table.size_columns for table in plan_tables(planned("cogvlm2", "orin-nx-16"))]
+    assert columns == [{2}, {1, 2, 3, 4, 5, 6}, set(), {1}], "sizes line up, words do not"
+    table = plan_tables(planned("cogvlm", "thor", target="ort-int4"))[0]
+    assert table.rows[-1][0] == "on disk", "there are no engines"
+
+
 def test_power_mode_changes_the_rates() -> None:
     slow, fast = plan_device("orin-nx-16", "15W"), plan_device("orin-nx-16")
     assert slow.fp16_flop_per_s is not None and fast.fp16_flop_per_s is not None
@@ -278,7 +320,7 @@ def test_power_mode_changes_the_rates() -> None:
 
 def test_codes_of_another_width_are_refused(tmp_path: Path) -> None:
     geometry = released_model("cogvlm")
-    with pytest.raises(ExportError, match='precision "int5" of part "decoder" is unknown'):
+    with pytest.raises(ConfigError, match="--bits is 5, but the decoder of trt-int4 is int4"):
         make_plan(geometry, plan_device("thor"), PlanOptions(bits=5))
     with pytest.raises(ConfigError, match='--target "ort-int5" is not known'):
         make_plan(geometry, plan_device("thor"), PlanOptions(target="ort-int5"))

@@ -12,8 +12,8 @@ from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.engine_parts import initializer_bytes
 from vlmdeploy.export.plan_model import checkpoint_model, family_names, released_model
-from vlmdeploy.export.plan_sizes import Storage, kv_bytes_per_token, weight_sizes
-from vlmdeploy.export.precision import plan_precision
+from vlmdeploy.export.plan_sizes import Storage, kv_bytes_per_token, small_bytes, weight_sizes
+from vlmdeploy.export.precision import linears, plan_precision
 from vlmdeploy.model.weights import Checkpoint
 
 ALL_INT4 = {"vision": "int4", "connector": "int4", "lm_head": "fp16", "embedding": "fp16"}
@@ -56,6 +56,27 @@ def test_planned_bytes_are_those_of_the_exported_graphs(
     assert kv_bytes_per_token(model.geometry.decoder, manifest.cache.dtype) == manifest.memory_bytes["kv_per_token"]
 
 
+ODD: dict[str, tuple[str, dict[str, int]]] = {
+    "one layer": ("cogvlm2", {"layers": 1, "vision_layers": 1, "kv_heads": 1}),
+    "padded heads": ("cogvlm2", {"hidden": 80, "vision_width": 40}),
+    "odd grid": ("cogvlm2", {"image_px": 10}),
+    "no width that 16 divides": ("cogvlm", {"hidden": 20, "heads": 2, "mlp": 36, "vision_width": 12, "vision_mlp": 20}),
+}
+
+
+@pytest.mark.parametrize("target", ["ort-int4", "trt-int4"])
+@pytest.mark.parametrize("shape", ODD)
+def test_planned_bytes_of_odd_shapes(shape: str, target: str, tmp_path: Path) -> None:
+    family, changed = ODD[shape]
+    sizes = {"hidden": 64, "mlp": 96, "vision_width": 32, "vision_mlp": 64, "vocab": 259, **changed}
+    checkpoint = write_tiny_checkpoint(tmp_path / "ckpt", family, **sizes)  # type: ignore[arg-type]
+    precisions = {"vision": "int8", "connector": "int4", "lm_head": "int8"}
+    bundle = export(checkpoint, tmp_path / "bundle", target, precisions=precisions)
+    geometry = checkpoint_model(checkpoint).geometry
+    plan = plan_precision(geometry, target, precisions)
+    assert weight_sizes(geometry, plan, Storage.of(target, "cpu")).graphs == shipped(bundle)
+
+
 @pytest.mark.parametrize("part", ["int8", "int4"])
 def test_planned_embedding_codes_are_those_exported(part: str, tmp_path: Path) -> None:
     checkpoint = write_text_checkpoint(tmp_path / "ckpt")
@@ -80,6 +101,21 @@ def test_published_budget_is_met_to_one_percent(family: str) -> None:
     whole = sizes.total + (cut * (4 + 16 / 128) / 8 if len(decoder.experts) == 2 else 0)
     assert whole / 1e9 == pytest.approx(BUDGET[family], rel=0.01)
     assert all(isinstance(size, int) for size in sizes.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("cogvlm", 17_639_685_376), ("cogvlm2", 19_503_105_280), ("glm4v", 13_906_320_896)]
+)
+def test_values_of_a_released_model_are_its_published_parameters(family: str, count: int) -> None:
+    """Both decoder graphs hold the norms; the last vision bias of queries is not shipped."""
+    geometry = released_model(family).geometry
+    decoder, layers = geometry.decoder, geometry.decoder.num_layers
+    small = sum(small_bytes(geometry, Storage("ort", "cpu")).values()) // 4
+    matrices = sum(item.out_width * item.in_width for item in linears(geometry))
+    norms_twice = (2 * layers - 1) * decoder.hidden if len(decoder.experts) == 2 else 0
+    query_bias = decoder.num_heads * decoder.head_dim if family == "cogvlm2" else 0
+    embedding = decoder.vocab_size * decoder.hidden
+    assert matrices + small - norms_twice + query_bias + embedding == count
 
 
 @pytest.mark.parametrize(("family", "size"), [("cogvlm", 524288), ("cogvlm2", 131072), ("glm4v", 40960)])

@@ -293,6 +293,14 @@ def test_config_with_a_senseless_size_names_the_key(tmp_path: Path, section: str
     assert_config_error(tmp_path, f'"{key}" is ', "expected a whole number of at least 1")
 
 
+@pytest.mark.parametrize(("section", "key"), SIZES)
+def test_config_with_a_size_of_no_model_names_the_key(tmp_path: Path, section: str | None, key: str) -> None:
+    """A million million layers were counted one by one, for ever."""
+    write_tiny_checkpoint(tmp_path)
+    edit_config(tmp_path, lambda config: section_of(config, section).update({key: 10**300}))
+    assert_config_error(tmp_path, f'"{key}" is 1000', "expected at most 10000")
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

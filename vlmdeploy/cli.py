@@ -327,19 +327,19 @@ def build_options(command: Command) -> Command:
 @click.option("--device", required=True, help='A device such as orin-nx-16, a profile file.toml, or "host".')
 @click.option("--power-mode", help="Of a Jetson, as nvpmodel names it.  [default: the fastest of its standard flash]")
 @click.option("--target", type=TARGET, help="[default: the one for the device]")
-@click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
+@click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
 @click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
 @click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
 @click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
 @click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), help="Of the decoder's codes.  [default: the target's]")
-@click.option("--group", type=int, default=128, help="Weights that share a scale.")
+@click.option("--group", type=int, help="Weights that share a scale.  [default: 128]")
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the model's]")
 @click.option("--images", type=click.IntRange(min=0), default=1, help="Pictures of one prompt.")
 @click.option("--text-tokens", type=click.IntRange(min=1), default=64, help="Tokens of the prompt's text.")
 @click.option("--residency", type=RESIDENCY, default="phase", help="phase: only what a phase needs is loaded.")
-@click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one engine call.")
+@click.option("--chunk-rows", type=click.IntRange(min=1), help="Most prompt rows of one engine call.  [default: 512]")
 @click.option("--swap", help="Swap for building engines on the device, such as 16GB.")
 @click.option("--html", type=FOLDER, help="Write the plan as a page, too.")
 @json_option
@@ -353,15 +353,18 @@ def plan(
     **options: Any,
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
-    from vlmdeploy.export.plan import make_plan, plan_json, read_plan_options
+    from vlmdeploy.export.plan import make_plan, plan_json
     from vlmdeploy.export.plan_device import plan_device
     from vlmdeploy.export.plan_model import planned_model
+    from vlmdeploy.export.plan_options import read_plan_options
     from vlmdeploy.export.plan_table import headline, plan_tables, write_page
 
     if ckpt is None and family is None:
         raise click.UsageError("give --ckpt or --family")
     chosen = read_plan_options(**options)
     made = make_plan(planned_model(ckpt, family), plan_device(device, power_mode), chosen)
+    for message in made.warnings:
+        warn(message)
     if html is not None:
         write_page(made, html)
     if as_json:
@@ -370,7 +373,7 @@ def plan(
     print(headline(made))
     for table in plan_tables(made):
         print_rows(table.title, table.columns, table.rows)
-    print_rows("what this rests on", [""], [[line] for line in (*made.warnings, *made.assumptions)])
+    print_rows("what this rests on", [""], [[line] for line in made.assumptions])
 
 
 @main.command()

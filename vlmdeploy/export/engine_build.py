@@ -86,7 +86,7 @@ def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
     sizes: dict[str, int] = {}
     for part in plan_parts(folder, manifest.graphs, manifest.cache.num_layers, sys.maxsize):
         sizes[part.graph] = sizes.get(part.graph, 0) + part.weight_bytes
-    shapes, usable = options.shapes, options.device.usable_bytes
+    shapes, usable = shapes_of(manifest, options), options.device.usable_bytes
     needed, buffers = needed_bytes(manifest, sizes, shapes.chunk_rows, shapes.logit_rows, "phase")
     if needed > usable:
         held = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())

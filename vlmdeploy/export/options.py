@@ -41,13 +41,18 @@ class ExportOptions:
         return wanted
 
 
+def least_context(rows_per_image: int) -> int:
+    """The shortest context of a bundle, in tokens: the first one, an image, a word, and one of the answer."""
+    return rows_per_image + 3
+
+
 def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
     """The spec with the context and the default template that the user chose; raises ExportError."""
     context = spec.decoder.context_tokens if context_tokens is None else context_tokens
-    least = spec.tokens.rows_per_image + 2
-    if not least < context <= spec.decoder.context_tokens:
+    least = least_context(spec.tokens.rows_per_image)
+    if not least <= context <= spec.decoder.context_tokens:
         raise ExportError(
-            f"--context is {context}, expected {least + 1} (an image and a word) to {spec.decoder.context_tokens} "
+            f"--context is {context}, expected {least} (an image and a word) to {spec.decoder.context_tokens} "
             "(the checkpoint's own context)"
         )
     names = [item.name for item in spec.templates]

@@ -50,7 +50,7 @@ class OrtGraph(GraphBuilder):
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], dict[str, int]]:
         """Codes [out, blocks, bytes], scales [out, blocks] and zero points ("": the middle) as MatMulNBits wants them,
         and its sizes. A 3-bit code takes a 4-bit field."""
-        bits, block_size = field_bits(grid.bits), min(_block_size(weight, grid), self.largest_block)
+        bits, block_size = field_bits(grid.bits), min(matmul_block(weight, grid), self.largest_block)
         width = self.weights.matrix_shape(weight)[1]
         blocks = width // block_size
         scales = np.empty((len(order), blocks), self.scale_type)
@@ -176,7 +176,8 @@ class OrtCudaGraph(OrtGraph):
         super().cached_keys_and_values(heads, index, self.cast(both, f"{name}.qkv.half", "fp16"), name)
 
 
-def _block_size(weight: str, grid: Grid) -> int:
+def matmul_block(weight: str, grid: Grid) -> int:
+    """Inputs that share a scale of MatMulNBits. Raises QuantizationError, with the weight's name, where none can."""
     try:
         return matmul_block_size(grid.group_size)
     except QuantizationError as error:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vlmdeploy import devices
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.runtime.memory import total_bytes
 from vlmdeploy.sizes import parse_size
 
 HOST = "host"
@@ -54,6 +55,11 @@ class PlanDevice:
     def is_unified(self) -> bool:
         """Whether the CPU and its programs live in the same memory."""
         return self.kind in ("jetson", "cpu")
+
+    @property
+    def engine(self) -> devices.Engine:
+        """The library that runs engines there."""
+        return "tensorrt_rtx" if self.kind == "rtx" else "tensorrt"
 
 
 def plan_device(text: str, power_mode: str | None = None) -> PlanDevice:
@@ -150,17 +156,18 @@ def _size(profile: dict[str, Any], key: str, path: Path) -> int:
 
 def _number(profile: dict[str, Any], key: str, path: Path) -> float:
     value = profile[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise ConfigError(f"{path}: {key} is {value!r}, expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e9:
+        raise ConfigError(f"{path}: {key} is {value!r}, expected a number above 0, 0.001 to 1e9")
     return float(value)
 
 
 def _host() -> PlanDevice:
     """This machine's CPU and memory; its rates are measured, which takes about a second."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_bytes()
     bandwidth, flops = _measured_bandwidth(), _measured_flops()
+    title = f"this machine, {len(os.sched_getaffinity(0))} cores"
     return PlanDevice(
-        HOST, f"this machine, {os.cpu_count()} cores", "cpu", memory, max(0, memory - HOST_RESERVE_BYTES), bandwidth,
+        HOST, title, "cpu", memory, max(0, memory - HOST_RESERVE_BYTES), bandwidth,
         None, flops, "measured here just now with numpy",
     )  # fmt: skip
 

@@ -107,18 +107,33 @@ def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a checkpoint, or at least its config.json")
-    if any(folder.glob("*.safetensors")) and family is None:
+    if any(folder.glob("*.safetensors")):
         checkpoint = Checkpoint(folder)
+        if family not in (None, checkpoint.spec.family):
+            raise ConfigError(f"{folder}: holds {checkpoint.spec.family}, but --family is {family}")
         return PlannedModel(str(folder), checkpoint.spec, stored_precisions(checkpoint))
+    return _config_model(folder, family)
+
+
+def _config_model(folder: Path, family: str | None) -> PlannedModel:
+    """The float model of a folder without weights."""
     config, index = read_json(folder / "config.json"), read_json(folder / INDEX_NAME, optional=True)
+    if "quantization_config" in config:
+        raise ConfigError(
+            f"{folder}: config.json is of a quantized checkpoint without its weights, and only they tell what is in "
+            "which bits"
+        )
     names = index.get("weight_map", {})
     if family is None and not (isinstance(names, dict) and names):
         raise ConfigError(
-            f"{folder}: holds no weights and no {INDEX_NAME}, and config.json alone does not tell CogVLM from CogVLM2: "
-            f"say which with --family {'|'.join(item.NAME for item in all_families())}"
+            f"{folder}: holds no weights and no {INDEX_NAME} that lists any, and config.json alone does not tell "
+            f"CogVLM from CogVLM2: say which with --family {'|'.join(item.NAME for item in all_families())}"
         )
-    module = find_family(config, frozenset(names)) if family is None else _family(family)
-    return PlannedModel(str(folder), module.spec(config, {}))
+    try:
+        module = find_family(config, frozenset(names)) if family is None else _family(family)
+        return PlannedModel(str(folder), module.spec(config, {}))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/{error}" if str(error).startswith("config.json") else str(error)) from error
 
 
 def _family(name: str) -> Family:

@@ -4,6 +4,7 @@ A phase takes as long as its arithmetic, or as reading its weights once, whichev
 rate that real engines reach. The shares are assumptions: `assumptions` states them and where they come from.
 """
 
+import math
 from dataclasses import dataclass
 
 from vlmdeploy.export.plan_device import PlanDevice
@@ -25,10 +26,11 @@ LOAD_BYTES_PER_S: Range = (1.0e9, 3.0e9)  # an NVMe drive behind a Jetson or in 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds to the first token and tokens per second after it, each [slow end, fast end] in ascending numbers.
+    """Seconds to the first token and tokens per second after it, each (low, high).
 
-    None where a rate of the device is not known. vision_s and prefill_s make up ttft_s. reload_s: what a new picture
-    adds with residency "phase", when encoder and vision expert come from disk again; (0, 0) with "all".
+    None where a rate of the device is not known; decoding then goes by bandwidth alone. vision_s and prefill_s make up
+    ttft_s. reload_s: what a new picture adds with residency "phase", when encoder and experts come from disk again;
+    (0, 0) with "all".
     """
 
     ttft_s: Range | None
@@ -57,13 +59,13 @@ def speed(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Se
     if rate is not None:
         vision = _seconds(vision_flop, rate, shares, vision_bytes, device)
         prefill = _seconds(prefill_flop, rate, shares, prompt_bytes, device)
-    slow, fast = (share * device.bandwidth_bytes_per_s / decode_bytes for share in BANDWIDTH_SHARE)
+    token = _seconds(token_flop(geometry, setting), rate or math.inf, shares, decode_bytes, device)
     reloaded = vision_bytes + prompt_bytes if setting.residency == "phase" and setting.images else 0
     return Speed(
         ttft_s=None if vision is None or prefill is None else (vision[0] + prefill[0], vision[1] + prefill[1]),
         vision_s=vision,
         prefill_s=prefill,
-        decode_tok_s=(slow, fast),
+        decode_tok_s=(1 / token[1], 1 / token[0]),
         reload_s=(reloaded / LOAD_BYTES_PER_S[1], reloaded / LOAD_BYTES_PER_S[0]),
         vision_flop=vision_flop,
         prefill_flop=prefill_flop,
@@ -111,19 +113,32 @@ def prompt_flop(geometry: Geometry, setting: Setting) -> float:
     return flop + 2 * tokens**2 * decoder.num_heads * decoder.head_dim * decoder.num_layers
 
 
+def token_flop(geometry: Geometry, setting: Setting) -> float:
+    """Operations of decoding the first token after the prompt: the language expert, the head and attention."""
+    decoder = geometry.decoder
+    names = [item for item in linears(geometry) if item.part == "lm_head" or ".language." in item.target]
+    products = sum(2 * item.out_width * item.in_width for item in names)
+    attention = 4 * _prompt_tokens(geometry, setting) * decoder.num_heads * decoder.head_dim * decoder.num_layers
+    return float(products + attention)
+
+
 def assumptions(storage: Storage, setting: Setting, device: PlanDevice) -> list[str]:
     """What the ranges rest on, one sentence each."""
     on_cpu = storage.dialect == "ort" and storage.provider == "cpu"
     low, high = CPU_COMPUTE_SHARE if on_cpu else COMPUTE_SHARE
     rate = device.cpu_flop_per_s if on_cpu else device.fp16_flop_per_s
+    pictures = "one image" if setting.images else "no image"
     lines = [
         f"device: {device.source}; memory bandwidth {device.bandwidth_bytes_per_s / 1e9:.1f} GB/s, of which "
         f"{BANDWIDTH_SHARE[0]:.0%} to {BANDWIDTH_SHARE[1]:.0%} are reached",
-        f"prompt: {setting.images} image and {setting.text_tokens} text tokens; decoding reads the language expert, "
+        f"prompt: {pictures} and {setting.text_tokens} text tokens; decoding reads the language expert, "
         "the head and the cache of the prompt once per token",
     ]
     if rate is None:
-        lines.append("the compute rate for this target is not known: no time to first token")
+        lines.append(
+            "the compute rate for this target is not known: no time to first token, and decoding may be slower than "
+            "bandwidth allows"
+        )
     else:
         kind = "float32 of the CPU" if on_cpu else "dense float16"
         lines.append(f"compute: {rate / 1e12:.2f} TFLOP/s {kind}, of which {low:.0%} to {high:.0%} are reached")

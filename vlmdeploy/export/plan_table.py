@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmdeploy.export.plan import Plan
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.export.plan_draft import Plan
 from vlmdeploy.export.plan_memory import PHASES
 from vlmdeploy.export.plan_speed import Range
 from vlmdeploy.sizes import gigabytes
@@ -20,6 +21,11 @@ class PlanTable:
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def size_columns(self) -> set[int]:
+        """The columns that hold sizes alone."""
+        return {index for index in range(len(self.columns)) if all(row[index].endswith(" GB") for row in self.rows)}
+
 
 def plan_tables(plan: Plan) -> list[PlanTable]:
     """Everything of a plan but its verdict, warnings and assumptions."""
@@ -30,16 +36,17 @@ def plan_tables(plan: Plan) -> list[PlanTable]:
 def headline(plan: Plan) -> str:
     """What was planned, and the verdict."""
     peak, usable = max(plan.peak_bytes.values()), plan.usable_bytes
+    building = "" if plan.build is None or plan.build.fits else f", building {gigabytes(plan.build.least_ram_bytes)}"
     return (
         f"{plan.model} as {plan.target} on {plan.device.title}: {plan.verdict} "
-        f"(peak {gigabytes(peak)}, usable {gigabytes(usable)})"
+        f"(peak {gigabytes(peak)}{building}, usable {gigabytes(usable)})"
     )
 
 
 def _weights(plan: Plan) -> PlanTable:
     rows = [[part, _precision(plan, part), gigabytes3(size)] for part, size in plan.weights_bytes.items()]
     rows.append(["all", "", gigabytes3(sum(plan.weights_bytes.values()))])
-    rows.append(["on disk, engines included", "", gigabytes3(plan.disk_bytes)])
+    rows.append(["on disk, engines included" if plan.build else "on disk", "", gigabytes3(plan.disk_bytes)])
     return PlanTable("weights that a bundle ships", ["part", "precision", "size"], rows)
 
 
@@ -51,7 +58,8 @@ def _precision(plan: Plan, part: str) -> str:
     kind = plan.precision[name]
     if not kind.startswith("int"):
         return kind
-    return f"{kind}, {'one scale per output' if group == -1 else f'groups of {group}'}"
+    words = {-1: "one scale per output", 0: "groups of several sizes"}
+    return f"{kind}, {words.get(group, f'groups of {group}')}"
 
 
 def _memory(plan: Plan) -> PlanTable:
@@ -82,12 +90,18 @@ def _rates(plan: Plan) -> PlanTable:
         rows.append(["loading weights again for a new picture", _range(speed.reload_s, "s")])
     if plan.build is not None:
         least, most = gigabytes(plan.build.least_ram_bytes), gigabytes(plan.build.ram_bytes)
-        rows.append([f"memory to build engines, {plan.build.where}", f"{least} cut into layers, {most} whole"])
+        size = most if least == most else f"{least} with decoders cut into layers, {most} with whole ones"
+        rows.append([f"memory to build engines, {plan.build.where}", size])
     return PlanTable("speed and building: estimates, nothing was measured on this device", ["", ""], rows)
 
 
 def _range(found: Range | None, unit: str) -> str:
-    return "not known" if found is None else f"{found[0]:.3g} to {found[1]:.3g} {unit}"
+    return "not known" if found is None else f"{_figure(found[0])} to {_figure(found[1])} {unit}"
+
+
+def _figure(value: float) -> str:
+    """Three figures, without an exponent where it is large."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _changes(plan: Plan) -> PlanTable:
@@ -114,12 +128,12 @@ def plan_page(plan: Plan) -> str:
 
 
 def write_page(plan: Plan, path: Path) -> None:
-    """Write the page in one step; a page that is there is replaced."""
+    """Write the page in one step; a page that is there is replaced. Raises ConfigError where that cannot be."""
     page = plan_page(plan)
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.write_text(page, encoding="utf-8")
         aside.replace(path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        raise
+        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from error

@@ -304,7 +304,7 @@ def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int
 
 def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
     """What a user should know about the plan."""
-    changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, requested_group)}
+    changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, WHOLE_WIDTH, requested_group)}
     if changed:
         sizes = ", ".join(f"{part} {size}" for part, size in changed.items())
         yield f"group size {requested_group} does not fit every width: used instead: {sizes}"

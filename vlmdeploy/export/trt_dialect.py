@@ -32,6 +32,19 @@ def kernel_width(head_dim: int) -> int:
     return -(-head_dim // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
+def check_grid(weight: str, width: int, grid: Grid) -> None:
+    """Raise ExportError where TensorRT has no product for codes of this grid, `width` being all inputs."""
+    if not grid.symmetric:
+        raise ExportError(
+            f'"{weight}" has asymmetric codes and TensorRT takes symmetric ones only: quantize without --asymmetric'
+        )
+    if grid.bits < 8 and grid.group_size >= width:
+        raise ExportError(
+            f'"{weight}" has one scale for all {width} inputs, which TensorRT does not fuse into its product: '
+            "quantize with a smaller --group"
+        )
+
+
 def attention_function() -> onnx.FunctionProto:
     """TRT_Attention as a function of standard operators: softmax(q k^T) v, causal from the last valid key backwards.
 
@@ -88,8 +101,8 @@ class TrtGraph(GraphBuilder):
 
         In this order ONNX Runtime multiplies with the codes as they are; in the other it widens them on every call.
         """
-        self._check_grid(weight, grid)
         width = self.weights.matrix_shape(weight)[1]
+        check_grid(weight, width, grid)
         codes = np.empty((len(order), width), np.uint8)
         scales = np.empty((len(order), width // grid.group_size), np.float32)
         done = 0
@@ -101,18 +114,6 @@ class TrtGraph(GraphBuilder):
         name = self.external(weight, CODE_TYPES[stored.data_type], stored.shape, [stored.codes])
         inputs = [name, self.tensor(f"{weight}.scales", stored.scales.astype(np.float16))]
         return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=0, block_size=grid.group_size)
-
-    def _check_grid(self, weight: str, grid: Grid) -> None:
-        if not grid.symmetric:
-            raise ExportError(
-                f'"{weight}" has asymmetric codes and TensorRT takes symmetric ones only: quantize without --asymmetric'
-            )
-        width = self.weights.matrix_shape(weight)[1]
-        if grid.bits < 8 and grid.group_size >= width:
-            raise ExportError(
-                f'"{weight}" has one scale for all {width} inputs, which TensorRT does not fuse into its product: '
-                "quantize with a smaller --group"
-            )
 
     def silu(self, x: str, output: str) -> str:
         """See GraphBuilder."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, Piece, TokenRules
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.families.config import ConfigReader, check_divides
+from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
 from vlmdeploy.families.spec import (
     Activation,
     BoundaryRows,
@@ -111,7 +111,7 @@ def read_vision(reader: ConfigReader) -> VisionSpec:
         image_px=reader.count("image_size"),
         patch_px=reader.count("patch_size"),
         width=reader.count("hidden_size"),
-        num_layers=reader.count("num_hidden_layers"),
+        num_layers=reader.count("num_hidden_layers", most=MOST_LAYERS),
         num_heads=reader.count("num_heads"),
         mlp_width=reader.count("intermediate_size"),
         norm_eps=reader.positive("layer_norm_eps", 1e-6),
@@ -138,7 +138,7 @@ def read_decoder(
     check_divides(num_heads, num_kv_heads, "num_multi_query_heads into num_attention_heads")
     return DecoderSpec(
         hidden=hidden,
-        num_layers=reader.count("num_hidden_layers"),
+        num_layers=reader.count("num_hidden_layers", most=MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=hidden // num_heads,

@@ -5,6 +5,8 @@ from typing import Any, Final, TypeVar
 
 from vlmdeploy.errors import ConfigError
 
+MOST = 10**9
+MOST_LAYERS = 10**4
 Number = TypeVar("Number", int, float)
 
 
@@ -29,11 +31,13 @@ class ConfigReader:
             raise self._error(key, value, "an object")
         return ConfigReader(value, f"{self.where}: {key}")
 
-    def count(self, key: str, default: int | _Required = REQUIRED) -> int:
-        """A whole number of at least 1."""
+    def count(self, key: str, default: int | _Required = REQUIRED, most: int = MOST) -> int:
+        """A whole number of at least 1, and of at most `most`: what no model has would take forever, or overflow."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self._error(key, value, "a whole number of at least 1")
+        if value > most:
+            raise self._error(key, value, f"at most {most}")
         return value
 
     def token_id(self, key: str, default: int | _Required = REQUIRED) -> int:

@@ -1,6 +1,7 @@
 """How much memory is there: of the machine, which on a Jetson is the GPU's too; and giving it back."""
 
 import ctypes
+import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -21,6 +22,15 @@ def available_bytes() -> int:
     return min(free, max(0, limit - used + cached))
 
 
+def total_bytes(root: Path = Path("/")) -> int:
+    """Memory of the machine, or what a container may take of it."""
+    whole = sizes_in(root / "proc/meminfo", 1024)["MemTotal:"]
+    try:
+        return min(whole, int((root / CGROUP.relative_to("/") / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return whole
+
+
 def sizes_in(path: Path, unit: int) -> dict[str, int]:
     """The number that follows the first word of a line, by that word; other lines are left out."""
     lines = map(str.split, path.read_text(errors="replace").splitlines())
@@ -32,6 +42,8 @@ def release_freed() -> None:
 
     Nothing is done where the C library is not glibc.
     """
+    if sys.platform != "linux":  # on Windows there is no library without a name
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
