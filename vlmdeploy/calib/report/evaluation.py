@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlmdeploy.artifact import write_file
-from vlmdeploy.bundle import from_json
+from vlmdeploy.bundle import from_json, hash_file
 from vlmdeploy.calib.report.shape import Agreement
 from vlmdeploy.calib.scoring import Prediction
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import BundleError, DataError
 from vlmdeploy.runtime.measurement import Measurement
 
@@ -85,23 +85,22 @@ def key_of(**decided_by: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _picture_key(sample: Sample) -> tuple[object, ...]:
-    """What tells a picture from another one of the same name."""
-    if not isinstance(sample.image, Path):
-        return (None,) if sample.image is None else (sample.image.sha256,)
-    found = sample.image.stat()
-    return str(sample.image), found.st_size, found.st_mtime_ns
+def _content_hash(picture: Picture) -> str:
+    return hash_file(picture).sha256 if isinstance(picture, Path) else picture.sha256
 
 
 def samples_hash(samples: Sequence[Sample]) -> str:
-    """A hash of the questions and their reference answers, pictures by name. Raises DataError without any question."""
+    """A hash of the questions, their reference answers and the bytes of their pictures, wherever these lie. Raises
+    DataError without any question."""
     if not samples:
         raise DataError("there are no questions to ask")
     digest = hashlib.sha256()
+    pictures = {picture: _content_hash(picture) for picture in {sample.image for sample in samples} if picture}
     for sample in samples:
         shown = (
-            _picture_key(sample), [(turn.user, turn.assistant) for turn in sample.turns], sample.task, sample.kind,
-            sample.references, sample.boxes, sample.template, sample.extra, sample.options, sample.group,
+            sample.image and pictures[sample.image], [(turn.user, turn.assistant) for turn in sample.turns],
+            sample.task, sample.kind, sample.references, sample.boxes, sample.template, sample.extra, sample.options,
+            sample.group,
         )  # fmt: skip
         digest.update(repr(shown).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from vlmdeploy.calib.report.collect import frontier, model_result, questions_by_
 from vlmdeploy.calib.report.evaluation import Store, samples_hash
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
-from vlmdeploy.calib.report.runner import PICTURED, TEXTS, Asked, Measured, Runner
+from vlmdeploy.calib.report.runner import DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Runner
 from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
@@ -24,7 +24,7 @@ from vlmdeploy.calib.validate import MAX_NEW_TOKENS
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
-from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.errors import ConfigError, DataError, ExportError
 from vlmdeploy.export.options import Progress, no_progress
 from vlmdeploy.runtime.machine import machine
 
@@ -118,6 +118,7 @@ def make_report(
     _check_models(models, options)
     subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
     partial = partial_folder(options.out)
+    _check_partial(partial)
     with locked(partial):
         kept = store or Store(partial / EVALUATIONS)
         runner = Runner(_asked(samples, options), options.asked, options.measured, kept, partial, progress)
@@ -175,15 +176,22 @@ def is_report(folder: Path) -> bool:
     return path.is_file() and (folder / "report.html").is_file()
 
 
+def _check_partial(partial: Path) -> None:
+    """Raise ExportError for a folder of somebody else: what is kept on the way is deleted with the last step."""
+    for path in partial.iterdir() if partial.is_dir() else ():
+        if path.name not in (EVALUATIONS, TEXTS, LOCK) and not path.name.startswith(DISTRIBUTIONS):
+            raise ExportError(f"{partial}: holds {path.name}, which no unfinished report leaves; choose another --out")
+
+
 def model_names(models: Sequence[Path]) -> list[str]:
     """A short name of each: its folder's, with as much of the way to it as tells them apart. Raises ConfigError if one
     is given twice."""
-    absolute = [model.absolute() for model in models]
-    for place, path in enumerate(absolute):
-        if path in absolute[:place]:
+    absolute, resolved = [model.absolute() for model in models], [model.resolve() for model in models]
+    for place, path in enumerate(resolved):
+        if path in resolved[:place]:
             raise ConfigError(f"{models[place]}: is given twice")
     for depth in range(1, max(len(path.parts) for path in absolute) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in absolute]
+        names = [str(Path(*path.parts[-depth:])) for path in absolute]
         if len(set(names)) == len(names):
             return names
     raise AssertionError("different paths differ somewhere")
@@ -199,12 +207,17 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
         samples = choose(samples, options.per_task, options.seed)
     if not samples:
         raise DataError(f"{source.path}: holds no questions")
-    check_scorable(samples)
+    try:
+        check_scorable(samples)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from error
     return source, samples
 
 
 def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
     for path in options.bundles:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder, expected a bundle")
         if not is_bundle(path):
             raise ConfigError(
                 f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"

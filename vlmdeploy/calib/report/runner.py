@@ -9,11 +9,12 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import vlmdeploy
 from vlmdeploy.artifact import write_file
-from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.bundle import MANIFEST_NAME, hash_file
 from vlmdeploy.calib.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
 from vlmdeploy.calib.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
 from vlmdeploy.calib.report.opened import OpenedModel, OpenOptions, is_bundle, open_model
@@ -26,6 +27,7 @@ from vlmdeploy.runtime.measure import measure_in_process
 from vlmdeploy.runtime.measurement import Measurement, MeasureOptions
 
 PICTURED, TEXTS = "pictured", "texts"
+DISTRIBUTIONS = "distributions."
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Asked:
     samples: list[Sample]
     compared: dict[str, list[Sample]]
     sources: dict[str, str]
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """What tells these questions from others; every picture is read once."""
+        return {"all": samples_hash(self.samples)} | {name: samples_hash(each) for name, each in self.compared.items()}
 
 
 @dataclass(frozen=True)
@@ -84,15 +91,14 @@ class Runner:
         return self.store.get(key, len(self.asked.samples)) or self.store.put(key, reference.compared(path))
 
     def _key(self, path: Path, subject: Subject, reference: "Reference | None" = None) -> str:
-        content = _content_of(path, subject)
+        content = _content_of(path, subject, self.options.tokenizer)
         return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
     def _decided_by(self) -> dict[str, object]:
         """What an evaluation depends on, beside the models."""
-        options, compared = self.options, self.asked.compared
+        options = self.options
         return {
-            "samples": samples_hash(self.asked.samples),
-            "compared": {name: samples_hash(samples) for name, samples in compared.items()},
+            "samples": self.asked.hashes,
             "options": (options.template, options.threads, options.provider, options.max_new_tokens),
             "measured": (self.measured.new_tokens, self.measured.repeats, self.measured.residency),
             "vlmdeploy": vlmdeploy.__version__,
@@ -160,7 +166,7 @@ class Reference:
 
     def _mark(self) -> Path:
         """What says whose distributions lie here, all of them."""
-        return self.runner.folder / "distributions.of"
+        return self.runner.folder / f"{DISTRIBUTIONS}of"
 
     def _is_written(self) -> bool:
         return self._mark().is_file() and self._mark().read_text() == self.key
@@ -179,7 +185,7 @@ class Reference:
             model.close()
 
     def _file(self, name: str, vocab_size: int) -> ReferenceFile:
-        return ReferenceFile(self.runner.folder / f"distributions.{name}", vocab_size)
+        return ReferenceFile(self.runner.folder / f"{DISTRIBUTIONS}{name}", vocab_size)
 
     def _texts(self, name: str, samples: list[Sample], model: OpenedModel | None = None) -> list[str]:
         """The answers that all models are compared on: the data's, or where it has none the reference's own.
@@ -210,6 +216,11 @@ def _picture_argument(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _content_of(path: Path, subject: Subject) -> str:
-    """A hash of all that a model's answers depend on."""
-    return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest() if is_bundle(path) else subject.sha256
+def _content_of(path: Path, subject: Subject, tokenizer: Path | None) -> str:
+    """A hash of all that a model's answers depend on. tokenizer: of a checkpoint, where its folder's is not meant."""
+    from vlmdeploy.export.tokenizer import find_tokenizer
+
+    if is_bundle(path):
+        return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest()
+    source = find_tokenizer(tokenizer or path)
+    return subject.sha256 if source is None else f"{subject.sha256} {hash_file(source).sha256}"
