@@ -5,6 +5,7 @@ Models are tiny and random; measurements are made up, but for the one test that 
 """
 
 import base64
+import gc
 import io
 import json
 import os
@@ -39,6 +40,7 @@ from tests.tiny_bundle import (
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.calib.report import opened, run, runner
 from vlmdeploy.calib.report.collect import frontier, model_result
+from vlmdeploy.calib.report.distributions import Floats, GivenAnswer, ReferenceFile
 from vlmdeploy.calib.report.evaluation import Evaluation, KeptAnswer, Store, samples_hash
 from vlmdeploy.calib.report.opened import OpenedBundle, OpenedCheckpoint, OpenOptions, subject_of
 from vlmdeploy.calib.report.run import ReportOptions, make_report, model_names, read_report_options
@@ -499,6 +501,40 @@ def test_damaged_evaluation_is_made_again(tmp_path: Path, content: bytes) -> Non
 def test_evaluation_keeps_text_that_is_no_utf8(tmp_path: Path) -> None:
     kept = evaluation_of("half a pair \ud83d", "nul \0", "", "\u2028")
     assert Store(tmp_path / "new" / "folder").put("key", kept) == Store(tmp_path / "new" / "folder").get("key", 4)
+
+
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    """The system names no file then, and the command ended with a traceback."""
+    (tmp_path / "key.json.new").symlink_to("/dev/full")
+    with pytest.raises(ExportError, match=f"{tmp_path}: cannot be written: No space left on device"):
+        Store(tmp_path).put("key", evaluation_of("a"))
+    given = GivenAnswer(ASKED[0], np.arange(2), np.arange(2), None)
+    with pytest.raises(ExportError, match="/dev/full: cannot be written: No space left on device"):
+        ReferenceFile(Path("/dev/full"), 3).write(Logits(), iter([given]))
+
+
+class Logits:
+    """A model that is sure of nothing."""
+
+    def answer_logits(self, given: GivenAnswer) -> Floats:
+        return np.zeros((len(given.answer), 3), np.float32)
+
+
+def test_answers_of_two_models_at_most_are_held(
+    models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep has many points, and a benchmark many questions: all answers of all models filled the memory."""
+    held: list[int] = []
+
+    def counted(*arguments: Any) -> ModelResult:
+        gc.collect()
+        held.append(sum(type(each) is Evaluation for each in gc.get_objects()))
+        return model_result(*arguments)
+
+    monkeypatch.setattr(run, "model_result", counted)
+    copies = tuple(Path(shutil.copytree(models.fp32, data.parent / f"copy{n}")) for n in range(3))
+    make_report(options_for((models.fp32, *copies), data))
+    assert len(held) == 4 and max(held) <= 2, held
 
 
 # Outputs that are refused

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmdeploy.artifact import told_unwritable
 from vlmdeploy.calib.intervals import grouped_resamples, percentile_interval
 from vlmdeploy.calib.report.shape import Agreement
 from vlmdeploy.calib.scoring import Score
@@ -72,9 +73,9 @@ class ReferenceFile:
         self.vocab_size = vocab_size
 
     def write(self, model: DistributionModel, givens: Iterator[GivenAnswer]) -> int:
-        """Fill the file anew; the number of tokens."""
+        """Fill the file anew; the number of tokens. Raises ExportError if the disk refuses."""
         tokens = 0
-        with self.path.open("wb") as file:
+        with told_unwritable(self.path), self.path.open("wb") as file:
             for given in givens:
                 rows = log_softmax(model.answer_logits(given)).astype(np.float32)
                 file.write(rows.tobytes())

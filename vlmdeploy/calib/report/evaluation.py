@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmdeploy.artifact import write_file
+from vlmdeploy.artifact import told_unwritable, write_file
 from vlmdeploy.bundle import from_json, hash_file
 from vlmdeploy.calib.report.shape import Agreement
 from vlmdeploy.calib.scoring import Prediction
@@ -74,8 +74,9 @@ class Store:
     def put(self, key: str, evaluation: Evaluation) -> Evaluation:
         """Keep an evaluation under a key, and return it."""
         content = json.dumps(asdict(evaluation), allow_nan=False).encode()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.path(key), lambda file: file.write(content))
+        with told_unwritable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.path(key), lambda file: file.write(content))
         return evaluation
 
 

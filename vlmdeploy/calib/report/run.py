@@ -16,7 +16,7 @@ from vlmdeploy.calib.report.collect import frontier, model_result, questions_by_
 from vlmdeploy.calib.report.evaluation import Store, samples_hash
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
-from vlmdeploy.calib.report.runner import DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Runner
+from vlmdeploy.calib.report.runner import DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
@@ -124,10 +124,13 @@ def make_report(
         runner = Runner(_asked(samples, options), options.asked, options.measured, kept, partial, progress)
         evaluations = runner.evaluate(models, subjects)
         with staged_folder(options.out, options.force, is_report) as folder:
-            pictures = PictureFolder(folder)
-            results = tuple(
-                model_result(subject, samples, evaluation, evaluations[0] if place else None, pictures)
-                for place, (subject, evaluation) in enumerate(zip(subjects, evaluations, strict=True))
+            pictures, reference = PictureFolder(folder), next(evaluations)
+            results = (
+                model_result(subjects[0], samples, reference, None, pictures),
+                *(
+                    model_result(subject, samples, evaluation, reference, pictures)
+                    for subject, evaluation in zip(subjects[1:], evaluations, strict=True)
+                ),
             )
             report = Report(
                 title=options.title or f"{subjects[0].family}: what compression cost",
@@ -146,21 +149,19 @@ def make_report(
     return report
 
 
-def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> None:
-    """Evaluate the reference of a sweep and keep its distributions, once and for all, in `folder`."""
+def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> str:
+    """Evaluate the reference of a sweep and keep its distributions in `folder`; the key that `evaluate_one` takes."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
-    _, samples = _questions(options)
-    runner = Runner(
-        _asked(samples, options), options.asked, options.measured, Store(folder / EVALUATIONS), folder, progress
-    )
-    runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+    runner = _runner_in(folder, options, progress)
+    return runner.reference(options.ref, subject_of(options.ref, options.ref.name)).key
 
 
-def evaluate_one(options: ReportOptions, bundle: Path, folder: Path) -> None:
-    """Evaluate one bundle of a sweep, whose reference is prepared, and keep it in `folder`."""
+def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_key: str) -> None:
+    """Evaluate one bundle of a sweep and keep it in `folder`; the checkpoint, prepared there, is not read again."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
     runner = _runner_in(folder, options, no_progress)
-    reference = runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+    reference = Reference(runner, options.ref, reference_key)
+    reference.prepare()
     runner.evaluation(bundle, subject_of(bundle, bundle.name), reference)
 
 

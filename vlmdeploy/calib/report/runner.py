@@ -21,6 +21,7 @@ from vlmdeploy.calib.report.opened import OpenedModel, OpenOptions, is_bundle, o
 from vlmdeploy.calib.report.shape import Agreement, Subject
 from vlmdeploy.calib.validate import answer_all
 from vlmdeploy.data.samples import Picture, Sample
+from vlmdeploy.errors import DataError
 from vlmdeploy.export.options import Progress
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.runtime.measure import measure_in_process
@@ -65,19 +66,26 @@ class Runner:
     folder: Path
     progress: Progress
 
-    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> list[Evaluation]:
-        """Every model's evaluation, the reference's first. Raises what opening and asking raise."""
+    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """Every model's evaluation, the reference's first, one at a time in memory; asking is over before the first one
+        comes. Raises what opening and asking raise."""
         reference = Reference(self, models[0], self._key(models[0], subjects[0]))
-        kept = [self.store.get(reference.key, len(self.asked.samples))]
-        for path, subject in zip(models[1:], subjects[1:], strict=True):
-            kept.append(self.store.get(self._key(path, subject, reference), len(self.asked.samples)))
-        found = [each for each in kept if each is not None]
-        if len(found) == len(kept):
-            return found
-        evaluations = [reference.prepare()]
-        for path, subject in zip(models[1:], subjects[1:], strict=True):
-            evaluations.append(self.evaluation(path, subject, reference))
-        return evaluations
+        others = list(zip(models[1:], subjects[1:], strict=True))
+        keys = [reference.key, *(self._key(path, subject, reference) for path, subject in others)]
+        if not all(self._kept(key) for key in keys):
+            reference.prepare()
+            for path, subject in others:
+                self.evaluation(path, subject, reference)
+        return (self._read(key) for key in keys)
+
+    def _kept(self, key: str) -> Evaluation | None:
+        return self.store.get(key, len(self.asked.samples))
+
+    def _read(self, key: str) -> Evaluation:
+        kept = self._kept(key)
+        if kept is None:
+            raise DataError(f"{self.store.path(key)}: was changed while it was in use; start again")
+        return kept
 
     def reference(self, path: Path, subject: Subject) -> "Reference":
         """The reference, evaluated, its distributions written."""
@@ -88,7 +96,7 @@ class Runner:
     def evaluation(self, path: Path, subject: Subject, reference: "Reference") -> Evaluation:
         """A model's evaluation: the kept one, or else it is made now and kept."""
         key = self._key(path, subject, reference)
-        return self.store.get(key, len(self.asked.samples)) or self.store.put(key, reference.compared(path))
+        return self._kept(key) or self.store.put(key, reference.compared(path))
 
     def _key(self, path: Path, subject: Subject, reference: "Reference | None" = None) -> str:
         content = _content_of(path, subject, self.options.tokenizer)

@@ -63,7 +63,7 @@ def run_sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepR
     fingerprint = _check_inputs(options, points)
     with locked(options.out), task_runner(options.ray, options.cpus) as run:
         check_settings(shared, points, fingerprint)
-        prepare_reference(shared.report, shared.out, progress)
+        shared = replace(shared, reference_key=prepare_reference(shared.report, shared.out, progress))
         failures = _quantize_and_export(points, shared, run, progress)
         failed = {failure.name for failure in failures}
         bundles = tuple(shared.bundle(point) for point in points if point.name not in failed)

@@ -23,7 +23,8 @@ LOG_LINES = 5
 
 @dataclass(frozen=True)
 class Shared:
-    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines."""
+    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines. reference_key: of the
+    checkpoint's evaluation in it, empty before that is made."""
 
     ckpt: Path
     calib: Path | None
@@ -31,6 +32,7 @@ class Shared:
     report: ReportOptions
     calibration: dict[str, object]
     threads: int | None
+    reference_key: str = ""
 
     def checkpoint(self, point: Point) -> Path:
         """Where a point's quantized checkpoint lies."""
@@ -83,7 +85,8 @@ def perform(task: Task) -> None:
         _quantize(task.point, task.shared)
         return
     _export(task.point, task.shared)
-    evaluate_one(task.shared.report, task.shared.bundle(task.point), task.shared.out)
+    shared = task.shared
+    evaluate_one(shared.report, shared.bundle(task.point), shared.out, shared.reference_key)
 
 
 def _quantize(point: Point, shared: Shared) -> None:
