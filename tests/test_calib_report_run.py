@@ -329,7 +329,7 @@ def test_frontier_marks_what_is_worse_in_everything(models: Models, tmp_path: Pa
     alone = result_of(models, ASKED, evaluation_of(*"0123"), evaluation_of(*"0123"), tmp_path)
     worse = result_of(models, ASKED, evaluation_of(*"0123"), evaluation_of(*"0124"), tmp_path)
     found = frontier([alone, replace(alone, measurement=MEASUREMENT), replace(worse, measurement=slower)])
-    assert found is not None and found.metrics == ("vqa exact_match",)
+    assert found is not None and len(found.metrics) == 1
     assert [(point.accuracy, point.is_dominated) for point in found.points] == [(1.0, False), (0.75, True)]
     tokens = MEASUREMENT.new_tokens * MEASUREMENT.decode_per_token.p50
     assert found.points[0].latency_ms == pytest.approx(MEASUREMENT.first_token.p50 + tokens)
@@ -371,6 +371,21 @@ def test_report_that_goes_on_has_the_numbers_of_one_that_never_stopped(
     unwritten.opened.clear()
     assert report_of(models, data).models == whole.models
     assert unwritten.opened == ["int4"]
+
+
+@pytest.mark.parametrize("name", ["texts", "distributions.of"])
+def test_what_is_missing_of_the_kept_reference_is_made_again(
+    models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without its answers the next model ended with a traceback."""
+    whole = report_of(models, data, out=data.parent / "whole")
+    stop_once(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make_report(options_for((models.fp32,), data, ref=models.ckpt))
+    partial = partial_folder(data.parent / "out")
+    for path in partial.glob(f"{name}/*.json") if name == "texts" else [partial / name]:
+        path.write_bytes(b"\xff damaged")
+    assert report_of(models, data).models == whole.models
 
 
 def rewrite_picture(data: Path) -> None:
@@ -525,16 +540,21 @@ def test_answers_of_two_models_at_most_are_held(
 ) -> None:
     """A sweep has many points, and a benchmark many questions: all answers of all models filled the memory."""
     held: list[int] = []
+    before = count_evaluations()
 
     def counted(*arguments: Any) -> ModelResult:
-        gc.collect()
-        held.append(sum(type(each) is Evaluation for each in gc.get_objects()))
+        held.append(count_evaluations() - before)
         return model_result(*arguments)
 
     monkeypatch.setattr(run, "model_result", counted)
     copies = tuple(Path(shutil.copytree(models.fp32, data.parent / f"copy{n}")) for n in range(3))
     make_report(options_for((models.fp32, *copies), data))
     assert len(held) == 4 and max(held) <= 2, held
+
+
+def count_evaluations() -> int:
+    gc.collect()
+    return sum(type(each) is Evaluation for each in gc.get_objects())
 
 
 # Outputs that are refused
@@ -677,6 +697,18 @@ def test_reference_whose_logits_are_not_finite_is_named(
     assert line.startswith(f"Error: {ckpt}: logits of the answer to 'What is 0?' are not finite")
 
 
+def test_damaged_quantization_report_is_told_before_anything_is_asked(
+    models: Models, data: Path, tmp_path: Path, unwritten: Counts
+) -> None:
+    """It ended the report with a traceback when all models had been asked."""
+    ckpt = Path(shutil.copytree(models.ckpt, tmp_path / "ckpt"))
+    (ckpt / "quantization_report.json").write_text('{"linears": 4}')
+    assert f"{ckpt / 'quantization_report.json'}" in refusal(data, models.fp32, ref=ckpt)
+    (ckpt / "quantization_report.json").write_text("{")
+    assert f"{ckpt / 'quantization_report.json'}" in refusal(data, models.fp32, ref=ckpt)
+    assert unwritten.opened == []
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -720,15 +752,15 @@ def test_data_that_is_none_is_refused(models: Models, tmp_path: Path) -> None:
 # The command
 
 
-def test_command_prints_one_row_for_each_model(models: Models, data: Path, counts: Counts) -> None:
-    out = data.parent / "out"
+def test_command_prints_one_row_for_each_model(models: Models, data: Path, unwritten: Counts) -> None:
+    out, other = data.parent / "out", data.parent / "other"
     fast = ("--threads", 1, "--max-new-tokens", 2)
     result = run_cli("report", models.int4, "--ref", models.ckpt, "--data", data, "--out", out, *fast)
     assert result.exit_code == 0, result.stderr
     assert "report.html" in result.stdout and "ckpt" in result.stdout and "int4" in result.stdout
-    again = run_cli("report", models.int4, "--data", data, "--out", out, "--json", "--force", *fast)
+    again = run_cli("report", models.int4, "--data", data, "--out", other, "--json", *fast)
     document = only_json_document(again)
-    assert (document["report"], document["reference"], len(document["models"])) == (str(out), "int4", 1)
+    assert (document["report"], document["reference"], len(document["models"])) == (str(other), "int4", 1)
 
 
 def test_interrupted_command_says_so_and_keeps_what_it_has(

@@ -38,6 +38,7 @@ from vlmdeploy.calib.sweep.task import Shared, Task, perform, run_task
 from vlmdeploy.errors import BackendError, ConfigError, DataError, ExportError, VlmdeployError
 
 TWO_POINTS = 'algorithm = "rtn"\nbits = [4, 8]\ngroup = 16'
+ONE_POINT = 'algorithm = "rtn"\ngroup = 16'
 NAMES = ["rtn_int4_g16", "rtn_int8_g16"]
 FAILS = '\n[[point]]\nname = "bad"\nalgorithm = "rtn"\nprovider = "cuda"\nkv = "fp32"'  # that provider's cache is fp16
 FAST = ("--threads", 1, "--max-new-tokens", 3, "--new-tokens", 2, "--repeat", 1)
@@ -214,33 +215,33 @@ def test_a_failed_point_is_tried_again_and_a_new_one_added(ckpt: Path, data: Pat
 
 
 def test_other_questions_are_asked_of_the_same_bundles(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     bundles = times_of(tmp_path / "out" / "bundles")
     others = write_rows(tmp_path / "others", ROWS[:2])
-    result = run_sweep(options_for(ckpt, others, tmp_path / "out", TWO_POINTS))
+    result = run_sweep(options_for(ckpt, others, tmp_path / "out", ONE_POINT))
     assert result.report.data.questions == {"vqa": 2} and times_of(tmp_path / "out" / "bundles") == bundles
-    alone = run_sweep(options_for(ckpt, others, tmp_path / "alone", TWO_POINTS))
+    alone = run_sweep(options_for(ckpt, others, tmp_path / "alone", ONE_POINT))
     assert [m.agreement for m in alone.report.models] == [m.agreement for m in result.report.models]
 
 
 def test_another_checkpoint_is_another_sweep(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
     own = Path(shutil.copytree(ckpt, tmp_path / "ckpt"))
-    run_sweep(options_for(own, data, tmp_path / "out", TWO_POINTS))
+    run_sweep(options_for(own, data, tmp_path / "out", ONE_POINT))
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose ckpt is '.*/ckpt', now it is '.*': choose anoth"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     shutil.rmtree(own)
     write_calibration_checkpoint(own, context_tokens=256, seed=5)
     with pytest.raises(ConfigError, match="out: holds a sweep whose ckpt_sha256 is"):
-        run_sweep(options_for(own, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(own, data, tmp_path / "out", ONE_POINT))
 
 
 def test_other_calibration_is_another_sweep(ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, calib=calib))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib))
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calib is '.*calib', now it is 'None'"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     fewer = {"samples": 3, "tokens": None, "tokenizer": None}
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calibration is {'samples': '512'"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, calib=calib, calibration=fewer))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib, calibration=fewer))
 
 
 @slow
@@ -264,9 +265,9 @@ def test_a_name_does_not_change_its_meaning(ckpt: Path, data: Path, tmp_path: Pa
 
 
 def test_a_name_that_was_never_made_is_free(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS + FAILS))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT + FAILS))
     mended = FAILS.replace('provider = "cuda"', "group = 16")
-    assert run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS + mended)).failures == ()
+    assert run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT + mended)).failures == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"points": 4}', b'{"points": {"a": 4}}', b"[" * 100_000])
@@ -274,7 +275,7 @@ def test_damaged_settings_are_named(ckpt: Path, data: Path, tmp_path: Path, here
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"sweep\.json: is damaged"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
 
 
 # What is refused before anything is done
@@ -285,15 +286,15 @@ def test_refused_options_leave_no_folder(ckpt: Path, data: Path, tmp_path: Path,
     bare = Path(shutil.copytree(ckpt, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
     refused: list[tuple[SweepOptions, type[VlmdeployError], str]] = [
-        (options_for(bundle, data, tmp_path / "out", TWO_POINTS), ConfigError, "bundle: is a bundle, expected a float"),
-        (options_for(bare, data, tmp_path / "out", TWO_POINTS), ConfigError, "bare: holds no tokenizer.json"),
-        (options_for(tmp_path / "none", data, tmp_path / "out", TWO_POINTS), VlmdeployError, "none"),
+        (options_for(bundle, data, tmp_path / "out", ONE_POINT), ConfigError, "bundle: is a bundle, expected a float"),
+        (options_for(bare, data, tmp_path / "out", ONE_POINT), ConfigError, "bare: holds no tokenizer.json"),
+        (options_for(tmp_path / "none", data, tmp_path / "out", ONE_POINT), VlmdeployError, "none"),
         (options_for(ckpt, data, tmp_path / "out", "group = 16"), ConfigError, "has calibrated points: give --calib"),
         (options_for(ckpt, data, tmp_path / "out", "", calib=tmp_path / "none"), DataError, "none: no such file"),
-        (options_for(ckpt, data, tmp_path / "out", TWO_POINTS, cpus=2), ConfigError, "--cpus is of no use without"),
+        (options_for(ckpt, data, tmp_path / "out", ONE_POINT, cpus=2), ConfigError, "--cpus is of no use without"),
     ]  # fmt: skip
     for options, kind, expected in refused:
-        options.grid.write_text("group = 16" if "calibrated" in expected else TWO_POINTS)
+        options.grid.write_text("group = 16" if "calibrated" in expected else ONE_POINT)
         with pytest.raises(kind, match=expected):
             run_sweep(options)
     assert not (tmp_path / "out").exists() and here.done == []
@@ -302,7 +303,7 @@ def test_refused_options_leave_no_folder(ckpt: Path, data: Path, tmp_path: Path,
 def test_quantized_checkpoint_is_refused(data: Path, tmp_path: Path, here: Here) -> None:
     quantized = write_gptq_checkpoint(tmp_path / "gptq")
     with pytest.raises(ConfigError, match="gptq: is quantized already, expected the float checkpoint"):
-        run_sweep(options_for(quantized, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(quantized, data, tmp_path / "out", ONE_POINT))
 
 
 def test_folder_of_somebody_else_is_left_as_it_is(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
@@ -310,29 +311,29 @@ def test_folder_of_somebody_else_is_left_as_it_is(ckpt: Path, data: Path, tmp_pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"out: holds notes\.txt and is no sweep; choose another --out"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 def test_file_in_place_of_the_output_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="out: exists and is not a folder; choose another --out"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
 
 
 def test_report_folder_of_somebody_else_is_refused_before_the_work(
     ckpt: Path, data: Path, tmp_path: Path, here: Here
 ) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     (tmp_path / "out" / "report" / "report.json").unlink()
     here.done.clear()
     with pytest.raises(ExportError, match="report: exists and was not made by vlmdeploy"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     assert here.done == []
 
 
 def test_second_sweep_of_the_same_output_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    options = options_for(ckpt, data, tmp_path / "out", TWO_POINTS)
+    options = options_for(ckpt, data, tmp_path / "out", ONE_POINT)
     with locked(tmp_path / "out"), pytest.raises(ExportError, match="out: another run is writing it"):
         run_sweep(options)
 
@@ -560,7 +561,7 @@ def test_a_cluster_that_is_not_there_is_one_line(
 ) -> None:
     ray.refuses = error
     with pytest.raises(BackendError, match=r"--ray auto: there is no cluster to connect to \(nobody\): `ray start"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray="auto"))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray="auto"))
     assert here.done == [] and not (tmp_path / "out" / "evaluations").exists()
 
 
@@ -573,7 +574,7 @@ def test_an_address_where_nobody_listens_is_told_at_once(
         closed.bind(("127.0.0.1", 0))
         where = address.format(closed.getsockname()[1])
     with pytest.raises(BackendError, match=re.escape(f"--ray {where}: there is no cluster to connect to (")):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray=where))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=where))
     assert ray.calls == []
 
 
@@ -582,7 +583,7 @@ def test_an_address_where_somebody_listens_is_left_to_ray(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray=where))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=where))
     assert ray.calls[0] == ("init", where)
 
 
@@ -591,13 +592,13 @@ def test_more_cpus_than_any_machine_has_are_refused(
 ) -> None:
     """Ray would wait for such a machine for ever."""
     with pytest.raises(ConfigError, match="--cpus is 5, and the largest machine of the cluster has 4"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray="auto", cpus=5))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray="auto", cpus=5))
     assert ray.calls[-1] == ("shutdown",)
 
 
 def test_an_empty_address_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay) -> None:
     with pytest.raises(ConfigError, match="--ray is empty, expected an address, auto or local"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray=" "))
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=" "))
     assert ray.calls == []
 
 
@@ -606,7 +607,7 @@ def test_without_ray_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     grid = tmp_path / "grid.toml"
-    grid.write_text(TWO_POINTS)
+    grid.write_text(ONE_POINT)
     command = ("sweep", "--ckpt", ckpt, "--grid", grid, "--data", data, "--out", tmp_path / "out", "--ray", "auto")
     assert only_error_line(run_cli(*command)) == 'Error: ray is not installed: pip install "vlmdeploy[sweep]"'
 

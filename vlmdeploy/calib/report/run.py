@@ -12,7 +12,7 @@ from pathlib import Path
 
 import vlmdeploy
 from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
-from vlmdeploy.calib.report.collect import frontier, model_result, questions_by_task
+from vlmdeploy.calib.report.collect import frontier, layer_errors, model_result, questions_by_task
 from vlmdeploy.calib.report.evaluation import Store, samples_hash
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
@@ -227,6 +227,8 @@ def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
         raise ConfigError(
             f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
         )
+    for path in models:
+        layer_errors(path)  # a damaged one is told before all is asked, and not behind
     first = identity_of(models[0], options.asked.tokenizer)
     for path in models[1:]:
         check_same_model(models[0], first, path, identity_of(path, None))

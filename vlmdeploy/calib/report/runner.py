@@ -177,7 +177,9 @@ class Reference:
         return self.runner.folder / f"{DISTRIBUTIONS}of"
 
     def _is_written(self) -> bool:
-        return self._mark().is_file() and self._mark().read_text() == self.key
+        """Whether the distributions here are its own, and the answers that they belong to are there."""
+        is_own = self._mark().is_file() and self._mark().read_text(errors="replace") == self.key
+        return is_own and all(self._has_texts(name, samples) for name, samples in self.runner.asked.compared.items())
 
     def compared(self, path: Path) -> Evaluation:
         """The evaluation of another model."""
@@ -200,15 +202,28 @@ class Reference:
 
         model: the reference, which is opened first.
         """
-        unanswered = [sample for sample in samples if not sample.references]
-        store, key = Store(self.runner.folder / TEXTS), f"{name}.{self.key}"
-        kept = store.get(key, len(unanswered)) if unanswered else None
+        unanswered, kept = _unanswered(samples), self._kept_texts(name, samples)
         if unanswered and kept is None:
             assert model is not None, "the reference answers before it is compared with"
             own = answer_all(model, unanswered)
-            kept = store.put(key, Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None))
+            kept = Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None)
+            self._text_store().put(f"{name}.{self.key}", kept)
         own_texts = iter([answer.text for answer in kept.answers] if kept else [])
         return [sample.references[0] if sample.references else next(own_texts) for sample in samples]
+
+    def _has_texts(self, name: str, samples: list[Sample]) -> bool:
+        return not _unanswered(samples) or self._kept_texts(name, samples) is not None
+
+    def _kept_texts(self, name: str, samples: list[Sample]) -> Evaluation | None:
+        count = len(_unanswered(samples))
+        return self._text_store().get(f"{name}.{self.key}", count) if count else None
+
+    def _text_store(self) -> Store:
+        return Store(self.runner.folder / TEXTS)
+
+
+def _unanswered(samples: list[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not sample.references]
 
 
 def _givens(model: OpenedModel, samples: list[Sample], texts: list[str]) -> Iterator[GivenAnswer]:
