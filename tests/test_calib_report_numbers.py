@@ -1,6 +1,7 @@
 """Reference: the report's statistics against independent ones, of scipy or worked out by hand."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,11 +24,15 @@ from vlmdeploy.calib.report.distributions import (
     ReferenceFile,
     agreement_of,
     compare,
+    given_answers,
     log_softmax,
 )
 from vlmdeploy.calib.report.shape import Point
 from vlmdeploy.calib.scoring import Prediction
+from vlmdeploy.calib.validate import Question, QuestionMaker
 from vlmdeploy.data.samples import Sample
+from vlmdeploy.errors import DataError
+from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.boxes import Box
 from vlmdeploy.runtime.chat import Turn
 
@@ -133,8 +138,47 @@ def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     file = ReferenceFile(tmp_path / "reference", 7)
     file.write(Tabled(tables), iter(asked))
     agreement = agreement_of(compare(Tabled(tables), file, iter(asked)), "itself")
-    assert agreement.kl.value < 1e-6 and agreement.top1.value == 1.0
+    assert agreement.kl.value < 1e-12 and agreement.top1.value == 1.0
     assert agreement.perplexity.value == pytest.approx(agreement.reference_perplexity, rel=1e-5)
+
+
+def test_rounding_of_the_kept_reference_adds_nothing_to_the_divergence(tmp_path: Path) -> None:
+    """Log-probabilities in float32 do not add up to 1: of a model equal to the reference that made 1e-8 nats."""
+    tables = [np.random.default_rng(seed).normal(0, 3, (40, 259)).astype(np.float32) for seed in range(2)]
+    asked = givens([[1] * 40, [2] * 40], [None, None])
+    file = ReferenceFile(tmp_path / "reference", 259)
+    file.write(Tabled(tables), iter(asked))
+    assert max(compare(Tabled(tables), file, iter(asked)).kl) < 1e-12
+
+
+def test_reference_file_that_was_cut_is_named(tmp_path: Path) -> None:
+    file = ReferenceFile(tmp_path / "reference", 7)
+    file.write(Tabled([np.zeros((1, 7), np.float32)]), iter(givens([[0]], [None])))
+    with pytest.raises(DataError, match=r"reference: holds fewer than 3 rows"):
+        compare(Tabled([np.zeros((3, 7), np.float32)]), file, iter(givens([[0, 1, 2]], [None])))
+
+
+class FixedPrompt:
+    """A maker of questions with prompts of 10 tokens and answers of 4."""
+
+    def question(self, sample: Sample) -> Question:
+        return Question(sample, np.arange(10), None)
+
+    def answer_ids(self, text: str) -> Ints:
+        return np.array([5, 6, 7, 2], np.int64)
+
+
+@pytest.mark.parametrize("context_tokens", [7, 9, 10])
+def test_prompt_that_fills_the_context_is_refused(context_tokens: int) -> None:
+    """One token too long was taken for "all but the last token of the answer"."""
+    maker = cast("QuestionMaker", FixedPrompt())
+    with pytest.raises(DataError, match=f"'What\\?': fills the context of {context_tokens} tokens"):
+        next(given_answers([answer("").sample], ["7"], maker, context_tokens))
+
+
+def test_answer_is_cut_where_the_context_ends() -> None:
+    given = next(given_answers([answer("").sample], ["7"], cast("QuestionMaker", FixedPrompt()), 12))
+    assert given.answer.tolist() == [5, 6]
 
 
 def test_log_softmax_stands_large_logits() -> None:

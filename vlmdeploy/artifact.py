@@ -150,3 +150,14 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) 
             file.flush()
             os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def told_unwritable(path: Path) -> Iterator[None]:
+    """Turn what the system says without naming a file, such as a full disk, into an ExportError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(path):
+            raise
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -94,7 +94,8 @@ class TorchAnswerer:
         """How many new tokens the answer may have."""
         context = self._model.spec.decoder.context_tokens
         if len(question.ids) >= context:
-            raise PromptError(f"the prompt has {len(question.ids)} tokens, the context {context}: no room to answer")
+            asked, found = question.sample.turns[-1].user[:80], f"{len(question.ids)} tokens, the context {context}"
+            raise PromptError(f"question {asked!r}: the prompt has {found}: no room to answer")
         return min(self._max_new_tokens, context - len(question.ids))
 
 

@@ -197,7 +197,10 @@ class BundleAnswerer:
         for sample in samples:
             question = self._maker.question(sample)
             pixels = None if question.picture is None else question.picture.pixels[None]
-            new_ids = self._session.generate_ids(question.ids, pixels, self._max_new_tokens)
+            try:
+                new_ids = self._session.generate_ids(question.ids, pixels, self._max_new_tokens)
+            except PromptError as error:
+                raise PromptError(f"question {sample.turns[-1].user[:80]!r}: {error}") from error
             yield self._maker.prediction(question, new_ids.tolist())
 
     def close(self) -> None:

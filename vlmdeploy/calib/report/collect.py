@@ -1,6 +1,5 @@
 """From evaluations to the report: every figure that its page shows is computed here, from answers and measurements."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from vlmdeploy.calib.report.wording import metric_name, task_name
 from vlmdeploy.calib.scoring import TASK_METRICS, Prediction, box_iou, paired_differences, score
 from vlmdeploy.calib.validate import Validation, agreement
 from vlmdeploy.data.samples import Sample
-from vlmdeploy.model.report import REPORT_NAME, LinearReport
+from vlmdeploy.model.report import REPORT_NAME, LinearReport, read_report
 
 SHOWN_REGRESSIONS = 9
 SHOWN_BOXES = 6
@@ -148,12 +147,12 @@ def _box_example(before: Prediction, after: Prediction, moved: float | None, pic
 
 
 def layer_errors(folder: Path) -> LayerErrors | None:
-    """The held-out errors of a bundle's or checkpoint's quantization report; None where there is none."""
-    path = folder / REPORT_NAME
-    if not path.is_file():
+    """The held-out errors of a bundle's or checkpoint's quantization report; None where there is none. Raises
+    ConfigError for a file that is no such report."""
+    content = read_report(folder)
+    if not content:
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    linears = [from_json(LinearReport, linear, str(path)) for linear in content["linears"]]
+    linears = [from_json(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]
     cells = {_cell(linear.name): linear for linear in linears}
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmdeploy.artifact import told_unwritable
 from vlmdeploy.calib.intervals import grouped_resamples, percentile_interval
 from vlmdeploy.calib.report.shape import Agreement
 from vlmdeploy.calib.scoring import Score
@@ -50,7 +51,7 @@ def given_answers(
     """
     for sample, text in zip(samples, texts, strict=True):
         question = maker.question(sample)
-        answer = maker.answer_ids(text)[: context_tokens - len(question.ids)]
+        answer = maker.answer_ids(text)[: max(0, context_tokens - len(question.ids))]
         if not len(answer):
             raise DataError(f"question {sample.turns[-1].user!r}: fills the context of {context_tokens} tokens")
         pixels = None if question.picture is None else question.picture.pixels[None]
@@ -59,7 +60,7 @@ def given_answers(
 
 def log_softmax(logits: Floats) -> Doubles:
     """Log-probabilities, float64 [tokens, vocab]."""
-    wide = logits.astype(np.float64)
+    wide: Doubles = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
@@ -72,9 +73,9 @@ class ReferenceFile:
         self.vocab_size = vocab_size
 
     def write(self, model: DistributionModel, givens: Iterator[GivenAnswer]) -> int:
-        """Fill the file anew; the number of tokens."""
+        """Fill the file anew; the number of tokens. Raises ExportError if the disk refuses."""
         tokens = 0
-        with self.path.open("wb") as file:
+        with told_unwritable(self.path), self.path.open("wb") as file:
             for given in givens:
                 rows = log_softmax(model.answer_logits(given)).astype(np.float32)
                 file.write(rows.tobytes())
@@ -82,12 +83,15 @@ class ReferenceFile:
         return tokens
 
     def rows(self, start: int, stop: int) -> Doubles:
-        """Some tokens' log-probabilities, float64."""
+        """Some tokens' log-probabilities, float64, normalized again: what rounding to float32 takes from the sum would
+        be all that the KL divergence of a nearly equal model consists of. Raises DataError if the file is cut."""
         size = 4 * self.vocab_size
         with self.path.open("rb") as file:
             file.seek(start * size)
             content = file.read((stop - start) * size)
-        return np.frombuffer(content, np.float32).reshape(-1, self.vocab_size).astype(np.float64)
+        if len(content) != (stop - start) * size:
+            raise DataError(f"{self.path}: holds fewer than {stop} rows: delete {self.path.parent} and start again")
+        return log_softmax(np.frombuffer(content, np.float32).reshape(-1, self.vocab_size))
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmdeploy.artifact import write_file
-from vlmdeploy.bundle import from_json
+from vlmdeploy.artifact import told_unwritable, write_file
+from vlmdeploy.bundle import from_json, hash_file
 from vlmdeploy.calib.report.shape import Agreement
 from vlmdeploy.calib.scoring import Prediction
-from vlmdeploy.data.samples import Sample
+from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import BundleError, DataError
 from vlmdeploy.runtime.measurement import Measurement
 
@@ -74,8 +74,9 @@ class Store:
     def put(self, key: str, evaluation: Evaluation) -> Evaluation:
         """Keep an evaluation under a key, and return it."""
         content = json.dumps(asdict(evaluation), allow_nan=False).encode()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.path(key), lambda file: file.write(content))
+        with told_unwritable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.path(key), lambda file: file.write(content))
         return evaluation
 
 
@@ -85,23 +86,22 @@ def key_of(**decided_by: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _picture_key(sample: Sample) -> tuple[object, ...]:
-    """What tells a picture from another one of the same name."""
-    if not isinstance(sample.image, Path):
-        return (None,) if sample.image is None else (sample.image.sha256,)
-    found = sample.image.stat()
-    return str(sample.image), found.st_size, found.st_mtime_ns
+def _content_hash(picture: Picture) -> str:
+    return hash_file(picture).sha256 if isinstance(picture, Path) else picture.sha256
 
 
 def samples_hash(samples: Sequence[Sample]) -> str:
-    """A hash of the questions and their reference answers, pictures by name. Raises DataError without any question."""
+    """A hash of the questions, their reference answers and the bytes of their pictures, wherever these lie. Raises
+    DataError without any question."""
     if not samples:
         raise DataError("there are no questions to ask")
     digest = hashlib.sha256()
+    pictures = {picture: _content_hash(picture) for picture in {sample.image for sample in samples} if picture}
     for sample in samples:
         shown = (
-            _picture_key(sample), [(turn.user, turn.assistant) for turn in sample.turns], sample.task, sample.kind,
-            sample.references, sample.boxes, sample.template, sample.extra, sample.options, sample.group,
+            sample.image and pictures[sample.image], [(turn.user, turn.assistant) for turn in sample.turns],
+            sample.task, sample.kind, sample.references, sample.boxes, sample.template, sample.extra, sample.options,
+            sample.group,
         )  # fmt: skip
         digest.update(repr(shown).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -16,8 +16,8 @@ from vlmdeploy.calib.report.distributions import Floats, GivenAnswer
 from vlmdeploy.calib.report.shape import Subject
 from vlmdeploy.calib.scoring import Prediction
 from vlmdeploy.calib.validate import BundleAnswerer, QuestionMaker
-from vlmdeploy.data.samples import Picture, Sample
-from vlmdeploy.errors import BundleError, ConfigError
+from vlmdeploy.data.samples import Sample
+from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import token_types_of
 from vlmdeploy.runtime.session import Session
 
@@ -56,7 +56,7 @@ class OpenedModel(Protocol):
         """One prediction for each sample, in their order."""
 
     def answer_logits(self, given: GivenAnswer) -> Floats:
-        """Logits of every token of the answer, float32 [answer, vocab]."""
+        """Logits of every token of the answer, float32 [answer, vocab]. Raises BackendError where one is not finite."""
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -87,6 +87,7 @@ class OpenedBundle:
     """A bundle, opened by the runtime."""
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
+        self.path = path
         self.session: Session = vlmdeploy.open(path, provider=options.provider, threads=options.threads)
         self.maker = QuestionMaker(self.session.manifest, self.session.tokenizer, options.template)
         self._answerer = BundleAnswerer(self.session, options.max_new_tokens, options.template)
@@ -108,7 +109,7 @@ class OpenedBundle:
     def answer_logits(self, given: GivenAnswer) -> Floats:
         """See OpenedModel."""
         ids = np.concatenate((given.prompt, given.answer[:-1]))
-        return self.session.logits(ids, given.pixels, last=len(given.answer))
+        return _finite(self.session.logits(ids, given.pixels, last=len(given.answer)), given, self.path)
 
     def close(self) -> None:
         """See OpenedModel."""
@@ -120,19 +121,16 @@ class OpenedCheckpoint:
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
         from vlmdeploy.calib.torch_answerer import TorchAnswerer
-        from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+        from vlmdeploy.export.tokenizer import import_tokenizer
         from vlmdeploy.runtime.chat import Tokenizer
 
-        source = find_tokenizer(options.tokenizer or path)
-        if source is None:
-            raise ConfigError(f"{path}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
-        tokenizer = Tokenizer(import_tokenizer(source))
+        tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(path, options.tokenizer)))
+        self.path = path
         self.model = vlmdeploy.load_model(path)
         self.maker = QuestionMaker(self.model.spec, tokenizer, options.template)
         self._answerer = TorchAnswerer(
             self.model, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template
         )
-        self._last: tuple[Picture, object] | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -157,11 +155,27 @@ class OpenedCheckpoint:
         images = None if given.pixels is None else torch.from_numpy(given.pixels)
         with torch.no_grad():
             logits = self.model(torch.from_numpy(ids)[None], images, token_type_ids=torch.from_numpy(types)[None])
-        last: Floats = logits[0, -len(given.answer) :].numpy()
-        return last
+        return _finite(logits[0, -len(given.answer) :].numpy(), given, self.path)
 
     def close(self) -> None:
         """See OpenedModel; PyTorch frees the weights with the object."""
+
+
+def checkpoint_tokenizer(path: Path, tokenizer: Path | None) -> Path:
+    """The tokenizer's file of a checkpoint: the one given, or the one in its folder. Raises ConfigError."""
+    from vlmdeploy.export.tokenizer import find_tokenizer
+
+    source = find_tokenizer(tokenizer or path)
+    if source is None:
+        raise ConfigError(f"{path}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
+    return source
+
+
+def _finite(logits: Floats, given: GivenAnswer, path: Path) -> Floats:
+    if not np.isfinite(logits).all():
+        question = given.sample.turns[-1].user
+        raise BackendError(f"{path}: logits of the answer to {question[:80]!r} are not finite: nothing to compare")
+    return logits
 
 
 def subject_of(path: Path, name: str) -> Subject:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import vlmdeploy
 from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
-from vlmdeploy.calib.report.collect import frontier, model_result, questions_by_task
+from vlmdeploy.calib.report.collect import frontier, layer_errors, model_result, questions_by_task
 from vlmdeploy.calib.report.evaluation import Store, samples_hash
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
-from vlmdeploy.calib.report.runner import PICTURED, TEXTS, Asked, Measured, Runner
+from vlmdeploy.calib.report.runner import DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
@@ -24,7 +24,7 @@ from vlmdeploy.calib.validate import MAX_NEW_TOKENS
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
-from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.errors import ConfigError, DataError, ExportError
 from vlmdeploy.export.options import Progress, no_progress
 from vlmdeploy.runtime.machine import machine
 
@@ -118,15 +118,19 @@ def make_report(
     _check_models(models, options)
     subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
     partial = partial_folder(options.out)
+    _check_partial(partial)
     with locked(partial):
         kept = store or Store(partial / EVALUATIONS)
         runner = Runner(_asked(samples, options), options.asked, options.measured, kept, partial, progress)
         evaluations = runner.evaluate(models, subjects)
         with staged_folder(options.out, options.force, is_report) as folder:
-            pictures = PictureFolder(folder)
-            results = tuple(
-                model_result(subject, samples, evaluation, evaluations[0] if place else None, pictures)
-                for place, (subject, evaluation) in enumerate(zip(subjects, evaluations, strict=True))
+            pictures, reference = PictureFolder(folder), next(evaluations)
+            results = (
+                model_result(subjects[0], samples, reference, None, pictures),
+                *(
+                    model_result(subject, samples, evaluation, reference, pictures)
+                    for subject, evaluation in zip(subjects[1:], evaluations, strict=True)
+                ),
             )
             report = Report(
                 title=options.title or f"{subjects[0].family}: what compression cost",
@@ -145,21 +149,19 @@ def make_report(
     return report
 
 
-def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> None:
-    """Evaluate the reference of a sweep and keep its distributions, once and for all, in `folder`."""
+def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> str:
+    """Evaluate the reference of a sweep and keep its distributions in `folder`; the key that `evaluate_one` takes."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
-    _, samples = _questions(options)
-    runner = Runner(
-        _asked(samples, options), options.asked, options.measured, Store(folder / EVALUATIONS), folder, progress
-    )
-    runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+    runner = _runner_in(folder, options, progress)
+    return runner.reference(options.ref, subject_of(options.ref, options.ref.name)).key
 
 
-def evaluate_one(options: ReportOptions, bundle: Path, folder: Path) -> None:
-    """Evaluate one bundle of a sweep, whose reference is prepared, and keep it in `folder`."""
+def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_key: str) -> None:
+    """Evaluate one bundle of a sweep and keep it in `folder`; the checkpoint, prepared there, is not read again."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
     runner = _runner_in(folder, options, no_progress)
-    reference = runner.reference(options.ref, subject_of(options.ref, options.ref.name))
+    reference = Reference(runner, options.ref, reference_key)
+    reference.prepare()
     runner.evaluation(bundle, subject_of(bundle, bundle.name), reference)
 
 
@@ -175,15 +177,22 @@ def is_report(folder: Path) -> bool:
     return path.is_file() and (folder / "report.html").is_file()
 
 
+def _check_partial(partial: Path) -> None:
+    """Raise ExportError for a folder of somebody else: what is kept on the way is deleted with the last step."""
+    for path in partial.iterdir() if partial.is_dir() else ():
+        if path.name not in (EVALUATIONS, TEXTS, LOCK) and not path.name.startswith(DISTRIBUTIONS):
+            raise ExportError(f"{partial}: holds {path.name}, which no unfinished report leaves; choose another --out")
+
+
 def model_names(models: Sequence[Path]) -> list[str]:
     """A short name of each: its folder's, with as much of the way to it as tells them apart. Raises ConfigError if one
     is given twice."""
-    absolute = [model.absolute() for model in models]
-    for place, path in enumerate(absolute):
-        if path in absolute[:place]:
+    absolute, resolved = [model.absolute() for model in models], [model.resolve() for model in models]
+    for place, path in enumerate(resolved):
+        if path in resolved[:place]:
             raise ConfigError(f"{models[place]}: is given twice")
     for depth in range(1, max(len(path.parts) for path in absolute) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in absolute]
+        names = [str(Path(*path.parts[-depth:])) for path in absolute]
         if len(set(names)) == len(names):
             return names
     raise AssertionError("different paths differ somewhere")
@@ -205,6 +214,8 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
 
 def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
     for path in options.bundles:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder, expected a bundle")
         if not is_bundle(path):
             raise ConfigError(
                 f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
@@ -213,6 +224,8 @@ def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
         raise ConfigError(
             f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
         )
+    for path in models:
+        layer_errors(path)  # a damaged one is told before all is asked, and not behind
     first = identity_of(models[0], options.asked.tokenizer)
     for path in models[1:]:
         check_same_model(models[0], first, path, identity_of(path, None))

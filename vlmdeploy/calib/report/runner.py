@@ -9,23 +9,26 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import vlmdeploy
 from vlmdeploy.artifact import write_file
-from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.bundle import MANIFEST_NAME, hash_file
 from vlmdeploy.calib.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
 from vlmdeploy.calib.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
 from vlmdeploy.calib.report.opened import OpenedModel, OpenOptions, is_bundle, open_model
 from vlmdeploy.calib.report.shape import Agreement, Subject
 from vlmdeploy.calib.validate import answer_all
 from vlmdeploy.data.samples import Picture, Sample
+from vlmdeploy.errors import DataError
 from vlmdeploy.export.options import Progress
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.runtime.measure import measure_in_process
 from vlmdeploy.runtime.measurement import Measurement, MeasureOptions
 
 PICTURED, TEXTS = "pictured", "texts"
+DISTRIBUTIONS = "distributions."
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Asked:
     samples: list[Sample]
     compared: dict[str, list[Sample]]
     sources: dict[str, str]
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """What tells these questions from others; every picture is read once."""
+        return {"all": samples_hash(self.samples)} | {name: samples_hash(each) for name, each in self.compared.items()}
 
 
 @dataclass(frozen=True)
@@ -58,19 +66,26 @@ class Runner:
     folder: Path
     progress: Progress
 
-    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> list[Evaluation]:
-        """Every model's evaluation, the reference's first. Raises what opening and asking raise."""
+    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """Every model's evaluation, the reference's first, one at a time in memory; asking is over before the first one
+        comes. Raises what opening and asking raise."""
         reference = Reference(self, models[0], self._key(models[0], subjects[0]))
-        kept = [self.store.get(reference.key, len(self.asked.samples))]
-        for path, subject in zip(models[1:], subjects[1:], strict=True):
-            kept.append(self.store.get(self._key(path, subject, reference), len(self.asked.samples)))
-        found = [each for each in kept if each is not None]
-        if len(found) == len(kept):
-            return found
-        evaluations = [reference.prepare()]
-        for path, subject in zip(models[1:], subjects[1:], strict=True):
-            evaluations.append(self.evaluation(path, subject, reference))
-        return evaluations
+        others = list(zip(models[1:], subjects[1:], strict=True))
+        keys = [reference.key, *(self._key(path, subject, reference) for path, subject in others)]
+        if not all(self._kept(key) for key in keys):
+            reference.prepare()
+            for path, subject in others:
+                self.evaluation(path, subject, reference)
+        return (self._read(key) for key in keys)
+
+    def _kept(self, key: str) -> Evaluation | None:
+        return self.store.get(key, len(self.asked.samples))
+
+    def _read(self, key: str) -> Evaluation:
+        kept = self._kept(key)
+        if kept is None:
+            raise DataError(f"{self.store.path(key)}: was changed while it was in use; start again")
+        return kept
 
     def reference(self, path: Path, subject: Subject) -> "Reference":
         """The reference, evaluated, its distributions written."""
@@ -81,18 +96,17 @@ class Runner:
     def evaluation(self, path: Path, subject: Subject, reference: "Reference") -> Evaluation:
         """A model's evaluation: the kept one, or else it is made now and kept."""
         key = self._key(path, subject, reference)
-        return self.store.get(key, len(self.asked.samples)) or self.store.put(key, reference.compared(path))
+        return self._kept(key) or self.store.put(key, reference.compared(path))
 
     def _key(self, path: Path, subject: Subject, reference: "Reference | None" = None) -> str:
-        content = _content_of(path, subject)
+        content = _content_of(path, subject, self.options.tokenizer)
         return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
     def _decided_by(self) -> dict[str, object]:
         """What an evaluation depends on, beside the models."""
-        options, compared = self.options, self.asked.compared
+        options = self.options
         return {
-            "samples": samples_hash(self.asked.samples),
-            "compared": {name: samples_hash(samples) for name, samples in compared.items()},
+            "samples": self.asked.hashes,
             "options": (options.template, options.threads, options.provider, options.max_new_tokens),
             "measured": (self.measured.new_tokens, self.measured.repeats, self.measured.residency),
             "vlmdeploy": vlmdeploy.__version__,
@@ -147,6 +161,7 @@ class Reference:
             return kept
         model = open_model(self.path, runner.options)
         try:
+            self._mark().unlink(missing_ok=True)  # what lies here is another reference's until all is written anew
             evaluation = kept or runner.store.put(self.key, runner.answered(model, self.path))
             for name, samples in asked.compared.items():
                 texts = self._texts(name, samples, model)
@@ -159,10 +174,12 @@ class Reference:
 
     def _mark(self) -> Path:
         """What says whose distributions lie here, all of them."""
-        return self.runner.folder / "distributions.of"
+        return self.runner.folder / f"{DISTRIBUTIONS}of"
 
     def _is_written(self) -> bool:
-        return self._mark().is_file() and self._mark().read_text() == self.key
+        """Whether the distributions here are its own, and the answers that they belong to are there."""
+        is_own = self._mark().is_file() and self._mark().read_text(errors="replace") == self.key
+        return is_own and all(self._has_texts(name, samples) for name, samples in self.runner.asked.compared.items())
 
     def compared(self, path: Path) -> Evaluation:
         """The evaluation of another model."""
@@ -178,22 +195,35 @@ class Reference:
             model.close()
 
     def _file(self, name: str, vocab_size: int) -> ReferenceFile:
-        return ReferenceFile(self.runner.folder / f"distributions.{name}", vocab_size)
+        return ReferenceFile(self.runner.folder / f"{DISTRIBUTIONS}{name}", vocab_size)
 
     def _texts(self, name: str, samples: list[Sample], model: OpenedModel | None = None) -> list[str]:
         """The answers that all models are compared on: the data's, or where it has none the reference's own.
 
         model: the reference, which is opened first.
         """
-        unanswered = [sample for sample in samples if not sample.references]
-        store, key = Store(self.runner.folder / TEXTS), f"{name}.{self.key}"
-        kept = store.get(key, len(unanswered)) if unanswered else None
+        unanswered, kept = _unanswered(samples), self._kept_texts(name, samples)
         if unanswered and kept is None:
             assert model is not None, "the reference answers before it is compared with"
             own = answer_all(model, unanswered)
-            kept = store.put(key, Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None))
+            kept = Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None)
+            self._text_store().put(f"{name}.{self.key}", kept)
         own_texts = iter([answer.text for answer in kept.answers] if kept else [])
         return [sample.references[0] if sample.references else next(own_texts) for sample in samples]
+
+    def _has_texts(self, name: str, samples: list[Sample]) -> bool:
+        return not _unanswered(samples) or self._kept_texts(name, samples) is not None
+
+    def _kept_texts(self, name: str, samples: list[Sample]) -> Evaluation | None:
+        count = len(_unanswered(samples))
+        return self._text_store().get(f"{name}.{self.key}", count) if count else None
+
+    def _text_store(self) -> Store:
+        return Store(self.runner.folder / TEXTS)
+
+
+def _unanswered(samples: list[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not sample.references]
 
 
 def _givens(model: OpenedModel, samples: list[Sample], texts: list[str]) -> Iterator[GivenAnswer]:
@@ -209,6 +239,11 @@ def _picture_argument(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _content_of(path: Path, subject: Subject) -> str:
-    """A hash of all that a model's answers depend on."""
-    return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest() if is_bundle(path) else subject.sha256
+def _content_of(path: Path, subject: Subject, tokenizer: Path | None) -> str:
+    """A hash of all that a model's answers depend on. tokenizer: of a checkpoint, where its folder's is not meant."""
+    from vlmdeploy.export.tokenizer import find_tokenizer
+
+    if is_bundle(path):
+        return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest()
+    source = find_tokenizer(tokenizer or path)
+    return subject.sha256 if source is None else f"{subject.sha256} {hash_file(source).sha256}"

@@ -23,7 +23,7 @@ from vlmdeploy.export.precision import PRECISIONS, TARGETS
 
 ALGORITHMS = ("routed", "pooled", "text-only", "rtn", "none")
 BITS = {"ort-int8": 8}  # what a target's decoder holds, where only that is possible
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PART_VALUES = tuple(kind for kind in PRECISIONS if kind != "int3")
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "algorithm": ALGORITHMS,
@@ -42,7 +42,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One version of the model. None: the target's default. Of floats bits, group and quality mean nothing."""
+    """One version of the model. None: the target's default. Of floats bits and quality mean nothing, and group only
+    where a part holds codes."""
 
     name: str
     algorithm: str = "routed"
@@ -61,6 +62,11 @@ class Point:
     def is_calibrated(self) -> bool:
         """Whether data decides the codes."""
         return self.algorithm not in ("rtn", "none")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a part that was chosen here holds integer codes, whatever the target."""
+        return any(kind.startswith("int") for kind in self.precisions.values())
 
     @property
     def precisions(self) -> dict[str, str]:
@@ -83,7 +89,7 @@ def read_grid(path: Path) -> list[Point]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; expected a grid") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested without end
         raise ConfigError(f"{path}: is not TOML ({error})") from error
     single = content.pop("point", [])
     if not isinstance(single, list) or not all(isinstance(item, dict) for item in single):
@@ -104,17 +110,17 @@ def _grid_points(content: Mapping[str, Any], path: Path) -> Iterator[Point]:
         lists[key] = [_checked(key, each, path) for each in values]
     for chosen in product(*lists.values()) if lists else ():
         settings = dict(zip(lists, chosen, strict=True))
-        yield _named(_resolved(Point("", **settings)), settings)
+        yield _named(_resolved(Point("", **settings), path), settings)
 
 
 def _single_point(item: Mapping[str, Any], path: Path) -> Point:
     settings = {key: _checked(key, value, path) for key, value in item.items() if key != "name"}
-    point = _resolved(Point("", **settings))
+    point = _resolved(Point("", **settings), path)
     if "name" not in item:
         return _named(point, settings)
     name = item["name"]
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(f"{path}: the name of a point is {name!r:.80}, expected letters, digits and . _ -")
+        raise ConfigError(f"{path}: the name of a point is {name!r:.80}, expected up to 100 letters, digits and . _ -")
     return replace(point, name=name)
 
 
@@ -123,15 +129,21 @@ def _checked(key: str, value: Any, path: Path) -> Any:
         close = difflib.get_close_matches(key, ALLOWED, 1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(f'{path}: key "{key}" is not known: {meant}known keys: {", ".join(ALLOWED)}, point')
-    if isinstance(value, bool) or value not in ALLOWED[key]:
+    if value not in ALLOWED[key] or type(value) is not type(ALLOWED[key][0]):  # 4.0 and true equal whole numbers
         raise ConfigError(f"{path}: {key} is {value!r:.80}, expected one of {', '.join(map(str, ALLOWED[key]))}")
     return value
 
 
-def _resolved(point: Point) -> Point:
+def _resolved(point: Point, path: Path) -> Point:
     """Floats have no algorithm, and some targets only one width of codes."""
     if point.target.endswith(("fp32", "fp16")):
-        return replace(point, algorithm="none", bits=4, group=128, quality="default")
+        group = point.group if point.has_codes else 128
+        return replace(point, algorithm="none", bits=4, group=group, quality="default")
+    if point.algorithm == "none":
+        raise ConfigError(
+            f"{path}: algorithm none leaves floats, but {point.target} holds codes: expected rtn to round them; "
+            "targets of floats need no algorithm"
+        )
     bits = BITS.get(point.target, point.bits)
     quality = point.quality if point.is_calibrated else "default"
     return replace(point, bits=bits, quality=quality)
@@ -140,16 +152,20 @@ def _resolved(point: Point) -> Point:
 def _named(point: Point, settings: Mapping[str, Any]) -> Point:
     """A name of what the file says about the point, in a fixed order."""
     if point.algorithm == "none":
-        words = [point.target]
+        words = [point.target, *(_group_words(point, settings) if point.has_codes else [])]
     else:
         words = [point.algorithm, f"int{point.bits}"]
-        words += [f"g{'whole' if point.group == -1 else point.group}"] if "group" in settings else []
+        words += _group_words(point, settings)
         words += [point.quality] if point.quality != "default" else []
         words += [point.target] if "target" in settings else []
     parts = {"vision": "vit", "connector": "connector", "lm_head": "head", "embedding": "embedding", "kv": "kv"}
     words += [f"{parts[key]}-{settings[key]}" for key in parts if key in settings]
     words += [point.provider] if "provider" in settings else []
     return replace(point, name="_".join(words))
+
+
+def _group_words(point: Point, settings: Mapping[str, Any]) -> list[str]:
+    return [f"g{'whole' if point.group == -1 else point.group}"] if "group" in settings else []
 
 
 def _each_once(points: list[Point], path: Path) -> Iterator[Point]:

@@ -23,7 +23,8 @@ LOG_LINES = 5
 
 @dataclass(frozen=True)
 class Shared:
-    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines."""
+    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines. reference_key: of the
+    checkpoint's evaluation in it, empty before that is made."""
 
     ckpt: Path
     calib: Path | None
@@ -31,6 +32,7 @@ class Shared:
     report: ReportOptions
     calibration: dict[str, object]
     threads: int | None
+    reference_key: str = ""
 
     def checkpoint(self, point: Point) -> Path:
         """Where a point's quantized checkpoint lies."""
@@ -70,8 +72,9 @@ def run_task(task: Task) -> str | None:
     if written:
         return str(json.loads(written)["error"])
     if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        return f"the process was killed by {name}" + (", most likely for memory" if name == "SIGKILL" else "")
+        name = signal.strsignal(-process.returncode) or f"signal {-process.returncode}"
+        hint = ", most likely for memory" if process.returncode == -signal.SIGKILL else ""
+        return f"the process was killed ({name}){hint}"
     lines = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
     return f"the process ended with status {process.returncode}: {' / '.join(lines[-LOG_LINES:])[-500:]}"
 
@@ -82,7 +85,8 @@ def perform(task: Task) -> None:
         _quantize(task.point, task.shared)
         return
     _export(task.point, task.shared)
-    evaluate_one(task.shared.report, task.shared.bundle(task.point), task.shared.out)
+    shared = task.shared
+    evaluate_one(shared.report, shared.bundle(task.point), shared.out, shared.reference_key)
 
 
 def _quantize(point: Point, shared: Shared) -> None:
@@ -121,16 +125,31 @@ def _export(point: Point, shared: Shared) -> None:
 
 
 def main() -> None:
-    """The task's process: a pickled task on stdin; on failure one JSON document on stdout."""
+    """The task's process: a pickled task on stdin; on failure one JSON document on stdout, where nothing else goes:
+    what libraries print is for stderr."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the sweep
     task, parent = pickle.load(sys.stdin.buffer)
     if os.getppid() != parent:
         sys.exit("the sweep that wanted this is gone")
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        error = _error_of(task)
+        if error is not None:
+            json.dump({"error": error}, answer)
+    sys.exit(0 if error is None else 1)
+
+
+def _error_of(task: Task) -> str | None:
+    """Do the work; the line for an error that the user can solve."""
     try:
         perform(task)
     except VlmdeployError as error:
-        print(json.dumps({"error": " ".join(str(error).split())}))
-        sys.exit(1)
+        return " ".join(str(error).split())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 if __name__ == "__main__":

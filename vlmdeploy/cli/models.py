@@ -1,0 +1,238 @@
+"""Commands that make models and bundles: train, quantize, export, build, sweep."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from vlmdeploy.cli.group import main
+from vlmdeploy.cli.options import (
+    FOLDER,
+    HESSIAN,
+    PRECISION,
+    PROVIDER,
+    TARGET,
+    asking_options,
+    build_options,
+    calibration_options,
+    force_option,
+    json_option,
+    threads_option,
+)
+from vlmdeploy.console import print_json, print_rows, progress_bar, warn
+
+
+@main.command()
+@click.argument("config", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="The checkpoint folder to write.")
+@force_option
+@json_option
+def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
+    """Train a model as CONFIG (a TOML file) says; the same command continues an interrupted run."""
+    from vlmdeploy.train.run import run
+
+    with progress_bar() as progress:
+        result = run(config, out, force, progress)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{out}: {result.message}")
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint folder.")
+@click.option("--calib", type=FOLDER, required=True, help="JSONL, VLMEvalKit TSV, RefCOCO, SFT-311K root, or pictures.")
+@click.option("--out", type=FOLDER, required=True, help="The quantized checkpoint folder to write.")
+@calibration_options
+@click.option("--select", type=click.Choice(["random", "perplexity"]), default="random", help="How samples are drawn.")
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@click.option("--template", help="The prompt template for rows that name none.  [default: the checkpoint's]")
+@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Of the decoder's linears.")
+@click.option("--group", type=int, default=128, help="Inputs that share a scale; -1: all of them.")
+@click.option("--asymmetric", is_flag=True, help="Zero points for every group; not for TensorRT.")
+@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: int8]")
+@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: int8]")
+@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: int8]")
+@click.option("--override", multiple=True, help="PATTERN=TYPE or PATTERN=TYPE:GROUP for single linears.")
+@click.option("--budget", help="Choose bits and groups by measured cost: 9.0GB in all, or average bits such as 4.25.")
+@click.option("--hessian", type=HESSIAN, default="routed", help="Whose tokens calibrate an expert; others to compare.")
+@click.option("--allow-uncalibrated", is_flag=True, help="Round an expert to nearest that too few tokens reach.")
+@click.option("--max-memory", default="1GB", help="Activations beyond this go to disk.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which samples are drawn.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch.  [default: one per core]")
+@force_option
+@json_option
+def quantize(
+    ckpt: Path, calib: Path, out: Path, as_json: bool, threads: int | None, max_memory: str, **options: Any
+) -> None:
+    """Quantize a checkpoint with calibration data; the same command continues an interrupted run."""
+    from vlmdeploy.calib.prepare import quantize as quantize_checkpoint
+    from vlmdeploy.calib.prepare import quantize_options, use_threads
+    from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows, summary_rows
+
+    use_threads(threads)
+    with progress_bar() as progress:
+        result = quantize_checkpoint(ckpt, out, quantize_options(calib, max_memory, **options), progress)
+    if not result.is_told_here:
+        return
+    for message in result.warnings:
+        warn(message)
+    if as_json:
+        print_json({"checkpoint": str(out), "message": result.message, **result.report})
+        return
+    print_rows(f"{out}: {result.message}", ["", ""], summary_rows(result.report))
+    print_rows("calibration", COVERAGE_COLUMNS, coverage_rows(result.report))
+    print_rows(
+        "errors, relative to the outputs, mean over layers", ERROR_COLUMNS, error_rows(result.report, each=False)
+    )
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The checkpoint folder (Hugging Face layout, safetensors).")
+@click.option("--target", type=TARGET, required=True, help="What the bundle runs on, and how precise it is.")
+@click.option("--out", type=FOLDER, required=True, help="The bundle folder to write.")
+@click.option("--calib", type=FOLDER, help="Data to quantize a float checkpoint with; see `quantize` for its kinds.")
+@click.option("--quant", type=click.Choice(["rtn"]), help="rtn: round to nearest, without any data.")
+@calibration_options
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
+@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
+@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
+@click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
+@click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
+@click.option("--group", type=int, default=128, help="Weights that share a scale.")
+@click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
+@click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
+@click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
+@build_options
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the verification's picture and prompt.")
+@threads_option
+@force_option
+@json_option
+def export(
+    ckpt: Path,
+    target: str,
+    out: Path,
+    calib: Path | None,
+    quant: str | None,
+    tokenizer: Path | None,
+    vision: str | None,
+    connector: str | None,
+    lm_head: str | None,
+    embedding: str | None,
+    kv: str | None,
+    group: int,
+    context: int | None,
+    template: str | None,
+    provider: Literal["cpu", "cuda"],
+    seed: int,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    sm: tuple[str, ...],
+    device: str | None,
+    chunk_rows: int,
+    max_memory: str | None,
+    **calibration: Any,
+) -> None:
+    """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
+    from vlmdeploy.calib.export_calibrated import export_calibrated, holds_codes
+    from vlmdeploy.calib.prepare import quantize_options
+    from vlmdeploy.export.engine_build import read_build_options
+    from vlmdeploy.export.exporter import export_bundle
+    from vlmdeploy.export.options import ExportOptions
+    from vlmdeploy.runtime.summary import bundle_rows
+
+    if calib is not None and quant is not None:
+        raise click.UsageError("--calib and --quant rtn exclude each other: give one of them")
+    if calib is None and quant is None and target.endswith("int4") and not holds_codes(ckpt):
+        raise click.UsageError(
+            f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn "
+            "to round to nearest"
+        )
+    chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
+    precisions = {part: precision for part, precision in chosen.items() if precision}
+    build = read_build_options(sm, chunk_rows, max_memory, device)
+    options = ExportOptions(
+        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build, kv
+    )
+    with progress_bar() as progress:
+        if calib is None:
+            manifest, warnings = export_bundle(ckpt, out, options, progress)
+        else:
+            chosen_data = quantize_options(calib, **calibration)
+            manifest, warnings = export_calibrated(ckpt, out, options, chosen_data, progress)
+    for message in warnings:
+        warn(message)
+    if as_json:
+        print_json({"bundle": str(out), "warnings": warnings, "manifest": asdict(manifest)})
+    else:
+        print_rows(f"{out}: verified bundle", ["", ""], bundle_rows(manifest))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@build_options
+@json_option
+def build(
+    bundle: Path, sm: tuple[str, ...], device: str | None, chunk_rows: int, max_memory: str | None, as_json: bool
+) -> None:
+    """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
+    from vlmdeploy.export.engine_build import build_bundle, read_build_options
+    from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
+
+    with progress_bar() as progress:
+        manifest, is_new = build_bundle(bundle, read_build_options(sm, chunk_rows, max_memory, device), progress)
+    if as_json:
+        print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
+    else:
+        title = "engines built" if is_new else "the engines are built already, for these options"
+        print_rows(f"{bundle}: {title}", ENGINE_COLUMNS, engine_rows(manifest))
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint, which all points are compared with.")
+@click.option("--grid", type=FOLDER, required=True, help="The grid of points, a TOML file.")
+@click.option("--data", type=FOLDER, required=True, help="The questions: JSONL, VLMEvalKit TSV or RefCOCO.")
+@click.option("--calib", type=FOLDER, help="Calibration data; see `quantize` for its kinds.")
+@click.option("--out", type=FOLDER, required=True, help="The folder of the sweep; the same one continues it.")
+@click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many calibration samples.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens wanted per expert; see `quantize`.")
+@click.option("--ray", help='Run points on a Ray cluster: an address, "auto", or "local" for one on this machine.')
+@click.option("--cpus", type=click.IntRange(min=1), help="CPUs of a point on the cluster.  [default: a whole machine]")
+@click.option("--title", help="What the report is called.")
+@asking_options
+@threads_option
+@json_option
+def sweep(
+    ckpt: Path,
+    grid: Path,
+    calib: Path | None,
+    out: Path,
+    samples: int,
+    tokens: int | None,
+    ray: str | None,
+    cpus: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Quantize, export, score and measure every point of a grid, and report them together."""
+    from vlmdeploy.calib.prepare import use_threads
+    from vlmdeploy.calib.report.overview import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.calib.report.run import read_report_options
+    from vlmdeploy.calib.sweep.run import SweepOptions, run_sweep, sweep_json
+
+    use_threads(options["threads"])
+    asked = read_report_options(bundles=(), ref=ckpt, out=out, **options)
+    calibration = {"samples": samples, "tokens": tokens, "tokenizer": options["tokenizer"]}
+    chosen = SweepOptions(ckpt, grid, out, asked, calib, calibration, options["threads"], ray, cpus)
+    with progress_bar() as progress:
+        result = run_sweep(chosen, progress)
+    for failure in result.failures:
+        warn(f"{failure.name} failed: {failure.error}")
+    if as_json:
+        print_json({"report": str(out / "report"), **sweep_json(result)})
+    else:
+        title = f"{out / 'report' / 'report.html'}: {len(result.points)} points, {len(result.failures)} failed"
+        print_rows(title, SUMMARY_COLUMNS, summary_rows(result.report))

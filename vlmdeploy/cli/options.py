@@ -1,0 +1,105 @@
+"""Options that several commands share, and the values that they take."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
+TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4", "trt-int4", "trt-fp16"])
+HESSIAN = click.Choice(["routed", "pooled", "text-only"])
+PROVIDER = click.Choice(["cpu", "cuda"])
+RESIDENCY = click.Choice(["all", "phase"])
+RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
+PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
+PROMPT = click.Choice(["vlmevalkit", "cogvlm", "bare"])
+FOLDER = click.Path(path_type=Path)
+
+
+def json_option(command: Command) -> Command:
+    """--json, the same for every command."""
+    return click.option("as_json", "--json", is_flag=True, help="Print one JSON document on stdout.")(command)
+
+
+def force_option(command: Command) -> Command:
+    """--force, the same for every command that writes a folder."""
+    return click.option("--force", is_flag=True, help="Replace an output folder that vlmdeploy made.")(command)
+
+
+def provider_option(command: Command) -> Command:
+    """--provider, the same for every command that runs a bundle."""
+    text = "Run with this provider of ONNX Runtime.  [default: what the bundle was made for]"
+    return click.option("--provider", type=PROVIDER, help=text)(command)
+
+
+def threads_option(command: Command) -> Command:
+    """--threads, the same for every command that runs a bundle."""
+    text = "Threads of the inference engine.  [default: one per core]"
+    return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
+
+
+def question_options(command: Command) -> Command:
+    """The options that say how questions of VLMEvalKit tables and RefCOCO files are put and scored."""
+    from_set = "Scoring rule of a VLMEvalKit TSV.  [default: by the data set's name, else by its columns]"
+    options = (
+        click.option("--rule", type=click.Choice(RULES), help=from_set),
+        click.option("--split", help="Only the rows of this split.  [default: all]"),
+        click.option(
+            "--prompt", type=PROMPT, default="vlmevalkit", help="How a TSV's questions are put; docs/evaluation.md."
+        ),
+        click.option("--first-picture", is_flag=True, help="Of a question's several pictures show the first."),
+        click.option("--images", type=FOLDER, help="Pictures named by path.  [default: beside the data]"),
+        click.option("--grounding-prompt", help="How a RefCOCO phrase, <expr>, is asked for."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def asking_options(command: Command) -> Command:
+    """The options of `report` and `sweep`: what is asked, and how it is measured."""
+    options = (
+        click.option("--per-task", type=click.IntRange(min=1), help="Ask at most this many questions of each task."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Which questions are drawn."),
+        click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
+        click.option("--tokenizer", type=FOLDER, help="Of the checkpoint.  [default: the one in its folder]"),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer."),
+        click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens of the measured answers."),
+        click.option("--repeat", type=click.IntRange(min=1), default=5, help="Measured answers."),
+        click.option("--residency", type=RESIDENCY, default="all", help="Of the measured bundles; see `run`."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return question_options(command)
+
+
+def calibration_options(command: Command) -> Command:
+    """The options that `quantize` and `export` share."""
+    quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
+    options = (
+        click.option("--calib-prompt", help="The question for each picture, where --calib is a folder of pictures."),
+        click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many samples."),
+        click.option(
+            "--tokens", type=click.IntRange(min=1), help="Wanted per expert.  [default: 4 x its widest input]"
+        ),
+        click.option("--skip-broken", is_flag=True, help="Leave out and count samples that cannot be used."),
+        click.option("--quality", type=click.Choice(["default", "high"]), default="default", help=quality),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def build_options(command: Command) -> Command:
+    """The options that `export` and `build` share: what engines are compiled for."""
+    options = (
+        click.option("--sm", multiple=True, help='Compute capability of an engine, "8.6"; none: a portable RTX plan.'),
+        click.option("--device", help="What the engines will run on, such as rtx-4060-ti-16 or agx-orin-64."),
+        click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one call."),
+        click.option("--max-memory", help="Memory for building an engine, such as 12GB.  [default: what is free]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,158 @@
+"""Commands that plan for a device, ask a bundle, and describe a folder: plan, run, inspect."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+import vlmdeploy
+from vlmdeploy.cli.group import main
+from vlmdeploy.cli.options import (
+    FOLDER,
+    PRECISION,
+    PROVIDER,
+    RESIDENCY,
+    TARGET,
+    json_option,
+    provider_option,
+    threads_option,
+)
+from vlmdeploy.console import print_json, print_rows, warn
+
+
+@main.command()
+@click.option("--ckpt", type=FOLDER, help="A checkpoint folder; its weights may be missing.")
+@click.option("--family", help="A family's released checkpoint; with --ckpt: what the folder holds.")
+@click.option("--device", required=True, help='A device such as orin-nx-16, a profile file.toml, or "host".')
+@click.option("--power-mode", help="Of a Jetson, as nvpmodel names it.  [default: the fastest of its standard flash]")
+@click.option("--target", type=TARGET, help="[default: the one for the device]")
+@click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
+@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
+@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
+@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
+@click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
+@click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
+@click.option("--bits", type=click.Choice(["3", "4", "8"]), help="Of the decoder's codes.  [default: the target's]")
+@click.option("--group", type=int, help="Weights that share a scale.  [default: 128]")
+@click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the model's]")
+@click.option("--images", type=click.IntRange(min=0), default=1, help="Pictures of one prompt.")
+@click.option("--text-tokens", type=click.IntRange(min=1), default=64, help="Tokens of the prompt's text.")
+@click.option("--residency", type=RESIDENCY, default="phase", help="phase: only what a phase needs is loaded.")
+@click.option("--chunk-rows", type=click.IntRange(min=1), help="Most prompt rows of one engine call.  [default: 512]")
+@click.option("--swap", help="Swap for building engines on the device, such as 16GB.")
+@click.option("--html", type=FOLDER, help="Write the plan as a page, too.")
+@json_option
+def plan(
+    ckpt: Path | None,
+    family: str | None,
+    device: str,
+    power_mode: str | None,
+    html: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Will it fit, and how fast could it be? Without weights, a device or a build."""
+    from vlmdeploy.export.plan import make_plan, plan_json
+    from vlmdeploy.export.plan_device import plan_device
+    from vlmdeploy.export.plan_model import planned_model
+    from vlmdeploy.export.plan_options import read_plan_options
+    from vlmdeploy.export.plan_table import headline, plan_tables, write_page
+
+    if ckpt is None and family is None:
+        raise click.UsageError("give --ckpt or --family")
+    chosen = read_plan_options(**options)
+    made = make_plan(planned_model(ckpt, family), plan_device(device, power_mode), chosen)
+    for message in made.warnings:
+        warn(message)
+    if html is not None:
+        write_page(made, html)
+    if as_json:
+        print_json(plan_json(made))
+        return
+    print(headline(made))
+    for table in plan_tables(made):
+        print_rows(table.title, table.columns, table.rows)
+    print_rows("what this rests on", [""], [[line] for line in made.assumptions])
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--image", multiple=True, help="A picture: a path or a data URL.")
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--template", help="The prompt template.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int, default=256, help="Longest answer.")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the best token every time.")
+@click.option("--top-k", type=int, default=0, help="Draw from the k best tokens; 0 is off.")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the tokens that hold this much probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: repeat less; 1 is off.")
+@click.option("--seed", type=int, help="Makes a drawn answer repeatable.")
+@click.option("--stop", multiple=True, help="End the answer before this text.")
+@click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
+@click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
+@provider_option
+@threads_option
+@json_option
+def run(
+    bundle: Path,
+    image: tuple[str, ...],
+    prompt: str,
+    template: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    draw: Path | None,
+    residency: str,
+    provider: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Ask a bundle one question, with or without a picture."""
+    from vlmdeploy.runtime.ask import ask
+    from vlmdeploy.runtime.sampling import SamplingOptions
+
+    options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stop)
+    show = None if as_json else lambda piece: print(piece, end="", flush=True)
+    with vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency) as session:
+        answer = ask(session, image, prompt, options, template, draw, show)
+    if as_json:
+        print_json(answer.as_json())
+    else:
+        print()
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@json_option
+def inspect(folder: Path, as_json: bool) -> None:
+    """Describe a checkpoint or a bundle."""
+    from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
+
+    if (folder / MANIFEST_NAME).is_file():
+        from vlmdeploy.runtime.summary import bundle_rows
+
+        manifest = read_manifest(folder)
+        rows, content = bundle_rows(manifest), asdict(manifest)
+    else:
+        from vlmdeploy.model.summary import checkpoint_rows, checkpoint_summary
+
+        content = checkpoint_summary(folder)
+        rows = checkpoint_rows(content)
+    if as_json:
+        print_json(content)
+        return
+    print_rows(str(folder), ["", ""], rows)
+    if content.get("engines"):
+        from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
+
+        print_rows("engines", ENGINE_COLUMNS, engine_rows(manifest))
+    if "quantization_report" in content:
+        from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows
+
+        report = content["quantization_report"]
+        print_rows("calibration", COVERAGE_COLUMNS, coverage_rows(report))
+        print_rows("errors, relative to the outputs", ERROR_COLUMNS, error_rows(report, each=True))
