@@ -33,9 +33,7 @@ def _copy_of_sources(folder: Path) -> Path:
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("*.py")} | {"vlmdeploy/py.typed"}
-    templates = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy" / "calib" / "report" / "templates").iterdir()
-    }
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("templates/*")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert templates
     assert held == sources | templates
