@@ -325,3 +325,55 @@ def test_codes_of_another_width_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='--target "ort-int5" is not known'):
         make_plan(geometry, plan_device("thor"), PlanOptions(target="ort-int5"))
     assert np.isfinite(make_plan(geometry, plan_device("thor"), PlanOptions()).speed.decode_bytes)
+
+
+def test_memory_of_onnxruntime_on_a_cpu_by_hand() -> None:
+    """CogVLM as ort-int4 with an fp32 encoder: what ONNX Runtime was seen to hold, worked out a second time."""
+    plan = planned("cogvlm", "thor", target="ort-int4", precisions={"vision": "fp16", "connector": "fp16"})
+    layer, hidden, mlp, vocab = 4 * 4096 * 4096 + 3 * 4096 * 11008, 4096, 11008, 32000
+    packed = {4: 1 / 2 + 12 / 128, 8: 1 + 12 / 128}  # bytes of a code, its share of two floats and a block sum
+    text = 32 * layer * packed[4] + vocab * hidden * packed[8] + 4 * 65 * hidden
+    wide = 4 * (63 * (4 * 1792**2 + 2 * 1792 * 15360) + 4096 * 1792 + 3 * 4096 * 11008)
+    memory = plan.memory
+    assert memory["decode"].weights == pytest.approx(text, rel=1e-6)
+    assert memory["vision"].weights == pytest.approx(1.15 * wide, rel=0.003), "widened, with pieces left behind"
+    assert memory["vision"].activations == 4 * 1226 * (15 * 1792 + 5 * 15360 // 2)
+    texts, images = (rows * (6 * mlp + 4 * hidden + 32 * 1291) * 4 for rows in (64, 256))
+    assert (memory["prefill"].activations, memory["decode"].activations) == (texts + images, texts)
+    assert memory["decode"].buffers == 4 * (3 * 490 * 490 + 1227 * hidden)
+    assert memory["decode"].kv == 2 * 2048 * 524288, "fp32"
+
+
+def test_a_session_that_keeps_all_keeps_what_it_worked_in() -> None:
+    one, all_ = (planned("cogvlm", "thor", target="ort-int4", residency=kind).memory for kind in ("phase", "all"))
+    assert all_["decode"].activations == one["vision"].activations + one["prefill"].activations
+    assert all_["decode"].weights == one["vision"].weights + one["prefill"].weights, "no fp16 matrix is widened here"
+
+
+def test_loading_again_is_reading_all_graphs_from_disk() -> None:
+    plan = planned("cogvlm2", "thor")
+    graphs = plan.memory["vision"].weights + plan.memory["prefill"].weights
+    assert plan.speed.reload_s == pytest.approx((graphs / 3e9, graphs / 1e9))
+    assert planned("cogvlm2", "thor", residency="all").speed.reload_s == (0, 0)
+    assert planned("cogvlm2", "thor", images=0).speed.reload_s == (0, 0)
+
+
+def test_disk_holds_graphs_and_engines() -> None:
+    plan = planned("cogvlm", "thor")
+    weights, embedding = sum(plan.weights_bytes.values()), plan.weights_bytes["embedding"]
+    assert plan.disk_bytes == 2 * weights - embedding
+    ort = planned("cogvlm", "thor", target="ort-int4")
+    assert ort.disk_bytes == sum(ort.weights_bytes.values())
+
+
+def test_head_is_built_with_the_last_layer() -> None:
+    """An fp32 head beside narrow layers: the largest piece is not a layer, and not the head, but both."""
+    build = planned("glm4v", "thor", precisions={**INT4_ENCODER, "lm_head": "fp32"}).build
+    layer = 4096 * 4608 + 4096 * 4096 + 3 * 4096 * 13696
+    assert build is not None
+    assert build.least_ram_bytes == build_bytes(4 * 151552 * 4096 + layer * 33 // 64)
+
+
+def test_bandwidth_follows_the_power_mode() -> None:
+    assert plan_device("orin-nx-16", "10W").bandwidth_bytes_per_s == pytest.approx(2133e6 * 2 * 16)
+    assert plan_device("thor", "70W").bandwidth_bytes_per_s == plan_device("thor").bandwidth_bytes_per_s

@@ -147,3 +147,20 @@ def test_planned_precisions_of_stored_codes_are_those_exported(int8_encoder: Pat
     bundle = export(int8_encoder, tmp_path / "bundle", "ort-int4")
     plan = make_plan(checkpoint_model(int8_encoder), plan_device("thor"), PlanOptions("ort-int4"))
     assert plan.precision == read_manifest(bundle).precision
+
+
+def test_smaller_chunks_are_offered_where_scratch_is_what_is_too_much() -> None:
+    short = {"images": 0, "context_tokens": 2400, "precisions": {"vision": "int4", "connector": "int4"}}
+    whole = max(planned("cogvlm2", "thor", **short).peak_bytes.values())
+    plan = planned("cogvlm2", replace(plan_device("h100"), usable_bytes=whole - 10**7), **short)
+    assert ("--chunk-rows 128",) in [change.options for change in plan.changes]
+
+
+def test_codes_that_are_there_already_cost_nothing(int8_encoder: Path) -> None:
+    model = checkpoint_model(int8_encoder)
+    wide = make_plan(model, plan_device("thor"), PlanOptions("ort-fp32"))
+    narrow = max(make_plan(model, plan_device("thor"), PlanOptions("ort-int4")).peak_bytes.values())
+    assert narrow < max(wide.peak_bytes.values())
+    plan = make_plan(model, small(narrow), PlanOptions("ort-fp32"))
+    found = {change.options: change.accuracy_points for change in plan.changes}
+    assert found["--target ort-int4",] == (0.0, 0.0)

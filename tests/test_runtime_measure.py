@@ -340,9 +340,11 @@ def test_meter_is_given_back_when_measuring_fails(bundle: Path) -> None:
     assert meter.is_closed
 
 
-def test_process_that_is_killed_is_one_clear_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("written", ["", '{"bundle": {"fol'])
+def test_process_that_is_killed_is_one_clear_error(written: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an answer was a traceback of the JSON reader."""
     monkeypatch.setattr(sys, "executable", str(bundle.parent / "python"))
-    Path(sys.executable).write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")
+    Path(sys.executable).write_text(f"#!/bin/sh\ncat > /dev/null\nprintf '%s' '{written}'\nkill -9 $$\n")
     Path(sys.executable).chmod(0o755)
     with pytest.raises(BackendError, match="the measuring process was killed by signal 9, most likely for memory"):
         measure_in_process(bundle, SHORT)

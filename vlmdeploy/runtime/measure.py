@@ -202,11 +202,12 @@ def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
 
 def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
     """What the measuring process wrote; its error is raised here."""
-    if not written:
+    try:
+        answer: dict[str, Any] = json.loads(written)
+    except ValueError:  # nothing, or half of it
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with status {exit_code}"
         reason = "most likely for memory" if exit_code == -signal.SIGKILL else "see above"
-        raise BackendError(f"{folder}: the measuring process {how}, {reason}")
-    answer: dict[str, Any] = json.loads(written)
+        raise BackendError(f"{folder}: the measuring process {how}, {reason}") from None
     if "error" in answer:
         raise getattr(errors, answer["error"])(answer["message"])
     return from_json(Measurement, answer, "measurement")
