@@ -27,6 +27,7 @@ from tests.gptq_checkpoint import write_gptq_checkpoint
 from tests.report_example import model_result as example_result
 from tests.tiny_bundle import ROOT, export, only_error_line, only_json_document, run_cli
 from vlmdeploy.artifact import locked
+from vlmdeploy.calib import intervals
 from vlmdeploy.calib.report import run as report_run
 from vlmdeploy.calib.report import runner as report_runner
 from vlmdeploy.calib.report.run import make_report, read_report_options
@@ -84,8 +85,9 @@ class Here:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
-    """Tasks in this process, made-up measurements, no page."""
+    """Tasks in this process, made-up measurements, no page, few resamples."""
     here = Here()
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 100)
     monkeypatch.setattr(runners, "run_task", here)
     monkeypatch.setattr(report_runner, "measure_in_process", lambda *_: example_result(1, "made up").measurement)
     monkeypatch.setattr(report_run, "write_report", write_json_only)
@@ -237,11 +239,22 @@ def test_another_checkpoint_is_another_sweep(ckpt: Path, data: Path, tmp_path: P
 
 def test_other_calibration_is_another_sweep(ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here) -> None:
     run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib))
-    with pytest.raises(ConfigError, match=r"out: holds a sweep whose calib is '.*calib', now it is 'None'"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+    with pytest.raises(ConfigError, match=r"out: holds a sweep whose calib is '.*calib', now it is '.*data'"):
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=data))
     fewer = {"samples": 3, "tokens": None, "tokenizer": None}
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calibration is {'samples': '512'"):
         run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib, calibration=fewer))
+
+
+def test_calibration_may_come_later_and_be_left_out_where_nothing_needs_it(
+    ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here
+) -> None:
+    fewer = {"samples": 3, "tokens": None, "tokenizer": None}
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib, calibration=fewer))
+    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+    with pytest.raises(ConfigError, match="out: holds a sweep whose calib is"):
+        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=data))
 
 
 @slow
@@ -270,7 +283,10 @@ def test_a_name_that_was_never_made_is_free(ckpt: Path, data: Path, tmp_path: Pa
     assert run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT + mended)).failures == ()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"points": 4}', b'{"points": {"a": 4}}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"\xff", b'{"ckpt": "a", "points": 4}', b'{"ckpt": "a", "points": {"a": 4}}', b"[" * 100_000],
+)
 def test_damaged_settings_are_named(ckpt: Path, data: Path, tmp_path: Path, here: Here, content: bytes) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_bytes(content)

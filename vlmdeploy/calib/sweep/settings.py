@@ -13,6 +13,7 @@ from vlmdeploy.calib.sweep.task import Shared
 from vlmdeploy.errors import ConfigError
 
 SETTINGS = "sweep.json"
+CALIBRATION = ("calib", "calibration")
 
 
 def check_output_folder(shared: Shared) -> None:
@@ -32,28 +33,35 @@ def check_output_folder(shared: Shared) -> None:
 
 
 def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) -> None:
-    """Keep what decides the results beside the grid, or raise ConfigError where another run's differ.
+    """Keep what decides the results beside the grid, or raise ConfigError where another run's differ. Calibration may
+    come later, and be left out where no point needs it.
 
     fingerprint: of the checkpoint. The folder is locked.
     """
     path = shared.out / SETTINGS
-    now: dict[str, Any] = {
-        "ckpt": str(shared.ckpt), "ckpt_sha256": fingerprint, "calib": str(shared.calib),
-        "calibration": {key: str(value) for key, value in shared.calibration.items()},
-    }  # fmt: skip
-    before = _read_settings(path) if path.is_file() else None
-    for key, value in now.items():
-        if before is not None and before.get(key) != value:
+    before = _read_settings(path) if path.is_file() else {}
+    now: dict[str, Any] = {"ckpt": str(shared.ckpt), "ckpt_sha256": fingerprint}
+    if shared.calib is not None or before.get("calib") is None:
+        now |= _calibration_of(shared)
+    compared = [key for key in now if before and (key not in CALIBRATION or before.get("calib") is not None)]
+    for key in compared:
+        if before.get(key) != now[key]:
             raise ConfigError(
-                f"{shared.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {value!r:.120}: "
+                f"{shared.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {now[key]!r:.120}: "
                 "choose another --out"
             )
-    known = {} if before is None else before.get("points", {})
+    known = before.get("points", {})
     for point in points:
         _check_made(point, known.get(point.name, {}), shared)
-    now["points"] = known | {point.name: asdict(point) for point in points}
-    if now != before:
-        write_file(path, lambda file: file.write(json.dumps(now, indent=1).encode()))
+    after = before | now | {"points": known | {point.name: asdict(point) for point in points}}
+    if after != before:
+        write_file(path, lambda file: file.write(json.dumps(after, indent=1).encode()))
+
+
+def _calibration_of(shared: Shared) -> dict[str, Any]:
+    """What decides calibrated points; calib None: there are none."""
+    settings = {key: str(value) for key, value in shared.calibration.items()}
+    return {"calib": None if shared.calib is None else str(shared.calib), "calibration": settings}
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -62,7 +70,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); choose another --out") from error
     points = found.get("points", {}) if isinstance(found, dict) else None
-    if not isinstance(points, dict) or not all(isinstance(point, dict) for point in points.values()):
+    if (
+        not isinstance(points, dict)
+        or "ckpt" not in found
+        or not all(isinstance(each, dict) for each in points.values())
+    ):
         raise ConfigError(f"{path}: is damaged, expected the settings of a sweep; choose another --out")
     return dict(found)
 
