@@ -13,10 +13,10 @@ from pathlib import Path
 import vlmdeploy
 from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
 from vlmdeploy.calib.report.collect import frontier, layer_errors, model_result, questions_by_task
-from vlmdeploy.calib.report.evaluation import Store, samples_hash
+from vlmdeploy.calib.report.evaluation import Store
 from vlmdeploy.calib.report.files import write_report
 from vlmdeploy.calib.report.opened import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
-from vlmdeploy.calib.report.runner import DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
+from vlmdeploy.calib.report.runner import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.calib.report.shape import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.calib.report.shown_pictures import PictureFolder
 from vlmdeploy.calib.scoring import check_scorable
@@ -121,7 +121,8 @@ def make_report(
     _check_partial(partial)
     with locked(partial):
         kept = store or Store(partial / EVALUATIONS)
-        runner = Runner(_asked(samples, options), options.asked, options.measured, kept, partial, progress)
+        asked = _asked(samples, options)
+        runner = Runner(asked, options.asked, options.measured, kept, partial, progress)
         evaluations = runner.evaluate(models, subjects)
         with staged_folder(options.out, options.force, is_report) as folder:
             pictures, reference = PictureFolder(folder), next(evaluations)
@@ -138,7 +139,7 @@ def make_report(
                 command=shlex.join(["vlmdeploy", *sys.argv[1:]]),
                 versions=_versions(),
                 host=_host(),
-                data=_data_used(source, samples, options),
+                data=_data_used(source, asked, options),
                 reference=names[0],
                 models=results,
                 frontier=frontier(results),
@@ -264,10 +265,10 @@ def _spread(samples: list[Sample], count: int) -> list[Sample]:
     return [samples[int(place * step)] for place in range(min(count, len(samples)))]
 
 
-def _data_used(source: DataSource, samples: Sequence[Sample], options: ReportOptions) -> DataUsed:
-    pictures = {sample.image for sample in samples if sample.image is not None}
+def _data_used(source: DataSource, asked: Asked, options: ReportOptions) -> DataUsed:
+    pictures = {sample.image for sample in asked.samples if sample.image is not None}
     return DataUsed(
-        str(source.path), source.description, samples_hash(samples), questions_by_task(samples), len(pictures),
+        str(source.path), source.description, asked.hashes[ALL], questions_by_task(asked.samples), len(pictures),
         options.seed, options.asked.template,
     )  # fmt: skip
 

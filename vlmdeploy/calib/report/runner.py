@@ -27,7 +27,7 @@ from vlmdeploy.runtime.image import load_image
 from vlmdeploy.runtime.measure import measure_in_process
 from vlmdeploy.runtime.measurement import Measurement, MeasureOptions
 
-PICTURED, TEXTS = "pictured", "texts"
+ALL, PICTURED, TEXTS = "all", "pictured", "texts"
 DISTRIBUTIONS = "distributions."
 
 
@@ -42,8 +42,8 @@ class Asked:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """What tells these questions from others; every picture is read once."""
-        return {"all": samples_hash(self.samples)} | {name: samples_hash(each) for name, each in self.compared.items()}
+        """What tells these questions, by ALL, PICTURED and TEXTS, from others."""
+        return {ALL: samples_hash(self.samples)} | {name: samples_hash(each) for name, each in self.compared.items()}
 
 
 @dataclass(frozen=True)
