@@ -165,6 +165,15 @@ def test_a_bundle_in_fp32_is_the_checkpoint(models: Models, data: Path, unwritte
     assert same.grounding is not None and same.grounding.counts[0] == same.grounding.both
 
 
+def test_data_below_the_working_folder_is_shown_from_there(
+    models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that is shown to others told where its maker keeps things."""
+    monkeypatch.chdir(data.parent)
+    used = report_of(models, data).data
+    assert (used.path, used.description) == (f"{data.name}/data.jsonl", f"JSONL file {data.name}/data.jsonl")
+
+
 def test_int4_leaves_the_reference(models: Models, data: Path, unwritten: Counts) -> None:
     result = report_of(models, data).models[2]
     assert result.agreement is not None and result.text_only is not None

@@ -267,9 +267,10 @@ def _spread(samples: list[Sample], count: int) -> list[Sample]:
 
 def _data_used(source: DataSource, asked: Asked, options: ReportOptions) -> DataUsed:
     pictures = {sample.image for sample in asked.samples if sample.image is not None}
+    here = f"{Path.cwd()}/"  # a path below is shown as people would write it here
     return DataUsed(
-        str(source.path), source.description, asked.hashes[ALL], questions_by_task(asked.samples), len(pictures),
-        options.seed, options.asked.template,
+        str(source.path).removeprefix(here), source.description.replace(here, ""), asked.hashes[ALL],
+        questions_by_task(asked.samples), len(pictures), options.seed, options.asked.template,
     )  # fmt: skip
 
 
