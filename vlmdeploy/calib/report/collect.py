@@ -38,7 +38,7 @@ from vlmdeploy.data.samples import Sample
 from vlmdeploy.model.report import REPORT_NAME, LinearReport, read_report
 
 SHOWN_REGRESSIONS = 9
-SHOWN_BOXES = 6
+SHOWN_BOXES = 4
 LAYER = re.compile(r"(vision|decoder)\.layers\.(\d+)\.(.+)")
 
 
@@ -125,7 +125,8 @@ def _grounding(reference: list[Prediction], predictions: list[Prediction], pictu
     drifts = [drift(one, other) if one and other else None for one, other in boxes]
     known = [value for value in drifts if value is not None]
     order = sorted(range(len(pairs)), key=lambda place: -1e9 if drifts[place] is None else -(drifts[place] or 0.0))
-    examples = [_box_example(*pairs[place], drifts[place], pictures) for place in order[:SHOWN_BOXES]]
+    moved = [place for place in order if drifts[place] != 0] or order[:1]
+    examples = [_box_example(*pairs[place], drifts[place], pictures) for place in moved[:SHOWN_BOXES]]
     median, p95 = np.quantile(known, (0.5, 0.95)).tolist() if known else (0.0, 0.0)
     return Grounding(len(known), DRIFT_EDGES, drift_counts(known), median, p95, tuple(examples))
 
