@@ -95,7 +95,7 @@ def started(ckpt: Path, data: Path, out: Path, kill_at: int = 0) -> Any:
 
 def command(arguments: list[str], out: Path, kill_at: int) -> None:
     """The command line; it kills itself at the `kill_at`-th change of a file or folder, and counts the changes."""
-    from vlmdeploy import cli
+    from vlmdeploy.cli import main, models
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     count = 0
@@ -114,9 +114,9 @@ def command(arguments: list[str], out: Path, kill_at: int) -> None:
         with (out.parent / "units").open("a", buffering=1) as log:
             yield lambda unit, done, total: print(unit, file=log) if unit in UNITS else None
 
-    setattr(cli, "progress_bar", noted)  # noqa: B010  # the module's own type is a function of another kind
+    setattr(models, "progress_bar", noted)  # noqa: B010  # the module's own type is a function of another kind
     sys.addaudithook(note)
-    cli.main(arguments, standalone_mode=False)
+    main(arguments, standalone_mode=False)
     (out.parent / "changes").write_text(str(count))
 
 
