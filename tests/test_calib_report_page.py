@@ -67,7 +67,9 @@ every_report = pytest.mark.parametrize("name", REPORTS)
 Render = Callable[[str], Rendered]
 
 
-@every_report
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "evil" else ()) for name in REPORTS]
+)
 def test_every_shown_number_is_the_documents(name: str, rendered: Render) -> None:
     page = rendered(name)
     values = page.values()

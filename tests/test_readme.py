@@ -72,6 +72,7 @@ def test_plan_needs_nothing_but_a_name(checkout: Path) -> None:
     assert "cogvlm2 as trt-int4 on Jetson Orin NX 16 GB: fits (" in run(command, checkout)
 
 
+@pytest.mark.slow
 def test_report_of_the_bundle_is_a_page(first_screen: dict[str, str], checkout: Path) -> None:
     make_data, report = commands(block("report"))
     assert "quantize" in first_screen, "which made the bundle"

@@ -170,6 +170,7 @@ def test_run_lowers_the_loss_and_writes_a_checkpoint_that_answers(recipe: Path) 
     assert answers(out) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_killed_run_continues_exactly_where_it_was(recipe: Path) -> None:
     whole = train(recipe, "whole")
     recipe.with_name("deadly").touch()
@@ -183,6 +184,7 @@ def test_killed_run_continues_exactly_where_it_was(recipe: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_workers_end_together_when_one_dies(recipe: Path) -> None:
     change(recipe, "workers = 1", "workers = 2")
     recipe.with_name("deadly").touch()
@@ -191,6 +193,7 @@ def test_two_workers_end_together_when_one_dies(recipe: Path) -> None:
     assert train(recipe).images == 400
 
 
+@pytest.mark.slow
 def test_unfinished_run_of_another_recipe_is_refused_and_the_key_named(recipe: Path) -> None:
     recipe.with_name("deadly").touch()
     with pytest.raises(TrainingError):
