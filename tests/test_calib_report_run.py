@@ -174,6 +174,12 @@ def test_data_below_the_working_folder_is_shown_from_there(
     assert (used.path, used.description) == (f"{data.name}/data.jsonl", f"JSONL file {data.name}/data.jsonl")
 
 
+def test_error_before_anything_is_kept_leaves_nothing(models: Models, data: Path, tmp_path: Path) -> None:
+    arguments = ["report", models.fp32, "--data", data, "--out", tmp_path / "out", "--template", "none"]
+    assert 'template "none" is not one of this' in only_error_line(run_cli(*arguments))
+    assert list(tmp_path.iterdir()) == [data]
+
+
 def test_int4_leaves_the_reference(models: Models, data: Path, unwritten: Counts) -> None:
     result = report_of(models, data).models[2]
     assert result.agreement is not None and result.text_only is not None

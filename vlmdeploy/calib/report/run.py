@@ -4,7 +4,8 @@ first one. What is done is kept in OUT.partial until the report is whole."""
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -119,7 +120,7 @@ def make_report(
     subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
     partial = partial_folder(options.out)
     _check_partial(partial)
-    with locked(partial):
+    with locked(partial), _removed_if_empty(partial):
         kept = store or Store(partial / EVALUATIONS)
         asked = _asked(samples, options)
         runner = Runner(asked, options.asked, options.measured, kept, partial, progress)
@@ -148,6 +149,17 @@ def make_report(
             write_report(report, folder)
         remove_partial(partial, LOCK)
     return report
+
+
+@contextmanager
+def _removed_if_empty(partial: Path) -> Iterator[None]:
+    """After an error OUT.partial stays only if something is kept in it."""
+    try:
+        yield
+    except BaseException:
+        if all(path.name == LOCK for path in partial.iterdir()):
+            remove_partial(partial, LOCK)
+        raise
 
 
 def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> str:
