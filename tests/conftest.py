@@ -1,6 +1,7 @@
 """Fixtures that several test files share. Nothing here imports torch before a test asks for it: the runtime's tests
 run without."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and every process that a test starts and then
+# interrupts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

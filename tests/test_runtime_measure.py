@@ -367,9 +367,12 @@ def test_measuring_process_ends_with_the_command(bundle: Path, sent: signal.Sign
     command = [sys.executable, "-m", "vlmdeploy", "bench", str(bundle), *endless]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
-        next(measuring_children(process))
-        os.killpg(process.pid, sent)  # a terminal's Ctrl-C goes to every process of the command
-        said, told = process.communicate(timeout=60)  # returns when the other process too has let go of stderr
+        try:
+            next(measuring_children(process))
+            os.killpg(process.pid, sent)  # a terminal's Ctrl-C goes to every process of the command
+            said, told = process.communicate(timeout=60)  # returns when the other process too has let go of stderr
+        finally:
+            process.kill()  # a command that goes on would be waited for without end
     assert said == "" and (process.returncode, told) == (
         (1, "Error: interrupted\n") if sent is signal.SIGINT else (-sent, "")
     )
