@@ -337,7 +337,7 @@ def test_memory_of_onnxruntime_on_a_cpu_by_hand() -> None:
     memory = plan.memory
     assert memory["decode"].weights == pytest.approx(text, rel=1e-6)
     assert memory["vision"].weights == pytest.approx(1.15 * wide, rel=0.003), "widened, with pieces left behind"
-    assert memory["vision"].activations == 4 * 1226 * (15 * 1792 + 5 * 15360 // 2)
+    assert memory["vision"].activations == 4 * 1226 * (13 * 1792 + 9 * 15360 // 4)
     texts, images = (rows * (6 * mlp + 4 * hidden + 32 * 1291) * 4 for rows in (64, 256))
     assert (memory["prefill"].activations, memory["decode"].activations) == (texts + images, texts)
     assert memory["decode"].buffers == 4 * (3 * 490 * 490 + 1227 * hidden)
