@@ -38,7 +38,7 @@ from vlmdeploy.export.precision import (
     plan_warnings,
     with_overrides,
 )
-from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.export.tokenizer import checkpoint_tokenizer, import_tokenizer
 from vlmdeploy.model.report import REPORT_NAME, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.inner import best_loops
@@ -225,9 +225,7 @@ def _readable(
     samples: list[Sample], checkpoint: Checkpoint, options: QuantizeOptions, skipped: Skipped
 ) -> list[CalibrationSample]:
     """Samples as prompts. A broken one, or one longer than the context, is counted or raised."""
-    source = find_tokenizer(options.tokenizer or checkpoint.folder)
-    if source is None:
-        raise ConfigError(f"{checkpoint.folder}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
+    source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer)
     tokenizer, found = Tokenizer(import_tokenizer(source)), []
     for sample in samples:
         try:

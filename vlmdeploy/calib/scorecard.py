@@ -27,7 +27,7 @@ from vlmdeploy.calib.validate import (
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
-from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 
@@ -180,12 +180,9 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
         session = vlmdeploy.open(model, provider=options.provider, threads=options.threads)
         return BundleAnswerer(session, options.max_new_tokens, options.template)
     from vlmdeploy.calib.torch_answerer import TorchAnswerer
-    from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
+    from vlmdeploy.export.tokenizer import checkpoint_tokenizer, import_tokenizer
     from vlmdeploy.runtime.chat import Tokenizer
 
-    source = find_tokenizer(options.tokenizer or model)
-    if source is None:
-        raise ConfigError(f"{model}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
-    tokenizer = Tokenizer(import_tokenizer(source))
+    tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(model, options.tokenizer)))
     checkpoint = vlmdeploy.load_model(model)
     return TorchAnswerer(checkpoint, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template)

@@ -33,6 +33,14 @@ def find_tokenizer(folder_or_file: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None) -> Path:
+    """The tokenizer's file of a checkpoint: the one given, or the one in its folder. Raises ConfigError."""
+    source = find_tokenizer(tokenizer or ckpt)
+    if source is None:
+        raise ConfigError(f"{ckpt}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
+    return source
+
+
 def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json or SentencePiece file; raises ConfigError if it is neither or not supported."""
     try:

@@ -121,7 +121,7 @@ class OpenedCheckpoint:
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
         from vlmdeploy.calib.torch_answerer import TorchAnswerer
-        from vlmdeploy.export.tokenizer import import_tokenizer
+        from vlmdeploy.export.tokenizer import checkpoint_tokenizer, import_tokenizer
         from vlmdeploy.runtime.chat import Tokenizer
 
         tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(path, options.tokenizer)))
@@ -159,16 +159,6 @@ class OpenedCheckpoint:
 
     def close(self) -> None:
         """See OpenedModel; PyTorch frees the weights with the object."""
-
-
-def checkpoint_tokenizer(path: Path, tokenizer: Path | None) -> Path:
-    """The tokenizer's file of a checkpoint: the one given, or the one in its folder. Raises ConfigError."""
-    from vlmdeploy.export.tokenizer import find_tokenizer
-
-    source = find_tokenizer(tokenizer or path)
-    if source is None:
-        raise ConfigError(f"{path}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
-    return source
 
 
 def _finite(logits: Floats, given: GivenAnswer, path: Path) -> Floats:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmdeploy.artifact import locked
 from vlmdeploy.calib.report.evaluation import Store
-from vlmdeploy.calib.report.opened import checkpoint_tokenizer, is_bundle
+from vlmdeploy.calib.report.opened import is_bundle
 from vlmdeploy.calib.report.run import EVALUATIONS, ReportOptions, make_report, prepare_reference
 from vlmdeploy.calib.report.shape import Failure, Report
 from vlmdeploy.calib.sweep.grid import Point, read_grid
@@ -21,6 +21,7 @@ from vlmdeploy.calib.sweep.task import Shared, Task
 from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import ConfigError, ExportError
 from vlmdeploy.export.options import Progress, no_progress
+from vlmdeploy.export.tokenizer import checkpoint_tokenizer
 from vlmdeploy.model.weights import Checkpoint
 
 REPORT = "report"
