@@ -1,12 +1,9 @@
 """Compiling one ONNX graph to an engine, in a process of its own: TensorRT aborts on some errors and keeps memory, and
 a builder that runs out of memory is killed; here that is one clear error."""
 
-import ctypes
 import json
 import os
 import pickle
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +14,7 @@ import onnx
 
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_parts import EnginePart, cut
+from vlmdeploy.runtime.child_process import child_process, end_with_parent
 from vlmdeploy.runtime.tensorrt_library import LibraryName, TensorrtLibrary, import_tensorrt
 from vlmdeploy.sizes import gigabytes
 
@@ -24,7 +22,6 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 FEWEST_HEADS = 4  # that causal attention has a kernel of its own for: TensorRT-RTX 1.7 refuses fewer
 UNREAD = "Unused Input"  # how the parser says that it ignores an input, and computes something else
 
@@ -56,22 +53,16 @@ class EngineRequest:
 def compile_engine(request: EngineRequest, progress: Progress) -> None:
     """Write the plan of a request. Raises ExportError with what TensorRT said last."""
     failure = None
-    command = [sys.executable, "-m", "vlmdeploy.export.engine_compiler"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+    with child_process("vlmdeploy.export.engine_compiler") as process:
         assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
-        try:
-            process.stdin.write(pickle.dumps(request))
-            process.stdin.close()
-            for line in process.stdout:
-                kind, *content = json.loads(line)
-                if kind == "progress":
-                    progress(f"{request.part.name}: {content[0]}", content[1], content[2])
-                else:
-                    failure = content[0]
-        except BaseException:  # an interrupt too
-            process.kill()
-            raise
+        process.stdin.write(pickle.dumps(request))
+        process.stdin.close()
+        for line in process.stdout:
+            kind, *content = json.loads(line)
+            if kind == "progress":
+                progress(f"{request.part.name}: {content[0]}", content[1], content[2])
+            else:
+                failure = content[0]
     if failure is not None or process.returncode != 0:
         raise ExportError(f"{request.graph.name}: {failure or _death(process.returncode, request)}; log: {request.log}")
 
@@ -86,7 +77,7 @@ def _death(exit_code: int | None, request: EngineRequest) -> str:
 
 def main() -> None:
     """The builder process: a request on stdin, JSON lines on stdout; what TensorRT prints goes to the log."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no builder outlives the command that started it
+    end_with_parent()
     request: EngineRequest = pickle.load(sys.stdin.buffer)
     if os.getppid() != request.parent:
         sys.exit("the command that wanted this engine is gone")

@@ -3,12 +3,10 @@
 `measure_in_process` does it in an interpreter of its own, whose memory holds nothing but the bundle.
 """
 
-import ctypes
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from vlmdeploy import errors
 from vlmdeploy.bundle import Manifest, from_json
 from vlmdeploy.errors import BackendError, VlmdeployError
 from vlmdeploy.runtime.backend import Backend
+from vlmdeploy.runtime.child_process import child_process, end_with_parent
 from vlmdeploy.runtime.energy import Meter, Unknown, find_meter, idle_watts
 from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.machine import engine_used, machine
@@ -39,8 +38,6 @@ from vlmdeploy.runtime.phase_watch import PhaseWatch, Spent
 from vlmdeploy.runtime.session import Session
 from vlmdeploy.runtime.tensorrt_backend import TrtBackend
 from vlmdeploy.runtime.timed_answer import AnswerTimes, Picture, Question, chosen_picture
-
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def measure(folder: Path, options: MeasureOptions) -> Measurement:
@@ -187,16 +184,8 @@ def disk_use(folder: Path, manifest: Manifest) -> DiskUse:
 def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
     """Measure in a fresh interpreter, which ends with this one and on Ctrl-C. Raises what `measure` raises."""
     request = {"folder": str(folder), "options": asdict(options), "parent": os.getpid()}
-    command = [sys.executable, "-m", "vlmdeploy.runtime.measure"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-    ) as process:
-        try:
-            written, _ = process.communicate(json.dumps(request).encode())
-        except BaseException:  # an interrupt too
-            process.kill()
-            raise
+    with child_process("vlmdeploy.runtime.measure", start_new_session=True) as process:
+        written, _ = process.communicate(json.dumps(request).encode())
     return _answer_of(written, process.returncode, folder)
 
 
@@ -215,7 +204,7 @@ def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
 
 def main() -> None:
     """The measuring process: a request on stdin, one JSON document on stdout; what libraries print goes to stderr."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the command that started it
+    end_with_parent()
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
         sys.exit("the command that wanted this measurement is gone")

@@ -1,7 +1,6 @@
 """One task of a sweep, in a process of its own, so that what crashes it crashes nothing else: quantizing a checkpoint,
 or exporting and evaluating a point. Tasks share nothing but folders."""
 
-import ctypes
 import json
 import os
 import pickle
@@ -16,8 +15,8 @@ from vlmdeploy.calib.report.run import ReportOptions, evaluate_one
 from vlmdeploy.calib.sweep.grid import Point
 from vlmdeploy.errors import VlmdeployError
 from vlmdeploy.export.exporter import is_bundle
+from vlmdeploy.runtime.child_process import child_process, end_with_parent
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOG_LINES = 5
 
 
@@ -57,16 +56,8 @@ def run_task(task: Task) -> str | None:
 
     A task that is killed, for memory or by a crash of a library, is told so. Ctrl-C ends it.
     """
-    command = [sys.executable, "-m", "vlmdeploy.calib.sweep.task"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as process:
-        try:
-            written, errors = process.communicate(pickle.dumps((task, os.getpid())))
-        except BaseException:
-            process.kill()
-            raise
+    with child_process("vlmdeploy.calib.sweep.task", errors=subprocess.PIPE) as process:
+        written, errors = process.communicate(pickle.dumps((task, os.getpid())))
     if process.returncode == 0:
         return None
     if written:
@@ -127,7 +118,7 @@ def _export(point: Point, shared: Shared) -> None:
 def main() -> None:
     """The task's process: a pickled task on stdin; on failure one JSON document on stdout, where nothing else goes:
     what libraries print is for stderr."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the sweep
+    end_with_parent()
     task, parent = pickle.load(sys.stdin.buffer)
     if os.getppid() != parent:
         sys.exit("the sweep that wanted this is gone")

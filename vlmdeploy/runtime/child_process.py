@@ -1,0 +1,36 @@
+"""Work in an interpreter of its own, which a crash or a lack of memory ends alone, and which does not outlive the
+command that started it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+@contextmanager
+def child_process(
+    module: str, errors: int | None = None, start_new_session: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A fresh interpreter that runs one of our modules, with pipes to and from it; whatever stops the block, Ctrl-C
+    too, kills it. errors: where its stderr goes, as Popen takes it."""
+    command = [sys.executable, "-m", module]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
+        start_new_session=start_new_session,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def end_with_parent() -> None:
+    """In the child, first of all: let it be killed when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
