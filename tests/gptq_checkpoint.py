@@ -34,7 +34,7 @@ def write_gptq_checkpoint(
 ) -> Path:
     """Write it and return its folder. `edit` changes the tensors in place, `config` keys of the GPTQ config, `sizes`
     fields of TinyCheckpoint."""
-    tiny = TinyCheckpoint("cogvlm", **TEXT_MODEL | {"layers": 1, "vision_layers": 1} | sizes)
+    tiny = TinyCheckpoint(**TEXT_MODEL | {"layers": 1, "vision_layers": 1} | sizes)
     tensors: Tensors = {}
     for name, values in tiny.tensors().items():
         if name.startswith("model.layers.") and values.ndim == 2:

@@ -36,12 +36,18 @@ class Route:
 class RoutedWeights:
     """Packed weights on a device: codes uint8 [2, out, in / 2], scales float16 [2, groups, out], bias float32 [2, out].
 
-    Each starts at a multiple of 16 bytes, as tensors of their own do."""
+    Each starts at a multiple of 16 bytes, as tensors of their own do. Raises BackendError for other types."""
 
     codes: Tensor
     scales: Tensor
     bias: Tensor
     group_size: int
+
+    def __post_init__(self) -> None:
+        found = tuple(tensor.dtype for tensor in (self.codes, self.scales, self.bias))
+        expected = (torch.uint8, torch.float16, torch.float32)
+        if found != expected:
+            raise BackendError(f"codes, scales and bias are {found}, expected {expected}: was the model cast?")
 
     @classmethod
     def on(cls, device: torch.device | str, packed: PackedExperts) -> "RoutedWeights":

@@ -6,6 +6,7 @@ Source: the authors' code of CogVLM and CogVLM2; docs/families/cogvlm.md.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,21 @@ class RmsNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+class Projections(Protocol):
+    """The linears of a layer, as rows pass through them."""
+
+    @property
+    def qkv(self) -> Callable[[Tensor], Tensor]:
+        """Queries, keys and values."""
+
+    @property
+    def dense(self) -> Callable[[Tensor], Tensor]:
+        """The output of the attention."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The whole MLP, [..., hidden] -> the same shape."""
 
 
 class Expert(nn.Module):
@@ -105,7 +121,7 @@ class DecoderLayer(nn.Module):
         for expert in spec.experts:
             self.add_module(expert.name, Expert(spec, expert))
 
-    def route(self, x: Tensor, step: Step, apply: Callable[[Expert, Tensor], Tensor]) -> Tensor:
+    def route(self, x: Tensor, step: Step, apply: Callable[[Projections, Tensor], Tensor]) -> Tensor:
         """Apply the vision expert where the mask is True and the language expert elsewhere. x [batch, seq, width]."""
         language: Expert = self.get_submodule("language")  # type: ignore[assignment]
         if step.vision_mask is None:

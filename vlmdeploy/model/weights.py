@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from vlmdeploy.errors import ConfigError, WeightsError
 from vlmdeploy.families import family_named, find_family
 from vlmdeploy.families.spec import Config, ModelSpec, Source, WeightRule
 from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.routed_layer import check_routable, load_codes, replace_layers
 from vlmdeploy.model.stored_codes import StoredCodes
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, Quantized, stacked
@@ -265,20 +266,39 @@ def _row_ranges(rule: WeightRule, start: int, stop: int) -> list[tuple[Source, i
     return ranges
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> VisionLanguageModel:
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    quantized: Literal["dequantize", "kernel"] = "dequantize",
+) -> VisionLanguageModel:
     """The PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
 
-    Raises ConfigError or WeightsError, naming the file and the key or tensor.
+    quantized: what becomes of the decoder's linears in a quantized checkpoint. "dequantize" makes floats of them,
+    "kernel" keeps int4 codes on a CUDA device and runs them through the routed kernels, without gradients.
+
+    Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
+    naming a linear that they do not take, and BackendError where they cannot run.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
         dtype = DTYPE_NAMES[dtype]
+    if quantized not in ("dequantize", "kernel"):
+        raise ConfigError(f'quantized {quantized!r}: expected "dequantize" or "kernel"')
     checkpoint = Checkpoint(folder)
-    model = empty_model(checkpoint.spec, dtype, device)
+    if quantized == "kernel":
+        check_routable(checkpoint, dtype, device)
+    with torch.device("meta"):
+        model = VisionLanguageModel(checkpoint.spec).to(dtype)
+        if quantized == "kernel":
+            replace_layers(model)
+    materialize(model, checkpoint.spec, device)
     for target in model.state_dict():
         if target in checkpoint:
             fill_parameter(model, target, checkpoint.parameter(target))
+    if quantized == "kernel":
+        load_codes(model, checkpoint, device)
     return model.eval()
 
 
