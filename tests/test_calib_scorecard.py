@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vlmdeploy
 from tests.benchmark_files import write_tsv
+from tests.gptq_checkpoint import write_gptq_checkpoint
 from tests.tiny_bundle import export, only_error_line, only_json_document, run_cli, write_text_checkpoint
+from vlmdeploy.calib.scorecard import load_on
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,25 @@ def test_a_row_without_answer_is_told_with_its_file_and_name_before_a_model_is_o
     path = write_tsv(tmp_path / "MMBench.tsv", rows[0], rows[1] | {"index": 8})
     line = only_error_line(run_cli("validate", "--bundle", tmp_path, "--data", path))
     assert 'MMBench.tsv: question "8" (' in line and "QQQ...'): has no reference answer" in line and len(line) < 300
+
+
+def test_a_device_that_is_not_there_is_one_line(ckpt: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = only_error_line(run_cli("validate", "--ckpt", ckpt, "--data", data, "--device", "cuda"))
+    assert line == "Error: --device cuda: PyTorch finds no CUDA device"
+
+
+def test_device_of_a_bundle_is_wrong_usage(bundle: Path, data: Path) -> None:
+    result = run_cli("validate", "--bundle", bundle, "--data", data, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--device is for --ckpt" in result.stderr
+
+
+def test_quantized_checkpoint_keeps_its_codes_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(vlmdeploy, "load_model", lambda *arguments: asked.append(arguments), raising=False)
+    floats, codes = write_text_checkpoint(tmp_path / "floats"), write_gptq_checkpoint(tmp_path / "codes")
+    for folder, device in ((floats, "cuda"), (codes, "cuda"), (codes, "cpu")):
+        load_on(folder, device)
+    assert asked == [(floats, "float16", "cuda", "dequantize"), (codes, "float16", "cuda", "kernel"), (codes,)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vlmdeploy
 from vlmdeploy.bundle import MANIFEST_NAME
@@ -27,7 +27,10 @@ from vlmdeploy.calib.validate import (
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
-from vlmdeploy.errors import DataError
+from vlmdeploy.errors import BackendError, DataError
+
+if TYPE_CHECKING:
+    from vlmdeploy.model.vlm import VisionLanguageModel
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,6 +49,7 @@ class ScoreOptions:
     tokenizer: Path | None = None
     threads: int | None = None
     provider: str | None = None  # of bundles; None: what each was made for
+    device: str = "cpu"  # of checkpoints
     questions: QuestionOptions | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     predictions: Path | None = None
@@ -184,5 +188,22 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     from vlmdeploy.runtime.chat import Tokenizer
 
     tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(model, options.tokenizer)))
-    checkpoint = vlmdeploy.load_model(model)
+    checkpoint = load_on(model, options.device)
     return TorchAnswerer(checkpoint, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template)
+
+
+def load_on(checkpoint: Path, device: str) -> "VisionLanguageModel":
+    """The PyTorch model of a checkpoint: in float32 on a CPU; on a CUDA device in the checkpoint's own 16-bit type,
+    float16 where it names none, quantized decoder linears as codes. Raises BackendError without such a device."""
+    if device == "cpu":
+        return vlmdeploy.load_model(checkpoint)
+    import torch
+
+    from vlmdeploy.model.weights import Checkpoint
+
+    if not torch.cuda.is_available():
+        raise BackendError(f"--device {device}: PyTorch finds no CUDA device")
+    opened = Checkpoint(checkpoint)
+    named = opened.config.get("torch_dtype")
+    dtype = named if named in ("float16", "bfloat16") else "float16"
+    return vlmdeploy.load_model(checkpoint, dtype, device, "kernel" if opened.is_quantized else "dequantize")

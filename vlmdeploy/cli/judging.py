@@ -36,6 +36,13 @@ from vlmdeploy.console import print_json, print_rows, progress_bar
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @provider_option
 @threads_option
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where checkpoints run. cuda: in 16 bits, quantized decoder linears as int4 codes.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file of answers.")
 @json_option
 def validate(
@@ -59,6 +66,8 @@ def validate(
     given = tuple(model for model in (ckpt, bundle, from_predictions) if model is not None)
     if len(given) != 1:
         raise click.UsageError("give one of --ckpt and --bundle, or --from-predictions")
+    if options["device"] != "cpu" and ckpt is None:
+        raise click.UsageError("--device is for --ckpt; a bundle runs where its --provider says")
     ask = GROUNDING_PROMPT if grounding_prompt is None else grounding_prompt
     questions = QuestionOptions(rule, prompt, split, first_picture, images, ask)
     with progress_bar() as progress:
