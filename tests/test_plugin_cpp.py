@@ -2,7 +2,6 @@
 with TensorRT's own headers where they are (TENSORRT_INCLUDE names their folder, else /usr/include is searched)."""
 
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.compiled_example import write_compiled
+from vlmdeploy.runtime.plugin_library import read_plugin_info
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 STUB = PLUGINS / "tests" / "stub"
@@ -116,13 +116,11 @@ def test_cmake_builds_a_library_that_tells_what_it_is(tmp_path: Path) -> None:
     done = run_cmake("-S", PLUGINS, "-B", build, *options)
     assert done.returncode == 0, done.stderr
     assert run_cmake("--build", build).returncode == 0
-    library = ctypes.CDLL(str(build / "libvlmdeploy_routed.so"))
-    library.vlmdeploy_plugin_info.restype = ctypes.c_char_p
-    info = json.loads(library.vlmdeploy_plugin_info())
-    assert info["architectures"] == [87, 110]
-    assert (info["plugin_version"], info["packing"]) == ("1", 1)
-    assert info["tensorrt"].startswith(f"{info['tensorrt_major']}.")
-    assert library.getCreators and library.setLoggerFinder
+    path = build / "libvlmdeploy_routed.so"
+    info = read_plugin_info(path)
+    assert (info.plugin_version, info.packing, info.architectures) == ("1", 1, (87, 110))
+    assert info.tensorrt.startswith(f"{info.tensorrt_major}.")
+    assert ctypes.CDLL(str(path)).getCreators and ctypes.CDLL(str(path)).setLoggerFinder
 
 
 @pytest.mark.parametrize(("version", "said"), [
