@@ -21,6 +21,7 @@ from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
 from vlmdeploy.export.engine_compiler import EngineRequest, Progress, RoutedPlugin, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
+from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.runtime.backend import ROUTED_GRAPH
 from vlmdeploy.runtime.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
@@ -113,6 +114,15 @@ def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
         raise ExportError(
             f"{where}: {option} needs a routed decoder, and there is one graph for each expert: export with "
             "--routed-plugin on"
+        )
+
+
+def _check_packing(folder: Path, manifest: Manifest) -> None:
+    """Raise ExportError where no kernel of this version reads the codes of a routed decoder."""
+    if manifest.plugin is not None and manifest.plugin.packing != PACKING_VERSION:
+        raise ExportError(
+            f"{folder}: its codes are packed in layout {manifest.plugin.packing}, this version's kernels read layout "
+            f"{PACKING_VERSION}: export it again"
         )
 
 
@@ -216,6 +226,7 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
         raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
     check_options(manifest.target, options)
     check_plugin(str(folder), options, manifest.is_routed)
+    _check_packing(folder, manifest)
     check_fit(folder, manifest, options)
     built_for_here = built_for(import_tensorrt(library_of(manifest.target)), options)
     if _is_built(folder, manifest, options, built_for_here):
