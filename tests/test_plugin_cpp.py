@@ -17,7 +17,7 @@ STUB = PLUGINS / "tests" / "stub"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 CMAKE = shutil.which("cmake")
 LAUNCHER = ("src/launcher.cpp", "src/kernel_table.cpp")
-ADAPTER = (*LAUNCHER, "src/shapes.cpp", "src/routed_plugin.cpp")
+ADAPTER = (*LAUNCHER, "src/shapes.cpp", "src/routed_plugin.cpp", "src/routed_creator.cpp", "src/plugin_log.cpp")
 DRIVER_FUNCTIONS = (
     "cuCtxGetCurrent", "cuCtxGetId", "cuDeviceGetAttribute", "cuModuleLoadData", "cuModuleGetFunction",
     "cuFuncSetAttribute", "cuLaunchKernel", "cuGetErrorString",

@@ -58,7 +58,8 @@ int main(int count, char** arguments) {
     Finder finder;
     reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(&finder);
     std::int32_t num_creators = 0;
-    IPluginCreatorInterface* const* creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(num_creators);
+    IPluginCreatorInterface* const* creators =
+        reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(num_creators);
     const std::int32_t group_size = 128;
     const PluginField field("group_size", &group_size, PluginFieldType::kINT32, 1);
     PluginFieldCollection fields{};
