@@ -1,7 +1,6 @@
 """Contract: the C++ of the TensorRT plugin, built and run with stand-ins for CUDA's driver and TensorRT's headers, and
 with TensorRT's own headers where they are (TENSORRT_INCLUDE names their folder, else /usr/include is searched)."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -18,11 +17,37 @@ STUB = PLUGINS / "tests" / "stub"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 CMAKE = shutil.which("cmake")
 LAUNCHER = ("src/launcher.cpp", "src/kernel_table.cpp")
-ADAPTER = (*LAUNCHER, "src/shapes.cpp", "src/routed_plugin.cpp")
+ADAPTER = (*LAUNCHER, "src/shapes.cpp", "src/routed_plugin.cpp", "src/routed_creator.cpp", "src/plugin_log.cpp")
 DRIVER_FUNCTIONS = (
     "cuCtxGetCurrent", "cuCtxGetId", "cuDeviceGetAttribute", "cuModuleLoadData", "cuModuleGetFunction",
     "cuFuncSetAttribute", "cuLaunchKernel", "cuGetErrorString",
 )  # fmt: skip
+
+
+# A GPU of compute capability 8.7 that says what is launched.
+DRIVER = r"""
+#include <stdio.h>
+int cuCtxGetCurrent(void **context) { *context = (void *)16; return 0; }
+int cuCtxGetId(void *context, unsigned long long *id) { *id = 1; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 7; return 0; }
+int cuModuleLoadData(void **module, const char *image) { *module = 0; return printf("load %.31s\n", image) < 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)name; return 0; }
+int cuFuncSetAttribute(void *function, int attribute, int value) { printf("shared %d\n", value); return 0; }
+int cuLaunchKernel(const char *name, unsigned x, unsigned y, unsigned z) { printf("%s %u %u\n", name, x, y); return 0; }
+int cuGetErrorString(int error, const char **text) { return 1; }
+"""
+LOADED = [
+    "vlmdeploy RoutedPartition 1",
+    "vlmdeploy RoutedLinear 1",
+    "load routed_gemv.fp16.g128 87",
+    "load routed_gemm.fp16.g128.16x64 87",
+    "load routed_gemm.fp16.g128.64x64 87",
+    "shared 65536",
+    "shapes 0",
+    "routed_gemm_fp16_g128_16x64 2 4",
+    "enqueued 0",
+]
 
 
 def tensorrt_headers() -> Path | None:
@@ -71,16 +96,19 @@ def test_plugins_keep_their_contract_against_the_headers_of_tensorrt(tmp_path: P
     run_tests(compile_program(tmp_path, "adapter_test", ADAPTER, headers, STUB / "cuda"))
 
 
+def build_driver(folder: Path, source: str) -> None:
+    """A libcuda.so.1 of ours."""
+    command = [str(COMPILER), "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), "-xc", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+
+
 def run_driver_test(folder: Path, *functions: str, with_library: bool = True) -> str:
     """What the program says where libcuda.so.1 is one of ours with these functions, each giving 0."""
     program = compile_program(folder, "driver_test", ("src/cuda_driver.cpp",))
-    source = "".join(f'extern "C" int {name}(void) {{ return 0; }}\n' for name in functions)
-    source += 'extern "C" int cuCtxGetDevice(int *device) { *device = 5; return 0; }\n'
-    command = [str(COMPILER), "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), "-xc++", "-"]
+    (folder / "libcuda.so.1").write_text("not a library")
     if with_library:
-        subprocess.run(command, input=source, text=True, check=True)
-    else:
-        (folder / "libcuda.so.1").write_text("not a library")
+        source = "".join(f"int {name}(void) {{ return 0; }}\n" for name in functions)
+        build_driver(folder, source + "int cuCtxGetDevice(int *device) { *device = 5; return 0; }\n")
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
     return subprocess.run([str(program)], env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -107,7 +135,7 @@ def run_cmake(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_cmake_builds_a_library_that_tells_what_it_is(tmp_path: Path) -> None:
+def test_cmake_builds_a_library_that_can_be_loaded_and_launches(tmp_path: Path) -> None:
     """The stand-in headers take the place of TensorRT's: nothing but TensorRT itself could tell the difference."""
     write_compiled(tmp_path / "kernels", (80, 87, 110))
     build, headers = tmp_path / "build", tensorrt_headers() or STUB / "tensorrt"
@@ -120,7 +148,11 @@ def test_cmake_builds_a_library_that_tells_what_it_is(tmp_path: Path) -> None:
     info = read_plugin_info(path)
     assert (info.plugin_version, info.packing, info.architectures) == ("1", 1, (87, 110))
     assert info.tensorrt.startswith(f"{info.tensorrt_major}.")
-    assert ctypes.CDLL(str(path)).getCreators and ctypes.CDLL(str(path)).setLoggerFinder
+    program = compile_program(tmp_path, "library_test", (), headers, STUB / "cuda")
+    build_driver(tmp_path, DRIVER)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([str(program), str(path)], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == LOADED
 
 
 @pytest.mark.parametrize(("version", "said"), [

@@ -23,7 +23,8 @@ Loaded load() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
         const char* reason = dlerror();
-        loaded.problem = std::string("no CUDA driver: ") + (reason != nullptr ? reason : "libcuda.so.1 cannot be loaded");
+        loaded.problem =
+            std::string("no CUDA driver: ") + (reason != nullptr ? reason : "libcuda.so.1 cannot be loaded");
         return loaded;
     }
     CudaDriver& driver = loaded.driver;

@@ -22,14 +22,14 @@ struct Kernel {
     int block_rows;         // 1 for a gemv
     int block_columns;
     int num_warps;
-    int shared_bytes;      // dynamic shared memory of one block
-    const char* symbol;    // the function inside the image
-    const void* image;     // a cubin
+    int shared_bytes;       // dynamic shared memory of one block
+    const char* symbol;     // the function inside the image
+    const void* image;      // a cubin
     std::size_t num_bytes;  // of the image
 };
 
-// Up to gemv_up_to_tokens the gemv serves, up to small_gemm_up_to_tokens the gemm with the fewest rows in a block, above
-// that the one with the most.
+// Up to gemv_up_to_tokens the gemv serves, up to small_gemm_up_to_tokens the gemm with the fewest rows in a block,
+// above that the one with the most.
 struct Choice {
     int architecture;
     int gemv_up_to_tokens;

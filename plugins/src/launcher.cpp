@@ -7,11 +7,13 @@ namespace vlmdeploy {
 namespace {
 
 constexpr std::int64_t kMostBlocksAcross = std::numeric_limits<std::int32_t>::max();  // of a grid, along x
-constexpr std::int64_t kMostBlocksDown = 65535;                                        // along y
+constexpr std::int64_t kMostBlocksDown = 65535;                                       // along y
 constexpr int kThreadsOfAWarp = 32;
 constexpr std::uintptr_t kAlignment = 16;
 
-std::int64_t blocks(std::int64_t length, std::int64_t block) { return (length + block - 1) / block; }
+std::int64_t blocks(std::int64_t length, std::int64_t block) {
+    return (length + block - 1) / block;
+}
 
 struct Pointer {
     const char* name;
@@ -30,12 +32,42 @@ Status check_pointers(const std::vector<Pointer>& pointers) {
     return {};
 }
 
-Status check_count(const char* name, std::int64_t value, std::int64_t least) {
-    if (value < least || value > std::numeric_limits<std::int32_t>::max()) {
-        return failure(std::string(name) + " is " + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
-                       std::to_string(std::numeric_limits<std::int32_t>::max()));
+struct Count {
+    const char* name;
+    std::int64_t value;
+};
+
+// Kernels take them as int32; none may be 0 here.
+Status check_counts(const std::vector<Count>& counts) {
+    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+    for (const Count& count : counts) {
+        if (count.value < 1 || count.value > most) {
+            return failure(std::string(count.name) + " is " + std::to_string(count.value) + ", expected 1 to " +
+                           std::to_string(most));
+        }
     }
     return {};
+}
+
+Status check_call(const PartitionCall& call) {
+    const Status status = check_counts({{"tokens", call.tokens}});
+    return status.ok()
+               ? check_pointers(
+                     {{"experts", call.experts}, {"order", call.order}, {"language_count", call.language_count}})
+               : status;
+}
+
+Status check_call(const LinearCall& call) {
+    const Status status = check_counts({{"tokens", call.tokens}, {"out", call.out_width}, {"groups", call.groups}});
+    return status.ok() ? check_pointers({{"x", call.x},
+                                         {"experts", call.experts},
+                                         {"order", call.order},
+                                         {"language_count", call.language_count},
+                                         {"codes", call.codes},
+                                         {"scales", call.scales},
+                                         {"bias", call.bias},
+                                         {"y", call.y}})
+                       : status;
 }
 
 std::string linear_text(Activation activation, int group_size) {
@@ -83,14 +115,15 @@ Status Launcher::prepare_linear(Activation activation, int group_size) {
 }
 
 Status Launcher::partition(const PartitionCall& call, void* stream) {
-    Status status = check_count("tokens", call.tokens, 0);
-    if (!status.ok() || call.tokens == 0) {
-        return status;
+    if (call.tokens == 0) {
+        return {};
     }
-    status = check_pointers(
-        {{"experts", call.experts}, {"order", call.order}, {"language_count", call.language_count}});
     Context context;
-    if (!status.ok() || !(status = find_context(context)).ok()) {
+    Status status = check_call(call);
+    if (status.ok()) {
+        status = find_context(context);
+    }
+    if (!status.ok()) {
         return status;
     }
     const Kernel* kernel = find_partition(table_, context.architecture);
@@ -104,18 +137,15 @@ Status Launcher::partition(const PartitionCall& call, void* stream) {
 }
 
 Status Launcher::linear(const LinearCall& call, void* stream) {
-    Status status = check_count("tokens", call.tokens, 0);
-    if (!status.ok() || call.tokens == 0) {
-        return status;
+    if (call.tokens == 0) {
+        return {};
     }
-    if (!(status = check_count("out", call.out_width, 1)).ok() || !(status = check_count("groups", call.groups, 1)).ok()) {
-        return status;
-    }
-    status = check_pointers({{"x", call.x}, {"experts", call.experts}, {"order", call.order},
-                             {"language_count", call.language_count}, {"codes", call.codes}, {"scales", call.scales},
-                             {"bias", call.bias}, {"y", call.y}});
     Context context;
-    if (!status.ok() || !(status = find_context(context)).ok()) {
+    Status status = check_call(call);
+    if (status.ok()) {
+        status = find_context(context);
+    }
+    if (!status.ok()) {
         return status;
     }
     const Kernel* kernel = find_linear(table_, context.architecture, call.activation, call.group_size, call.tokens);
@@ -126,8 +156,9 @@ Status Launcher::linear(const LinearCall& call, void* stream) {
     auto tokens = static_cast<std::int32_t>(call.tokens);
     auto out_width = static_cast<std::int32_t>(call.out_width);
     auto groups = static_cast<std::int32_t>(call.groups);
-    void* arguments[] = {&copy.x,      &copy.experts, &copy.order, &copy.language_count, &copy.codes, &copy.scales,
-                         &copy.bias,   &tokens,       &out_width,  &groups,              &copy.y};
+    void* arguments[] = {&copy.x,     &copy.experts, &copy.order, &copy.language_count,
+                         &copy.codes, &copy.scales,  &copy.bias,  &tokens,
+                         &out_width,  &groups,       &copy.y};
     const std::int64_t across = blocks(call.out_width, kernel->block_columns);
     // Each expert's rows begin a new block, so one more than there are blocks of rows.
     const std::int64_t down = kernel->kind == Kind::gemv ? call.tokens : blocks(call.tokens, kernel->block_rows) + 1;
@@ -138,8 +169,9 @@ Status Launcher::launch(const Context& context, const Kernel& kernel, std::int64
                         void** arguments, void* stream) {
     if (grid_x > kMostBlocksAcross || grid_y > kMostBlocksDown) {
         return failure(std::string(kernel.name) + ": a grid of " + std::to_string(grid_x) + " x " +
-                       std::to_string(grid_y) + " blocks is more than a GPU takes (" + std::to_string(kMostBlocksAcross) +
-                       " x " + std::to_string(kMostBlocksDown) + "): use fewer tokens in one call");
+                       std::to_string(grid_y) + " blocks is more than a GPU takes (" +
+                       std::to_string(kMostBlocksAcross) + " x " + std::to_string(kMostBlocksDown) +
+                       "): use fewer tokens in one call");
     }
     void* function = nullptr;
     const Status status = find_function(context, kernel, function);
@@ -147,9 +179,10 @@ Status Launcher::launch(const Context& context, const Kernel& kernel, std::int64
         return status;
     }
     const auto threads = static_cast<unsigned>(kThreadsOfAWarp * kernel.num_warps);
-    return check(driver_->launch_kernel(function, static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1, threads,
-                                        1, 1, static_cast<unsigned>(kernel.shared_bytes), stream, arguments, nullptr),
-                 std::string("launching ") + kernel.name);
+    return check(
+        driver_->launch_kernel(function, static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1, threads, 1, 1,
+                               static_cast<unsigned>(kernel.shared_bytes), stream, arguments, nullptr),
+        std::string("launching ") + kernel.name);
 }
 
 Status Launcher::find_context(Context& context) {
@@ -184,10 +217,12 @@ Status Launcher::find_architecture(Context& context) {
     int minor = 0;
     Status status = check(driver_->ctx_get_device(&device), "asking for the GPU of the CUDA context");
     if (status.ok()) {
-        status = check(driver_->device_get_attribute(&major, kComputeCapabilityMajor, device), "asking for the GPU's kind");
+        status =
+            check(driver_->device_get_attribute(&major, kComputeCapabilityMajor, device), "asking for the GPU's kind");
     }
     if (status.ok()) {
-        status = check(driver_->device_get_attribute(&minor, kComputeCapabilityMinor, device), "asking for the GPU's kind");
+        status =
+            check(driver_->device_get_attribute(&minor, kComputeCapabilityMinor, device), "asking for the GPU's kind");
     }
     if (status.ok()) {
         context.architecture = major * 10 + minor;
@@ -235,8 +270,8 @@ Status Launcher::check(int result, const std::string& doing) const {
     }
     const char* text = nullptr;
     const bool is_known = driver_->get_error_string(result, &text) == 0 && text != nullptr;
-    return failure(doing + " failed: " + (is_known ? text : "unknown error") + " (CUDA error " + std::to_string(result) +
-                   ")");
+    return failure(doing + " failed: " + (is_known ? text : "unknown error") + " (CUDA error " +
+                   std::to_string(result) + ")");
 }
 
 Status Launcher::no_kernel(int architecture, const std::string& what) const {

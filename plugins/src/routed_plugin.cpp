@@ -1,40 +1,14 @@
 #include "routed_plugin.h"
 
-#include <atomic>
-#include <cstdio>
 #include <exception>
-#include <memory>
-#include <optional>
+
+#include "plugin_log.h"
 
 namespace vlmdeploy {
 namespace {
 
 using nvinfer1::DataType;
-using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
-
-constexpr const char* kFormatField = "format";
-constexpr const char* kGroupSizeField = "group_size";
-
-std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
-
-// Without a logger (a library loaded by other means than the plugin registry) errors go to stderr.
-void say(const char* plugin, const char* message) noexcept {
-    nvinfer1::ILogger* logger = nullptr;
-    nvinfer1::ILoggerFinder* finder = logger_finder.load();
-    char line[1024];
-    std::snprintf(line, sizeof line, "vlmdeploy %s: %s", plugin, message);
-    try {
-        logger = finder != nullptr ? finder->findLogger() : nullptr;
-    } catch (const std::exception&) {
-        logger = nullptr;  // then stderr gets it
-    }
-    if (logger != nullptr) {
-        logger->log(nvinfer1::ILogger::Severity::kERROR, line);
-    } else {
-        std::fprintf(stderr, "%s\n", line);
-    }
-}
 
 const char* type_name(DataType type) {
     switch (type) {
@@ -51,9 +25,13 @@ const char* type_name(DataType type) {
     }
 }
 
-bool is_activation(DataType type) { return type == DataType::kHALF || type == DataType::kBF16; }
+bool is_activation(DataType type) {
+    return type == DataType::kHALF || type == DataType::kBF16;
+}
 
-Activation activation_of(DataType type) { return type == DataType::kHALF ? Activation::fp16 : Activation::bf16; }
+Activation activation_of(DataType type) {
+    return type == DataType::kHALF ? Activation::fp16 : Activation::bf16;
+}
 
 DataType wanted_type(int input) {
     switch (input) {
@@ -87,8 +65,12 @@ Shape shape_of(const nvinfer1::DimsExprs& dims) {
     return shape_of(known);
 }
 
-Shape shape_of(const nvinfer1::PluginTensorDesc& tensor) { return shape_of(tensor.dims); }
-Shape shape_of(const nvinfer1::DynamicPluginTensorDesc& tensor) { return shape_of(tensor.desc.dims); }
+Shape shape_of(const nvinfer1::PluginTensorDesc& tensor) {
+    return shape_of(tensor.dims);
+}
+Shape shape_of(const nvinfer1::DynamicPluginTensorDesc& tensor) {
+    return shape_of(tensor.desc.dims);
+}
 
 template <typename Item>
 std::vector<Shape> shapes_of(const Item* items, std::int32_t count) {
@@ -99,8 +81,12 @@ std::vector<Shape> shapes_of(const Item* items, std::int32_t count) {
     return shapes;
 }
 
-DataType type_of(const nvinfer1::PluginTensorDesc& tensor) { return tensor.type; }
-DataType type_of(const nvinfer1::DynamicPluginTensorDesc& tensor) { return tensor.desc.type; }
+DataType type_of(const nvinfer1::PluginTensorDesc& tensor) {
+    return tensor.type;
+}
+DataType type_of(const nvinfer1::DynamicPluginTensorDesc& tensor) {
+    return tensor.desc.type;
+}
 
 template <typename Item>
 std::vector<DataType> types_of(const Item* items, std::int32_t count) {
@@ -145,7 +131,9 @@ nvinfer1::IPluginCapability* RoutedPlugin::getCapabilityInterface(nvinfer1::Plug
     return nullptr;
 }
 
-nvinfer1::IPluginV3* RoutedPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+nvinfer1::IPluginV3* RoutedPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+    return clone();
+}
 
 Status RoutedPlugin::check_counts(std::int32_t num_inputs, std::int32_t num_outputs) const {
     const std::int32_t wanted = group_size_ == 0 ? 1 : static_cast<std::int32_t>(kNumLinearInputs);
@@ -189,21 +177,29 @@ std::int32_t RoutedPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, st
     });
 }
 
+template <typename Item>
+Status RoutedPlugin::check_and_prepare(const Item* inputs, std::int32_t num_inputs, std::int32_t num_outputs) const {
+    Status status = check_counts(num_inputs, num_outputs);
+    if (!status.ok()) {
+        return status;
+    }
+    const std::vector<DataType> types = types_of(inputs, num_inputs);
+    status = check_types(types);
+    if (status.ok()) {
+        status = check_shapes(shapes_of(inputs, num_inputs));
+    }
+    return status.ok() ? prepare(types.data()) : status;
+}
+
 std::int32_t RoutedPlugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, std::int32_t num_inputs,
                                            const nvinfer1::DynamicPluginTensorDesc*,
                                            std::int32_t num_outputs) noexcept {
-    return report([&] {
-        Status status = check_counts(num_inputs, num_outputs);
-        if (!status.ok()) {
-            return status;
-        }
-        const std::vector<DataType> types = types_of(inputs, num_inputs);
-        status = check_types(types);
-        if (status.ok()) {
-            status = check_shapes(shapes_of(inputs, num_inputs));
-        }
-        return status.ok() ? prepare(types.data()) : status;
-    });
+    return report([&] { return check_and_prepare(inputs, num_inputs, num_outputs); });
+}
+
+std::int32_t RoutedPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, std::int32_t num_inputs,
+                                         const nvinfer1::PluginTensorDesc*, std::int32_t num_outputs) noexcept {
+    return report([&] { return check_and_prepare(inputs, num_inputs, num_outputs); });
 }
 
 bool RoutedPlugin::supportsFormatCombination(std::int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
@@ -225,29 +221,15 @@ bool RoutedPlugin::supportsFormatCombination(std::int32_t position, const nvinfe
     return tensor.type == (position < num_inputs ? wanted_type(position) : tensors[kX].desc.type);
 }
 
-std::int32_t RoutedPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, std::int32_t num_inputs,
-                                         const nvinfer1::PluginTensorDesc*, std::int32_t num_outputs) noexcept {
-    return report([&] {
-        Status status = check_counts(num_inputs, num_outputs);
-        if (!status.ok()) {
-            return status;
-        }
-        const std::vector<DataType> types = types_of(inputs, num_inputs);
-        status = check_types(types);
-        if (status.ok()) {
-            status = check_shapes(shapes_of(inputs, num_inputs));
-        }
-        return status.ok() ? prepare(types.data()) : status;
-    });
-}
-
 std::int32_t RoutedPlugin::enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*,
                                    const void* const* input_addresses, void* const* output_addresses, void*,
                                    cudaStream_t stream) noexcept {
     return report([&] { return run(inputs, input_addresses, output_addresses, stream); });
 }
 
-const nvinfer1::PluginFieldCollection* RoutedPlugin::getFieldsToSerialize() noexcept { return &collection_; }
+const nvinfer1::PluginFieldCollection* RoutedPlugin::getFieldsToSerialize() noexcept {
+    return &collection_;
+}
 
 // RoutedPartition
 
@@ -331,121 +313,4 @@ Status RoutedLinear::run(const nvinfer1::PluginTensorDesc* inputs, const void* c
     return process_launcher().linear(call, stream);
 }
 
-// RoutedCreator
-
-namespace {
-
-struct Fields {
-    std::optional<std::int64_t> format;
-    std::optional<std::int64_t> group_size;
-};
-
-// An integer field, whichever width the reader of a graph gave it.
-Status read_field(const PluginField& field, std::optional<std::int64_t>& value) {
-    const std::string name = field.name;
-    if (field.data == nullptr || field.length != 1) {
-        return failure(name + " has " + std::to_string(field.length) + " values, expected 1");
-    }
-    if (field.type == PluginFieldType::kINT32) {
-        value = *static_cast<const std::int32_t*>(field.data);
-    } else if (field.type == PluginFieldType::kINT64) {
-        value = *static_cast<const std::int64_t*>(field.data);
-    } else {
-        return failure(name + " is a field of type " + std::to_string(static_cast<int>(field.type)) +
-                       ", expected an integer");
-    }
-    return {};
-}
-
-// Fields of other names are of the graph's reader, not ours.
-Status read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fields) {
-    for (std::int32_t index = 0; collection != nullptr && index < collection->nbFields; ++index) {
-        const PluginField& field = collection->fields[index];
-        const std::string name = field.name != nullptr ? field.name : "";
-        Status status;
-        if (name == kFormatField) {
-            status = read_field(field, fields.format);
-        } else if (name == kGroupSizeField) {
-            status = read_field(field, fields.group_size);
-        }
-        if (!status.ok()) {
-            return status;
-        }
-    }
-    return {};
-}
-
-// format: what a plan stores; a graph has none.
-Status check_format(const Fields& fields, nvinfer1::TensorRTPhase phase) {
-    const bool is_stored = phase == nvinfer1::TensorRTPhase::kRUNTIME;
-    const std::string expected = "expected " + std::to_string(kFieldFormat);
-    if (is_stored && !fields.format) {
-        return failure("the plan stores no format, " + expected);
-    }
-    if (fields.format && *fields.format != kFieldFormat) {
-        const bool is_newer = *fields.format > kFieldFormat;
-        return failure("the plan stores format " + std::to_string(*fields.format) + ", " + expected + ": " +
-                       (is_newer ? "use the newer plugin library that it was built with" : "build the engine again"));
-    }
-    return {};
-}
-
-}  // namespace
-
-RoutedCreator::RoutedCreator(const char* name) : name_(name), is_linear_(std::string(name) == kLinearName) {
-    if (is_linear_) {
-        fields_.emplace_back(kGroupSizeField, nullptr, PluginFieldType::kINT32, 1);
-    }
-    collection_.nbFields = static_cast<std::int32_t>(fields_.size());
-    collection_.fields = fields_.data();
-}
-
-nvinfer1::IPluginV3* RoutedCreator::createPlugin(const char* layer, const nvinfer1::PluginFieldCollection* collection,
-                                                 nvinfer1::TensorRTPhase phase) noexcept {
-    try {
-        Fields fields;
-        Status status = read_fields(collection, fields);
-        if (status.ok()) {
-            status = check_format(fields, phase);
-        }
-        if (status.ok() && is_linear_ && !fields.group_size) {
-            status = failure("there is no attribute group_size, expected 32, 64 or 128");
-        } else if (status.ok() && is_linear_ && !is_group_size(*fields.group_size)) {
-            status = failure("group_size is " + std::to_string(*fields.group_size) + ", expected 32, 64 or 128");
-        }
-        if (status.ok()) {
-            if (is_linear_) {
-                return new RoutedLinear(static_cast<std::int32_t>(*fields.group_size));
-            }
-            return new RoutedPartition();
-        }
-        const std::string where = layer != nullptr && *layer != '\0' ? std::string(layer) + ": " : "";
-        say(name_, (where + status.message).c_str());
-    } catch (const std::exception& error) {
-        say(name_, error.what());
-    }
-    return nullptr;
-}
-
 }  // namespace vlmdeploy
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { vlmdeploy::logger_finder.store(finder); }
-
-nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
-    static vlmdeploy::RoutedCreator partition(vlmdeploy::kPartitionName);
-    static vlmdeploy::RoutedCreator linear(vlmdeploy::kLinearName);
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&partition, &linear};
-    count = 2;
-    return creators;
-}
-
-const char* vlmdeploy_plugin_info() {
-    static const std::string info = [] {
-        const vlmdeploy::KernelTable& table = vlmdeploy::process_launcher().table();
-        const std::string major = std::to_string(NV_TENSORRT_MAJOR);
-        return std::string("{\"plugin_version\": \"") + vlmdeploy::kVersion + "\", \"packing\": " +
-               std::to_string(table.packing) + ", \"tensorrt\": \"" + major + "." + std::to_string(NV_TENSORRT_MINOR) +
-               "\", \"tensorrt_major\": " + major + ", \"architectures\": [" + vlmdeploy::architecture_list(table) + "]}";
-    }();
-    return info.c_str();
-}

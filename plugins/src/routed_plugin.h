@@ -24,6 +24,8 @@ constexpr const char* kVersion = "1";
 constexpr const char* kPartitionName = "RoutedPartition";
 constexpr const char* kLinearName = "RoutedLinear";
 constexpr std::int32_t kFieldFormat = 1;  // of what a plan stores of a plugin
+constexpr const char* kFormatField = "format";
+constexpr const char* kGroupSizeField = "group_size";
 
 // What both plugins do alike.
 class RoutedPlugin : public nvinfer1::IPluginV3,
@@ -77,6 +79,8 @@ class RoutedPlugin : public nvinfer1::IPluginV3,
 
   private:
     Status check_counts(std::int32_t num_inputs, std::int32_t num_outputs) const;
+    template <typename Item>
+    Status check_and_prepare(const Item* inputs, std::int32_t num_inputs, std::int32_t num_outputs) const;
 
     const std::int32_t field_format_ = kFieldFormat;
     std::vector<nvinfer1::PluginField> fields_;

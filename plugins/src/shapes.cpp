@@ -24,10 +24,14 @@ Status expect(const char* name, const Shape& found, const std::vector<std::int64
         const bool is_known = fits && found.size[axis] != kUnknown && sizes[axis] != kUnknown;
         fits = fits && (!is_known || found.size[axis] == sizes[axis]);
     }
-    return fits ? Status{} : failure(std::string(name) + " is " + text_of(found) + ", expected " + text_of(wanted) + ": " + legend);
+    return fits
+               ? Status{}
+               : failure(std::string(name) + " is " + text_of(found) + ", expected " + text_of(wanted) + ": " + legend);
 }
 
-std::int64_t size_of(const Shape& shape, int axis) { return axis < shape.num_axes ? shape.size[axis] : kUnknown; }
+std::int64_t size_of(const Shape& shape, int axis) {
+    return axis < shape.num_axes ? shape.size[axis] : kUnknown;
+}
 
 // What each input must be, given what x, codes and scales say about tokens, in and out.
 Status check_against_each_other(const std::vector<Shape>& inputs, int group_size) {
@@ -60,7 +64,9 @@ Status check_against_each_other(const std::vector<Shape>& inputs, int group_size
 
 }  // namespace
 
-bool is_group_size(std::int64_t value) { return value == 32 || value == 64 || value == 128; }
+bool is_group_size(std::int64_t value) {
+    return value == 32 || value == 64 || value == 128;
+}
 
 Status check_linear_shapes(const std::vector<Shape>& inputs, int group_size) {
     if (inputs.size() != kNumLinearInputs) {

@@ -13,6 +13,8 @@ struct Status {
     bool ok() const { return message.empty(); }
 };
 
-inline Status failure(std::string message) { return Status{std::move(message)}; }
+inline Status failure(std::string message) {
+    return Status{std::move(message)};
+}
 
 }  // namespace vlmdeploy

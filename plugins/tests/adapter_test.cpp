@@ -1,188 +1,16 @@
 // Contract of the plugins, called as TensorRT calls them: types, shapes, formats, what a plan stores, one line where
-// something does not fit. Compiled with the headers of TensorRT, or with the stand-ins under stub/; no TensorRT library.
+// something does not fit. Compiled with the headers of TensorRT, or with the stand-ins under stub/; no TensorRT
+// library.
 
 #include "routed_plugin.h"
 
-#include <deque>
-#include <memory>
-
 #include "checks.h"
-#include "fake_driver.h"
+#include "fake_tensorrt.h"
 
 namespace {
 
 using namespace nvinfer1;
-
-// What a test needs around the plugins: a driver, a logger, size expressions.
-class Logger : public ILogger {
-  public:
-    void log(Severity severity, const char* message) noexcept override {
-        CHECK(severity == Severity::kERROR);
-        lines.emplace_back(message);
-    }
-
-    std::vector<std::string> lines;
-};
-
-class Finder : public ILoggerFinder {
-  public:
-    ILogger* findLogger() override { return logger; }
-
-    ILogger* logger = nullptr;
-};
-
-vlmdeploy::Launcher* current_launcher = nullptr;
-
-struct Bench {
-    Bench() {
-        fake::state = &state;
-        current_launcher = &launcher;
-        finder.logger = &logger;
-        setLoggerFinder(&finder);
-    }
-    ~Bench() { setLoggerFinder(nullptr); }
-
-    std::string said() const {
-        CHECK_EQUAL(logger.lines.size(), 1u);
-        return logger.lines.empty() ? "" : logger.lines.back();
-    }
-
-    fake::State state;
-    vlmdeploy::Launcher launcher{fake::table, fake::find_driver};
-    Logger logger;
-    Finder finder;
-};
-
-class Size : public IDimensionExpr, public apiv::VDimensionExpr {
-  public:
-    explicit Size(std::int64_t value) : value_(value) { mImpl = this; }
-    bool isConstant() const override { return value_ >= 0; }
-    std::int64_t getConstantValue() const override { return value_; }
-    bool isSizeTensor() const override { return false; }
-
-  private:
-    std::int64_t value_;
-};
-
-class Builder : public IExprBuilder, public apiv::VExprBuilder {
-  public:
-    Builder() { mImpl = this; }
-    const IDimensionExpr* constant(std::int64_t value) override {
-        sizes.push_back(std::make_unique<Size>(value));
-        return sizes.back().get();
-    }
-    const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) override {
-        return nullptr;
-    }
-    const IDimensionExpr* declareSizeTensor(std::int32_t, const IDimensionExpr&, const IDimensionExpr&) override {
-        return nullptr;
-    }
-
-    std::deque<std::unique_ptr<Size>> sizes;
-};
-
-using Sizes = std::vector<std::int64_t>;
-
-constexpr std::int64_t kAny = -1;  // a size that is not known while an engine is built
-const std::vector<Sizes> kLinearSizes = {{kAny, 256}, {kAny}, {kAny}, {1}, {2, 96, 128}, {2, 2, 96}, {2, 96}};
-const std::vector<DataType> kLinearTypes = {DataType::kHALF, DataType::kINT32, DataType::kINT32, DataType::kINT32,
-                                            DataType::kINT8, DataType::kHALF,  DataType::kFLOAT};
-
-PluginTensorDesc tensor(const Sizes& sizes, DataType type, TensorFormat format = TensorFormat::kLINEAR) {
-    PluginTensorDesc desc{};
-    desc.dims.nbDims = static_cast<std::int32_t>(sizes.size());
-    for (std::size_t axis = 0; axis < sizes.size() && axis < 8; ++axis) {
-        desc.dims.d[axis] = sizes[axis];
-    }
-    desc.type = type;
-    desc.format = format;
-    return desc;
-}
-
-std::vector<PluginTensorDesc> tensors(const std::vector<Sizes>& sizes, const std::vector<DataType>& types) {
-    std::vector<PluginTensorDesc> found;
-    for (std::size_t index = 0; index < sizes.size(); ++index) {
-        found.push_back(tensor(sizes[index], types[index]));
-    }
-    return found;
-}
-
-std::vector<DynamicPluginTensorDesc> dynamic(const std::vector<PluginTensorDesc>& descriptions) {
-    std::vector<DynamicPluginTensorDesc> found;
-    for (const PluginTensorDesc& desc : descriptions) {
-        found.push_back({desc, desc.dims, desc.dims, desc.dims});
-    }
-    return found;
-}
-
-std::vector<PluginTensorDesc> linear_tensors(std::int64_t tokens) {
-    std::vector<Sizes> sizes = kLinearSizes;
-    sizes[0][0] = sizes[1][0] = sizes[2][0] = tokens;
-    sizes.push_back({tokens, 96});
-    std::vector<DataType> types = kLinearTypes;
-    types.push_back(types[0]);
-    return tensors(sizes, types);
-}
-
-IPluginCreatorV3One& creator(int index) {
-    std::int32_t count = 0;
-    IPluginCreatorInterface* const* creators = getCreators(count);
-    CHECK_EQUAL(count, 2);
-    return static_cast<IPluginCreatorV3One&>(*creators[index]);
-}
-
-std::unique_ptr<IPluginV3> create(int index, const std::vector<PluginField>& fields, TensorRTPhase phase,
-                                  const char* layer = "layer_7") {
-    PluginFieldCollection collection{};
-    collection.nbFields = static_cast<std::int32_t>(fields.size());
-    collection.fields = fields.data();
-    return std::unique_ptr<IPluginV3>(creator(index).createPlugin(layer, &collection, phase));
-}
-
-constexpr int kPartition = 0;
-constexpr int kLinear = 1;
-
-std::unique_ptr<IPluginV3> linear(std::int32_t group_size = 128) {
-    return create(kLinear, {{"group_size", &group_size, PluginFieldType::kINT32, 1}}, TensorRTPhase::kBUILD);
-}
-
-std::unique_ptr<IPluginV3> partition() { return create(kPartition, {}, TensorRTPhase::kBUILD); }
-
-IPluginV3OneCore& core(IPluginV3& plugin) {
-    return static_cast<IPluginV3OneCore&>(*plugin.getCapabilityInterface(PluginCapabilityType::kCORE));
-}
-
-IPluginV3OneBuild& build(IPluginV3& plugin) {
-    return static_cast<IPluginV3OneBuild&>(*plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
-}
-
-IPluginV3OneRuntime& runtime(IPluginV3& plugin) {
-    return static_cast<IPluginV3OneRuntime&>(*plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-}
-
-// The shapes that a plugin infers, -1 for what is not known; empty where it refuses.
-std::vector<Sizes> inferred(IPluginV3& plugin, const std::vector<Sizes>& inputs, int num_outputs) {
-    Builder builder;
-    std::vector<DimsExprs> given(inputs.size());
-    for (std::size_t index = 0; index < inputs.size(); ++index) {
-        given[index].nbDims = static_cast<std::int32_t>(inputs[index].size());
-        for (std::size_t axis = 0; axis < inputs[index].size(); ++axis) {
-            given[index].d[axis] = builder.constant(inputs[index][axis]);
-        }
-    }
-    std::vector<DimsExprs> outputs(static_cast<std::size_t>(num_outputs));
-    const std::int32_t result = build(plugin).getOutputShapes(given.data(), static_cast<std::int32_t>(given.size()),
-                                                              nullptr, 0, outputs.data(), num_outputs, builder);
-    std::vector<Sizes> found;
-    for (const DimsExprs& output : outputs) {
-        Sizes sizes;
-        for (int axis = 0; result == 0 && axis < output.nbDims; ++axis) {
-            sizes.push_back(output.d[axis]->getConstantValue());
-        }
-        found.push_back(sizes);
-    }
-    return result == 0 ? found : std::vector<Sizes>{};
-}
+using namespace fake;
 
 void creators_bear_the_names_of_the_graph() {
     CHECK_EQUAL(std::string(creator(kPartition).getPluginName()), "RoutedPartition");
@@ -376,8 +204,9 @@ void plan_of_a_newer_format_is_refused() {
     const std::vector<PluginField> fields = {{"format", &format, PluginFieldType::kINT32, 1},
                                              {"group_size", &group_size, PluginFieldType::kINT32, 1}};
     CHECK(create(kLinear, fields, TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK_EQUAL(bench.said(), "vlmdeploy RoutedLinear: layer_7: the plan stores format 2, expected 1: use the newer "
-                              "plugin library that it was built with");
+    CHECK_EQUAL(bench.said(),
+                "vlmdeploy RoutedLinear: layer_7: the plan stores format 2, expected 1: use the newer "
+                "plugin library that it was built with");
 }
 
 void plan_without_a_format_is_refused() {
@@ -412,7 +241,8 @@ void missing_group_size_is_told_and_other_fields_are_not_ours() {
     const std::int32_t other = 3;
     CHECK(create(kLinear, {{"other", &other, PluginFieldType::kINT32, 1}}, TensorRTPhase::kBUILD) == nullptr);
     CHECK_CONTAINS(bench.said(), "there is no attribute group_size");
-    CHECK(std::unique_ptr<IPluginV3>(creator(kPartition).createPlugin(nullptr, nullptr, TensorRTPhase::kBUILD)) != nullptr);
+    CHECK(std::unique_ptr<IPluginV3>(creator(kPartition).createPlugin(nullptr, nullptr, TensorRTPhase::kBUILD)) !=
+          nullptr);
 }
 
 void enqueue_passes_what_tensorrt_gives() {
@@ -462,7 +292,8 @@ void failed_launch_is_a_status_and_a_line() {
                                 reinterpret_cast<void*>(16), reinterpret_cast<void*>(16), reinterpret_cast<void*>(16),
                                 reinterpret_cast<void*>(16)};
     CHECK(runtime(*linear()).enqueue(all.data(), all.data() + 7, addresses, addresses, nullptr, nullptr) != 0);
-    CHECK_CONTAINS(bench.said(), "launching routed_gemv.fp16.g128 failed: no kernel image is available (CUDA error 209)");
+    CHECK_CONTAINS(bench.said(),
+                   "launching routed_gemv.fp16.g128 failed: no kernel image is available (CUDA error 209)");
 }
 
 void gpu_without_kernels_fails_the_build_and_the_run() {
@@ -500,15 +331,17 @@ void info_is_the_json_that_python_reads() {
     Bench bench;
     const std::string version = std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR);
     CHECK_EQUAL(std::string(vlmdeploy_plugin_info()),
-                "{\"plugin_version\": \"1\", \"packing\": 1, \"tensorrt\": \"" + version + "\", \"tensorrt_major\": " +
-                    std::to_string(NV_TENSORRT_MAJOR) + ", \"architectures\": [80, 87]}");
+                "{\"plugin_version\": \"1\", \"packing\": 1, \"tensorrt\": \"" + version +
+                    "\", \"tensorrt_major\": " + std::to_string(NV_TENSORRT_MAJOR) + ", \"architectures\": [80, 87]}");
 }
 
 }  // namespace
 
 namespace vlmdeploy {
 
-Launcher& process_launcher() { return *current_launcher; }
+Launcher& process_launcher() {
+    return *fake::current_launcher;
+}
 
 }  // namespace vlmdeploy
 

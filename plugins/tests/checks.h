@@ -53,10 +53,14 @@ inline int run_all(const std::vector<Test>& tests) {
 
 }  // namespace checks
 
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) checks::fail(__FILE__, __LINE__, #condition " is false"); \
+#define CHECK(condition)                                              \
+    do {                                                              \
+        if (!(condition))                                             \
+            checks::fail(__FILE__, __LINE__, #condition " is false"); \
     } while (false)
 #define CHECK_EQUAL(found, expected) checks::equal(__FILE__, __LINE__, #found, found, expected)
 #define CHECK_CONTAINS(found, part) checks::contains(__FILE__, __LINE__, found, part)
-#define TEST(name) checks::Test { #name, name }
+#define TEST(name)  \
+    checks::Test {  \
+        #name, name \
+    }

@@ -1,5 +1,5 @@
-// Prints what cuda_driver() finds on this machine: "ready", or why there is no driver. Its test puts libraries of its own
-// in the way.
+// Prints what cuda_driver() finds on this machine: "ready", or why there is no driver. Its test puts libraries of its
+// own in the way.
 
 #include <iostream>
 

@@ -1,4 +1,5 @@
-// Prints the embedded table, a kernel a line with its image in hexadecimal, for a test to compare with what was embedded.
+// Prints the embedded table, a kernel a line with its image in hexadecimal, for a test to compare with what was
+// embedded.
 
 #include <cstdio>
 

@@ -45,7 +45,9 @@ inline const char* argument_kinds(const std::string& symbol) {
     return symbol.find("partition") != std::string::npos ? "pipp" : "pppppppiiip";  // pointer or int32
 }
 
-inline int result_of(const char* function) { return std::strcmp(state->failing, function) == 0 ? 209 : 0; }
+inline int result_of(const char* function) {
+    return std::strcmp(state->failing, function) == 0 ? 209 : 0;
+}
 
 inline int ctx_get_current(void** context) {
     *context = state->context;
@@ -95,8 +97,16 @@ inline int launch_kernel(void* function, unsigned grid_x, unsigned grid_y, unsig
     if (result_of("launch_kernel") != 0) {
         return 209;
     }
-    Launch launch{static_cast<const char*>(function), grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes,
-                  stream, {}};
+    Launch launch{static_cast<const char*>(function),
+                  grid_x,
+                  grid_y,
+                  grid_z,
+                  block_x,
+                  block_y,
+                  block_z,
+                  shared_bytes,
+                  stream,
+                  {}};
     for (const char* kind = argument_kinds(launch.symbol); *kind != '\0'; ++kind, ++arguments) {
         std::uint64_t value = 0;
         std::memcpy(&value, *arguments, *kind == 'p' ? sizeof(void*) : sizeof(std::int32_t));
@@ -111,7 +121,7 @@ inline int get_error_string(int error, const char** text) {
     return error == 209 ? 0 : 1;
 }
 
-inline const vlmdeploy::CudaDriver driver{ctx_get_current,  ctx_get_id,          ctx_get_device,
+inline const vlmdeploy::CudaDriver driver{ctx_get_current,      ctx_get_id,       ctx_get_device,
                                           device_get_attribute, module_load_data, module_get_function,
                                           func_set_attribute,   launch_kernel,    get_error_string};
 
@@ -123,16 +133,21 @@ inline const char images[9][4] = {"P87", "V87", "S87", "L87", "B87", "C87", "D87
 inline const vlmdeploy::Kernel kernels[] = {
     {"routed_partition", 87, Kind::partition, Activation::none, 0, 1, 1, 4, 256, "partition_87", images[0], 4},
     {"routed_gemv.fp16.g128", 87, Kind::gemv, Activation::fp16, 128, 1, 32, 2, 512, "gemv_fp16", images[1], 4},
-    {"routed_gemm.fp16.g128.64x64", 87, Kind::gemm, Activation::fp16, 128, 64, 64, 8, 65536, "large_fp16", images[3], 4},
-    {"routed_gemm.fp16.g128.16x64", 87, Kind::gemm, Activation::fp16, 128, 16, 64, 4, 49152, "small_fp16", images[2], 4},
+    {"routed_gemm.fp16.g128.64x64", 87, Kind::gemm, Activation::fp16, 128, 64, 64, 8, 65536, "large_fp16", images[3],
+     4},
+    {"routed_gemm.fp16.g128.16x64", 87, Kind::gemm, Activation::fp16, 128, 16, 64, 4, 49152, "small_fp16", images[2],
+     4},
     {"routed_gemv.bf16.g128", 87, Kind::gemv, Activation::bf16, 128, 1, 32, 2, 512, "gemv_bf16", images[4], 4},
-    {"routed_gemm.bf16.g128.64x64", 87, Kind::gemm, Activation::bf16, 128, 64, 64, 8, 20480, "large_bf16", images[5], 4},
+    {"routed_gemm.bf16.g128.64x64", 87, Kind::gemm, Activation::bf16, 128, 64, 64, 8, 20480, "large_bf16", images[5],
+     4},
     {"routed_gemm.bf16.g128.16x64", 87, Kind::gemm, Activation::bf16, 128, 16, 64, 4, 8192, "small_bf16", images[6], 4},
     {"routed_partition", 80, Kind::partition, Activation::none, 0, 1, 1, 4, 256, "partition_80", images[7], 4},
 };
 inline const vlmdeploy::Choice choices[] = {{80, 8, 32}, {87, 2, 64}};
 inline const vlmdeploy::KernelTable table{kernels, sizeof kernels / sizeof *kernels, choices, 2, 1};
 
-inline const vlmdeploy::CudaDriver* find_driver(std::string&) { return &driver; }
+inline const vlmdeploy::CudaDriver* find_driver(std::string&) {
+    return &driver;
+}
 
 }  // namespace fake

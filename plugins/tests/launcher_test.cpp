@@ -24,13 +24,20 @@ struct Bench {
     Launcher launcher{fake::table, fake::find_driver};
 };
 
-void* address(std::uintptr_t value) { return reinterpret_cast<void*>(value); }
+void* address(std::uintptr_t value) {
+    return reinterpret_cast<void*>(value);
+}
 
 void* const kStream = address(0x77);
 
 LinearCall linear_call(std::int64_t tokens, Activation activation = Activation::fp16, std::int64_t out_width = 100) {
-    return {activation,     128,           address(0x100), address(0x110), address(0x120), address(0x130), address(0x140),
-            address(0x150), address(0x160), tokens,         out_width,      3,              address(0x170)};
+    return {activation,     128,
+            address(0x100), address(0x110),
+            address(0x120), address(0x130),
+            address(0x140), address(0x150),
+            address(0x160), tokens,
+            out_width,      3,
+            address(0x170)};
 }
 
 std::string symbol_for(std::int64_t tokens, Activation activation = Activation::fp16) {
@@ -209,7 +216,7 @@ void thread_without_a_context_is_told() {
 
 void sizes_that_a_kernel_cannot_take_are_refused() {
     Bench bench;
-    CHECK_CONTAINS(bench.launcher.linear(linear_call(-1), kStream).message, "tokens is -1, expected 0 to 2147483647");
+    CHECK_CONTAINS(bench.launcher.linear(linear_call(-1), kStream).message, "tokens is -1, expected 1 to 2147483647");
     CHECK_CONTAINS(bench.launcher.linear(linear_call(1LL << 31), kStream).message, "tokens is 2147483648");
     CHECK_CONTAINS(bench.launcher.linear(linear_call(1, Activation::fp16, 0), kStream).message, "out is 0");
     CHECK_CONTAINS(bench.launcher.linear(linear_call(64 * 65535), kStream).message,

@@ -16,7 +16,16 @@ namespace nvinfer1 {
 using AsciiChar = char;
 
 enum class DataType : std::int32_t {
-    kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBOOL = 4, kUINT8 = 5, kFP8 = 6, kBF16 = 7, kINT64 = 8, kINT4 = 9,
+    kFLOAT = 0,
+    kHALF = 1,
+    kINT8 = 2,
+    kINT32 = 3,
+    kBOOL = 4,
+    kUINT8 = 5,
+    kFP8 = 6,
+    kBF16 = 7,
+    kINT64 = 8,
+    kINT4 = 9,
 };
 enum class TensorFormat : std::int32_t { kLINEAR = 0, kCHW32 = 5 };
 enum class PluginFieldType : std::int32_t { kFLOAT32 = 1, kINT32 = 5, kINT64 = 10 };
@@ -58,7 +67,8 @@ class VExprBuilder {
   public:
     virtual ~VExprBuilder() noexcept = default;
     virtual IDimensionExpr const* constant(std::int64_t value) = 0;
-    virtual IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a, IDimensionExpr const& b) = 0;
+    virtual IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a,
+                                            IDimensionExpr const& b) = 0;
     virtual IDimensionExpr const* declareSizeTensor(std::int32_t output, IDimensionExpr const& opt,
                                                     IDimensionExpr const& upper) = 0;
 };
