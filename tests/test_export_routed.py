@@ -190,24 +190,6 @@ def test_golden_checkpoints_pass_the_gate(checkpoint: str, tmp_path: Path) -> No
 # The gate
 
 
-@pytest.fixture
-def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
-    """Spoil the written graphs before they are verified."""
-    from vlmdeploy.export import exporter
-
-    def plan(edit: Edit) -> None:
-        write_graphs = exporter._write_graphs
-
-        def spoiled(*arguments: Any) -> Any:
-            result = write_graphs(*arguments)
-            edit(arguments[4])
-            return result
-
-        monkeypatch.setattr(exporter, "_write_graphs", spoiled)
-
-    return plan
-
-
 def route_all_to(expert: str) -> Callable[[onnx.NodeProto], None]:
     """Rows of both experts through the weights of one: what a port does that drops the routing."""
 
@@ -216,10 +198,6 @@ def route_all_to(expert: str) -> Callable[[onnx.NodeProto], None]:
             node.input[3] = "count.all" if expert == "language" else "count.none"
 
     return edit
-
-
-def forget_the_order(node: onnx.NodeProto) -> None:
-    node.output[0], node.output[1] = "order.lost", "language_count"
 
 
 def add_counts(folder: Path) -> None:
@@ -239,11 +217,6 @@ def routed_to(expert: str) -> Edit:
         edit_linears(folder)
 
     return edit
-
-
-def drop_row_counts(node: onnx.NodeProto) -> None:
-    """Every prompt's rows at the first slot."""
-    node.input[2] = "zero"
 
 
 SABOTAGES: dict[str, tuple[Edit, str]] = {

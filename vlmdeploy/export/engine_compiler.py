@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_parts import EnginePart, cut
 from vlmdeploy.export.routed_aot import register_routed_plugins
-from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, without_routed_functions
+from vlmdeploy.export.routed_functions import without_routed_functions
 from vlmdeploy.runtime.backend import ROUTED_GRAPH
 from vlmdeploy.runtime.child_process import child_process, end_with_parent
 from vlmdeploy.runtime.plugin_library import load_plugin_library
@@ -155,11 +154,8 @@ def _use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.Mode
     without_routed_functions(model)
     if plugin.library is not None:
         load_plugin_library(plugin.library, library, plugin.architecture)
-        return
-    register_routed_plugins(library, plugin.architecture)
-    for node in model.graph.node:
-        if node.domain == ROUTED_DOMAIN:
-            node.attribute.append(helper.make_attribute("aot", 1))
+    else:
+        register_routed_plugins(library, plugin.architecture)
 
 
 def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto) -> None:
