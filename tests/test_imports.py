@@ -59,7 +59,8 @@ THEIRS: dict[str, str] = {
     "data": "numpy PIL |",
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
-    "kernels/routed.py": "triton |",  # nothing but Triton's source, imported inside functions
+    "kernels/routed.py": "triton |",  # imported inside functions, or by a process of its own:
+    "kernels/compile_architecture.py": "triton |",
     "model": "numpy torch safetensors |",
     "calib": "numpy torch safetensors PIL | openpyxl jinja2 markupsafe matplotlib",
     "train": "numpy torch safetensors tokenizers |",
@@ -204,7 +205,8 @@ def test_engines_are_built_where_torch_cannot_be_imported() -> None:
 
 def test_kernels_are_packed_and_read_where_neither_torch_nor_triton_can_be_imported() -> None:
     blocked = "import sys\nfor name in ('torch', 'triton'): sys.modules[name] = None"
-    assert loaded_after(f"{blocked}\nimport vlmdeploy.kernels.packing, vlmdeploy.kernels.block_shapes", "onnx") == []
+    imports = "import vlmdeploy.kernels.packing, vlmdeploy.kernels.compiled_kernels, vlmdeploy.kernels.compile"
+    assert loaded_after(f"{blocked}\n{imports}", "numba") == []
 
 
 def test_unknown_public_name_is_an_attribute_error() -> None:

@@ -4,7 +4,7 @@ The table is block_shapes.json. Its values follow from figures of the devices an
 (registers, spills, shared memory); they were not timed on a device, which `benchmarks/routed_kernel.py --tune` does:
 
 - Rows of a large tile share one unpacking of the weights; 64 x 128 outputs are the most that 8 warps hold without
-  spilling registers, in 48 to 64 KiB of shared memory.
+  spilling registers, in at most 64 KiB of shared memory.
 - Few rows are bound by memory, so outputs are cut finely enough to give every multiprocessor work: 4096 outputs make
   128 programs of 32 columns, which 8 to 20 multiprocessors (embedded) share, and 256 of 16 where there are 28 to 170.
 - A Jetson reads about 10 bytes per clock and multiprocessor, so that one row of `routed_gemv` already takes most of its
@@ -30,6 +30,10 @@ class BlockShape:
     block_columns: int
     num_warps: int
     num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside the constants."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
