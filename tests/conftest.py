@@ -1,6 +1,7 @@
 """Fixtures that several test files share. Nothing here imports torch before a test asks for it: the runtime's tests
 run without."""
 
+import os
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
+
+# Triton decides when it is imported whether kernels are compiled or interpreted; here they are interpreted, on any
+# machine. What compiles them is a process of its own, which sets this itself.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and every process that a test starts and then
 # interrupts would inherit that.

@@ -34,9 +34,11 @@ def _copy_of_sources(folder: Path) -> Path:
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("*.py")} | {"vlmdeploy/py.typed"}
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("templates/*")}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy/kernels/compiled").glob("*")}
+    kernels.add("vlmdeploy/kernels/block_shapes.json")
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert templates
-    assert held == sources | templates
+    assert held == sources | templates | kernels
 
 
 def test_wheel_brings_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:

@@ -1,0 +1,81 @@
+"""Which block shapes and warps the routed kernels use on an architecture, and which kernel for how many rows.
+
+The table is block_shapes.json. Its values follow from figures of the devices and from what the compiler reports
+(registers, spills, shared memory); they were not timed on a device, which `benchmarks/routed_kernel.py --tune` does:
+
+- Rows of a large tile share one unpacking of the weights; 64 x 128 outputs are the most that 8 warps hold without
+  spilling registers, in at most 64 KiB of shared memory.
+- Few rows are bound by memory, so outputs are cut finely enough to give every multiprocessor work: 4096 outputs make
+  128 programs of 32 columns, which 8 to 20 multiprocessors (embedded) share, and 256 of 16 where there are 28 to 170.
+- A Jetson reads about 10 bytes per clock and multiprocessor, so that one row of `routed_gemv` already takes most of its
+  instructions: more rows go to tensor cores. GeForce cards read 3 to 5 and can afford a second row.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vlmdeploy.errors import BackendError
+
+TABLE = Path(__file__).parent / "block_shapes.json"
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Rows and outputs of a program's tile, its warps, and how many blocks of inputs are in flight."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside the constants."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of one architecture: `gemv` up to so many rows, then `small_gemm`, above that `large_gemm`."""
+
+    gemv: BlockShape
+    small_gemm: BlockShape
+    large_gemm: BlockShape
+    gemv_up_to_tokens: int
+    small_gemm_up_to_tokens: int
+
+    def of(self, tokens: int) -> tuple[str, BlockShape]:
+        """The kernel for so many rows, "gemv" or "gemm", and its shape."""
+        if tokens <= self.gemv_up_to_tokens:
+            return "gemv", self.gemv
+        return "gemm", self.small_gemm if tokens <= self.small_gemm_up_to_tokens else self.large_gemm
+
+
+def known_architectures() -> tuple[int, ...]:
+    """The compute capabilities that the table names, as 10 * major + minor."""
+    return tuple(sorted(int(name) for name in read_table()["architectures"]))
+
+
+def shapes_of(architecture: int) -> Shapes:
+    """The shapes of an architecture. Raises BackendError, naming those there are."""
+    table = read_table()
+    name = table["architectures"].get(str(architecture))
+    if name is None:
+        known = ", ".join(str(number) for number in known_architectures())
+        raise BackendError(f"no routed kernel for SM {architecture}; there are kernels for SM {known}")
+    return shapes_from(table["shapes"][name])
+
+
+def shapes_from(entry: dict[str, Any]) -> Shapes:
+    """Shapes as the table holds them."""
+    gemv, small, large = (BlockShape(**entry[name]) for name in ("gemv", "small_gemm", "large_gemm"))
+    return Shapes(gemv, small, large, entry["gemv_up_to_tokens"], entry["small_gemm_up_to_tokens"])
+
+
+@cache
+def read_table() -> dict[str, Any]:
+    """The whole table."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
