@@ -1,8 +1,8 @@
 """A process that plays TensorRT for plugins written in Python: NVIDIA's own `tensorrt.plugin`, over stub libraries,
 with a registry and size expressions of ours in place of those that only TensorRT's own library has.
 
-`python -m tests.aot_host KERNELS EXPRESSION` registers the routed plugins with the compiled kernels of a folder, for
-SM 87, and prints the value of an expression over this module as JSON.
+`python -m tests.aot_host KERNELS EXPRESSION SM` registers the routed plugins with the compiled kernels of a folder for
+one GPU, and prints the value of an expression over this module as JSON.
 """
 
 import importlib
@@ -177,5 +177,5 @@ def known_to_registry() -> Any:
 
 if __name__ == "__main__":
     KERNELS = Path(sys.argv[1])
-    register_routed_plugins(LIBRARY, 87, KERNELS)
+    register_routed_plugins(LIBRARY, int(sys.argv[3]), KERNELS)
     print(json.dumps(eval(sys.argv[2])))

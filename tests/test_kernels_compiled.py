@@ -192,7 +192,7 @@ def test_truncated_archive_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"registers": 256}, {"shared_bytes": 48 * 1024 + 1}])
 def test_kernel_beyond_its_device_is_refused(change: dict[str, int]) -> None:
     kernel = CompiledKernel(**{**vars(read_index().partition(87)), **change})
-    with pytest.raises(ExportError, match=r"routed_partition for SM 87 takes .*see block_shapes\.json"):
+    with pytest.raises(ExportError, match="routed_partition for SM 87 takes .*see block_shapes.json"):
         check_limits(kernel)
 
 

@@ -14,7 +14,7 @@ from tests.stub_libraries import COMPILER, build_stubs
 from tests.tiny_bundle import run_process
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.routed_aot import register_routed_plugins
-from vlmdeploy.export.routed_ptx import read_ptx_kernels
+from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
 TOKENS = "[tensor(('t',), 'INT32')]"
@@ -31,10 +31,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     return folder / "kernels", build_stubs(folder)
 
 
-def value(host: tuple[Path, dict[str, str]], expression: str) -> Any:
-    """Of an expression over tests/aot_host.py, after the plugins were registered for SM 87."""
+def value(host: tuple[Path, dict[str, str]], expression: str, architecture: int = 87) -> Any:
+    """Of an expression over tests/aot_host.py, after the plugins were registered for a GPU."""
     kernels, environment = host
-    done = run_process("-m", "tests.aot_host", kernels, expression, **environment)
+    done = run_process("-m", "tests.aot_host", kernels, expression, architecture, **environment)
     assert done.returncode == 0, f"is the extra `dev` installed? {done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -110,6 +110,19 @@ def test_tactic_that_was_not_offered_is_refused(host: tuple[Path, dict[str, str]
     assert found == [f"BackendError: tactic is {tactic}, expected 1 to 2" for tactic in (0, 3)]
 
 
+@pytest.mark.parametrize("architecture", read_index().architectures())
+def test_shipped_kernels_are_launched_as_ptx_of_their_gpu(architecture: int, host: tuple[Path, dict[str, str]]) -> None:
+    """11 parameters: 7 inputs, 3 integers, 1 output; TensorRT would pass no more."""
+    calls = [f"launched(LINEAR, linear_inputs({{}}), 128, (None,), {tactic})" for tactic in (1, 2)]
+    calls.append(f"launched(PARTITION, {TOKENS}, (None, None), 0)")
+    found = value((COMPILED, host[1]), f"[{', '.join(calls)}]", architecture)
+    for (symbol, ptx, launches), num_parameters in zip(found, (11, 11, 4), strict=True):
+        head = ptx.split(f".entry {symbol}(")[1].split(")")[0]
+        assert head.count(".param") == num_parameters
+        assert f".target sm_{architecture}" in ptx
+        assert all(numbers[5] <= 48 * 1024 for numbers in launches)
+
+
 def test_another_signature_would_be_rejected(host: tuple[Path, dict[str, str]]) -> None:
     """What is accepted above is so because it fits: `tensorrt.plugin` compares."""
     found = value(host, "[decorated(name, lambda x, codes, outputs: None) for name in ('aot_impl', 'autotune')]")
@@ -149,10 +162,16 @@ def test_operations_of_a_plugin_library_are_not_doubled(monkeypatch: pytest.Monk
         register_routed_plugins(plugin_module(monkeypatch, aot_impl=None), 87, tmp_path)
 
 
-def test_gpu_without_kernels_is_told_which_there_are(tmp_path: Path) -> None:
+def test_gpu_without_kernels_is_told_which_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_compiled(tmp_path)
-    with pytest.raises(BackendError, match="no kernel for SM 75: built for 80, 87"):
-        read_ptx_kernels(75, tmp_path)
+    with pytest.raises(BackendError, match="no routed kernel for SM 75; there are kernels for SM 80, 87"):
+        register_routed_plugins(plugin_module(monkeypatch, aot_impl=None), 75, tmp_path)
+
+
+def test_kernels_of_another_packing_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_index(tmp_path, write_compiled(tmp_path) | {"packing": 2})
+    with pytest.raises(BackendError, match="the kernels read weights of packing 2, expected 1"):
+        register_routed_plugins(plugin_module(monkeypatch, aot_impl=None), 87, tmp_path)
 
 
 def test_kernels_too_large_for_tensorrt_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,27 +183,3 @@ def test_kernels_too_large_for_tensorrt_are_refused(monkeypatch: pytest.MonkeyPa
         BackendError, match=r"SM 87 has no kernel \(gemv, fp16 activations, group 32\) of at most 49152"
     ):
         register_routed_plugins(plugin_module(monkeypatch, aot_impl=None), 87, tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "packing": 1, "kernels": [7]}'])
-def test_index_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "index.json").write_text(text)
-    with pytest.raises(BackendError, match=r"index\.json: cannot be read"):
-        read_ptx_kernels(87, tmp_path)
-
-
-def test_index_of_another_packing_is_refused(tmp_path: Path) -> None:
-    write_index(tmp_path, write_compiled(tmp_path) | {"packing": 2})
-    with pytest.raises(BackendError, match=r"index\.json is of format 1, packing 2, expected format 1, packing 1"):
-        read_ptx_kernels(87, tmp_path)
-
-
-def test_altered_or_missing_ptx_is_named(tmp_path: Path) -> None:
-    index = write_compiled(tmp_path)
-    index["kernels"][-1]["ptx_sha256"] = "0" * 64
-    write_index(tmp_path, index)
-    with pytest.raises(BackendError, match=r"sm_87\.zip: cannot be read .*does not have the hash"):
-        read_ptx_kernels(87, tmp_path)
-    (tmp_path / "sm_87.zip").write_bytes(b"")
-    with pytest.raises(BackendError, match=r"sm_87\.zip: cannot be read"):
-        read_ptx_kernels(87, tmp_path)

@@ -1,16 +1,21 @@
 """Contract: compiled kernels become C++ that gives back the same images and numbers; what cannot be, is named."""
 
 import subprocess
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
-from plugins.embed_kernels import KernelsError, main, read_kernels, source_text
+from plugins.embed_kernels import PACKING, KernelsError, main, read_kernels, source_text
 from tests.compiled_example import write_compiled, write_index
 from tests.test_plugin_cpp import PLUGINS, compile_program
 from tests.tiny_bundle import run_process
+from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
+from vlmdeploy.kernels.packing import PACKING_VERSION
+from vlmdeploy.runtime import plugin_library
 
 KINDS = ("partition", "gemv", "gemm")  # as the enumeration of kernel_table.h counts them
 
@@ -33,7 +38,27 @@ def test_embedded_kernels_are_those_of_the_folder(tmp_path: Path) -> None:
     program = compile_program(tmp_path, "embedded_test", ("src/kernel_table.cpp", str(tmp_path / "embedded.cpp")))
     lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
     kernels = [printed(kernel, image_of(tmp_path, kernel)) for kernel in index["kernels"]]
-    assert lines == [*kernels, "choice 80 2 80", "choice 87 2 87", "packing 1"]
+    head = [*kernels, "choice 80 2 80", "choice 87 2 87", "packing 1"]
+    assert lines[: len(head)] == head
+    assert lines[len(head) :] == list(served(tmp_path))
+
+
+def served(folder: Path) -> Iterator[str]:
+    """Which kernel serves how many tokens, as Python chooses."""
+    index = read_index(folder)
+    for case in product((80, 87), ("fp16", "bf16"), (32, 64, 128), (1, 2, 3, 80, 81, 512)):
+        yield " ".join(map(str, ("serves", *case, index.linear(*case).name)))
+
+
+def test_shipped_kernels_can_be_embedded() -> None:
+    kernels, choices = read_kernels(COMPILED)
+    index = read_index()
+    assert [kernel.name for kernel in kernels] == [kernel.name for kernel in index.kernels]
+    assert tuple(choices) == index.architectures()
+
+
+def test_all_parts_speak_of_one_packing() -> None:
+    assert PACKING == plugin_library.PACKING == PACKING_VERSION == read_index().packing
 
 
 def test_only_the_architectures_asked_for_are_embedded(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-// Prints the embedded table, a kernel a line with its image in hexadecimal, for a test to compare with what was
-// embedded.
+// Prints the embedded table, a kernel a line with its image in hexadecimal, and which kernel serves how many tokens,
+// for a test to compare with what was embedded.
 
 #include <cstdio>
 
@@ -22,5 +22,16 @@ int main() {
                     table.choices[index].small_gemm_up_to_tokens);
     }
     std::printf("packing %d\n", table.packing);
+    for (const int architecture : vlmdeploy::architectures(table)) {
+        for (const auto activation : {vlmdeploy::Activation::fp16, vlmdeploy::Activation::bf16}) {
+            for (const int group_size : {32, 64, 128}) {
+                for (const long long tokens : {1, 2, 3, 80, 81, 512}) {
+                    std::printf("serves %d %s %d %lld %s\n", architecture, vlmdeploy::activation_name(activation),
+                                group_size, tokens,
+                                vlmdeploy::find_linear(table, architecture, activation, group_size, tokens)->name);
+                }
+            }
+        }
+    }
     return 0;
 }

@@ -12,8 +12,8 @@ from typing import Any
 
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.routed_callbacks import RoutedKernels, register_linear, register_partition
-from vlmdeploy.export.routed_ptx import COMPILED, read_ptx_kernels
-from vlmdeploy.runtime.plugin_library import NAMESPACE, OPERATIONS, check_not_registered
+from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
+from vlmdeploy.runtime.plugin_library import NAMESPACE, OPERATIONS, PACKING, check_not_registered
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
 _registered: dict[str, int] = {}  # library -> architecture; TensorRT's registry lives as long as the process
@@ -28,7 +28,7 @@ def register_routed_plugins(library: TensorrtLibrary, architecture: int, folder:
     if _registered.get(library.name) == architecture:
         return
     plugin = _plugin_module(library)
-    kernels = RoutedKernels(architecture, read_ptx_kernels(architecture, folder))
+    kernels = _kernels(architecture, folder)
     if library.name in _registered:
         found = _registered[library.name]
         raise BackendError(f"{OPERATIONS[1]} is registered for SM {found}, it cannot also be for SM {architecture}")
@@ -36,6 +36,13 @@ def register_routed_plugins(library: TensorrtLibrary, architecture: int, folder:
     register_partition(f"{NAMESPACE}::{OPERATIONS[0]}", plugin, library.module, kernels)
     register_linear(f"{NAMESPACE}::{OPERATIONS[1]}", plugin, library.module, kernels)
     _registered[library.name] = architecture
+
+
+def _kernels(architecture: int, folder: Path) -> RoutedKernels:
+    index = read_index(folder)
+    if index.packing != PACKING:
+        raise BackendError(f"{folder}: the kernels read weights of packing {index.packing}, expected {PACKING}")
+    return RoutedKernels(architecture, index.of(architecture), folder)
 
 
 def _plugin_module(library: TensorrtLibrary) -> Any:

@@ -6,11 +6,14 @@ plugin is the module `tensorrt.plugin`, trt the module `tensorrt`: nothing of th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.routed_ptx import ACTIVATIONS, GROUP_SIZES, PtxKernel
+from vlmdeploy.kernels.compiled_kernels import CompiledKernel, kernel_image
+from vlmdeploy.kernels.packing import GROUP_SIZES
 
+ACTIVATIONS = ("fp16", "bf16")
 MOST_SHARED_BYTES = 48 * 1024  # more needs an attribute of the function that TensorRT does not set
 THREADS_OF_A_WARP = 32
 NUM_EXPERTS = 2
@@ -28,10 +31,11 @@ INPUTS: dict[str, tuple[str, tuple[int | str, ...]]] = {
 
 @dataclass(frozen=True)
 class RoutedKernels:
-    """The kernels of a GPU; at least one of each kind is small enough. Raises BackendError."""
+    """The kernels of a GPU, from a folder; at least one of each kind is small enough. Raises BackendError."""
 
     architecture: int
-    kernels: list[PtxKernel]
+    kernels: list[CompiledKernel]
+    folder: Path
 
     def __post_init__(self) -> None:
         self.partition()
@@ -39,15 +43,15 @@ class RoutedKernels:
             for group_size in GROUP_SIZES:
                 self.linears(activation, group_size)
 
-    def partition(self) -> PtxKernel:
+    def partition(self) -> CompiledKernel:
         """The one that there is."""
         return self._of("partition", "", 0)[0]
 
-    def linears(self, activation: str, group_size: int) -> list[PtxKernel]:
+    def linears(self, activation: str, group_size: int) -> list[CompiledKernel]:
         """Every kernel that can be launched: tactic n is the n-th, counted from 1, TensorRT's default being 0."""
         return self._of("gemv", activation, group_size) + self._of("gemm", activation, group_size)
 
-    def _of(self, kind: str, activation: str, group_size: int) -> list[PtxKernel]:
+    def _of(self, kind: str, activation: str, group_size: int) -> list[CompiledKernel]:
         wanted = (kind, activation, group_size)
         found = [item for item in self.kernels if (item.kind, item.activation, item.group_size) == wanted]
         small = [item for item in found if item.shared_bytes <= MOST_SHARED_BYTES]
@@ -57,6 +61,17 @@ class RoutedKernels:
                 f"SM {self.architecture} has no kernel ({which}) of at most {MOST_SHARED_BYTES} bytes of shared memory"
             )
         return sorted(small, key=lambda item: item.block_rows)
+
+    def launch(self, plugin: Any, kernel: CompiledKernel, grid: tuple[Any, Any], sizes: tuple[Any, ...]) -> Any:
+        """What TensorRT embeds. grid: blocks across and down; sizes: the integers between inputs and outputs."""
+        parameters = plugin.KernelLaunchParams()
+        parameters.grid_x, parameters.grid_y = grid
+        parameters.block_x = THREADS_OF_A_WARP * kernel.num_warps
+        parameters.shared_mem = kernel.shared_bytes
+        arguments = plugin.SymIntExprs(len(sizes))
+        for index, size in enumerate(sizes):
+            arguments[index] = plugin.SymInt32(size)
+        return kernel.symbol, kernel_image(kernel, "ptx", self.folder).decode(), parameters, arguments
 
 
 def register_partition(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) -> None:
@@ -68,7 +83,7 @@ def register_partition(name: str, plugin: Any, trt: Any, kernels: RoutedKernels)
         return experts.like(), plugin.from_shape_expr((1,), trt.DataType.INT32)
 
     def launch(experts: Any, outputs: Any, tactic: int) -> Any:
-        return _launch(plugin, kernels.partition(), (1, 1), (experts.shape_expr[0],))
+        return kernels.launch(plugin, kernels.partition(), (1, 1), (experts.shape_expr[0],))
 
     outputs = tuple[plugin.TensorDesc, plugin.TensorDesc]
     plugin.register(name)(_annotated(describe, experts=plugin.TensorDesc, returns=outputs))
@@ -106,7 +121,7 @@ def register_linear(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) ->
         tokens, out, groups = x.shape_expr[0], codes.shape_expr[1], scales.shape_expr[1]
         # Each expert's rows begin a new block, so one more than there are blocks of rows.
         down = tokens if kernel.kind == "gemv" else plugin.cdiv(tokens, kernel.block_rows) + 1
-        return _launch(plugin, kernel, (plugin.cdiv(out, kernel.block_columns), down), (tokens, out, groups))
+        return kernels.launch(plugin, kernel, (plugin.cdiv(out, kernel.block_columns), down), (tokens, out, groups))
 
     plugin.register(name)(_annotated(describe, **types, returns=tensor))
     plugin.autotune(name)(_annotated(tune, **types, returns=list[plugin.AutoTuneCombination]))
@@ -115,18 +130,6 @@ def register_linear(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) ->
 
 def _launch_type(plugin: Any) -> Any:
     return tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]
-
-
-def _launch(plugin: Any, kernel: PtxKernel, grid: tuple[Any, Any], sizes: tuple[Any, ...]) -> Any:
-    """What TensorRT embeds. grid: blocks across and down; sizes: the kernel's integers, between inputs and outputs."""
-    parameters = plugin.KernelLaunchParams()
-    parameters.grid_x, parameters.grid_y = grid
-    parameters.block_x = THREADS_OF_A_WARP * kernel.num_warps
-    parameters.shared_mem = kernel.shared_bytes
-    arguments = plugin.SymIntExprs(len(sizes))
-    for index, size in enumerate(sizes):
-        arguments[index] = plugin.SymInt32(size)
-    return kernel.symbol, kernel.ptx, parameters, arguments
 
 
 def _annotated(function: Callable[..., Any], returns: Any, **types: Any) -> Callable[..., Any]:
