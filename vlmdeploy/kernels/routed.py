@@ -19,7 +19,7 @@ PARTITION_BLOCK = 1024  # rows that `routed_partition` looks at together
 GEMV_INPUTS = tl.constexpr(512)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def routed_partition(experts, tokens, order, language_count, BLOCK: tl.constexpr):
     """order: rows of expert 0 in ascending order, then all others likewise. One program."""
     num_language = 0
@@ -67,7 +67,7 @@ def inputs_at(quads, PLACE: tl.constexpr, dtype: tl.constexpr):
     return (quads >> (16 * PLACE)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def routed_gemv(
     x, experts, order, language_count, codes, scales, bias, tokens, out_width, groups, y,
     GROUP_SIZE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -119,7 +119,7 @@ def routed_gemv(
     tl.store(y + row * out_width + column, result.to(dtype), mask=column_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def routed_gemm(
     x, experts, order, language_count, codes, scales, bias, tokens, out_width, groups, y,
     GROUP_SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
