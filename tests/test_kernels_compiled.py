@@ -72,7 +72,7 @@ def test_kernels_fit_their_device(architecture: int) -> None:
 def test_entry_has_exactly_the_parameters_that_launchers_pass(architecture: int) -> None:
     for kernel in kernels(architecture):
         entries = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx_of(kernel))
-        assert [symbol for symbol, _ in entries] == [kernel.symbol] == [f"routed_{kernel.kind}"]
+        assert [symbol for symbol, _ in entries] == [kernel.symbol] == [kernel.name.replace(".", "_")]
         assert " ".join(re.findall(r"\.param \.(\w+)", entries[0][1])) == PARAMETERS[kernel.kind]
 
 
@@ -192,7 +192,7 @@ def test_truncated_archive_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"registers": 256}, {"shared_bytes": 48 * 1024 + 1}])
 def test_kernel_beyond_its_device_is_refused(change: dict[str, int]) -> None:
     kernel = CompiledKernel(**{**vars(read_index().partition(87)), **change})
-    with pytest.raises(ExportError, match="routed_partition for SM 87 takes .*see block_shapes.json"):
+    with pytest.raises(ExportError, match=r"routed_partition for SM 87 takes .*see block_shapes\.json"):
         check_limits(kernel)
 
 
