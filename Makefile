@@ -28,11 +28,12 @@ report: $(READY) demo/report-calib demo/report-test
 demo/report-%: | $(READY)
 	$(BIN)/python examples/digits/make_data.py --split $* --count $(if $(filter calib,$*),150,300) --out $@ --force
 
+# Test files side by side, one thread each; the slow ones measure memory and time out on busy machines, so alone.
 test: $(READY) lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-test-all: $(READY) lint
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+test-all: test
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

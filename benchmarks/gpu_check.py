@@ -91,7 +91,7 @@ def decode_speed(session: Session, prompt: Prompt, num_tokens: int, bandwidth: f
     positions = np.arange(len(prompt.ids) + num_tokens)
     cache = session.backend.new_cache(positions)
     text = session.embedding[prompt.ids]
-    session.backend.run_segment("language", text, cache, np.array([len(text) - 1]))
+    session.backend.run_rows(np.zeros(len(text), np.bool_), text, cache, np.array([len(text) - 1]))
     times = []
     for _ in range(num_tokens):
         start = time.perf_counter()

@@ -22,8 +22,10 @@ from vlmdeploy.runtime.cuda_device import Buffer
 from vlmdeploy.runtime.ort_backend import session_options
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-SCRATCH = {"vision": 4096, "decoder_text": 1024, "decoder_vision": 2048}
+NUMPY_TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32
+}  # fmt: skip
+SCRATCH = {"vision": 4096, "decoder_text": 1024, "decoder_vision": 2048, "decoder": 3072}
 
 
 @dataclass
@@ -277,24 +279,27 @@ def fake_library(device: FakeDevice, name: str = "tensorrt_rtx", version: str = 
     return TensorrtLibrary(name, module, version)  # type: ignore[arg-type]
 
 
-def write_fake_engines(folder: Path, parts: list[EnginePart], chunk_rows: int, logit_rows: int) -> Manifest:
+def write_fake_engines(
+    folder: Path, parts: list[EnginePart], chunk_rows: int, logit_rows: int, batch: int = 1
+) -> Manifest:
     """Give a bundle fake plans in place of engines, as `vlmdeploy build` would real ones."""
-
     manifest = read_manifest(folder)
     (folder / "engines").mkdir()
     engines = {}
     for part in parts:
         path = folder / "engines" / f"{part.name}.engine"
-        prompt = {"rows": (1, chunk_rows), "asked": (1, logit_rows), "images": (1, 1)}
+        lanes = {"batch": (1, batch), "tokens": (1, batch * chunk_rows)}
+        prompt = {"rows": (1, chunk_rows), "asked": (1, logit_rows), "images": (1, 1), **lanes}
+        one_token = {"rows": (1, 1), "asked": (1, batch), "batch": (1, batch), "tokens": (1, batch)}
         plan = {
             "file": str(folder / manifest.graphs[part.graph].file), "graph": part.graph, "name": part.name,
             "layers": None if part.is_whole else part.layers, "num_layers": manifest.cache.num_layers,
-            "profiles": [prompt, {"rows": (1, 1), "asked": (1, 1)}],
+            "profiles": [prompt, one_token],
         }  # fmt: skip
         path.write_text(json.dumps(plan))
         engines[part.name] = EngineInfo(
             f"engines/{path.name}", part.graph, part.part, part.layers, "tensorrt_rtx", "1.7.1", (), chunk_rows,
-            logit_rows, manifest.context_tokens,
+            logit_rows, manifest.context_tokens, batch,
         )  # fmt: skip
     files = manifest.files | {info.file: hash_file(folder / info.file) for info in engines.values()}
 

@@ -118,8 +118,8 @@ class Reader(ast.NodeVisitor):
     def _kind_of_attribute(self, node: ast.Attribute) -> Kind | None:
         owner = self._owner(node.value)
         member = owner and self.interface.member(owner.owner, node.attr)
-        if not owner or not member or member.kind not in self.interface.classes:
-            return None
+        if not owner or not member or not member.kind or member.kind not in self.interface.classes:
+            return None  # a function has no kind; "" is the library itself
         return Kind(member.kind, "class" if owner == MODULE else "object")
 
     def _kind_of_call(self, node: ast.Call) -> Kind | None:

@@ -1,7 +1,7 @@
 """Agreement: answers in padded batches equal those of one prompt at a time, of a checkpoint and of a bundle; and the
 contract of `validate`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import decoders, models
 
 from tests.conftest import GoldenModels
 from vlmdeploy.calib.scoring import Prediction
 from vlmdeploy.calib.torch_answerer import TorchAnswerer
-from vlmdeploy.calib.validate import BundleAnswerer, QuestionMaker, agreement, validate
+from vlmdeploy.calib.validate import BundleAnswerer, IdsAndImages, QuestionMaker, agreement, validate
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.families.spec import ModelSpec
@@ -65,12 +64,13 @@ class OneByOne:
         self.manifest: ModelSpec = model.spec
         self.tokenizer = tokenizer
 
-    def generate_ids(
-        self, input_ids: Ints, images: NDArray[np.float32] | None = None, max_new_tokens: int = 16
-    ) -> Ints:
+    prompts_at_once = 1
+
+    def generate_ids_batch(self, prompts: Sequence[IdsAndImages], max_new_tokens: int = 16) -> list[Ints]:
+        ((ids, images),) = prompts
         pixels = None if images is None else torch.from_numpy(images)
-        new_ids = self.model.generate(torch.from_numpy(input_ids)[None], pixels, max_new_tokens=max_new_tokens)
-        return new_ids[0].numpy()
+        new_ids = self.model.generate(torch.from_numpy(ids)[None], pixels, max_new_tokens=max_new_tokens)
+        return [new_ids[0].numpy()]
 
     def close(self) -> None:
         """Nothing is held."""

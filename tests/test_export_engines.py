@@ -164,6 +164,48 @@ def request(rtx: Path, folder: Path, graph: str, capabilities: tuple[str, ...] =
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def unrouted(ckpt: Path) -> Path:
+    """The graph of a routed decoder, a plain fp16 product in place of every plugin: the rest is TensorRT's own."""
+    bundle = export(ckpt, ckpt.parent / "routed", "trt-int4", group=32, routed_plugin="on")
+    model = graph_of(bundle, "decoder")
+    widths = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type != "RoutedPartition"]
+    for node in nodes:
+        if node.op_type == "RoutedLinear":
+            _, out_width, num_bytes = widths[node.input[4]]
+            columns = np.ones((2 * num_bytes, out_width), np.float16)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(columns, f"{node.name}.columns"))
+            node.CopyFrom(
+                onnx.helper.make_node("MatMul", [node.input[0], f"{node.name}.columns"], node.output, node.name)
+            )
+    used = {name for node in nodes for name in node.input}
+    graph = onnx.helper.make_graph(
+        nodes, "decoder", [value for value in model.graph.input if value.name in used], model.graph.output,
+        [tensor for tensor in model.graph.initializer if tensor.name in used],
+    )  # fmt: skip
+    functions = [function for function in model.functions if function.domain == "trt"]
+    opsets = [opset for opset in model.opset_import if opset.domain != "vlmdeploy"]
+    path = bundle / "unrouted.onnx"
+    path.write_bytes(
+        onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11).SerializeToString()
+    )
+    return path
+
+
+@pytest.mark.parametrize("layers", [(0, LAYERS), (0, 1), (1, LAYERS)])
+def test_routed_decoder_is_built_for_batches_but_for_its_plugins(
+    layers: tuple[int, int], unrouted: Path, tmp_path: Path
+) -> None:
+    part = EnginePart("decoder", 0, layers, 1 << 20, is_whole=layers == (0, LAYERS))
+    shapes = Shapes(chunk_rows=16, logit_rows=8, batch=4)
+    plan, log = tmp_path / "x.engine", tmp_path / "build.log"
+    compile_engine(EngineRequest("tensorrt_rtx", unrouted, part, LAYERS, shapes, (), plan, log), no_progress)
+    prompts, tokens = read_plan(plan)
+    assert any("_gemm_mha" in kernel for kernel in prompts.kernels)
+    assert any("_gemv_mha" in kernel for kernel in tokens.kernels), "of every prompt one row, over its own cache"
+
+
 @pytest.mark.parametrize("capabilities", [("8.6",), ("8.9",), ("12.0",), ("8.6", "12.0")])
 def test_engine_is_built_for_the_wanted_gpus(rtx: Path, tmp_path: Path, capabilities: tuple[str, ...]) -> None:
     compile_engine(request(rtx, tmp_path, "decoder_text", capabilities), no_progress)

@@ -356,7 +356,7 @@ def test_cache_is_written_in_place(counted: tuple[Session, dict[str, CountingSes
     cache = backend.new_cache(slot_positions(np.arange(3), 5))
     places = {array.ctypes.data for array in cache.arrays.values()}
     rows = session.embedding[np.array([1, 5, 6, 7, 8])]
-    backend.run_segment("language", rows[:3], cache, np.array([2]))
+    backend.run_rows(np.zeros(3, np.bool_), rows[:3], cache, np.array([2]))
     for row in (3, 4):
         backend.decode(rows[row : row + 1], cache)
         filled = [np.abs(array[0, :, : row + 1]).sum(-1) > 0 for array in cache.arrays.values()]

@@ -72,7 +72,7 @@ def test_kernels_fit_their_device(architecture: int) -> None:
 def test_entry_has_exactly_the_parameters_that_launchers_pass(architecture: int) -> None:
     for kernel in kernels(architecture):
         entries = re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx_of(kernel))
-        assert [symbol for symbol, _ in entries] == [kernel.symbol] == [f"routed_{kernel.kind}"]
+        assert [symbol for symbol, _ in entries] == [kernel.symbol] == [kernel.name.replace(".", "_")]
         assert " ".join(re.findall(r"\.param \.(\w+)", entries[0][1])) == PARAMETERS[kernel.kind]
 
 

@@ -217,7 +217,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         (Image.new("RGB", (0, 2)), "expected at least 1 x 1"),
         (7, "picture is a int"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, Image.Image) else str(value)[:40],
 )
 def test_bad_sources_are_refused(source: Any, expected: str) -> None:
     with pytest.raises(DataError, match=expected):

@@ -190,7 +190,7 @@ def test_cache_of_an_older_prompt_is_refused(rtx: Path) -> None:
     old = backend.new_cache(np.arange(8))
     backend.new_cache(np.arange(8))
     with pytest.raises(BackendError, match="given up when a new prompt was begun"):
-        backend.run_segment("language", session.embedding[np.array([1])], old, np.array([0]))
+        backend.run_rows(np.zeros(1, np.bool_), session.embedding[np.array([1])], old, np.array([0]))
 
 
 def test_finished_kernels_are_kept_in_the_users_cache(

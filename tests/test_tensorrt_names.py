@@ -42,6 +42,9 @@ ANYS = {
     "self._configs": "IRuntimeConfig",
     "self._graph": None,  # a captured CUDA graph
     "_captured": None,
+    "plugin_registry": "IPluginRegistry",
+    "plugin": None,  # `tensorrt.plugin`: tests/test_plugin_aot.py runs what we use of it
+    "_plugin_module": None,
 }
 ORIGINS = Origins(MODULES, ANYS)
 # What TensorRT-RTX alone has, and the function of ours that may use it: none of them is entered with TensorRT.

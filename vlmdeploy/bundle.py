@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from vlmdeploy.errors import BundleError
 
 FORMAT_VERSION = "1.2"
+ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with one routed decoder, which readers of version 1 do not know
 MANIFEST_NAME = "manifest.json"
 
 Record = TypeVar("Record")
@@ -156,6 +157,16 @@ class EngineInfo:
     chunk_rows: int  # most rows of one call
     logit_rows: int  # most rows of one call whose logits are asked for
     context_tokens: int
+    batch: int = 1  # most prompts of one call (since 2.0)
+
+
+@dataclass(frozen=True)
+class PluginUse:
+    """The plugin that the engine of a routed decoder needs. packing: the layout of its codes, docs/plugin.md. library:
+    the file of the bundle that holds it, once an engine was built with it; "" where the engine holds the kernels."""
+
+    packing: int
+    library: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,7 +225,7 @@ class Manifest:
     tokens: TokenRules
     generation: GenerationDefaults
     cache: CacheShape
-    graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"
+    graphs: dict[str, GraphInfo]  # "vision", "decoder_text" and, with experts, "decoder_vision"; or "vision", "decoder"
     embedding: EmbeddingInfo
     has_tokenizer: bool
     precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3 | int2, or several joined by +
@@ -227,12 +238,23 @@ class Manifest:
     verification: Verification | None = None
     requested_precision: dict[str, str] | None = None  # parts whose precision was asked for (since 1.1)
     engines: dict[str, EngineInfo] = field(default_factory=dict)  # compiled graphs (since 1.2)
+    plugin: PluginUse | None = None  # of a routed decoder (since 2.0)
     format_version: str = FORMAT_VERSION
 
     @property
     def dialect(self) -> Literal["ort", "trt"]:
         """In which operators the graphs are written."""
         return dialect_of(self.target)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether one decoder graph holds both experts and routes its rows, prompts side by side."""
+        return "decoder" in self.graphs
+
+    @property
+    def token_graph(self) -> str:
+        """The graph that every decoded token needs."""
+        return "decoder" if self.is_routed else "decoder_text"
 
     @property
     def is_half(self) -> bool:
@@ -300,9 +322,10 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
     major, _, minor = version.partition(".")
     if not (major.isdigit() and minor.isdigit()):
         raise BundleError(f"{path}: format_version is {version!r}, expected major.minor such as {FORMAT_VERSION}")
-    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+    newest = ROUTED_FORMAT_VERSION if data.get("plugin") else FORMAT_VERSION
+    if int(major) > int(newest.partition(".")[0]):
         raise BundleError(
-            f"{path}: format {version} is newer than {FORMAT_VERSION}, the newest this version of vlmdeploy reads; "
+            f"{path}: format {version} is newer than {newest}, the newest this version of vlmdeploy reads; "
             "update vlmdeploy on this device or export the bundle again with the version installed here"
         )
 

@@ -77,6 +77,12 @@ def _shifted(values: Bools, by: int) -> Bools:
     return result
 
 
+def expert_of(vision_mask: Bools) -> Literal["language", "vision"]:
+    """The expert of rows that all use the same one, bool [rows]."""
+    assert vision_mask.all() or not vision_mask.any(), "rows of one expert"
+    return "vision" if vision_mask[0] else "language"
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of consecutive prompt positions, start <= i < stop, that use the same expert."""

@@ -6,6 +6,7 @@ question by question. Torch-free, so that a bundle can be validated where it run
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,6 +165,9 @@ class QuestionMaker:
         return self._last[1]
 
 
+IdsAndImages = tuple[NDArray[Any], NDArray[Any] | None]  # int64 [seq]; float32 [images, 3, S, S]
+
+
 class IdsSession(Protocol):
     """What a BundleAnswerer needs of a runtime session."""
 
@@ -175,17 +179,19 @@ class IdsSession(Protocol):
     def manifest(self) -> PromptRules:
         """The bundle's manifest."""
 
-    def generate_ids(
-        self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, max_new_tokens: int = 16
-    ) -> Ints:
-        """Greedy continuation of one prompt, int64 [new]."""
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts run side by side."""
+
+    def generate_ids_batch(self, prompts: Sequence[IdsAndImages], max_new_tokens: int = 16) -> list[Ints]:
+        """Greedy continuation of each prompt, int64 [new]."""
 
     def close(self) -> None:
         """Give back what the engine holds."""
 
 
 class BundleAnswerer:
-    """Answers with an opened bundle, one prompt at a time, as a user would."""
+    """Answers with an opened bundle as a user would: one prompt at a time, or as many as its calls take."""
 
     def __init__(self, session: IdsSession, max_new_tokens: int = MAX_NEW_TOKENS, template: str | None = None) -> None:
         self._session = session
@@ -194,14 +200,20 @@ class BundleAnswerer:
 
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
         """One prediction for each sample, in their order. Raises DataError and PromptError."""
-        for sample in samples:
-            question = self._maker.question(sample)
-            pixels = None if question.picture is None else question.picture.pixels[None]
-            try:
-                new_ids = self._session.generate_ids(question.ids, pixels, self._max_new_tokens)
-            except PromptError as error:
-                raise PromptError(f"question {sample.turns[-1].user[:80]!r}: {error}") from error
-            yield self._maker.prediction(question, new_ids.tolist())
+        stream = iter(samples)
+        while block := list(islice(stream, self._session.prompts_at_once)):
+            questions = [self._maker.question(sample) for sample in block]
+            for question, new_ids in zip(questions, self._answer(questions), strict=True):
+                yield self._maker.prediction(question, new_ids.tolist())
+
+    def _answer(self, questions: Sequence[Question]) -> list[Ints]:
+        prompts = [(one.ids, None if one.picture is None else one.picture.pixels[None]) for one in questions]
+        try:
+            return self._session.generate_ids_batch(prompts, self._max_new_tokens)
+        except PromptError as error:
+            if len(questions) > 1:
+                return [answer for question in questions for answer in self._answer([question])]  # names the wrong one
+            raise PromptError(f"question {questions[0].sample.turns[-1].user[:80]!r}: {error}") from error
 
     def close(self) -> None:
         """Give back what the bundle's engine holds."""

@@ -18,6 +18,7 @@ from vlmdeploy.cli.options import (
     calibration_options,
     force_option,
     json_option,
+    routed_option,
     threads_option,
 )
 from vlmdeploy.console import print_json, print_rows, progress_bar, warn
@@ -105,6 +106,7 @@ def quantize(
 @click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
 @click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
 @click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
+@routed_option
 @build_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the verification's picture and prompt.")
 @threads_option
@@ -126,6 +128,7 @@ def export(
     context: int | None,
     template: str | None,
     provider: Literal["cpu", "cuda"],
+    routed_plugin: Literal["on", "off", "auto"],
     seed: int,
     threads: int | None,
     force: bool,
@@ -155,8 +158,9 @@ def export(
     precisions = {part: precision for part, precision in chosen.items() if precision}
     build = read_build_options(sm, chunk_rows, max_memory, device)
     options = ExportOptions(
-        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build, kv
-    )
+        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build, kv,
+        routed_plugin,
+    )  # fmt: skip
     with progress_bar() as progress:
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, options, progress)
@@ -173,17 +177,29 @@ def export(
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
+@routed_option
+@click.option("--plugin-library", type=FOLDER, help="The routed plugin.  [default: its kernels go into the engine]")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Most prompts of one call of a routed decoder.")
 @build_options
 @json_option
 def build(
-    bundle: Path, sm: tuple[str, ...], device: str | None, chunk_rows: int, max_memory: str | None, as_json: bool
+    bundle: Path,
+    routed_plugin: Literal["on", "off", "auto"],
+    plugin_library: Path | None,
+    batch: int,
+    sm: tuple[str, ...],
+    device: str | None,
+    chunk_rows: int,
+    max_memory: str | None,
+    as_json: bool,
 ) -> None:
     """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
     from vlmdeploy.export.engine_build import build_bundle, read_build_options
     from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
 
+    options = read_build_options(sm, chunk_rows, max_memory, device, batch, plugin_library, routed_plugin)
     with progress_bar() as progress:
-        manifest, is_new = build_bundle(bundle, read_build_options(sm, chunk_rows, max_memory, device), progress)
+        manifest, is_new = build_bundle(bundle, options, progress)
     if as_json:
         print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
     else:

@@ -92,6 +92,13 @@ def calibration_options(command: Command) -> Command:
     return command
 
 
+def routed_option(command: Command) -> Command:
+    """`--routed-plugin`, of `export` and `build`."""
+    text = "One decoder engine that routes its rows, for batches; auto: one engine for each expert. docs/plugin.md."
+    kind = click.Choice(["on", "off", "auto"])
+    return click.option("--routed-plugin", type=kind, default="auto", show_default=True, help=text)(command)
+
+
 def build_options(command: Command) -> Command:
     """The options that `export` and `build` share: what engines are compiled for."""
     options = (

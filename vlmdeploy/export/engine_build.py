@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from vlmdeploy import devices
 from vlmdeploy.artifact import LOCK, empty_partial, locked
 from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
-from vlmdeploy.export.engine_compiler import EngineRequest, Progress, Shapes, compile_engine
+from vlmdeploy.export.engine_compiler import EngineRequest, Progress, RoutedPlugin, Shapes, compile_engine
 from vlmdeploy.export.engine_parts import EnginePart, plan_parts
+from vlmdeploy.kernels.packing import PACKING_VERSION
+from vlmdeploy.runtime.backend import ROUTED_GRAPH
 from vlmdeploy.runtime.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
 from vlmdeploy.runtime.memory import available_bytes
@@ -32,6 +35,7 @@ logger = logging.getLogger("vlmdeploy")
 ENGINES = "engines"
 ASIDE = ".engines.partial"
 LOG_NAME = "build.log"
+RoutedChoice = Literal["on", "off", "auto"]
 CAPABILITY = re.compile(r"\d{1,2}\.\d")
 KEPT_FREE = 0.9  # of the memory that the system calls available
 
@@ -44,10 +48,18 @@ class BuildOptions:
     shapes: Shapes = field(default_factory=Shapes)
     max_memory: int | None = None  # bytes; None: what is available
     device: Device | None = None  # what the engines will run on, where that was named
+    plugin_library: Path | None = None  # the routed plugin; None: its kernels go into the engine
+    routed_plugin: RoutedChoice = "auto"  # what the bundle must have been exported with; "auto": either
 
 
 def read_build_options(
-    capabilities: tuple[str, ...], chunk_rows: int, max_memory: str | None, device_name: str | None
+    capabilities: tuple[str, ...],
+    chunk_rows: int,
+    max_memory: str | None,
+    device_name: str | None,
+    batch: int = 1,
+    plugin_library: Path | None = None,
+    routed_plugin: RoutedChoice = "auto",
 ) -> BuildOptions:
     """Options from what the command line takes. Raises ConfigError."""
     device = None if device_name is None else devices.device(device_name)
@@ -59,7 +71,8 @@ def read_build_options(
         if not CAPABILITY.fullmatch(capability):
             raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
     memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
-    return BuildOptions(capabilities, Shapes(chunk_rows=chunk_rows), memory, device)
+    shapes = Shapes(chunk_rows=chunk_rows, batch=batch)
+    return BuildOptions(capabilities, shapes, memory, device, plugin_library, routed_plugin)
 
 
 def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> list[EnginePart]:
@@ -79,6 +92,40 @@ def check_options(target: str, options: BuildOptions) -> None:
         raise ExportError(f"--sm is for targets of TensorRT-RTX; engines of {target} fit the GPU that builds them")
 
 
+def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
+    """Raise ExportError where options are for a routed decoder and the bundle has none, or the other way round, or the
+    plugin is missing."""
+    if is_routed:
+        if options.routed_plugin == "off":
+            raise ExportError(
+                f"{where}: has a routed decoder: for --routed-plugin off export it again with that option"
+            )
+        if options.plugin_library is not None and not options.plugin_library.is_file():
+            raise ExportError(
+                f"--plugin-library {options.plugin_library}: no such file; docs/plugin.md says how to build it"
+            )
+        return
+    given = {
+        "--routed-plugin on": options.routed_plugin == "on",
+        "--plugin-library": options.plugin_library is not None,
+        "--batch": options.shapes.batch != 1,
+    }
+    for option in (name for name, is_given in given.items() if is_given):
+        raise ExportError(
+            f"{where}: {option} needs a routed decoder, and there is one graph for each expert: export with "
+            "--routed-plugin on"
+        )
+
+
+def _check_packing(folder: Path, manifest: Manifest) -> None:
+    """Raise ExportError where no kernel of this version reads the codes of a routed decoder."""
+    if manifest.plugin is not None and manifest.plugin.packing != PACKING_VERSION:
+        raise ExportError(
+            f"{folder}: its codes are packed in layout {manifest.plugin.packing}, this version's kernels read layout "
+            f"{PACKING_VERSION}: export it again"
+        )
+
+
 def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
     """Raise ExportError where the named device has too little memory even with one phase resident at a time."""
     if options.device is None:
@@ -87,7 +134,7 @@ def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
     for part in plan_parts(folder, manifest.graphs, manifest.cache.num_layers, sys.maxsize):
         sizes[part.graph] = sizes.get(part.graph, 0) + part.weight_bytes
     shapes, usable = shapes_of(manifest, options), options.device.usable_bytes
-    needed, buffers = needed_bytes(manifest, sizes, shapes.chunk_rows, shapes.logit_rows, "phase")
+    needed, buffers = needed_bytes(manifest, sizes, shapes.chunk_rows, shapes.logit_rows, "phase", shapes.batch)
     if needed > usable:
         held = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
         raise ExportError(
@@ -111,19 +158,23 @@ def compile_engines(
     capabilities: the GPUs that the engines fit; see `built_for`.
     """
     library = import_tensorrt(library_of(manifest.target))
-    shapes, log = shapes_of(manifest, options), _new_log(into)
+    shapes, log, plugin = shapes_of(manifest, options), _new_log(into), None
+    if manifest.is_routed:
+        plugin = RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
     engines = {}
     for part in parts:
         plan = into / f"{part.name}.engine"
         request = EngineRequest(
             library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,
-            options.compute_capabilities, plan, log,
+            options.compute_capabilities, plan, log, plugin if part.graph == ROUTED_GRAPH else None,
         )  # fmt: skip
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
             f"{ENGINES}/{plan.name}", part.graph, part.part, part.layers, library.name, library.version,
-            capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens,
+            capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens, shapes.batch,
         )  # fmt: skip
+    if options.plugin_library is not None:
+        shutil.copyfile(options.plugin_library, into / options.plugin_library.name)
     if log.parent != into:
         shutil.copyfile(log, into / LOG_NAME)
         log.unlink()
@@ -131,9 +182,15 @@ def compile_engines(
 
 
 def shapes_of(manifest: Manifest, options: BuildOptions) -> Shapes:
-    """What a bundle's engines are built for: calls no longer than its context, as many images as it takes."""
-    chunk_rows = min(options.shapes.chunk_rows, manifest.context_tokens)
-    return replace(options.shapes, chunk_rows=chunk_rows, images=manifest.tokens.max_images)
+    """What a bundle's engines are built for: calls no longer than its context, as many images as it takes, logits of as
+    many rows as there are prompts."""
+    chosen = options.shapes
+    return replace(
+        chosen,
+        chunk_rows=min(chosen.chunk_rows, manifest.context_tokens),
+        logit_rows=max(chosen.logit_rows, chosen.batch),
+        images=manifest.tokens.max_images,
+    )
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
@@ -168,6 +225,8 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
     if manifest.dialect != "trt":
         raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
     check_options(manifest.target, options)
+    check_plugin(str(folder), options, manifest.is_routed)
+    _check_packing(folder, manifest)
     check_fit(folder, manifest, options)
     built_for_here = built_for(import_tensorrt(library_of(manifest.target)), options)
     if _is_built(folder, manifest, options, built_for_here):
@@ -178,7 +237,7 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
         with locked(aside), removed_on_error(aside):
             empty_partial(aside, LOG_NAME)
             engines = compile_engines(folder, manifest, parts, options, built_for_here, aside, progress)
-            return _publish(folder, manifest, engines, aside), True
+            return _publish(_with_plugin(manifest, options), folder, engines, aside), True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error} ({error.filename})") from error
 
@@ -200,10 +259,10 @@ def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for
     shapes = shapes_of(manifest, options)
     fitting = [
         (engine.library, engine.version, engine.compute_capabilities) == wanted
-        and (engine.chunk_rows, engine.logit_rows) == (shapes.chunk_rows, shapes.logit_rows)
+        and (engine.chunk_rows, engine.logit_rows, engine.batch) == (shapes.chunk_rows, shapes.logit_rows, shapes.batch)
         for engine in manifest.engines.values()
     ]
-    if not fitting or not all(fitting):
+    if not fitting or not all(fitting) or not _has_plugin(manifest, options):
         return False
     try:
         check_bundle(folder)
@@ -212,11 +271,29 @@ def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for
     return True
 
 
-def _publish(folder: Path, manifest: Manifest, engines: dict[str, EngineInfo], aside: Path) -> Manifest:
+def _has_plugin(manifest: Manifest, options: BuildOptions) -> bool:
+    """Whether the engines were built with the plugin library that is asked for, or with none as asked."""
+    if manifest.plugin is None:
+        return True
+    if options.plugin_library is None or not manifest.plugin.library:
+        return options.plugin_library is None and not manifest.plugin.library
+    held = manifest.files.get(manifest.plugin.library)
+    return held is not None and held == hash_file(options.plugin_library)
+
+
+def _with_plugin(manifest: Manifest, options: BuildOptions) -> Manifest:
+    """The manifest that names the plugin library as a file of the bundle."""
+    if manifest.plugin is None:
+        return manifest
+    library = "" if options.plugin_library is None else f"{ENGINES}/{options.plugin_library.name}"
+    return replace(manifest, plugin=replace(manifest.plugin, library=library))
+
+
+def _publish(manifest: Manifest, folder: Path, engines: dict[str, EngineInfo], aside: Path) -> Manifest:
     """Swap the engines: first a manifest without any, then the files, then the manifest that lists them."""
     (aside / LOCK).unlink()
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
-    bare = replace(manifest, engines={}, files=files)
+    bare = replace(manifest, engines={}, files=files)  # a plugin it names is not there yet, and needed by no engine
     built = replace(bare, engines=engines, files=files | engine_files(aside))
     write_manifest(folder, bare)
     if (folder / ENGINES).exists():

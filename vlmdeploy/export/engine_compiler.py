@@ -14,7 +14,11 @@ import onnx
 
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engine_parts import EnginePart, cut
+from vlmdeploy.export.routed_aot import register_routed_plugins
+from vlmdeploy.export.routed_functions import without_routed_functions
+from vlmdeploy.runtime.backend import ROUTED_GRAPH
 from vlmdeploy.runtime.child_process import child_process, end_with_parent
+from vlmdeploy.runtime.plugin_library import load_plugin_library
 from vlmdeploy.runtime.tensorrt_library import LibraryName, TensorrtLibrary, import_tensorrt
 from vlmdeploy.sizes import gigabytes
 
@@ -28,11 +32,23 @@ UNREAD = "Unused Input"  # how the parser says that it ignores an input, and com
 
 @dataclass(frozen=True)
 class Shapes:
-    """What engines are built for: rows of one call, rows of logits of one call, images of one call."""
+    """What engines are built for, the most of one call. chunk_rows: of each prompt; batch: of a routed decoder."""
 
     chunk_rows: int = 512
     logit_rows: int = 8
     images: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class RoutedPlugin:
+    """How the routed operations get into an engine: by a library, or, with none, by kernels that the engine embeds.
+
+    architecture: the GPU's, 87 for SM 8.7.
+    """
+
+    library: Path | None
+    architecture: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class EngineRequest:
     compute_capabilities: tuple[str, ...]
     plan: Path
     log: Path
+    plugin: RoutedPlugin | None = None  # of a routed decoder
     parent: int = field(default_factory=os.getpid)  # the builder ends with it
 
 
@@ -109,6 +126,8 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Prog
     network = builder.create_network(0)
     parser = library.module.OnnxParser(network, logger)
     model = _model(request)
+    if request.plugin is not None:
+        _use_plugin(library, request.plugin, model)
     if not parser.parse(model.SerializeToString(), str(request.graph)):
         raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
     _check_layers(library, network, model)
@@ -128,6 +147,15 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Prog
         file.write(memoryview(plan))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.ModelProto) -> None:
+    """Make the routed operations known to TensorRT, and take their function bodies out of the model."""
+    without_routed_functions(model)
+    if plugin.library is not None:
+        load_plugin_library(plugin.library, library, plugin.architecture)
+    else:
+        register_routed_plugins(library, plugin.architecture)
 
 
 def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto) -> None:
@@ -170,6 +198,10 @@ def profiles(request: EngineRequest) -> list[dict[str, tuple[int, int, int]]]:
         return [{"images": (1, 1, shapes.images)}]
     prompt = {"rows": (1, shapes.chunk_rows, shapes.chunk_rows), "asked": (1, 1, shapes.logit_rows)}
     one = {"rows": (1, 1, 1), "asked": (1, 1, 1)}
+    if request.part.graph == ROUTED_GRAPH:
+        batch = (1, 1, shapes.batch)
+        prompt |= {"batch": batch, "tokens": (1, shapes.chunk_rows, shapes.batch * shapes.chunk_rows)}
+        one |= {"batch": batch, "tokens": batch, "asked": batch}
     return [prompt] if request.part.graph == "decoder_vision" else [prompt, one]
 
 

@@ -17,24 +17,28 @@ from numpy.typing import NDArray
 import vlmdeploy
 from vlmdeploy.artifact import check_output, staged_folder
 from vlmdeploy.bundle import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
+    ROUTED_FORMAT_VERSION,
     CacheShape,
     EmbeddingInfo,
     FileEntry,
     GraphInfo,
     Manifest,
+    PluginUse,
     Provenance,
     hash_file,
     read_manifest,
     write_manifest,
 )
 from vlmdeploy.errors import BundleError, ExportError
-from vlmdeploy.export.decoder_graph import build_decoder, graph_name
+from vlmdeploy.export.decoder_graph import branches, build_decoder
 from vlmdeploy.export.engine_build import (
     ENGINES,
     built_for,
     check_fit,
     check_options,
+    check_plugin,
     compile_engines,
     engine_files,
     plan_engines,
@@ -44,16 +48,18 @@ from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
 from vlmdeploy.export.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
+from vlmdeploy.export.routed_dialect import RoutedTrtGraph, check_routed
 from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.export.trt_dialect import TrtGraph
 from vlmdeploy.export.verify import Subject, verify_staged
 from vlmdeploy.export.vision_graph import build_vision
 from vlmdeploy.export.weights import WeightReader, stored_precisions
 from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.model.report import REPORT_NAME, read_report
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.grid import pack_nibbles
-from vlmdeploy.runtime.backend import CACHE_TYPES
+from vlmdeploy.runtime.backend import CACHE_TYPES, ROUTED_GRAPH
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
 
@@ -75,8 +81,11 @@ def export_bundle(
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
+    if options.is_routed:
+        check_routed(spec, plan)
     is_compiled = options.target.startswith("rtx-")  # on any machine; the others on the device, by `vlmdeploy build`
     check_options(options.target, options.build)
+    check_plugin(f"--target {options.target}", options.build, options.is_routed)
     if is_compiled:
         import_tensorrt(library_of(options.target))
     reader = WeightReader(checkpoint, plan)
@@ -164,7 +173,8 @@ def _write_graphs(
 ) -> tuple[dict[str, GraphInfo], dict[str, FileEntry]]:
     """Every graph with its data file; also the hashes of the data files, taken while they were written."""
     graphs, hashes = {}, {}
-    names = ["vision", *(graph_name(expert) for expert in spec.decoder.experts)]
+    decoders = branches(spec.decoder, options.is_routed)
+    names = ["vision", *decoders]
     for index, name in enumerate(names):
         progress("graphs", index, len(names))
         with DataFile(folder / f"{name}.data") as data:
@@ -172,7 +182,7 @@ def _write_graphs(
             if name == "vision":
                 build_vision(builder, spec)
             else:
-                build_decoder(builder, spec.decoder, spec.decoder.experts[index - 1])
+                build_decoder(builder, spec.decoder, decoders[name])
         graphs[name] = builder.write(folder)
         hashes[data.path.name] = data.entry()
     progress("graphs", len(names), len(names))
@@ -184,7 +194,8 @@ def _builder(
 ) -> GraphBuilder:
     """A graph in the dialect of the target and its provider."""
     if is_tensorrt(options.target):
-        return TrtGraph(name, reader, data, cache, context_tokens)
+        dialect = RoutedTrtGraph if name == ROUTED_GRAPH else TrtGraph
+        return dialect(name, reader, data, cache, context_tokens)
     kind = OrtCudaGraph if options.provider == "cuda" else OrtGraph
     return kind(name, reader, data)
 
@@ -250,6 +261,8 @@ def _manifest(
         memory_bytes={},
         files={},
         made_by=_provenance(reader),
+        plugin=PluginUse(PACKING_VERSION) if options.is_routed else None,
+        format_version=ROUTED_FORMAT_VERSION if options.is_routed else FORMAT_VERSION,
     )
 
 
@@ -294,8 +307,8 @@ def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, 
     cache = manifest.cache
     return {
         "vision": graphs["vision"],
-        "prefill": graphs["decoder_text"] + graphs.get("decoder_vision", 0),
-        "decode": graphs["decoder_text"],
+        "prefill": sum(graphs.values()) - graphs["vision"],
+        "decode": graphs[manifest.token_graph],
         "kv_per_token": 2
         * np.dtype(CACHE_TYPES[cache.dtype]).itemsize
         * cache.num_layers

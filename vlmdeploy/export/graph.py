@@ -74,12 +74,14 @@ class GraphBuilder(ABC):
 
     opsets: ClassVar[dict[str, int]]  # domain -> version
     functions: ClassVar[tuple[onnx.FunctionProto, ...]] = ()  # model-local functions that the nodes use
+    row_axis: ClassVar[str] = "rows"  # what the first axis of the decoder's rows is called
 
     def __init__(self, name: str, weights: WeightReader, data: DataFile) -> None:
         self.name = name
         self.weights = weights
         self.data = data
         self._nodes: list[onnx.NodeProto] = []
+        self._made: set[str] = set()  # values that nodes have made
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -111,6 +113,7 @@ class GraphBuilder(ABC):
         node = helper.make_node(op, inputs, outputs, name=outputs[-1], domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
         self._nodes.append(node)
+        self._made.update(outputs)
         return outputs
 
     def cast(self, x: str, output: str, kind: str) -> str:
@@ -191,9 +194,9 @@ class GraphBuilder(ABC):
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
         """Only write the cache. both [rows, 2 kv_heads * padded]: keys, then values."""
 
-    def cache_tensors(self, heads: HeadLayout, dtype: str, capacity: int | str) -> None:
-        """Declare past and present of every layer, [1, kv_heads, capacity, padded] each."""
-        shape = (1, heads.decoder.num_kv_heads, capacity, heads.padded)
+    def cache_tensors(self, heads: HeadLayout, dtype: str, capacity: int | str, batch: int | str = 1) -> None:
+        """Declare past and present of every layer, [batch, kv_heads, capacity, padded] each."""
+        shape = (batch, heads.decoder.num_kv_heads, capacity, heads.padded)
         for index in range(heads.decoder.num_layers):
             for kind in ("key", "value"):
                 self.input(f"past_{kind}.{index}", dtype, shape, public=False)

@@ -31,6 +31,18 @@ class ExportOptions:
     threads: int | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     kv: str | None = None
+    routed_plugin: Literal["on", "off", "auto"] = "auto"
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the decoder becomes one routed graph. "auto" is the segment graphs: docs/plugin.md says why.
+
+        Raises ExportError where the target's engines take no plugin.
+        """
+        if self.routed_plugin == "on" and not self.target.startswith("trt-"):
+            why = "TensorRT-RTX takes no plugins" if self.target.startswith("rtx-") else "the plugin is TensorRT's"
+            raise ExportError(f"--routed-plugin on: {self.target} cannot use it, {why}: export with --target trt-int4")
+        return self.routed_plugin == "on"
 
     @property
     def cache_type(self) -> str:

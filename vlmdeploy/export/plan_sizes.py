@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmdeploy.bundle import dialect_of
-from vlmdeploy.export.decoder_graph import graph_name
 from vlmdeploy.export.head_layout import HeadLayout
 from vlmdeploy.export.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.precision import Linear, Precision, PrecisionPlan, linears
 from vlmdeploy.export.trt_dialect import kernel_width
 from vlmdeploy.families.spec import BoundaryRows, DecoderSpec, Downsample, ExpertSpec, Geometry, Norm
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size
+from vlmdeploy.runtime.backend import GRAPH_OF_EXPERT
 
 WEIGHT_PARTS = ("vision", "connector", "language_experts", "vision_experts", "embedding", "lm_head", "other")
 FLOAT_BYTES = {"fp32": 4, "fp16": 2}
@@ -109,7 +109,7 @@ def small_bytes(geometry: Geometry, storage: Storage) -> dict[str, int]:
         values = _decoder_values(geometry.decoder, expert)
         if storage.dialect == "trt":  # cosines and sines of every slot
             values += geometry.decoder.context_tokens * HeadLayout(geometry.decoder).padded
-        sizes[graph_name(expert)] = 4 * values
+        sizes[GRAPH_OF_EXPERT[expert.name]] = 4 * values
     return sizes
 
 

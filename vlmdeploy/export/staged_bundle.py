@@ -16,12 +16,13 @@ from vlmdeploy.export.reference import InputRules
 from vlmdeploy.export.stage_graphs import INPUT, StageGraphs
 from vlmdeploy.export.staged_model import Arithmetic, Geometry
 from vlmdeploy.export.taps import edit_graph, session_of
-from vlmdeploy.layout import Ints, segments_of
+from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.backend import GRAPH_OF_EXPERT, Floats
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.embedding import EmbeddingTable
-from vlmdeploy.runtime.generate import Prompt
+from vlmdeploy.runtime.generate import Prompt, pieces_of
 from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.open_backend import ort_backend_of
 from vlmdeploy.runtime.ort_backend import OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 
@@ -63,7 +64,7 @@ class StagedBundle:
         """See StagedModel."""
         if stage.startswith("decoder.layer."):
             return self._decoder_layer(stage, inputs, prompt)
-        graph = "decoder_text" if stage in ("decoder.norm", "logits") else "vision"
+        graph = self._manifest.token_graph if stage in ("decoder.norm", "logits") else "vision"
         source, value = self._ends(graph, stage)
         session = self._session(graph, self._graphs[graph].cut(source, [value]))
         name = source if stage == "vision.embed" else INPUT
@@ -92,19 +93,19 @@ class StagedBundle:
             return self._session(graph, parts.cut(source, wanted, index))
 
         manifest = replace(self._manifest, cache=replace(self._manifest.cache, num_layers=1))
-        backend = OrtBackend(self._folder, manifest, self._threads, load_graph=load)
-        return [self._run_segments(backend, stage, x, prompt) for x in inputs]
+        backend = ort_backend_of(manifest)(self._folder, manifest, self._threads, load_graph=load)
+        return [self._run_pieces(backend, stage, x, prompt) for x in inputs]
 
-    def _run_segments(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:
-        """Rows [seq, hidden] through the layer, segment by segment; those that no graph computes are NaN."""
+    def _run_pieces(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:
+        """Rows [seq, hidden] through the layer, piece by piece; those that no graph computes are NaN."""
         cache, result = backend.new_cache(prompt.positions), np.full_like(x, np.nan)
-        for segment in segments_of(prompt.vision_mask, backend.chunk_rows):
-            value = self._graphs[GRAPH_OF_EXPERT[segment.expert]].values.get(stage)
-            rows = x[segment.start : segment.stop]
+        for start, stop in pieces_of(prompt.vision_mask, backend):
+            mask, rows = prompt.vision_mask[start:stop], x[start:stop]
+            value = self._graphs[backend.graph_of(mask)].values.get(stage)
             wanted = (value,) if value else ()
-            outputs = backend.run_graph(segment.expert, rows, cache, np.arange(len(rows)), wanted)
+            outputs = backend.run_graph(mask, rows, cache, np.arange(len(rows)), wanted)
             if value:
-                result[segment.start : segment.stop] = outputs[value]
+                result[start:stop] = outputs[value]
         return result
 
 
@@ -131,7 +132,7 @@ def _geometry(manifest: Manifest, graphs: dict[str, StageGraphs]) -> Geometry:
         hidden=manifest.embedding.hidden,
         kv_heads=manifest.cache.kv_heads,
         padded_head_dim=manifest.cache.head_dim,
-        experts=tuple(expert for expert, graph in GRAPH_OF_EXPERT.items() if graph in graphs),
+        experts=tuple(expert for expert, graph in GRAPH_OF_EXPERT.items() if manifest.is_routed or graph in graphs),
         vocab_size=manifest.embedding.vocab_size,
         bos_id=tokens.bos_id,
         placeholder_id=tokens.placeholder_id,

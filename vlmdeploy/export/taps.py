@@ -16,17 +16,18 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.decoder_graph import decoder_taps, graph_name
+from vlmdeploy.export.decoder_graph import branches, decoder_taps
 from vlmdeploy.export.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.reference import Sample
 from vlmdeploy.export.vision_graph import vision_taps
 from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.runtime.backend import Floats, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.runtime.open_backend import ort_backend_of
 from vlmdeploy.runtime.ort_backend import (
     PROVIDERS,
+    HostCache,
     OrtBackend,
-    OrtCache,
     import_onnxruntime,
     session_options,
     unwanted_optimizers,
@@ -50,7 +51,7 @@ class TappedRun:
         self.sample = sample
         self.ids = sample.ids
         self.stages: dict[str, Floats] = {}
-        taps = _taps_of(spec)
+        taps = _taps_of(spec, manifest.is_routed)
         backend = tapped_backend(
             folder, manifest, exact, threads, {graph: list(taps[graph].values()) for graph in taps}
         )
@@ -75,38 +76,46 @@ class TappedRun:
         self.vision_mask[: len(prompt.ids)] = prompt.vision_mask
         logits: list[Floats] = []
         cache = backend.new_cache(self.positions)
-        for start, stop in _calls(self.sample):
+        for start, stop in _calls(self.sample, backend.mixes_experts):
             logits += self._run_rows(backend, cache, rows, start, stop, taps)
         self.logits = np.concatenate(logits)
         self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
         self.values = [cache.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
 
     def _run_rows(
-        self, backend: OrtBackend, cache: OrtCache, rows: Floats, start: int, stop: int, taps: dict[str, dict[str, str]]
+        self,
+        backend: OrtBackend,
+        cache: HostCache,
+        rows: Floats,
+        start: int,
+        stop: int,
+        taps: dict[str, dict[str, str]],
     ) -> list[Floats]:
         """One segment (or one decoded token): its stages go to their rows of the whole; its logits, if any."""
-        expert = "vision" if self.vision_mask[start] else "language"
-        names = taps["decoder_vision" if expert == "vision" else "decoder_text"]
-        asked = ("logits",) if expert == "language" else ()
-        outputs = backend.run_graph(expert, rows[start:stop], cache, np.arange(stop - start), (*names.values(), *asked))
+        mask = self.vision_mask[start:stop]
+        names = taps[backend.graph_of(mask)]
+        asked = () if mask.all() else ("logits",)
+        outputs = backend.run_graph(mask, rows[start:stop], cache, np.flatnonzero(~mask), (*names.values(), *asked))
         for stage, name in names.items():
             whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
             whole[start:stop] = outputs[name]
         return [outputs[name] for name in asked]
 
 
-def _calls(sample: Sample) -> list[tuple[int, int]]:
-    """Row ranges of the graph calls: the prompt's segments, one token at a time, then the second turn at once."""
+def _calls(sample: Sample, mixes_experts: bool) -> list[tuple[int, int]]:
+    """Row ranges of the graph calls: the prompt's segments, or all of it where experts mix, one token at a time, then
+    the second turn at once."""
     prompt_length, first_turn_length = len(sample.prompt.ids), len(sample.prompt.ids) + len(sample.decode_ids)
-    edges = [0, *(np.flatnonzero(np.diff(sample.prompt.vision_mask)) + 1).tolist(), prompt_length]
+    changes = [] if mixes_experts else (np.flatnonzero(np.diff(sample.prompt.vision_mask)) + 1).tolist()
+    edges = [0, *changes, prompt_length]
     tokens = [(row, row + 1) for row in range(prompt_length, first_turn_length)]
     turn = [(first_turn_length, len(sample.ids))] if len(sample.turn_ids) else []
     return [*pairwise(edges), *tokens, *turn]
 
 
-def _taps_of(spec: ModelSpec) -> dict[str, dict[str, str]]:
+def _taps_of(spec: ModelSpec, is_routed: bool) -> dict[str, dict[str, str]]:
     """For each graph the stages that are read: our stage name -> the value's name in the graph."""
-    decoders = {graph_name(expert): decoder_taps(spec.decoder, expert) for expert in spec.decoder.experts}
+    decoders = {name: decoder_taps(spec.decoder, branch) for name, branch in branches(spec.decoder, is_routed).items()}
     return {"vision": _thinned(vision_taps(spec), spec.vision.num_layers), **decoders}
 
 
@@ -139,7 +148,7 @@ def tapped_backend(
         return session_of(ort, model, path, threads, manifest.dialect)
 
     cache_type = "fp32" if exact else None
-    return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
+    return ort_backend_of(manifest)(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
 
 
 def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:

@@ -65,7 +65,8 @@ class TrtGraph(GraphBuilder):
     """A graph for TensorRT and TensorRT-RTX."""
 
     opsets: ClassVar = {"": OPSET, TRT_DOMAIN: 1}
-    functions = (attention_function(),)
+    functions: ClassVar[tuple[onnx.FunctionProto, ...]] = (attention_function(),)
+    batch: ClassVar[int | str] = 1  # prompts of one call
 
     def __init__(
         self, name: str, weights: WeightReader, data: DataFile, cache: CacheShape, context_tokens: int
@@ -149,6 +150,10 @@ class TrtGraph(GraphBuilder):
         joined = self.node("Reshape", [rows, self.ints(0, -1, width)], f"{output}.joined")
         return self.cast(joined, output, "fp32")
 
+    def _cache_heads(self, num_heads: int, width: int) -> str:
+        """The shape [batch, rows, heads, width] that rows of the decoder are split into."""
+        return self.ints(1, -1, num_heads, width)
+
     def _heads_first(self, x: str, shape: str) -> str:
         """[..., heads * width] -> [batch, heads, rows, width]; shape: [batch, rows, heads, width]."""
         split = self.node("Reshape", [x, shape], f"{x}.split")
@@ -157,13 +162,13 @@ class TrtGraph(GraphBuilder):
     def cache_inputs(self, heads: HeadLayout) -> None:
         """See GraphBuilder.
 
-        position_ids int64 [1, rows]; write_index int64 [1], how many slots are filled; lengths int64 [1], how many are
-        filled after this call. The cache's length is fixed: TensorRT wants it so.
+        position_ids int64 [batch, rows]; write_index int64 [batch], the slot of the first row; lengths int64 [batch],
+        how many slots are filled after this call. The cache's length is fixed: TensorRT wants it so.
         """
-        self.input("position_ids", "int64", (1, "rows"))
-        self.input("write_index", "int64", (1,))
-        self.input("lengths", "int64", (1,))
-        self.cache_tensors(heads, "fp16", self.context_tokens)
+        self.input("position_ids", "int64", (self.batch, "rows"))
+        self.input("write_index", "int64", (self.batch,))
+        self.input("lengths", "int64", (self.batch,))
+        self.cache_tensors(heads, "fp16", self.context_tokens, self.batch)
         table = rope_table(self.cache, np.arange(self.context_tokens))
         self.tensor("rope.cos", table.cos)
         self.tensor("rope.sin", table.sin)
@@ -194,7 +199,7 @@ class TrtGraph(GraphBuilder):
         """Rotate the keys and put both behind what the cache holds; the whole cache, keys and values."""
         num_heads = heads.decoder.num_kv_heads
         rotated = self._rotated(heads, key, num_heads)
-        plain = self._heads_first(value, self.ints(1, -1, num_heads, heads.padded))
+        plain = self._heads_first(value, self._cache_heads(num_heads, heads.padded))
         written = []
         for kind, rows in (("key", rotated), ("value", plain)):
             update = self.cast(rows, f"{rows}.fp16", "fp16")
@@ -203,6 +208,6 @@ class TrtGraph(GraphBuilder):
         return written[0], written[1]
 
     def _rotated(self, heads: HeadLayout, x: str, num_heads: int) -> str:
-        """Rows [rows, heads * padded] rotated by their positions: [1, heads, rows, padded], float32."""
-        first = self._heads_first(x, self.ints(1, -1, num_heads, heads.padded))
+        """Rows [rows, heads * padded] rotated by their positions: [batch, heads, rows, padded], float32."""
+        first = self._heads_first(x, self._cache_heads(num_heads, heads.padded))
         return self.node("RotaryEmbedding", [first, "rope.cos", "rope.sin", "position_ids"], f"{x}.rotated")

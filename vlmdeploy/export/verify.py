@@ -54,7 +54,7 @@ class Subject:
     def _backend(self, exact: bool) -> OrtBackend:
         if exact or self.manifest.dialect == "trt":  # whose files have a cache of the whole context
             return tapped_backend(self.folder, self.manifest, exact, self.threads, {}, "phase")
-        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase")
+        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase")  # of the ort dialect
 
 
 def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Verification, Record]:

@@ -44,8 +44,13 @@ class Recipe:
 
     @property
     def function(self) -> "triton.JITFunction[object]":
-        """The Triton source, whose name is the symbol in the image."""
+        """The Triton source."""
         return getattr(routed, f"routed_{self.kind}")
+
+    @property
+    def symbol(self) -> str:
+        """The entry's name in the images, of no other kernel: an engine may hold several."""
+        return self.name.replace(".", "_")
 
 
 def recipes(architecture: int) -> list[Recipe]:
@@ -97,8 +102,9 @@ def compile_to_ptx(recipe: Recipe, architecture: int) -> tuple[str, int]:
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     if compiled.metadata.num_warps != recipe.shape.num_warps:
         raise ExportError(f"{recipe.name}: Triton wants {compiled.metadata.num_warps} warps for it")
-    ptx = own_parameters(compiled.asm["ptx"], recipe.function.__name__, len(recipe.parameters))
-    return ptx, int(compiled.metadata.shared)
+    name = recipe.function.__name__
+    ptx = own_parameters(compiled.asm["ptx"], name, len(recipe.parameters))
+    return re.sub(rf"\b{name}\b", recipe.symbol, ptx), int(compiled.metadata.shared)
 
 
 def own_parameters(ptx: str, symbol: str, count: int) -> str:
@@ -154,7 +160,7 @@ def compile_kernel(recipe: Recipe, architecture: int, archive: zipfile.ZipFile) 
     shape = recipe.shape
     kernel = CompiledKernel(
         recipe.name, architecture, recipe.kind, recipe.activation, recipe.group_size, shape.block_rows,
-        shape.block_columns, shape.num_warps, shared_bytes, registers, recipe.function.__name__, digests["cubin"],
+        shape.block_columns, shape.num_warps, shared_bytes, registers, recipe.symbol, digests["cubin"],
         digests["ptx"],
     )  # fmt: skip
     return kernel, spilled

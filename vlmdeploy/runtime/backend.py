@@ -11,20 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.bundle import CacheShape
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Bools, Ints
 
 Floats = NDArray[np.float32]
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
+ROUTED_GRAPH = "decoder"  # both experts in one graph
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 class KvCache(Protocol):
-    """The KV cache of one prompt, written in place; `length` positions are filled."""
+    """The KV cache of one prompt, written in place."""
 
-    length: int
-    capacity: int
+    @property
+    def length(self) -> int:
+        """How many positions are filled."""
+
+    @property
+    def capacity(self) -> int:
+        """How many there are."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,11 @@ class RopeTable:
 
 
 class Backend(Protocol):
-    """What a backend offers. chunk_rows: how long the pieces are in which a prompt is best read."""
+    """What a backend offers. chunk_rows: how long the pieces are in which a prompt is best read. mixes_experts: whether
+    one call takes rows of both experts."""
 
     chunk_rows: int
+    mixes_experts: bool
 
     def encode_images(self, pixels: Floats) -> Floats:
         """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""
@@ -46,9 +54,12 @@ class Backend(Protocol):
     def new_cache(self, positions: Ints) -> KvCache:
         """An empty cache with one slot for each position id, int64 [capacity]."""
 
-    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
-        """Run rows [rows, hidden] of one expert, append them to the cache, return logits [asked, vocab] of the rows
-        asked for (counted inside the segment; none for the vision expert)."""
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """Run rows [rows, hidden] and append them to the cache; logits [asked, vocab] of the rows asked for.
+
+        vision_mask bool [rows]: which use the vision expert; all or none unless the backend mixes experts. logit_rows
+        counts from the first row and names rows of the language expert only.
+        """
 
     def decode(self, hidden: Floats, cache: KvCache) -> Floats:
         """Run one new token's row [1, hidden] on the language expert; logits [vocab], valid until the next call."""

@@ -64,12 +64,21 @@ def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embed
 
 
 def prefill(prompt: Prompt, rows: Floats, backend: Backend, cache: KvCache, wanted: Ints) -> Floats:
-    """Run the prompt segment by segment; logits [len(wanted), vocab] of the wanted positions (ascending, language)."""
+    """Run the prompt piece by piece; logits [len(wanted), vocab] of the wanted positions (ascending, language)."""
     logits = []
-    for segment in segments_of(prompt.vision_mask, backend.chunk_rows):
-        asked = wanted[(wanted >= segment.start) & (wanted < segment.stop)] - segment.start
-        logits.append(backend.run_segment(segment.expert, rows[segment.start : segment.stop], cache, asked))
+    for start, stop in pieces_of(prompt.vision_mask, backend):
+        asked = wanted[(wanted >= start) & (wanted < stop)] - start
+        logits.append(backend.run_rows(prompt.vision_mask[start:stop], rows[start:stop], cache, asked))
     return np.concatenate(logits)
+
+
+def pieces_of(vision_mask: Bools, backend: Backend) -> list[tuple[int, int]]:
+    """First and past-the-last position of each call that reads a prompt, bool [seq]: segments of equal expert, or
+    whatever comes next where the backend mixes experts."""
+    if not backend.mixes_experts:
+        return [(segment.start, segment.stop) for segment in segments_of(vision_mask, backend.chunk_rows)]
+    starts = range(0, len(vision_mask), backend.chunk_rows)
+    return [(start, min(start + backend.chunk_rows, len(vision_mask))) for start in starts]
 
 
 def decode(

@@ -163,7 +163,7 @@ def _load_graphs(backend: Backend, manifest: Manifest, options: MeasureOptions) 
     """Load what stays loaded; in phases every graph comes when it is needed."""
     if options.residency == "phase":
         return
-    for graph in ["decoder_text"] if options.text_only else list(manifest.graphs):
+    for graph in [manifest.token_graph] if options.text_only else list(manifest.graphs):
         if isinstance(backend, OrtBackend):
             backend.session(graph)
         elif isinstance(backend, TrtBackend):

@@ -6,6 +6,8 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backend import Backend
 from vlmdeploy.runtime.ort_backend import PROVIDERS, OrtBackend
+from vlmdeploy.runtime.routed_ort_backend import RoutedOrtBackend
+from vlmdeploy.runtime.routed_tensorrt_backend import RoutedTrtBackend
 from vlmdeploy.runtime.tensorrt_backend import TrtBackend
 
 
@@ -27,11 +29,21 @@ def open_backend(
                 "runs its graphs in ONNX Runtime"
             )
         if provider is None:
-            return TrtBackend(folder, manifest, residency)
-        return OrtBackend(folder, manifest, threads, residency, provider)
+            return trt_backend_of(manifest)(folder, manifest, residency)
+        return ort_backend_of(manifest)(folder, manifest, threads, residency, provider)
     if provider not in (None, manifest.provider):
         raise BackendError(
             f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
             f"--provider {provider}"
         )
     return OrtBackend(folder, manifest, threads, residency, manifest.provider)
+
+
+def ort_backend_of(manifest: Manifest) -> type[OrtBackend]:
+    """What runs a bundle's graphs in ONNX Runtime: segments of equal expert, or a routed decoder."""
+    return RoutedOrtBackend if manifest.is_routed else OrtBackend
+
+
+def trt_backend_of(manifest: Manifest) -> type[TrtBackend]:
+    """What runs a bundle's engines."""
+    return RoutedTrtBackend if manifest.is_routed else TrtBackend

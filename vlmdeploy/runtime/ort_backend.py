@@ -8,20 +8,28 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Bools, Ints, expert_of
 from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache, rope_table
 from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
 CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
+
+
+class HostCache(KvCache, Protocol):
+    """A cache whose keys and values, [batch, kv_heads, slots, head_dim] by name ("key.0"), can be read on the host."""
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays themselves."""
 
 
 class OrtCache:
@@ -117,6 +125,7 @@ class OrtBackend:
     """Executes a bundle's graphs with ONNX Runtime."""
 
     chunk_rows = CHUNK_ROWS
+    mixes_experts = False
 
     def __init__(
         self,
@@ -161,37 +170,42 @@ class OrtBackend:
         """See Backend."""
         if self.residency == "phase":
             self._decode = None
-            self.drop("decoder_text")  # of the prompt before
+            self.drop(self.manifest.token_graph)  # of the prompt before
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
         rows = rows.copy()  # what onnxruntime hands out keeps the session's whole working memory alive
         if self.residency == "phase":
             self.drop("vision")
         return rows
 
-    def new_cache(self, positions: Ints) -> OrtCache:
+    def new_cache(self, positions: Ints) -> HostCache:
         """See Backend."""
         if self.provider != "cpu":
-            self.session("decoder_text")  # which tells what is missing, where memory of a device only fails
+            self.session(self.manifest.token_graph)  # which tells what is missing, where memory of a device only fails
         slots = self.manifest.context_tokens if self._has_fixed_cache else len(positions)
         return OrtCache(self.ort, self.manifest, positions, slots, self._cache_type, self.provider)
 
-    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend."""
-        outputs = self.run_graph(expert, hidden, cache, logit_rows, ("logits",) if expert == "language" else ())
+        outputs = self.run_graph(vision_mask, hidden, cache, logit_rows, () if vision_mask.all() else ("logits",))
         return outputs.get("logits", np.zeros((0, self.manifest.embedding.vocab_size), np.float32))
 
+    def graph_of(self, vision_mask: Bools) -> str:
+        """The decoder graph that takes rows of these experts."""
+        return GRAPH_OF_EXPERT[expert_of(vision_mask)]
+
     def run_graph(
-        self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints, outputs: tuple[str, ...]
+        self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints, outputs: tuple[str, ...]
     ) -> dict[str, Floats]:
-        """One call of an expert's decoder graph; the named outputs beside the cache."""
+        """One call of the decoder graph of the rows' expert; the named outputs beside the cache."""
         assert isinstance(cache, OrtCache), "a cache made by this backend"
-        session = self.session(GRAPH_OF_EXPERT[expert])
+        graph = self.graph_of(vision_mask)
+        session = self.session(graph)
         binding = session.io_binding()
         cache.bind(binding)
         inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden))}
-        if expert == "language":
+        if expert_of(vision_mask) == "language":
             inputs["logit_rows"] = logit_rows
-        for info in self.manifest.graphs[GRAPH_OF_EXPERT[expert]].inputs:
+        for info in self.manifest.graphs[graph].inputs:
             if info.name in inputs:
                 binding.bind_cpu_input(info.name, np.ascontiguousarray(inputs[info.name]))
         for name in outputs:

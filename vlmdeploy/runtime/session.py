@@ -6,7 +6,7 @@ for piece in session.generate([{"role": "user", "content": "..."}]): ...
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.backend import Backend, Floats, KvCache, slot_positions
+from vlmdeploy.runtime.batch import BatchBackend, answer_together
 from vlmdeploy.runtime.boxes import Box, parse_boxes
 from vlmdeploy.runtime.chat import Conversation, Message, StreamDecoder, Tokenizer, prompt_ids, read_messages
 from vlmdeploy.runtime.embedding import EmbeddingTable
@@ -128,6 +129,52 @@ class Session:
         prompt = self._prompt(np.asarray(input_ids), images)
         return np.fromiter(self._tokens(prompt, options, Timings()), np.int64)
 
+    def generate_batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        options: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
+        template: str | None = None,
+    ) -> list[str]:
+        """The text of the answer to each conversation; see `generate_ids_batch`. Raises PromptError and DataError."""
+        running = [self.start(messages, options, template) for messages in conversations]
+        answers = self._batched([one.prompt for one in running], options)
+        return [one.text_of(ids) for one, ids in zip(running, answers, strict=True)]
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts `generate_ids_batch` runs side by side: one, unless the bundle has the routed plugin."""
+        return self.backend.most_prompts if isinstance(self.backend, BatchBackend) else 1
+
+    def generate_ids_batch(
+        self, prompts: Sequence[tuple[NDArray[Any], NDArray[Any] | None]], max_new_tokens: int = 16
+    ) -> list[Ints]:
+        """Greedy continuation of several prompts, ids and images each as in `generate_ids`; int64 [new] of each.
+
+        A bundle with the routed plugin runs them side by side, with and without images, as many at a time as it was
+        built for; others run one after the other. Raises PromptError before anything runs.
+        """
+        options = SamplingOptions(max_new_tokens=max_new_tokens)
+        made = [self._prompt(np.asarray(ids), images) for ids, images in prompts]
+        return [np.array(answer, np.int64) for answer in self._batched(made, options)]
+
+    def _batched(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
+        """Token ids of each answer, a stop id included."""
+        backend = self.backend
+        if not isinstance(backend, BatchBackend):
+            return [list(self._tokens(prompt, options, Timings())) for prompt in prompts]
+        answers = []
+        for start in range(0, len(prompts), backend.most_prompts):
+            group = prompts[start : start + backend.most_prompts]
+            rows = [prompt_rows(prompt, self._encode_images, self.embedding) for prompt in group]
+            choose, limits = [Sampler(options) for _ in group], [self._limit(prompt, options) for prompt in group]
+            stop_ids = self.manifest.tokens.stop_ids
+            answers += answer_together(group, rows, backend, self.embedding, choose, limits, stop_ids)
+        return answers
+
+    def _limit(self, prompt: Prompt, options: SamplingOptions) -> int:
+        """The most new tokens that the options and the context allow."""
+        return min(options.max_new_tokens, self.manifest.context_tokens - len(prompt.ids))
+
     def logits(self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, last: int | None = None) -> Floats:
         """Logits of every prompt position (or of the last few), float32 [seq or last, vocab].
 
@@ -178,8 +225,7 @@ class Session:
 
     def _tokens(self, prompt: Prompt, options: SamplingOptions, timings: Timings) -> Iterator[int]:
         """Token ids of the answer, one by one."""
-        room = self.manifest.context_tokens - len(prompt.ids)
-        cache = self._cache(prompt, min(options.max_new_tokens, room) - 1)
+        cache = self._cache(prompt, self._limit(prompt, options) - 1)
         start = time.perf_counter()
         rows = prompt_rows(prompt, self._encode_images, self.embedding)
         encoded = time.perf_counter()
@@ -198,16 +244,23 @@ class Running:
         self, session: Session, prompt: Prompt, options: SamplingOptions, image_size: tuple[int, int], timings: Timings
     ) -> None:
         self.ids: list[int] = []
+        self.prompt = prompt
         self._session = session
-        self._prompt = prompt
         self._options = options
         self._image_size = image_size
         self._timings = timings
 
     def pieces(self) -> Iterator[str]:
         """Text as it becomes certain, cut before a stop string."""
+        return self._pieces_of(self._session._tokens(self.prompt, self._options, self._timings))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The whole text of an answer whose ids are known."""
+        return "".join(self._pieces_of(ids))
+
+    def _pieces_of(self, tokens: Iterable[int]) -> Iterator[str]:
         decoder, stop = StreamDecoder(self._session.tokenizer), StopStrings(self._options.stop)
-        for token in self._session._tokens(self._prompt, self._options, self._timings):
+        for token in tokens:
             self.ids.append(token)
             if token in self._session.manifest.tokens.stop_ids:
                 break
@@ -225,8 +278,8 @@ class Running:
             "preprocess": timings.preprocess_ms, "vision": timings.vision_ms, "prefill": timings.prefill_ms,
             "decode_per_token": sum(decoded) / len(decoded) if decoded else 0.0,
         }  # fmt: skip
-        boxes = parse_boxes(text, *self._image_size) if self._prompt.pixels is not None else ()
-        return Answer(text, tuple(self.ids), boxes, phases, len(self._prompt.ids), len(self.ids))
+        boxes = parse_boxes(text, *self._image_size) if self.prompt.pixels is not None else ()
+        return Answer(text, tuple(self.ids), boxes, phases, len(self.prompt.ids), len(self.ids))
 
 
 def open_bundle(

@@ -22,6 +22,9 @@ def bundle_rows(manifest: Manifest) -> list[list[str]]:
         ["weights in memory", memory],
         ["verified", _verdict(manifest)],
     ]
+    if manifest.plugin is not None:
+        held = manifest.plugin.library or ("in the engine" if manifest.engines else "not built yet")
+        rows.append(["routed plugin", f"one decoder for batches of prompts; {held}"])
     if manifest.kept_in_float:
         rows.append(["kept in float", f"{len(manifest.kept_in_float)} linears, first {manifest.kept_in_float[0]}"])
     return rows

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vlmdeploy.bundle import EngineInfo, Manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Bools, Ints, expert_of
 from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache
 from vlmdeploy.runtime.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.tensorrt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
@@ -38,6 +38,8 @@ class TrtCache:
 
 class TrtBackend:
     """Executes a bundle's engines with TensorRT or TensorRT-RTX."""
+
+    mixes_experts = False
 
     def __init__(
         self,
@@ -63,12 +65,14 @@ class TrtBackend:
         self._logger = self.library.logger(_tell)
         self._runtime = self.library.module.Runtime(self._logger)
         self._engines: dict[str, list[Engine]] = {}
-        self._buffers = _buffers(manifest, self.chunk_rows, self.logit_rows, self.device)
+        self.batch = min(engine.batch for engine in manifest.engines.values())
+        sizes = buffer_bytes(manifest, self.chunk_rows, self.logit_rows, self.batch)
+        self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
         self._scratch = self.device.allocate(0)
         self._graph: Any = None
         self._can_capture: bool | None = None  # not asked yet
         self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
-        self._cache: TrtCache | None = None
+        self._newest: KvCache | None = None
 
     def engines(self, graph: str) -> list[Engine]:
         """The engines of a graph in the order of their layers, loaded on first use."""
@@ -100,7 +104,7 @@ class TrtBackend:
     def drop(self, graph: str) -> None:
         """Unload a graph's engines; they are loaded again when needed."""
         self.device.synchronize()
-        if graph == "decoder_text":
+        if graph == self.manifest.token_graph:
             self._forget_graph()
         for engine in self._engines.pop(graph, ()):
             engine.close()
@@ -108,7 +112,7 @@ class TrtBackend:
     def encode_images(self, pixels: Floats) -> Floats:
         """See Backend."""
         if self.residency == "phase":
-            self.drop("decoder_text")  # of the prompt before
+            self.drop(self.manifest.token_graph)  # of the prompt before
         rows = np.empty((len(pixels), self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden), np.float32)
         for index in range(len(pixels)):
             one = pixels[index : index + 1]
@@ -119,69 +123,82 @@ class TrtBackend:
             self.drop("vision")
         return rows
 
-    def new_cache(self, positions: Ints) -> TrtCache:
+    def new_cache(self, positions: Ints) -> KvCache:
         """See Backend. The cache made before is no longer valid."""
-        self._cache = TrtCache(0, len(positions), positions)
-        return self._cache
+        cache = TrtCache(0, len(positions), positions)
+        self._newest = cache
+        return cache
 
-    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend. Runs pieces that the engines take: rows of one call, and logits of one call, are limited."""
         logits = np.empty((len(logit_rows), self.manifest.embedding.vocab_size), np.float32)
         for start, stop in pieces(len(hidden), logit_rows, self.chunk_rows, self.logit_rows):
             asked = (logit_rows >= start) & (logit_rows < stop)
-            logits[asked] = self._run_rows(expert, hidden[start:stop], self._valid(cache), logit_rows[asked] - start)
+            mask, rows = vision_mask[start:stop], hidden[start:stop]
+            logits[asked] = self._run_piece(mask, rows, cache, logit_rows[asked] - start)
         return logits
 
-    def _run_rows(self, expert: str, hidden: Floats, cache: TrtCache, asked: Ints) -> Floats:
+    def _run_piece(self, vision_mask: Bools, hidden: Floats, cache: KvCache, asked: Ints) -> Floats:
         """One call of a decoder; logits [asked, vocab]."""
-        rows, vocab_size = len(hidden), self.manifest.embedding.vocab_size
-        wanted = asked if len(asked) else np.zeros(1, np.int64)  # an engine gives at least one row
-        self._upload(hidden, cache, wanted)
-        shapes: dict[str, tuple[int, ...]] = {
-            "hidden": hidden.shape, "position_ids": (1, rows), "logit_rows": wanted.shape
-        }  # fmt: skip
-        self._run(GRAPH_OF_EXPERT[expert], PROMPT, shapes)
-        cache.length += rows
-        logits = np.empty((len(asked), vocab_size), np.float32)
-        if len(asked):
+        valid = self._valid(cache)
+        inputs = self._inputs(hidden, valid, asked)
+        self._upload(inputs)
+        self._run(GRAPH_OF_EXPERT[expert_of(vision_mask)], PROMPT, self._shapes(inputs))
+        valid.length += len(hidden)
+        return self._download_logits(len(asked))
+
+    def _download_logits(self, count: int) -> Floats:
+        logits = np.empty((count, self.manifest.embedding.vocab_size), np.float32)
+        if count:
             self.device.download(self._buffers["logits"], logits)
         return logits
 
-    def _upload(self, hidden: Floats, cache: TrtCache, asked: Ints) -> None:
+    def _inputs(self, hidden: Floats, cache: TrtCache, asked: Ints) -> dict[str, NDArray[Any]]:
+        """What one call of a decoder is told, by name of the graph's input."""
         total = cache.length + len(hidden)
-        values: dict[str, NDArray[Any]] = {
+        return {
             "hidden": hidden,
-            "position_ids": cache.positions[cache.length : total],
+            "position_ids": cache.positions[None, cache.length : total],
             "write_index": np.array([cache.length], np.int64),
             "lengths": np.array([total], np.int64),
-            "logit_rows": asked,
+            "logit_rows": at_least_one(asked),
         }
-        for name, value in values.items():
+
+    def _upload(self, inputs: dict[str, NDArray[Any]]) -> None:
+        for name, value in inputs.items():
             self.device.upload(value, self._buffers[name])
+
+    def _shapes(self, inputs: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs whose shape varies."""
+        return {name: inputs[name].shape for name in ("hidden", "position_ids", "logit_rows")}
 
     def decode(self, hidden: Floats, cache: KvCache) -> Floats:
         """See Backend."""
         valid = self._valid(cache)
-        self._upload(hidden, valid, np.zeros(1, np.int64))
-        if self._graph is None:
-            self._run("decoder_text", ONE_TOKEN, self._one_token_shapes())  # also warms up what a capture must not do
-            if self._can_capture is None or self._can_capture:
-                self._graph = self._captured()
-        else:
-            self.device.launch(self._graph)
+        self._run_token(self._inputs(hidden, valid, np.zeros(1, np.int64)))
         valid.length += 1
         self.device.download(self._buffers["logits"], self._logits)
         logits: Floats = self._logits[0]
         return logits
 
-    def _one_token_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"hidden": (1, self.manifest.embedding.hidden), "position_ids": (1, 1), "logit_rows": (1,)}
+    def _run_token(self, inputs: dict[str, NDArray[Any]]) -> None:
+        """Run one row of each prompt, from the second time on by launching a captured graph."""
+        self._upload(inputs)
+        if self._graph is not None:
+            self.device.launch(self._graph)
+            return
+        self._run(
+            self.manifest.token_graph, ONE_TOKEN, self._shapes(inputs)
+        )  # also warms up what a capture must not do
+        if self._can_capture is None or self._can_capture:
+            self._graph = self._captured()
 
     def _captured(self) -> Any:
         """One decoded token as a CUDA graph: every address and shape stays the same."""
         self.device.synchronize()
         runs = [
-            (engine, engine.context(ONE_TOKEN, self._scratch, self.device)) for engine in self.engines("decoder_text")
+            (engine, engine.context(ONE_TOKEN, self._scratch, self.device))
+            for engine in self.engines(self.manifest.token_graph)
         ]
         self._can_capture = all(context.is_stream_capturable(self.device.stream) for _, context in runs)
         if not self._can_capture:
@@ -213,10 +230,13 @@ class TrtBackend:
         return self._buffers[buffer_of(name, info)].address
 
     def _valid(self, cache: KvCache) -> TrtCache:
+        self._check_newest(cache)
         assert isinstance(cache, TrtCache), "a cache made by this backend"
-        if cache is not self._cache:
-            raise BackendError("this KV cache was given up when a new prompt was begun")
         return cache
+
+    def _check_newest(self, cache: KvCache) -> None:
+        if cache is not self._newest:
+            raise BackendError("this KV cache was given up when a new prompt was begun")
 
     def end_prefill(self) -> None:
         """Unload what only a prompt needs, when only the current phase shall be resident."""
@@ -267,26 +287,29 @@ def pieces(num_rows: int, asked: Ints, chunk_rows: int, logit_rows: int) -> list
     return result
 
 
-def _buffers(manifest: Manifest, chunk_rows: int, logit_rows: int, device: CudaDevice) -> dict[str, Buffer]:
-    return {name: device.allocate(size) for name, size in buffer_bytes(manifest, chunk_rows, logit_rows).items()}
+def at_least_one(asked: Ints) -> Ints:
+    """An engine gives at least one row of logits."""
+    return asked if len(asked) else np.zeros(1, np.int64)
 
 
-def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int) -> dict[str, int]:
-    """The memory plan: bytes of every buffer that lives as long as the session."""
+def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int, batch: int = 1) -> dict[str, int]:
+    """The memory plan: bytes of every buffer of a session. chunk_rows: of each of `batch` prompts."""
     hidden, side = manifest.embedding.hidden, manifest.image.size_px
     shape, has_parts = manifest.cache, any(engine.part for engine in manifest.engines.values())
-    layer = shape.kv_heads * manifest.context_tokens * shape.head_dim * np.dtype(CACHE_TYPES[shape.dtype]).itemsize
+    slots, tokens = batch * manifest.context_tokens, batch * chunk_rows
+    layer = shape.kv_heads * slots * shape.head_dim * np.dtype(CACHE_TYPES[shape.dtype]).itemsize
     sizes = {
         "pixels": 4 * 3 * side * side,
         "rows": 4 * manifest.tokens.rows_per_image * hidden,
-        "hidden": 4 * chunk_rows * hidden,
-        "position_ids": 8 * chunk_rows,
-        "write_index": 8,
-        "lengths": 8,
+        "hidden": 4 * tokens * hidden,
+        "position_ids": 8 * tokens,
+        "write_index": 8 * batch,
+        "lengths": 8 * batch,
         "logit_rows": 8 * logit_rows,
         "logits": 4 * logit_rows * manifest.embedding.vocab_size,
     }
-    between = {f"between.{turn}": 4 * chunk_rows * hidden for turn in range(2)} if has_parts else {}
+    sizes |= {"experts": 4 * tokens} if manifest.is_routed else {}
+    between = {f"between.{turn}": 4 * tokens * hidden for turn in range(2)} if has_parts else {}
     cache = {f"{kind}.{index}": layer for index in range(shape.num_layers) for kind in ("key", "value")}
     return sizes | between | cache
 
@@ -297,7 +320,7 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
     for info in manifest.engines.values():
         sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
     engine = next(iter(manifest.engines.values()))
-    needed, buffers = needed_bytes(manifest, sizes, engine.chunk_rows, engine.logit_rows, residency)
+    needed, buffers = needed_bytes(manifest, sizes, engine.chunk_rows, engine.logit_rows, residency, engine.batch)
     if needed > free_bytes:
         parts = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
         advice = "close other programs" if residency == "phase" else "use --residency phase"
@@ -309,14 +332,14 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
 
 
 def needed_bytes(
-    manifest: Manifest, graph_bytes: dict[str, int], chunk_rows: int, logit_rows: int, residency: str
+    manifest: Manifest, graph_bytes: dict[str, int], chunk_rows: int, logit_rows: int, residency: str, batch: int = 1
 ) -> tuple[int, int]:
     """What the device must have free, and how much of that is buffers and KV cache. graph_bytes: of each graph."""
-    buffers = sum(buffer_bytes(manifest, chunk_rows, logit_rows).values())
+    buffers = sum(buffer_bytes(manifest, chunk_rows, logit_rows, batch).values())
     return peak_bytes(graph_bytes, residency) + buffers + RESERVE_BYTES, buffers
 
 
 def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
     """The most bytes of weights that are on the device together: in phases the encoder alone, then both experts."""
-    experts = graph_bytes.get("decoder_vision", 0) + graph_bytes["decoder_text"]
+    experts = sum(graph_bytes.values()) - graph_bytes["vision"]
     return max(graph_bytes["vision"], experts) if residency == "phase" else sum(graph_bytes.values())

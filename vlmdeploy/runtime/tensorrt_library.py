@@ -72,6 +72,10 @@ class TensorrtLibrary:
 
         return Monitor()
 
+    def plugin_registry(self) -> Any:
+        """Where the parser finds plugins; what is put there stays as long as the process."""
+        return self.module.get_plugin_registry()
+
     def prepare(self, config: Any, capabilities: tuple[str, ...]) -> None:
         """Set what the two want differently. capabilities: the GPUs of a TensorRT-RTX plan, "8.6" each; none for a
         portable one. Raises BackendError."""

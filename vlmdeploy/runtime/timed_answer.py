@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import ConfigError, PromptError
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Bools, Ints
 from vlmdeploy.runtime.backend import Backend, Floats, KvCache
 from vlmdeploy.runtime.chat import prompt_ids, read_messages
 from vlmdeploy.runtime.image import ImageSource, load_image, preprocess
@@ -46,6 +46,7 @@ class MeasuredBackend:
 
     def __init__(self, backend: Backend, watch: PhaseWatch) -> None:
         self.chunk_rows = backend.chunk_rows
+        self.mixes_experts = backend.mixes_experts
         self.begun: dict[str, float] = {}
         self.decode_begun: list[float] = []
         self._backend = backend
@@ -67,10 +68,10 @@ class MeasuredBackend:
         """See Backend."""
         return self._backend.new_cache(positions)
 
-    def run_segment(self, expert: str, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend."""
         self._begin("prefill")
-        logits = self._backend.run_segment(expert, hidden, cache, logit_rows)
+        logits = self._backend.run_rows(vision_mask, hidden, cache, logit_rows)
         self._watch.look()
         return logits
 

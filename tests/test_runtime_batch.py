@@ -1,0 +1,194 @@
+"""Agreement tests of batches: prompts with and without pictures, side by side, answer as each does alone; in ONNX
+Runtime and through the TensorRT backend on a fake device, whose plans run the same graphs."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
+from tests.tiny_bundle import export, picture, write_text_checkpoint
+from tests.tiny_checkpoint import TinyCheckpoint
+from vlmdeploy.bundle import read_manifest
+from vlmdeploy.errors import BackendError, PromptError
+from vlmdeploy.export.engine_parts import EnginePart
+from vlmdeploy.runtime.batch import Call, Lanes, prefill_steps, row_positions, starts_of
+from vlmdeploy.runtime.routed_ort_backend import RoutedOrtBackend
+from vlmdeploy.runtime.routed_tensorrt_backend import RoutedTrtBackend
+from vlmdeploy.runtime.sampling import SamplingOptions
+from vlmdeploy.runtime.session import Session, open_bundle
+
+Question = tuple[np.ndarray, np.ndarray | None]
+LAYERS, CHUNK_ROWS, LOGIT_ROWS, BATCH = 3, 7, 4, 3
+NEW_TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_checkpoint(tmp_path_factory.mktemp("batch") / "ckpt", seed=5, layers=LAYERS, mlp=128)
+
+
+@pytest.fixture(scope="module")
+def routed(ckpt: Path) -> Path:
+    """A verified bundle with one routed decoder and no engines. Shared: do not change it."""
+    return export(ckpt, ckpt.parent / "routed", "trt-int4", group=32, routed_plugin="on")
+
+
+@pytest.fixture(scope="module")
+def segmented(ckpt: Path) -> Path:
+    """The same model as two graphs of equal expert."""
+    return export(ckpt, ckpt.parent / "segmented", "trt-int4", group=32)
+
+
+@pytest.fixture
+def built(routed: Path, tmp_path: Path) -> Path:
+    """The routed bundle with fake plans for batches, its decoder in two parts."""
+    folder = shutil.copytree(routed, tmp_path / "bundle")
+    parts = [EnginePart("vision", 0, (0, 0), 0, is_whole=True)]
+    parts += [EnginePart("decoder", index, layers, 0, is_whole=False) for index, layers in enumerate([(0, 2), (2, 3)])]
+    write_fake_engines(folder, parts, CHUNK_ROWS, LOGIT_ROWS, BATCH)
+    return folder
+
+
+def open_fake(folder: Path, residency: str = "all") -> tuple[Session, FakeDevice]:
+    manifest, device = read_manifest(folder), FakeDevice()
+    backend = RoutedTrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
+    return Session(folder, manifest, backend), device
+
+
+def questions() -> list[Question]:
+    """Short and long, with and without a picture, two pictures among them."""
+    tiny = TinyCheckpoint("cogvlm", vocab=259)
+    pictures = tiny.pixels(2)
+    texts: list[tuple[list[int], int | None]] = [([5], 0), (list(range(30, 62)), None), ([9, 8], None), ([7] * 11, 1)]
+    return [
+        (np.array(tiny.prompt(text, which is not None)), None if which is None else pictures[which : which + 1])
+        for text, which in texts
+    ]
+
+
+def lists(answers: Any) -> list[list[int]]:
+    return [answer.tolist() for answer in answers]
+
+
+def alone(session: Session) -> list[list[int]]:
+    return lists(session.generate_ids(ids, pixels, NEW_TOKENS) for ids, pixels in questions())
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 7, 256])
+def test_batch_answers_as_each_prompt_alone(routed: Path, chunk_rows: int) -> None:
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        session.backend.chunk_rows = chunk_rows
+        assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(session)
+
+
+def test_routed_decoder_answers_as_segments_do(routed: Path, segmented: Path) -> None:
+    with (
+        open_bundle(routed, provider="cpu", threads=1) as one,
+        open_bundle(segmented, provider="cpu", threads=1) as two,
+    ):
+        assert alone(one) == alone(two)
+        for ids, pixels in questions():
+            found, expected = one.logits(ids, pixels), two.logits(ids, pixels)
+            assert (np.isnan(found) == np.isnan(expected)).all()
+            assert np.nanmax(np.abs(found - expected)) < 5e-3 * np.nanmax(np.abs(expected))
+
+
+def test_bundle_without_the_plugin_takes_batches_one_by_one(segmented: Path) -> None:
+    with open_bundle(segmented, provider="cpu", threads=1) as session:
+        assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(session)
+
+
+def test_more_prompts_than_one_call_takes_are_answered_in_groups(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoutedOrtBackend, "most_prompts", 3)
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(session)
+        assert session.generate_ids_batch([]) == []
+
+
+def test_text_of_a_batch_is_the_text_of_each(routed: Path) -> None:
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}]
+    conversations: list[Any] = [[{"role": "user", "content": text}] for text in ("Hello", content)]
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        options = SamplingOptions(max_new_tokens=12)
+        texts = session.generate_batch(conversations, options)
+        assert texts == [session.answer(messages, options).text for messages in conversations]
+        stop = texts[0][2:4]
+        assert session.generate_batch(conversations, replace(options, stop=(stop,)))[0] == texts[0].split(stop)[0]
+
+
+def test_wrong_prompt_of_a_batch_is_told_before_anything_runs(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoutedOrtBackend, "encode_images", None)
+    with open_bundle(routed, provider="cpu", threads=1) as session, pytest.raises(PromptError, match=r"0\.\.258"):
+        session.generate_ids_batch([*questions(), (np.array([1, 999]), None)])
+
+
+@pytest.mark.parametrize("residency", ["all", "phase"])
+def test_engines_answer_as_the_graphs_do(built: Path, routed: Path, residency: str) -> None:
+    session, _ = open_fake(built, residency)
+    with open_bundle(routed, provider="cpu", threads=1) as reference:
+        assert alone(session) == alone(reference)
+        assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(reference)
+        for ids, pixels in questions():
+            np.testing.assert_allclose(session.logits(ids, pixels), reference.logits(ids, pixels), atol=2e-3)
+
+
+def test_tokens_of_a_batch_are_launches_of_one_captured_graph(built: Path) -> None:
+    session, device = open_fake(built)
+    session.generate_ids_batch(questions()[:2], NEW_TOKENS)
+    assert device.log.count("capture") == 1
+    assert device.log.count("launch") >= 4
+    session.generate_ids(*questions()[1], NEW_TOKENS)
+    assert device.log.count("capture") == 2, "another number of prompts needs another graph"
+    assert device.log.count("discard") == 1
+
+
+def test_closed_engines_hold_nothing(built: Path) -> None:
+    session, device = open_fake(built)
+    session.generate_ids_batch(questions(), 2)
+    session.close()
+    assert device.used_bytes() == 0
+
+
+def test_lanes_of_an_older_batch_are_refused(built: Path) -> None:
+    session, _ = open_fake(built)
+    backend = session.backend
+    assert isinstance(backend, RoutedTrtBackend)
+    old = backend.new_lanes([np.arange(9)])
+    backend.new_lanes([np.arange(9)])
+    call = Call(
+        np.zeros((1, 1, 64), np.float32), np.zeros((1, 1), np.bool_), np.ones(1, np.int64), np.zeros(1, np.int64)
+    )
+    with pytest.raises(BackendError, match="given up"):
+        backend.run_call(call, old)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("lengths", [(1,), (8,), (9, 8, 1), (3, 25, 16, 17), (100, 1)])
+def test_steps_read_every_position_once_and_end_together(lengths: tuple[int, ...], chunk_rows: int) -> None:
+    steps = prefill_steps(lengths, chunk_rows)
+    for lane, length in enumerate(lengths):
+        read = [step[lane] for step in steps]
+        assert [place for start, stop in read for place in range(start, stop)] == list(range(length))
+        assert read[-1][1] == length, "all end in the last call"
+        begun = [stop - start for start, stop in read if stop > start]
+        assert begun[1:] == [chunk_rows] * (len(begun) - 1), "only the first call of a lane may be short"
+
+
+def test_padding_stays_inside_each_lane() -> None:
+    lengths, slots = (3, 25, 16, 17), 25
+    for step in prefill_steps(lengths, 8):
+        counts = np.array([stop - start for start, stop in step])
+        starts = np.array([start if stop > start else 0 for start, stop in step])
+        assert (starts + counts.max() <= slots).all()
+
+
+def test_rows_get_the_positions_of_their_slots() -> None:
+    lanes = Lanes.of([np.array([0, 1, 1, 2]), np.array([0, 1])])
+    lanes.lengths[:] = (2, 2)
+    counts = np.array([2, 0])
+    assert starts_of(lanes, counts).tolist() == [2, 0]
+    assert row_positions(lanes, counts, 3).tolist() == [[1, 2, 0], [0, 0, 0]]
