@@ -132,9 +132,8 @@ class FakeContext:
         if stream != self.device.stream:
             return False
         self._check_that_only_the_cache_is_in_place()
-        self.device.view(self.scratch[0], SCRATCH[self.engine.graph])
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.device.submit(lambda: self.run(shapes, addresses))
+        shapes, addresses, (scratch, _) = dict(self.shapes), dict(self.addresses), self.scratch
+        self.device.submit(lambda: self.run(shapes, addresses, scratch))
         return True
 
     def _check_that_only_the_cache_is_in_place(self) -> None:
@@ -143,7 +142,8 @@ class FakeContext:
             past = {output.replace("present_", "past_")} if output.startswith("present_") else set()
             assert shared == past, f"{self.engine.name} writes {output} where it reads {shared}"
 
-    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: int) -> None:
+        self.device.view(scratch, SCRATCH[self.engine.graph])
         self.device.log.append(f"{self.engine.name}[{self.profile}]")
         if self.engine.kernels is not None:
             self.engine.kernels.finished.add(f"{self.engine.name}[{self.profile}]")
