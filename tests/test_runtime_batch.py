@@ -172,9 +172,9 @@ def test_picture_of_several_prompts_is_encoded_once(routed: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    (np.array([1, 5]), "is ndarray, expected a pair"),
-    ((np.array([1, 5]),), "is tuple, expected a pair"),
-    (None, "is NoneType, expected a pair"),
+    (np.array([1, 5]), "found ndarray, expected a pair"),
+    ((np.array([1, 5]),), "found tuple, expected a pair"),
+    (None, "found NoneType, expected a pair"),
     (([], None), r"input_ids is float64 \[0\]"),
     (([[1], [2, 3]], None), "input_ids cannot be read as an array of numbers"),
     ((np.full(128, 5), None), "the prompt has 128 tokens .* and the context holds 128"),
@@ -184,9 +184,18 @@ def test_picture_of_several_prompts_is_encoded_once(routed: Path, monkeypatch: p
 def test_wrong_prompt_of_a_batch_is_named(wrong: Any, message: str, routed: Path) -> None:
     with (
         open_bundle(routed, provider="cpu", threads=1) as session,
-        pytest.raises(PromptError, match=rf"^prompts\[1\].* {message}"),
+        pytest.raises(PromptError, match=rf"^prompts\[1\]: .*{message}"),
     ):
         session.generate_ids_batch([questions()[0], wrong, questions()[1]])
+
+
+def test_wrong_conversation_of_a_batch_is_named(routed: Path) -> None:
+    conversations: list[Any] = [[{"role": "user", "content": text}] for text in ("Hello", "x" * 200)]
+    with (
+        open_bundle(routed, provider="cpu", threads=1) as session,
+        pytest.raises(PromptError, match=r"^conversations\[1\]: the prompt has 2\d\d tokens"),
+    ):
+        session.generate_batch(conversations)
 
 
 def test_wrong_prompt_of_a_batch_is_told_before_anything_runs(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +252,18 @@ def test_pictures_of_a_batch_are_encoded_with_nothing_else_resident(built: Path)
     assert pixels is not None and resident[0] == ("vision", {"vision"})
     assert {graph for graph, _ in resident[1:]} == {"decoder"}
     assert all(held == {"decoder"} for _, held in resident[1:])
+
+
+def test_graph_that_may_be_running_is_waited_for_before_it_goes(built: Path) -> None:
+    session, device = open_fake(built)
+    backend = session.backend
+    assert isinstance(backend, RoutedTrtBackend)
+    session.generate_ids_batch(questions()[1:3], 3)
+    rows, mask = session.embedding[np.array([1, 5])], np.zeros(2, np.bool_)
+    lanes = backend.new_lanes([np.arange(4)])
+    backend.run_rows(mask, rows, lanes, np.zeros(0, np.int64))  # whose logits nobody waits for
+    backend.decode(rows[:1], lanes)
+    assert device.log.count("discard") == 1
 
 
 def test_memory_of_every_lane_is_planned(built: Path) -> None:

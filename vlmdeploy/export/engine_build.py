@@ -160,9 +160,7 @@ def compile_engines(
     capabilities: the GPUs that the engines fit; see `built_for`.
     """
     library = import_tensorrt(library_of(manifest.target))
-    shapes, log, plugin = shapes_of(manifest, options), _new_log(into), None
-    if manifest.is_routed:
-        plugin = RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
+    shapes, log = shapes_of(manifest, options), _new_log(into)
     engines = {}
     for part in sorted(
         parts, key=lambda part: part.graph != ROUTED_GRAPH
@@ -170,7 +168,7 @@ def compile_engines(
         plan = into / f"{part.name}.engine"
         request = EngineRequest(
             library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,
-            options.compute_capabilities, plan, log, plugin if part.graph == ROUTED_GRAPH else None,
+            options.compute_capabilities, plan, log, _plugin_of(part, options, capabilities),
         )  # fmt: skip
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
@@ -183,6 +181,13 @@ def compile_engines(
         shutil.copyfile(log, into / LOG_NAME)
         log.unlink()
     return engines
+
+
+def _plugin_of(part: EnginePart, options: BuildOptions, capabilities: tuple[str, ...]) -> RoutedPlugin | None:
+    """How the routed operations get into an engine that has some, on the one GPU that TensorRT builds for."""
+    if part.graph != ROUTED_GRAPH:
+        return None
+    return RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
 
 
 def shapes_of(manifest: Manifest, options: BuildOptions) -> Shapes:

@@ -7,6 +7,7 @@ for piece in session.generate([{"role": "user", "content": "..."}]): ...
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -136,7 +137,10 @@ class Session:
         template: str | None = None,
     ) -> list[str]:
         """The text of the answer to each conversation; see `generate_ids_batch`. Raises PromptError and DataError."""
-        running = [self.start(messages, options, template) for messages in conversations]
+        running = []
+        for place, messages in enumerate(conversations):
+            with _naming(f"conversations[{place}]"):
+                running.append(self.start(messages, options, template))
         answers = self._batched([one.prompt for one in running], options)
         return [one.text_of(ids) for one, ids in zip(running, answers, strict=True)]
 
@@ -160,13 +164,10 @@ class Session:
         """Prompts of ids and images; where there are several, an error names the wrong one by its place."""
         made = []
         for place, pair in enumerate(pairs):
-            name = f"prompts[{place}]"
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise PromptError(f"{name} is {type(pair).__name__}, expected a pair: ids, and images or None")
-            try:
+            with _naming(f"prompts[{place}]" if len(pairs) > 1 else ""):
+                if not isinstance(pair, tuple | list) or len(pair) != 2:
+                    raise PromptError(f"found {type(pair).__name__}, expected a pair: ids, and images or None")
                 made.append(self._prompt(*pair))
-            except PromptError as error:
-                raise PromptError(f"{name}: {error}" if len(pairs) > 1 else str(error)) from error
         return made
 
     def _batched(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
@@ -248,6 +249,15 @@ class Session:
         timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
         stop_ids = self.manifest.tokens.stop_ids
         yield from decode(logits, prompt, self.backend, cache, self.embedding, Sampler(options), stop_ids, timings)
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """What is wrong with a prompt is told with its place among several; "": it is alone."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{place}: {error}" if place else str(error)) from error
 
 
 def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
