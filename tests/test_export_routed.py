@@ -26,7 +26,8 @@ from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
 from vlmdeploy.export.precision import Precision, plan_precision
 from vlmdeploy.export.routed_dialect import check_routed
-from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, routed_functions
+from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, routed_functions, without_routed_functions
+from vlmdeploy.export.staged_bundle import StagedBundle
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.runtime.integrity import check_bundle
 
@@ -294,6 +295,16 @@ def test_gate_names_the_first_stage_that_differs(
     with pytest.raises(ParityError, match=rf": {stage}"):
         export(ckpt, tmp_path / "bundle", "trt-int4", routed_plugin="on")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_plugins_lose_their_bodies_for_tensorrt(bundle: Path) -> None:
+    """What has a body is not looked for among the plugins; TRT_Attention is TensorRT's own, with a body for others."""
+    model = without_routed_functions(decoder_of(bundle))
+    assert [(function.domain, function.name) for function in model.functions] == [("trt", "TRT_Attention")]
+
+
+def test_stages_of_a_routed_bundle_are_of_both_experts(bundle: Path) -> None:
+    assert StagedBundle(bundle, 1).geometry.experts == EXPERTS
 
 
 def test_commands_take_a_routed_bundle(bundle: Path, ckpt: Path) -> None:

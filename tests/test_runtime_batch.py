@@ -266,6 +266,22 @@ def test_graph_that_may_be_running_is_waited_for_before_it_goes(built: Path) -> 
     assert device.log.count("discard") == 1
 
 
+def test_graphs_of_one_phase_are_in_memory_at_a_time(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ONNX Runtime, over two batches with pictures."""
+    loaded: list[tuple[str, list[str]]] = []
+    load = RoutedOrtBackend._load_file
+
+    def noted(backend: RoutedOrtBackend, graph: str) -> Any:
+        loaded.append((graph, list(backend._sessions)))
+        return load(backend, graph)
+
+    monkeypatch.setattr(RoutedOrtBackend, "_load_file", noted)
+    with open_bundle(routed, provider="cpu", threads=1, residency="phase") as session:
+        for batch in (questions()[:2], questions()[2:]):
+            session.generate_ids_batch(batch, 2)
+    assert loaded == [("vision", []), ("decoder", [])] * 2
+
+
 def test_memory_of_every_lane_is_planned(built: Path) -> None:
     manifest = read_manifest(built)
     sizes = {"vision": 0, "decoder": 0}
