@@ -39,6 +39,7 @@ class FakeDevice:
     memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     capturing: list[Callable[[], None]] | None = None
+    is_running: bool = False  # until somebody waits for it
 
     def free_bytes(self) -> int:
         return self.memory_bytes - self.used_bytes()
@@ -59,6 +60,7 @@ class FakeDevice:
         self.view(buffer.address, array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
 
     def download(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        self.is_running = False
         array[...] = self.view(buffer.address, array.nbytes).view(array.dtype).reshape(array.shape)
 
     def view(self, address: int, size: int) -> NDArray[np.uint8]:
@@ -69,6 +71,7 @@ class FakeDevice:
 
     def synchronize(self) -> None:
         assert self.capturing is None, "a stream that is captured cannot be waited for"
+        self.is_running = False
 
     def capture(self, enqueue: Callable[[], None]) -> list[Callable[[], None]]:
         self.log.append("capture")
@@ -79,10 +82,12 @@ class FakeDevice:
 
     def launch(self, graph: list[Callable[[], None]]) -> None:
         self.log.append("launch")
+        self.is_running = True
         for run in graph:
             run()
 
     def discard(self, graph: list[Callable[[], None]]) -> None:
+        assert not self.is_running, "a graph goes that may be running"
         self.log.append("discard")
         graph.clear()
 
@@ -92,6 +97,7 @@ class FakeDevice:
     def submit(self, run: Callable[[], None]) -> None:
         """Run now, or when the captured graph is launched."""
         if self.capturing is None:
+            self.is_running = True
             run()
         else:
             self.capturing.append(run)
@@ -132,9 +138,8 @@ class FakeContext:
         if stream != self.device.stream:
             return False
         self._check_that_only_the_cache_is_in_place()
-        self.device.view(self.scratch[0], SCRATCH[self.engine.graph])
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.device.submit(lambda: self.run(shapes, addresses))
+        shapes, addresses, (scratch, _) = dict(self.shapes), dict(self.addresses), self.scratch
+        self.device.submit(lambda: self.run(shapes, addresses, scratch))
         return True
 
     def _check_that_only_the_cache_is_in_place(self) -> None:
@@ -143,7 +148,8 @@ class FakeContext:
             past = {output.replace("present_", "past_")} if output.startswith("present_") else set()
             assert shared == past, f"{self.engine.name} writes {output} where it reads {shared}"
 
-    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: int) -> None:
+        self.device.view(scratch, SCRATCH[self.engine.graph])
         self.device.log.append(f"{self.engine.name}[{self.profile}]")
         if self.engine.kernels is not None:
             self.engine.kernels.finished.add(f"{self.engine.name}[{self.profile}]")

@@ -76,6 +76,39 @@ class OneByOne:
         """Nothing is held."""
 
 
+class SideBySide(OneByOne):
+    """As a bundle with a routed decoder: several prompts at once; a prompt that is longer than `longest` is refused."""
+
+    prompts_at_once = 3
+    longest = 10**6
+
+    def generate_ids_batch(self, prompts: Sequence[IdsAndImages], max_new_tokens: int = 16) -> list[Ints]:
+        self.calls = [*getattr(self, "calls", []), len(prompts)]
+        if max(len(ids) for ids, _ in prompts) > self.longest:
+            raise PromptError("a prompt is too long")
+        one = super().generate_ids_batch
+        return [answer for prompt in prompts for answer in one([prompt], max_new_tokens)]
+
+
+def test_bundle_answers_as_many_questions_at_once_as_it_takes(
+    model: VisionLanguageModel, tokenizer: Tokenizer, samples: list[Sample]
+) -> None:
+    session = SideBySide(model, tokenizer)
+    answers = list(BundleAnswerer(session, 2).answers(samples))
+    assert answers == list(BundleAnswerer(OneByOne(model, tokenizer), 2).answers(samples))
+    assert session.calls == [3] * 5 + [1]
+
+
+def test_wrong_question_of_several_is_named(
+    model: VisionLanguageModel, tokenizer: Tokenizer, samples: list[Sample]
+) -> None:
+    long = Sample(None, (Turn("How long? " * 20),), "vqa", "any", "very")
+    session = SideBySide(model, tokenizer)
+    session.longest = 150
+    with pytest.raises(PromptError, match=r"^question 'How long\? .*: a prompt is too long"):
+        list(BundleAnswerer(session, 1).answers([samples[9], long, samples[9]]))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_batches_answer_like_single_prompts(
     model: VisionLanguageModel, tokenizer: Tokenizer, samples: list[Sample], batch_size: int

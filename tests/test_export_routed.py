@@ -1,7 +1,10 @@
 """The routed decoder graph: its operations against numpy, its packed codes against the chosen ones, the gate that finds
 what is specific to it, and what a user may ask for. That it takes batches is tested in test_runtime_batch.py."""
 
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 import tests.reference.int4 as reference
 from tests.golden_cases import GOLDEN
-from tests.gptq_checkpoint import write_gptq_checkpoint
+from tests.gptq_checkpoint import Tensors, gptq_tensors, write_gptq_checkpoint
 from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute
-from tests.tiny_bundle import edit_manifest, export, only_error_line, run_cli, write_text_checkpoint
-from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tiny_bundle import TEXT_MODEL, edit_manifest, export, only_error_line, run_cli, write_text_checkpoint
+from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
-from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, routed_functions
+from vlmdeploy.export.precision import Precision, plan_precision
+from vlmdeploy.export.routed_dialect import check_routed
+from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, routed_functions, without_routed_functions
+from vlmdeploy.export.staged_bundle import StagedBundle
 from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.runtime.integrity import check_bundle
 
@@ -29,6 +35,7 @@ SIZES: dict[str, Any] = {
     "hidden": 128, "heads": 4, "mlp": 192, "vision_width": 64, "vision_mlp": 128, "layers": 3, "vocab": 300
 }  # fmt: skip
 EXPERTS = ("language", "vision")
+VISION_EXPERT = re.compile(r"model\.layers\.\d+\.(self_attn\.vision_expert|mlp\.vision_mlp)")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +185,47 @@ def test_codes_of_a_gptq_checkpoint_are_shipped(bits: int, tmp_path: Path) -> No
     assert read_manifest(out).precision["decoder"] == f"int{bits}"
 
 
+def write_mixed_checkpoint(folder: Path, vision_bits: int, vision_group: int) -> Path:
+    """GPTQ codes of 4 bits in groups of 32, the vision expert's of other bits or groups; heads of 24, padded to 32."""
+    sizes = {"hidden": 96, "mlp": 128, "layers": 2}
+    tensors = TinyCheckpoint("cogvlm", **TEXT_MODEL | {"vision_layers": 1} | sizes).tensors()
+
+    def edit(stored: Tensors) -> None:
+        for name, values in tensors.items():
+            if VISION_EXPERT.match(name):
+                stored |= gptq_tensors(name.removesuffix(".weight"), values, vision_bits, vision_group)
+
+    config = {"dynamic": {VISION_EXPERT.pattern: {"bits": vision_bits, "group_size": vision_group}}}
+    return write_gptq_checkpoint(folder, 4, 32, edit, config, **sizes)
+
+
+@pytest.mark.parametrize("vision_bits", [2, 3])
+def test_experts_may_have_codes_of_different_bits(vision_bits: int, tmp_path: Path) -> None:
+    """Rows that pad a head were filled with the middle code of the language expert, whatever the vision expert's is."""
+    quantized = write_mixed_checkpoint(tmp_path / "gptq", vision_bits, 32)
+    manifest = read_manifest(export(quantized, tmp_path / "bundle", "trt-int4", routed_plugin="on"))
+    assert manifest.precision["decoder"] == f"int{vision_bits}+int4"
+    assert manifest.cache.head_dim == 32
+
+
+def test_experts_of_other_group_sizes_are_refused(tmp_path: Path) -> None:
+    """CogVLM's experts of one linear share a launch, and so a group size."""
+    quantized = write_mixed_checkpoint(tmp_path / "gptq", 4, 16)
+    with pytest.raises(ExportError, match=r'vision\.qkv\.weight".*groups of 16'):
+        export(quantized, tmp_path / "bundle", "trt-int4", routed_plugin="on")
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize("family", ["cogvlm", "cogvlm2"])
+def test_heads_that_need_padding_pass_the_gate(family: str, tmp_path: Path) -> None:
+    """Heads of 24; in CogVLM2 two share keys and values, and a bias of the vision expert is padded too."""
+    ckpt = write_tiny_checkpoint(tmp_path / "ckpt", family, **SIZES | {"hidden": 96, "layers": 2})
+    manifest = read_manifest(export(ckpt, tmp_path / "bundle", "trt-int4", routed_plugin="on", group=32))
+    assert manifest.cache.head_dim == 32
+    assert manifest.cache.kv_heads == (2 if family == "cogvlm2" else 4)
+    assert manifest.verification is not None and manifest.verification.passed
+
+
 @pytest.mark.parametrize("checkpoint", ["cogvlm-tiny", "cogvlm2-tiny"])
 def test_golden_checkpoints_pass_the_gate(checkpoint: str, tmp_path: Path) -> None:
     bundle = export(GOLDEN / checkpoint, tmp_path / "bundle", "trt-int4", routed_plugin="on")
@@ -249,6 +297,16 @@ def test_gate_names_the_first_stage_that_differs(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_the_plugins_lose_their_bodies_for_tensorrt(bundle: Path) -> None:
+    """What has a body is not looked for among the plugins; TRT_Attention is TensorRT's own, with a body for others."""
+    model = without_routed_functions(decoder_of(bundle))
+    assert [(function.domain, function.name) for function in model.functions] == [("trt", "TRT_Attention")]
+
+
+def test_stages_of_a_routed_bundle_are_of_both_experts(bundle: Path) -> None:
+    assert StagedBundle(bundle, 1).geometry.experts == EXPERTS
+
+
 def test_commands_take_a_routed_bundle(bundle: Path, ckpt: Path) -> None:
     for command in (["verify", bundle, "--provider", "cpu"], ["verify", bundle, "--ckpt", ckpt], ["inspect", bundle]):
         result = run_cli(*command)
@@ -278,6 +336,28 @@ def test_linear_that_the_kernel_does_not_take_is_named(target: str, found: str, 
     with pytest.raises(ExportError, match=rf'on: "decoder\.layers\.0\.language\.qkv\.weight".*{found}'):
         export(ckpt, tmp_path / "bundle", target, routed_plugin="on", group=16)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "precision", "message"), [
+    ("decoder.layers.2.vision.down.weight", Precision("int8", 64), r"symmetric 8-bit codes; .*symmetric 4-bit codes"),
+    ("decoder.layers.0.language.dense.weight", Precision("int4", 64, symmetric=False), "asymmetric 4-bit codes"),
+    ("decoder.layers.0.vision.qkv.weight", Precision("int4", 32), "has groups of 32, .*language.* of 64: expected one"),
+])  # fmt: skip
+def test_single_linear_that_the_kernel_does_not_take_is_named(
+    target: str, precision: Precision, message: str, ckpt: Path
+) -> None:
+    spec = Checkpoint(ckpt).spec
+    plan = plan_precision(spec, "trt-int4", {}, 64)
+    check_routed(spec, plan)
+    with pytest.raises(ExportError, match=rf'on: "{re.escape(target)}".* {message}'):
+        check_routed(spec, replace(plan, by_target=plan.by_target | {target: precision}))
+
+
+def test_family_without_a_vision_expert_is_told(ckpt: Path) -> None:
+    spec = Checkpoint(ckpt).spec
+    plain = replace(spec, decoder=replace(spec.decoder, experts=spec.decoder.experts[:1]))
+    with pytest.raises(ExportError, match=r"on: cogvlm2 has 1 expert, expected language and vision experts"):
+        check_routed(plain, plan_precision(spec, "trt-int4", {}, 64))
 
 
 def test_auto_and_off_write_segment_graphs(ckpt: Path, tmp_path: Path) -> None:
@@ -310,17 +390,24 @@ def test_build_option_that_needs_a_routed_bundle(options: list[str], ckpt: Path,
 
 
 def assert_refused(result: Any, message: str) -> None:
-    import re
-
     line = only_error_line(result)
     assert result.exit_code == 1
     assert re.search(message, line), line
 
 
 def test_bundle_of_format_2_without_a_plugin_is_from_the_future(bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_manifest(copy, plugin=None)
     with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.2"):
         check_bundle(copy)
+
+
+@pytest.mark.parametrize(("version", "is_read"), [("2.7", True), ("3.0", False)])
+def test_routed_bundle_of_a_later_format(version: str, is_read: bool, bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    edit_manifest(copy, format_version=version)
+    if is_read:
+        assert check_bundle(copy).format_version == version
+    else:
+        with pytest.raises(BundleError, match=r"format 3\.0 is newer than 2\.0"):
+            check_bundle(copy)

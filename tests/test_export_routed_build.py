@@ -4,33 +4,40 @@ TensorRT itself is not there: the compiler is replaced by one that notes what it
 of the graph can be built is tested in test_export_engines.py, the plugin in test_plugin_*.py.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.tiny_bundle import edit_manifest, export, write_text_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
-from vlmdeploy.errors import BackendError, ExportError
+from vlmdeploy.devices import device
+from vlmdeploy.errors import BackendError, BundleError, ExportError
 from vlmdeploy.export.engine_build import BuildOptions, build_bundle, read_build_options
 from vlmdeploy.export.engine_compiler import EngineRequest, RoutedPlugin, Shapes, profiles
 from vlmdeploy.export.options import no_progress
 from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.plugin_library import PACKING
+from vlmdeploy.runtime.session import open_bundle
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
 Requests = list[EngineRequest]
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_checkpoint(tmp_path_factory.mktemp("build") / "ckpt", mlp=128)
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified routed bundle without engines. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("build")
+    ckpt = write_text_checkpoint(folder / "ckpt", mlp=128)
+    return export(ckpt, folder / "bundle", "trt-int4", group=32, routed_plugin="on")
 
 
 @pytest.fixture
-def bundle(ckpt: Path, tmp_path: Path) -> Path:
-    return export(ckpt, tmp_path / "bundle", "trt-int4", group=32, routed_plugin="on")
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
 
 
 def library_file(folder: Path, content: str = "machine code") -> Path:
-    path = folder / "libvlmdeploy_routed.so"
+    path = folder / "routed.so"
     path.write_text(content)
     return path
 
@@ -64,8 +71,8 @@ def test_routed_bundle_gets_one_decoder_engine_and_the_plugin(bundle: Path, requ
     manifest, is_new = build(bundle, library_file(tmp_path))
     assert is_new
     assert [(request.part.name, request.plugin) for request in requests] == [
-        ("vision", None), ("decoder", RoutedPlugin(tmp_path / "libvlmdeploy_routed.so", 87)),
-    ]  # fmt: skip
+        ("decoder", RoutedPlugin(tmp_path / "routed.so", 87)), ("vision", None),
+    ], "the decoder first: a plugin that does not fit is told at once"  # fmt: skip
     assert manifest == read_manifest(bundle) == check_bundle(bundle, "full")
     assert manifest.plugin is not None
     assert manifest.plugin.library == "engines/libvlmdeploy_routed.so"
@@ -76,7 +83,7 @@ def test_routed_bundle_gets_one_decoder_engine_and_the_plugin(bundle: Path, requ
 
 def test_without_a_library_the_kernels_go_into_the_engine(bundle: Path, requests: Requests) -> None:
     manifest, _ = build(bundle, None, batch=16)
-    assert requests[1].plugin == RoutedPlugin(None, 87)
+    assert requests[0].plugin == RoutedPlugin(None, 87)
     assert manifest.plugin is not None
     assert manifest.plugin.library == ""
     assert {engine.logit_rows for engine in manifest.engines.values()} == {16}, "logits of every prompt"
@@ -95,9 +102,74 @@ def test_build_again_does_nothing_unless_the_plugin_changed(bundle: Path, reques
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("change", [
+    {"version": "11.3.0"}, {"compute_capabilities": ("11.0",)}, {"chunk_rows": 64}, {"logit_rows": 16}, {"batch": 8},
+    {"library": "tensorrt_rtx"},
+])  # fmt: skip
+def test_engines_made_otherwise_are_built_again(change: dict[str, Any], bundle: Path, requests: Requests) -> None:
+    manifest, _ = build(bundle, None)
+    edit_manifest(bundle, engines=manifest.engines | {"decoder": replace(manifest.engines["decoder"], **change)})
+    assert build(bundle, None) == (manifest, True)
+
+
+@pytest.mark.parametrize("name", ["decoder.engine", "build.log", "caf\udce9.so"])
+def test_plugin_has_one_name_in_the_bundle(name: str, bundle: Path, requests: Requests, tmp_path: Path) -> None:
+    """A library called like one of our files took its place; a name that is no text could not be listed."""
+    manifest, _ = build(bundle, library_file(tmp_path).rename(tmp_path / name))
+    assert manifest == check_bundle(bundle, "full")
+    assert (bundle / "engines/libvlmdeploy_routed.so").read_text() == "machine code"
+    assert (bundle / "engines/decoder.engine").read_text() == "plan of decoder"
+
+
+def test_plugin_of_the_bundle_itself_can_be_used_again(bundle: Path, requests: Requests, tmp_path: Path) -> None:
+    build(bundle, library_file(tmp_path))
+    manifest, is_new = build(bundle, bundle / "engines/libvlmdeploy_routed.so", batch=2)
+    assert is_new and manifest == check_bundle(bundle, "full")
+    assert (bundle / "engines/libvlmdeploy_routed.so").read_text() == "machine code"
+
+
+def test_missing_plugin_is_found_when_the_bundle_is_opened(bundle: Path, requests: Requests, tmp_path: Path) -> None:
+    build(bundle, library_file(tmp_path))
+    (bundle / "engines/libvlmdeploy_routed.so").unlink()
+    with pytest.raises(BundleError, match=r"libvlmdeploy_routed\.so: missing, the manifest lists it"):
+        open_bundle(bundle)
+    assert build(bundle, library_file(tmp_path))[1], "and comes back"
+    check_bundle(bundle, "full")
+
+
+def test_build_that_is_cut_off_at_the_end_leaves_no_engines_and_no_plugin(
+    bundle: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest between two sets of engines named the old plugin, whose file was gone."""
+    build(bundle, library_file(tmp_path))
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == ".engines.partial":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ExportError, match="No space left"):
+        build(bundle, library_file(tmp_path), batch=2)
+    with pytest.raises(BackendError, match="has no engines yet"):
+        open_bundle(bundle)
+    plugin = check_bundle(bundle, "full").plugin
+    assert plugin is not None and plugin.library == ""
+
+
+def test_device_too_small_for_the_lanes_is_told(bundle: Path, requests: Requests) -> None:
+    """The cache of one prompt fits, those of two million do not."""
+    small, large = (BuildOptions(shapes=Shapes(batch=batch), device=device("orin-nx-16")) for batch in (4, 2_000_000))
+    with pytest.raises(ExportError, match=r"--device orin-nx-16 has 14\.\d GB .* needs"):
+        build_bundle(bundle, large, no_progress)
+    assert requests == []
+    assert build_bundle(bundle, small, no_progress)[1]
+
+
 def test_profiles_are_of_batches(bundle: Path, requests: Requests) -> None:
     build(bundle, None)
-    prompt, tokens = profiles(requests[1])
+    prompt, tokens = profiles(requests[0])
     assert prompt == {"rows": (1, 128, 128), "asked": (1, 1, 8), "batch": (1, 1, 4), "tokens": (1, 128, 512)}
     assert tokens == {"rows": (1, 1, 1), "asked": (1, 1, 4), "batch": (1, 1, 4), "tokens": (1, 1, 4)}
 

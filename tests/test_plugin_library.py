@@ -79,6 +79,36 @@ def test_gpu_is_checked_each_time(tmp_path: Path) -> None:
         load_plugin_library(path, tensorrt(registry), 110)
 
 
+def test_library_of_another_bundle_is_served_by_the_first(tmp_path: Path) -> None:
+    """Two bundles in one process, each with its own file: TensorRT refuses to register an operation twice."""
+    first, second = (build_library(tmp_path / f"{name}.so") for name in ("first", "second"))
+    registry = Registry()
+    assert load_plugin_library(first, tensorrt(registry)).path == first
+    for _ in range(2):
+        assert load_plugin_library(second, tensorrt(registry), 87).path == second
+    assert registry.paths == [str(first)]
+
+
+def test_second_library_for_other_gpus_is_refused(tmp_path: Path) -> None:
+    first, registry = build_library(tmp_path / "first.so"), Registry()
+    second = build_library(tmp_path / "second.so", architectures=[110])
+    load_plugin_library(first, tensorrt(registry))
+    for _ in range(2):
+        with pytest.raises(
+            BackendError, match=r"second\.so was built for SM 110, .*first\.so, .* for SM 80, 87, .*anot"
+        ):
+            load_plugin_library(second, tensorrt(registry))
+
+
+def test_library_that_could_not_be_registered_is_tried_again(tmp_path: Path) -> None:
+    path = build_library(tmp_path / "routed.so")
+    with pytest.raises(BackendError, match="cannot register"):
+        load_plugin_library(path, tensorrt(Registry(brought=())))
+    registry = Registry()
+    load_plugin_library(path, tensorrt(registry))
+    assert registry.paths == [str(path)]
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"tensorrt": "10.9", "tensorrt_major": 10},
      r"was built for TensorRT 10\.9, this is TensorRT 11\.4\.0: build it again with the headers of TensorRT 11"),

@@ -1,6 +1,7 @@
 """Agreement tests of batches: prompts with and without pictures, side by side, answer as each does alone; in ONNX
 Runtime and through the TensorRT backend on a fake device, whose plans run the same graphs."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,16 @@ import pytest
 from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
 from tests.tiny_bundle import export, picture, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
-from vlmdeploy.bundle import read_manifest
+from vlmdeploy.bundle import PluginUse, read_manifest
 from vlmdeploy.errors import BackendError, PromptError
 from vlmdeploy.export.engine_parts import EnginePart
 from vlmdeploy.runtime.batch import Call, Lanes, prefill_steps, row_positions, starts_of
+from vlmdeploy.runtime.open_backend import trt_backend_of
 from vlmdeploy.runtime.routed_ort_backend import RoutedOrtBackend
 from vlmdeploy.runtime.routed_tensorrt_backend import RoutedTrtBackend
 from vlmdeploy.runtime.sampling import SamplingOptions
 from vlmdeploy.runtime.session import Session, open_bundle
+from vlmdeploy.runtime.tensorrt_backend import TrtBackend, needed_bytes
 
 Question = tuple[np.ndarray, np.ndarray | None]
 LAYERS, CHUNK_ROWS, LOGIT_ROWS, BATCH = 3, 7, 4, 3
@@ -85,6 +88,29 @@ def test_batch_answers_as_each_prompt_alone(routed: Path, chunk_rows: int) -> No
         assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(session)
 
 
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (8, 1), (8, 8, 8), (127, 1, 15), (126, 127), (14,)])
+def test_prompts_of_odd_lengths_answer_as_each_alone(built: Path, segmented: Path, lengths: tuple[int, ...]) -> None:
+    """One token, whole calls and one row more, as long as the context of 128 allows."""
+    prompts = [(np.arange(length) * (7 + length) % 250 + 3, None) for length in lengths]
+    session, _ = open_fake(built)
+    with open_bundle(segmented, provider="cpu", threads=1) as reference:
+        for new_tokens in (1, 4):
+            expected = [reference.generate_ids(ids, None, new_tokens) for ids, _ in prompts]
+            assert lists(session.generate_ids_batch(prompts, new_tokens)) == lists(expected)
+
+
+def test_stop_id_ends_the_answers_that_hold_it_and_no_others(routed: Path) -> None:
+    """One of the answers' own tokens is declared a stop id."""
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        whole = alone(session)
+        stop = next(token for token in whole[0][2:-1] if any(token not in answer for answer in whole))
+        tokens = replace(session.manifest.tokens, stop_ids=(stop,))
+        session.manifest = replace(session.manifest, tokens=tokens)
+        expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in whole]
+        assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == expected
+    assert len({len(answer) for answer in expected}) > 1
+
+
 def test_routed_decoder_answers_as_segments_do(routed: Path, segmented: Path) -> None:
     with (
         open_bundle(routed, provider="cpu", threads=1) as one,
@@ -120,6 +146,58 @@ def test_text_of_a_batch_is_the_text_of_each(routed: Path) -> None:
         assert session.generate_batch(conversations, replace(options, stop=(stop,)))[0] == texts[0].split(stop)[0]
 
 
+def test_drawn_texts_of_a_batch_are_those_of_each_alone(routed: Path) -> None:
+    """With a seed. The penalty counts the ids of each lane, every lane draws for itself."""
+    conversations = [[{"role": "user", "content": text}] for text in ("Hello", "Why is it so?", "", "Hello")]
+    options = SamplingOptions(temperature=1.5, top_k=40, repetition_penalty=1.8, seed=11, max_new_tokens=15)
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        texts = session.generate_batch(conversations, options)
+        assert texts == [session.answer(messages, options).text for messages in conversations]
+    assert len(set(texts)) == 3
+
+
+def test_picture_of_several_prompts_is_encoded_once(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = RoutedOrtBackend.encode_images
+
+    def counted(backend: RoutedOrtBackend, pixels: Any) -> Any:
+        encoded.append(len(pixels))
+        return encode(backend, pixels)
+
+    monkeypatch.setattr(RoutedOrtBackend, "encode_images", counted)
+    (ids, pixels), _, _, other = questions()
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        first, second, third = lists(session.generate_ids_batch([(ids, pixels), other, (ids, pixels)], NEW_TOKENS))
+    assert (encoded, first) == ([1, 1], third) and first != second
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (np.array([1, 5]), "found ndarray, expected a pair"),
+    ((np.array([1, 5]),), "found tuple, expected a pair"),
+    (None, "found NoneType, expected a pair"),
+    (([], None), r"input_ids is float64 \[0\]"),
+    (([[1], [2, 3]], None), "input_ids cannot be read as an array of numbers"),
+    ((np.full(128, 5), None), "the prompt has 128 tokens .* and the context holds 128"),
+    ((np.array([1, 5]), "picture.png"), "images cannot be read as an array of numbers"),
+    ((np.array([1, 5]), np.zeros((3, 8, 8))), r"images is \[3, 8, 8\]"),
+])  # fmt: skip
+def test_wrong_prompt_of_a_batch_is_named(wrong: Any, message: str, routed: Path) -> None:
+    with (
+        open_bundle(routed, provider="cpu", threads=1) as session,
+        pytest.raises(PromptError, match=rf"^prompts\[1\]: .*{message}"),
+    ):
+        session.generate_ids_batch([questions()[0], wrong, questions()[1]])
+
+
+def test_wrong_conversation_of_a_batch_is_named(routed: Path) -> None:
+    conversations: list[Any] = [[{"role": "user", "content": text}] for text in ("Hello", "x" * 200)]
+    with (
+        open_bundle(routed, provider="cpu", threads=1) as session,
+        pytest.raises(PromptError, match=r"^conversations\[1\]: the prompt has 2\d\d tokens"),
+    ):
+        session.generate_batch(conversations)
+
+
 def test_wrong_prompt_of_a_batch_is_told_before_anything_runs(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoutedOrtBackend, "encode_images", None)
     with open_bundle(routed, provider="cpu", threads=1) as session, pytest.raises(PromptError, match=r"0\.\.258"):
@@ -144,6 +222,98 @@ def test_tokens_of_a_batch_are_launches_of_one_captured_graph(built: Path) -> No
     session.generate_ids(*questions()[1], NEW_TOKENS)
     assert device.log.count("capture") == 2, "another number of prompts needs another graph"
     assert device.log.count("discard") == 1
+
+
+def test_graph_is_captured_anew_after_its_engine_was_unloaded(built: Path) -> None:
+    """A captured graph holds addresses of the engine that it was captured with."""
+    session, device = open_fake(built, "phase")
+    (ids, pixels), *_, (other_ids, other_pixels) = questions()
+    session.generate_ids(ids, pixels, 4)
+    session.generate_ids(other_ids, other_pixels, 4)
+    events = [entry for entry in device.log if entry in ("capture", "launch", "discard", "load decoder.0")]
+    answer = ["load decoder.0", "capture", "launch", "launch"]
+    assert events == [*answer, "discard", *answer]
+
+
+def test_pictures_of_a_batch_are_encoded_with_nothing_else_resident(built: Path) -> None:
+    session, _ = open_fake(built, "phase")
+    backend = session.backend
+    assert isinstance(backend, RoutedTrtBackend)
+    session.generate_ids_batch(questions()[1:3], 2)
+    (_, pixels), *_ = questions()
+    run, resident = backend._run, []
+
+    def noted(graph: str, *rest: Any) -> None:
+        run(graph, *rest)
+        resident.append((graph, set(backend._engines)))
+
+    backend._run = noted  # type: ignore[assignment, method-assign]
+    session.generate_ids_batch(questions()[:3:2], 2)
+    assert pixels is not None and resident[0] == ("vision", {"vision"})
+    assert {graph for graph, _ in resident[1:]} == {"decoder"}
+    assert all(held == {"decoder"} for _, held in resident[1:])
+
+
+def test_graph_that_may_be_running_is_waited_for_before_it_goes(built: Path) -> None:
+    session, device = open_fake(built)
+    backend = session.backend
+    assert isinstance(backend, RoutedTrtBackend)
+    session.generate_ids_batch(questions()[1:3], 3)
+    rows, mask = session.embedding[np.array([1, 5])], np.zeros(2, np.bool_)
+    lanes = backend.new_lanes([np.arange(4)])
+    backend.run_rows(mask, rows, lanes, np.zeros(0, np.int64))  # whose logits nobody waits for
+    backend.decode(rows[:1], lanes)
+    assert device.log.count("discard") == 1
+
+
+def test_graphs_of_one_phase_are_in_memory_at_a_time(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ONNX Runtime, over two batches with pictures."""
+    loaded: list[tuple[str, list[str]]] = []
+    load = RoutedOrtBackend._load_file
+
+    def noted(backend: RoutedOrtBackend, graph: str) -> Any:
+        loaded.append((graph, list(backend._sessions)))
+        return load(backend, graph)
+
+    monkeypatch.setattr(RoutedOrtBackend, "_load_file", noted)
+    with open_bundle(routed, provider="cpu", threads=1, residency="phase") as session:
+        for batch in (questions()[:2], questions()[2:]):
+            session.generate_ids_batch(batch, 2)
+    assert loaded == [("vision", []), ("decoder", [])] * 2
+
+
+def test_memory_of_every_lane_is_planned(built: Path) -> None:
+    manifest = read_manifest(built)
+    sizes = {"vision": 0, "decoder": 0}
+    for info in manifest.engines.values():
+        sizes[info.graph] += manifest.files[info.file].bytes
+    needed, buffers = needed_bytes(manifest, sizes, CHUNK_ROWS, LOGIT_ROWS, "all", BATCH)
+    shape = manifest.cache
+    assert buffers > 2 * LAYERS * BATCH * shape.kv_heads * manifest.context_tokens * shape.head_dim * 2
+    for short, is_enough in ((0, True), (1, False)):
+        device = FakeDevice(memory_bytes=needed - short)
+        with contextlib.nullcontext() if is_enough else pytest.raises(BackendError, match="of GPU memory"):
+            RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("library", ["", "engines/libvlmdeploy_routed.so"])
+def test_plugin_library_of_the_bundle_is_registered_first(
+    library: str, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, device, loaded = read_manifest(built), FakeDevice(), []
+    monkeypatch.setattr(
+        "vlmdeploy.runtime.routed_tensorrt_backend.load_plugin_library", lambda path, _: loaded.append(path)
+    )
+    manifest = replace(manifest, plugin=PluginUse(1, library))
+    RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+    assert loaded == ([built / library] if library else [])
+
+
+def test_backend_is_chosen_by_the_bundle(routed: Path, segmented: Path) -> None:
+    assert trt_backend_of(read_manifest(routed)) is RoutedTrtBackend
+    assert trt_backend_of(read_manifest(segmented)) is TrtBackend
+    with pytest.raises(BackendError, match="has no engines yet"):
+        open_bundle(routed)
 
 
 def test_closed_engines_hold_nothing(built: Path) -> None:

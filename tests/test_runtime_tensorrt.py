@@ -106,6 +106,16 @@ def test_token_is_one_launch_of_a_graph_captured_once(rtx: Path) -> None:
     assert "capture" not in device.log, "the second prompt uses the graph of the first"
 
 
+def test_graph_is_captured_anew_when_working_memory_moves(rtx: Path) -> None:
+    """The encoder needs more than the decoder that was captured before it was loaded."""
+    session, device = open_fake(rtx)
+    expected = reference(rtx)
+    for ids, pixels in (questions()[2], questions()[0], questions()[2]):
+        assert np.array_equal(session.generate_ids(ids, pixels, 4), expected.generate_ids(ids, pixels, 4))
+    events = [entry for entry in device.log if entry in ("capture", "discard")]
+    assert events == ["capture", "discard", "capture"]
+
+
 def test_prompt_and_token_use_their_own_profiles(rtx: Path) -> None:
     session, device = open_fake(rtx)
     session.generate_ids(np.array([1, *range(40, 60)]), max_new_tokens=3)

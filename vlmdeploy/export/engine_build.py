@@ -35,6 +35,7 @@ logger = logging.getLogger("vlmdeploy")
 ENGINES = "engines"
 ASIDE = ".engines.partial"
 LOG_NAME = "build.log"
+PLUGIN_NAME = "libvlmdeploy_routed.so"  # in the bundle, whatever it was called before
 RoutedChoice = Literal["on", "off", "auto"]
 CAPABILITY = re.compile(r"\d{1,2}\.\d")
 KEPT_FREE = 0.9  # of the memory that the system calls available
@@ -101,8 +102,9 @@ def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
                 f"{where}: has a routed decoder: for --routed-plugin off export it again with that option"
             )
         if options.plugin_library is not None and not options.plugin_library.is_file():
+            found = "not a file" if options.plugin_library.exists() else "no such file"
             raise ExportError(
-                f"--plugin-library {options.plugin_library}: no such file; docs/plugin.md says how to build it"
+                f"--plugin-library {options.plugin_library}: {found}; docs/plugin.md says how to build it"
             )
         return
     given = {
@@ -158,15 +160,15 @@ def compile_engines(
     capabilities: the GPUs that the engines fit; see `built_for`.
     """
     library = import_tensorrt(library_of(manifest.target))
-    shapes, log, plugin = shapes_of(manifest, options), _new_log(into), None
-    if manifest.is_routed:
-        plugin = RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
+    shapes, log = shapes_of(manifest, options), _new_log(into)
     engines = {}
-    for part in parts:
+    for part in sorted(
+        parts, key=lambda part: part.graph != ROUTED_GRAPH
+    ):  # a plugin that does not fit is told at once
         plan = into / f"{part.name}.engine"
         request = EngineRequest(
             library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,
-            options.compute_capabilities, plan, log, plugin if part.graph == ROUTED_GRAPH else None,
+            options.compute_capabilities, plan, log, _plugin_of(part, options, capabilities),
         )  # fmt: skip
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
@@ -174,11 +176,18 @@ def compile_engines(
             capabilities, shapes.chunk_rows, shapes.logit_rows, manifest.context_tokens, shapes.batch,
         )  # fmt: skip
     if options.plugin_library is not None:
-        shutil.copyfile(options.plugin_library, into / options.plugin_library.name)
+        shutil.copyfile(options.plugin_library, into / PLUGIN_NAME)
     if log.parent != into:
         shutil.copyfile(log, into / LOG_NAME)
         log.unlink()
     return engines
+
+
+def _plugin_of(part: EnginePart, options: BuildOptions, capabilities: tuple[str, ...]) -> RoutedPlugin | None:
+    """How the routed operations get into an engine that has some, on the one GPU that TensorRT builds for."""
+    if part.graph != ROUTED_GRAPH:
+        return None
+    return RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
 
 
 def shapes_of(manifest: Manifest, options: BuildOptions) -> Shapes:
@@ -237,7 +246,7 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
         with locked(aside), removed_on_error(aside):
             empty_partial(aside, LOG_NAME)
             engines = compile_engines(folder, manifest, parts, options, built_for_here, aside, progress)
-            return _publish(_with_plugin(manifest, options), folder, engines, aside), True
+            return _publish(manifest, options, folder, engines, aside), True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error} ({error.filename})") from error
 
@@ -281,20 +290,20 @@ def _has_plugin(manifest: Manifest, options: BuildOptions) -> bool:
     return held is not None and held == hash_file(options.plugin_library)
 
 
-def _with_plugin(manifest: Manifest, options: BuildOptions) -> Manifest:
-    """The manifest that names the plugin library as a file of the bundle."""
-    if manifest.plugin is None:
-        return manifest
-    library = "" if options.plugin_library is None else f"{ENGINES}/{options.plugin_library.name}"
-    return replace(manifest, plugin=replace(manifest.plugin, library=library))
+def _with_plugin(manifest: Manifest, library: str) -> Manifest:
+    """The manifest that names a file of the bundle as the plugin library of a routed decoder; "": none."""
+    return manifest if manifest.plugin is None else replace(manifest, plugin=replace(manifest.plugin, library=library))
 
 
-def _publish(manifest: Manifest, folder: Path, engines: dict[str, EngineInfo], aside: Path) -> Manifest:
+def _publish(
+    manifest: Manifest, options: BuildOptions, folder: Path, engines: dict[str, EngineInfo], aside: Path
+) -> Manifest:
     """Swap the engines: first a manifest without any, then the files, then the manifest that lists them."""
     (aside / LOCK).unlink()
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
-    bare = replace(manifest, engines={}, files=files)  # a plugin it names is not there yet, and needed by no engine
-    built = replace(bare, engines=engines, files=files | engine_files(aside))
+    bare = _with_plugin(replace(manifest, engines={}, files=files), "")
+    library = "" if options.plugin_library is None else f"{ENGINES}/{PLUGIN_NAME}"
+    built = _with_plugin(replace(bare, engines=engines, files=files | engine_files(aside)), library)
     write_manifest(folder, bare)
     if (folder / ENGINES).exists():
         shutil.rmtree(folder / ENGINES)

@@ -66,11 +66,10 @@ class RoutedTrtGraph(TrtGraph):
         targets = [target.replace(ROUTED, f".{expert}.") for expert in EXPERTS]
         out_width, in_width = self.weights.matrix_shape(f"{targets[0]}.weight")
         order = np.arange(out_width) if order is None else order
-        grid = self.weights.plan[f"{targets[0]}.weight"].grid
-        assert grid is not None, "checked before the graphs are written"
+        grid = self._grid_of(targets[0])  # the other expert's has groups of the same size
         scales = np.empty((len(targets), in_width // grid.group_size, len(order)), np.float16)
         shape = (len(targets), len(order), in_width // 2)
-        codes = self.external(f"{target}.weight", TensorProto.INT8, shape, self._packed(targets, order, grid, scales))
+        codes = self.external(f"{target}.weight", TensorProto.INT8, shape, self._packed(targets, order, scales))
         inputs = [self.cast(x, f"{output}.in", "fp16"), "experts", "order", "language_count", codes]
         inputs.append(self.tensor(f"{target}.weight.scales", scales))
         inputs.append(self.tensor(f"{target}.bias", self._biases(targets, order, has_bias)))
@@ -79,10 +78,15 @@ class RoutedTrtGraph(TrtGraph):
         )
         return self.cast(half, output, "fp32")
 
-    def _packed(self, targets: list[str], order: Ints, grid: Grid, scales: NDArray[np.float16]) -> Iterator[Codes]:
+    def _grid_of(self, target: str) -> Grid:
+        grid = self.weights.plan[f"{target}.weight"].grid
+        assert grid is not None, "checked before the graphs are written"
+        return grid
+
+    def _packed(self, targets: list[str], order: Ints, scales: NDArray[np.float16]) -> Iterator[Codes]:
         """Packed codes of one expert after the other, a few rows at a time; the scales are filled in on the way."""
         for expert, target in enumerate(targets):
-            done = 0
+            done, grid = 0, self._grid_of(target)
             for block in self._code_blocks(f"{target}.weight", order, grid):
                 held = widen(block, BITS)
                 stop = done + len(held.codes)

@@ -7,9 +7,11 @@ an engine is the one that passes the gate. Shapes, types and the layout of the c
 import onnx
 from onnx import parser
 
-ROUTED_DOMAIN = "vlmdeploy"
-PARTITION, LINEAR = "RoutedPartition", "RoutedLinear"
-PLUGIN_ATTRIBUTES = {"plugin_namespace": ROUTED_DOMAIN, "plugin_version": "1"}  # how TensorRT finds the plugin
+from vlmdeploy.runtime.plugin_library import NAMESPACE, OPERATIONS, VERSION
+
+ROUTED_DOMAIN = NAMESPACE
+PARTITION, LINEAR = OPERATIONS
+PLUGIN_ATTRIBUTES = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}  # how TensorRT finds the plugin
 
 # The indices of the language rows, then those of the vision rows, each in their order; and how many are the language's.
 PARTITION_BODY = """

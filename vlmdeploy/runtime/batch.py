@@ -7,7 +7,7 @@ what it leaves in the cache is overwritten by the next call or never read.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Lanes:
     capacities: Ints
 
     @classmethod
-    def of(cls, positions: Sequence[Ints]) -> "Lanes":
+    def of(cls, positions: Sequence[Ints]) -> Self:
         """Empty lanes, one for each prompt's slot positions, int64 [capacity] each."""
         capacities = np.array([len(lane) for lane in positions])
         padded = [np.pad(lane, (0, capacities.max() - len(lane)), mode="edge") for lane in positions]

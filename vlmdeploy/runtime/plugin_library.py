@@ -30,18 +30,24 @@ class PluginInfo:
     architectures: tuple[int, ...]
 
 
-_loaded: dict[Path, PluginInfo] = {}  # TensorRT's registry keeps a library as long as the process
+_loaded: dict[Path, PluginInfo] = {}  # the first is in TensorRT's registry, as long as the process; others are like it
 
 
 def load_plugin_library(path: Path, library: TensorrtLibrary, architecture: int | None = None) -> PluginInfo:
-    """Register a plugin library, once in a process, and say what it is. architecture: a GPU that it must have kernels
-    for, such as 87. Call it before a graph is parsed or an engine loaded. Raises BackendError."""
+    """Register a plugin library, once in a process, and say what it is. A second one, of another bundle, is not
+    registered: the first serves its engines too, where both say the same about themselves.
+
+    architecture: a GPU that it must have kernels for, such as 87. Call it before a graph is parsed or an engine loaded.
+    Raises BackendError.
+    """
     info = _loaded.get(path.resolve()) or read_plugin_info(path)
     _check(info, library, architecture)
-    if path.resolve() not in _loaded:
+    if _loaded:
+        _check_like(info, next(iter(_loaded.values())))
+    else:
         check_not_registered(library)
         _register(info, library)
-        _loaded[path.resolve()] = info
+    _loaded[path.resolve()] = info
     return info
 
 
@@ -87,15 +93,27 @@ def _check(info: PluginInfo, library: TensorrtLibrary, architecture: int | None)
         if found != wanted:
             raise BackendError(f"{info.path} has version {found} of {name}, expected {wanted}: build it again")
     if architecture is not None and architecture not in info.architectures:
-        known = ", ".join(map(str, info.architectures)) or "no GPU"
-        raise BackendError(f"{info.path} has no kernels for SM {architecture}: built for {known}")
+        raise BackendError(f"{info.path} has no kernels for SM {architecture}: built for {_gpus(info)}")
+
+
+def _check_like(info: PluginInfo, registered: PluginInfo) -> None:
+    """Against the library in the registry. Versions, packing and TensorRT are equal: both were checked against ours."""
+    if info.architectures != registered.architectures:
+        raise BackendError(
+            f"{info.path} was built for SM {_gpus(info)}, {registered.path}, which this process uses already, for SM "
+            f"{_gpus(registered)}, and a process keeps its first plugin library: use this one in another process"
+        )
+
+
+def _gpus(info: PluginInfo) -> str:
+    return ", ".join(map(str, info.architectures)) or "none"
 
 
 def check_not_registered(library: TensorrtLibrary) -> None:
     """Raises BackendError where the parser knows the operations already."""
     registered = [name for name in OPERATIONS if _is_registered(library, name)]
     if registered:
-        raise BackendError(f"{registered[0]} is registered already: a process uses one form of the plugin, once")
+        raise BackendError(f"{registered[0]} is registered already: a process uses one form of the plugin")
 
 
 def _is_registered(library: TensorrtLibrary, name: str) -> bool:

@@ -42,7 +42,6 @@ class RoutedOrtBackend(OrtBackend):
     def new_lanes(self, positions: Sequence[Ints]) -> OrtLanes:
         """See BatchBackend."""
         lanes = OrtLanes.of(positions)
-        assert isinstance(lanes, OrtLanes), "a class method of it"
         slots = self.manifest.context_tokens if self._has_fixed_cache else lanes.positions.shape[1]
         lanes.allocate(self.ort, self.manifest, slots, self._cache_type)
         return lanes

@@ -7,6 +7,7 @@ for piece in session.generate([{"role": "user", "content": "..."}]): ...
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +127,7 @@ class Session:
         Returns int64 [new], the stop id included. Raises PromptError.
         """
         options = SamplingOptions(max_new_tokens=max_new_tokens)
-        prompt = self._prompt(np.asarray(input_ids), images)
+        prompt = self._prompt(input_ids, images)
         return np.fromiter(self._tokens(prompt, options, Timings()), np.int64)
 
     def generate_batch(
@@ -136,7 +137,10 @@ class Session:
         template: str | None = None,
     ) -> list[str]:
         """The text of the answer to each conversation; see `generate_ids_batch`. Raises PromptError and DataError."""
-        running = [self.start(messages, options, template) for messages in conversations]
+        running = []
+        for place, messages in enumerate(conversations):
+            with _naming(f"conversations[{place}]"):
+                running.append(self.start(messages, options, template))
         answers = self._batched([one.prompt for one in running], options)
         return [one.text_of(ids) for one, ids in zip(running, answers, strict=True)]
 
@@ -151,11 +155,20 @@ class Session:
         """Greedy continuation of several prompts, ids and images each as in `generate_ids`; int64 [new] of each.
 
         A bundle with the routed plugin runs them side by side, with and without images, as many at a time as it was
-        built for; others run one after the other. Raises PromptError before anything runs.
+        built for; others run one after the other. Raises PromptError, naming the prompt, before anything runs.
         """
         options = SamplingOptions(max_new_tokens=max_new_tokens)
-        made = [self._prompt(np.asarray(ids), images) for ids, images in prompts]
-        return [np.array(answer, np.int64) for answer in self._batched(made, options)]
+        return [np.array(answer, np.int64) for answer in self._batched(self._prompts(prompts), options)]
+
+    def _prompts(self, pairs: Sequence[Any]) -> list[Prompt]:
+        """Prompts of ids and images; where there are several, an error names the wrong one by its place."""
+        made = []
+        for place, pair in enumerate(pairs):
+            with _naming(f"prompts[{place}]" if len(pairs) > 1 else ""):
+                if not isinstance(pair, tuple | list) or len(pair) != 2:
+                    raise PromptError(f"found {type(pair).__name__}, expected a pair: ids, and images or None")
+                made.append(self._prompt(*pair))
+        return made
 
     def _batched(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
         """Token ids of each answer, a stop id included."""
@@ -181,7 +194,7 @@ class Session:
         Rows of the vision expert, which has no head, are NaN. input_ids int64 [seq], images float32 [images, 3, S, S]
         preprocessed. Raises PromptError.
         """
-        prompt = self._prompt(np.asarray(input_ids), images)
+        prompt = self._prompt(input_ids, images)
         first = 0 if last is None else len(prompt.ids) - last
         wanted = first + np.flatnonzero(~prompt.vision_mask[first:])
         result = np.full((len(prompt.ids) - first, self.manifest.embedding.vocab_size), np.nan, np.float32)
@@ -208,9 +221,10 @@ class Session:
             return None, (0, 0)
         return np.stack([preprocess(picture, self.manifest.image) for picture in pictures]), pictures[0].size
 
-    def _prompt(self, ids: NDArray[Any], images: NDArray[Any] | None) -> Prompt:
+    def _prompt(self, input_ids: NDArray[Any], images: NDArray[Any] | None) -> Prompt:
         manifest = self.manifest
-        pixels = None if images is None else np.asarray(images, np.float32)
+        ids = _array("input_ids", input_ids)
+        pixels = None if images is None else _array("images", images, np.float32)
         prompt = make_prompt(ids, pixels, manifest.tokens, manifest.embedding.vocab_size, manifest.image.size_px)
         if len(ids) >= manifest.context_tokens:
             raise PromptError(
@@ -235,6 +249,23 @@ class Session:
         timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
         stop_ids = self.manifest.tokens.stop_ids
         yield from decode(logits, prompt, self.backend, cache, self.embedding, Sampler(options), stop_ids, timings)
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """What is wrong with a prompt is told with its place among several; "": it is alone."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{place}: {error}" if place else str(error)) from error
+
+
+def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
+    """What a caller gave as an array; raises PromptError where it is none."""
+    try:
+        return np.asarray(values, kind)
+    except (ValueError, TypeError) as error:
+        raise PromptError(f"{name} cannot be read as an array of numbers: {error}") from error
 
 
 class Running:

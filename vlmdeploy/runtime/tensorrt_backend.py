@@ -54,7 +54,10 @@ class TrtBackend:
         self.manifest = manifest
         self.residency = residency
         if not manifest.engines:
-            raise BackendError(f"{folder}: has no engines yet: compile them on this machine with `vlmdeploy build`")
+            raise BackendError(
+                f"{folder}: has no engines yet: compile them on this machine with `vlmdeploy build`; --provider cpu "
+                "runs its graphs in ONNX Runtime"
+            )
         self.library = library or import_tensorrt(library_of(manifest.target))
         self.device = device or CudaDevice()
         self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
@@ -187,9 +190,8 @@ class TrtBackend:
         if self._graph is not None:
             self.device.launch(self._graph)
             return
-        self._run(
-            self.manifest.token_graph, ONE_TOKEN, self._shapes(inputs)
-        )  # also warms up what a capture must not do
+        # The first run also warms up what a capture must not do.
+        self._run(self.manifest.token_graph, ONE_TOKEN, self._shapes(inputs))
         if self._can_capture is None or self._can_capture:
             self._graph = self._captured()
 
