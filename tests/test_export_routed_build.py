@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from tests.tiny_bundle import edit_manifest, export, write_text_checkpoint
@@ -17,7 +18,7 @@ from vlmdeploy.bundle import Manifest, read_manifest
 from vlmdeploy.devices import device
 from vlmdeploy.errors import BackendError, BundleError, ExportError
 from vlmdeploy.export.engine_build import BuildOptions, build_bundle, read_build_options
-from vlmdeploy.export.engine_compiler import EngineRequest, RoutedPlugin, Shapes, profiles
+from vlmdeploy.export.engine_compiler import EngineRequest, RoutedPlugin, Shapes, profiles, use_plugin
 from vlmdeploy.export.options import no_progress
 from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.plugin_library import PACKING
@@ -201,3 +202,17 @@ def test_failed_build_leaves_the_bundle_as_it_was(
 def test_options_carry_batch_and_plugin() -> None:
     options = read_build_options((), 64, None, None, 4, Path("x.so"), "on")
     assert (options.shapes, options.plugin_library, options.routed_plugin) == (Shapes(64, batch=4), Path("x.so"), "on")
+
+
+@pytest.mark.parametrize("library", [None, Path("libvlmdeploy_routed.so")])
+def test_builder_takes_the_bodies_out_and_brings_the_form_that_was_asked_for(
+    library: Path | None, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, object]] = []
+    place = "vlmdeploy.export.engine_compiler"
+    monkeypatch.setattr(f"{place}.load_plugin_library", lambda path, _, sm: used.append((str(path), sm)))
+    monkeypatch.setattr(f"{place}.register_routed_plugins", lambda _, sm: used.append(("kernels", sm)))
+    model = onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)
+    use_plugin(TensorrtLibrary("tensorrt", SimpleNamespace(), "11.4.0"), RoutedPlugin(library, 87), model)
+    assert used == [("kernels" if library is None else "libvlmdeploy_routed.so", 87)]
+    assert [function.name for function in model.functions] == ["TRT_Attention"]

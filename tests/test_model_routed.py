@@ -62,6 +62,14 @@ def test_logits_of_a_mixed_batch_are_those_of_dequantized_weights(tmp_path: Path
         assert_close(routed(**batch)[real], reference(**batch)[real], dtype)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_narrower_codes_are_held_in_four_bits(tmp_path: Path, bits: int) -> None:
+    reference, routed = both_models(tmp_path / "ckpt", bits=bits)
+    batch = mixed_batch(reference)
+    with torch.no_grad():
+        assert_close(routed(**batch)[0], reference(**batch)[0], "float16")
+
+
 def test_vision_weights_matter_to_the_rows_of_a_picture_only(tmp_path: Path) -> None:
     reference, routed = both_models(tmp_path / "ckpt")
     batch = mixed_batch(reference)

@@ -127,7 +127,7 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Prog
     parser = library.module.OnnxParser(network, logger)
     model = _model(request)
     if request.plugin is not None:
-        _use_plugin(library, request.plugin, model)
+        use_plugin(library, request.plugin, model)
     if not parser.parse(model.SerializeToString(), str(request.graph)):
         raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
     _check_layers(library, network, model)
@@ -149,7 +149,7 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Prog
         os.fsync(file.fileno())
 
 
-def _use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.ModelProto) -> None:
+def use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.ModelProto) -> None:
     """Make the routed operations known to TensorRT, and take their function bodies out of the model."""
     without_routed_functions(model)
     if plugin.library is not None:

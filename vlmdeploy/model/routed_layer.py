@@ -24,8 +24,9 @@ from vlmdeploy.kernels.launch import (
     shapes_for,
     usable_kernels,
 )
-from vlmdeploy.kernels.packing import EXPERTS, PackedExperts, check_layout, pack_codes, pack_scales
+from vlmdeploy.kernels.packing import BITS, EXPERTS, PackedExperts, check_layout, pack_codes, pack_scales
 from vlmdeploy.model.decoder import DecoderLayer, Projections, Step
+from vlmdeploy.quant.conversions import widen
 
 if TYPE_CHECKING:
     from vlmdeploy.model.vlm import VisionLanguageModel
@@ -137,7 +138,8 @@ def _unfit(checkpoint: "Checkpoint", layer: int, name: str) -> str:
         if grid is None:
             return f"{target} is not stored as codes of one grid"
         try:
-            check_layout(target, checkpoint.shape(target)[1], grid.group_size, grid.bits, symmetric=True)
+            bits = max(grid.bits, BITS)  # narrower codes are widened, which changes no value
+            check_layout(target, checkpoint.shape(target)[1], grid.group_size, bits, symmetric=True)
         except QuantizationError as error:
             return str(error)
         sizes.add(grid.group_size)
@@ -168,7 +170,8 @@ def packed_experts(checkpoint: "Checkpoint", layer: int, name: str) -> PackedExp
     for expert in EXPERTS:
         target, bias = _target(layer, expert, name), _target(layer, expert, name, "bias")
         rows, width = checkpoint.shape(target)
-        stored = checkpoint.quantized_rows(target, 0, rows)
+        held = checkpoint.quantized_rows(target, 0, rows)
+        stored = widen(held, max(held.grid.bits, BITS))
         group_size = stored.grid.group_size
         check_layout(f"{checkpoint.folder}: {target}", width, group_size, stored.grid.bits, stored.grid.symmetric)
         codes.append(pack_codes(stored.codes, group_size))

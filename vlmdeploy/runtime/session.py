@@ -195,7 +195,7 @@ class Session:
         preprocessed. Raises PromptError.
         """
         prompt = self._prompt(input_ids, images)
-        first = 0 if last is None else len(prompt.ids) - last
+        first = 0 if last is None else max(0, len(prompt.ids) - last)
         wanted = first + np.flatnonzero(~prompt.vision_mask[first:])
         result = np.full((len(prompt.ids) - first, self.manifest.embedding.vocab_size), np.nan, np.float32)
         rows = prompt_rows(prompt, self._encode_images, self.embedding)
