@@ -120,7 +120,8 @@ def check_routed(spec: ModelSpec, plan: PrecisionPlan) -> None:
 def _check_linear(linear: Linear, precision: Precision) -> None:
     name = f'--routed-plugin on: "{linear.target}"'
     if precision.grid is None:
-        raise ExportError(f"{name} is kept in {precision.type}; the routed kernels take int4 codes: see --group")
+        advice = "export with --target trt-int4" if precision.type == "fp16" else "no group fits its width, see --group"
+        raise ExportError(f"{name} is kept in {precision.type}; the routed kernels take int4 codes: {advice}")
     bits = max(precision.bits, BITS)  # narrower codes are widened, which changes no value
     try:
         check_layout(name, linear.in_width, precision.group_size, bits, precision.symmetric)
