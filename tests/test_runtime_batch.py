@@ -301,9 +301,7 @@ def test_plugin_library_of_the_bundle_is_registered_first(
     library: str, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, device, loaded = read_manifest(built), FakeDevice(), []
-    monkeypatch.setattr(
-        "vlmdeploy.runtime.routed_tensorrt_backend.load_plugin_library", lambda path, _: loaded.append(path)
-    )
+    monkeypatch.setattr("vlmdeploy.runtime.tensorrt_backend.load_plugin_library", lambda path, _: loaded.append(path))
     manifest = replace(manifest, plugin=PluginUse(1, library))
     RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
     assert loaded == ([built / library] if library else [])

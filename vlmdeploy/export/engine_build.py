@@ -162,9 +162,8 @@ def compile_engines(
     library = import_tensorrt(library_of(manifest.target))
     shapes, log = shapes_of(manifest, options), _new_log(into)
     engines = {}
-    for part in sorted(
-        parts, key=lambda part: part.graph != ROUTED_GRAPH
-    ):  # a plugin that does not fit is told at once
+    routed_first = sorted(parts, key=lambda part: part.graph != ROUTED_GRAPH)  # a plugin that does not fit: at once
+    for part in routed_first:
         plan = into / f"{part.name}.engine"
         request = EngineRequest(
             library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,

@@ -302,15 +302,8 @@ def load_model(
     return model.eval()
 
 
-def empty_model(spec: ModelSpec, dtype: torch.dtype, device: str = "cpu") -> VisionLanguageModel:
-    """A model with uninitialized weights; the rotary frequencies are the default ones, in float32."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(spec).to(dtype)
-    return materialize(model, spec, device)
-
-
 def materialize(model: VisionLanguageModel, spec: ModelSpec, device: str) -> VisionLanguageModel:
-    """Give a meta model storage."""
+    """Give a meta model storage: weights uninitialized, the rotary frequencies the default ones, in float32."""
     model = model.to_empty(device=device)
     model.decoder.inv_freq = default_inv_freq(spec.decoder).to(device)
     return model

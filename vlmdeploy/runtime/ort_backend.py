@@ -32,6 +32,20 @@ class HostCache(KvCache, Protocol):
         """The arrays themselves."""
 
 
+def kv_arrays(manifest: Manifest, batch: int, slots: int, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """Empty keys and values of every layer, [batch, kv_heads, slots, head_dim] each."""
+    shape = manifest.cache
+    dims = (batch, shape.kv_heads, slots, shape.head_dim)
+    return {f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")}
+
+
+def bind_cache(binding: Any, values: dict[str, Any]) -> None:
+    """Bind past and present of every layer to the same memory."""
+    for name, value in values.items():
+        binding.bind_ortvalue_input(f"past_{name}", value)
+        binding.bind_ortvalue_output(f"present_{name}", value)
+
+
 class OrtCache:
     """Keys and values of every layer, [1, kv_heads, slots, head_dim] each, and the positions of the slots in use, in
     the memory of `device`; on a CPU `arrays` are views of them.
@@ -53,12 +67,8 @@ class OrtCache:
         self.positions = positions
         self.dialect = manifest.dialect
         self.device = device
-        shape = manifest.cache
-        dims = (1, shape.kv_heads, slots, shape.head_dim)
-        self.arrays = {
-            f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")
-        }
-        rope = rope_table(shape, positions)
+        self.arrays = kv_arrays(manifest, 1, slots, kind)
+        rope = rope_table(manifest.cache, positions)
         tables = {"cos": rope.cos, "sin": rope.sin} if self.dialect == "ort" else {}
         on_device = ort.OrtValue.ortvalue_from_numpy
         self.values = {name: on_device(array, device, 0) for name, array in self.arrays.items()}
@@ -68,9 +78,7 @@ class OrtCache:
         """Bind tables, past and present of an io-binding to this cache."""
         for name, value in self.tables.items():
             binding.bind_ortvalue_input(name, value)
-        for name, value in self.values.items():
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
+        bind_cache(binding, self.values)
 
     def counters(self, rows: int) -> dict[str, NDArray[Any]]:
         """The inputs that say where the next rows go."""
@@ -198,21 +206,29 @@ class OrtBackend:
     ) -> dict[str, Floats]:
         """One call of the decoder graph of the rows' expert; the named outputs beside the cache."""
         assert isinstance(cache, OrtCache), "a cache made by this backend"
-        graph = self.graph_of(vision_mask)
+        inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden)), "logit_rows": logit_rows}
+        found = self._run_bound(self.graph_of(vision_mask), cache.bind, inputs, outputs)
+        cache.length += len(hidden)
+        return found
+
+    def _run_bound(
+        self,
+        graph: str,
+        bind_cache: Callable[[Any], None],
+        inputs: dict[str, NDArray[Any]],
+        outputs: tuple[str, ...],
+    ) -> dict[str, Floats]:
+        """One call of a decoder graph over a bound cache, with those of the inputs that it takes; the named outputs."""
         session = self.session(graph)
         binding = session.io_binding()
-        cache.bind(binding)
-        inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden))}
-        if expert_of(vision_mask) == "language":
-            inputs["logit_rows"] = logit_rows
+        bind_cache(binding)
         for info in self.manifest.graphs[graph].inputs:
             if info.name in inputs:
                 binding.bind_cpu_input(info.name, np.ascontiguousarray(inputs[info.name]))
         for name in outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        cache.length += len(hidden)
-        values = binding.get_outputs()[len(cache.values) :]  # in the order they were bound
+        values = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
         return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
 
     def decode(self, hidden: Floats, cache: KvCache) -> Floats:

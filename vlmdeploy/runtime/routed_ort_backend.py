@@ -12,7 +12,7 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.layout import Bools, Ints
 from vlmdeploy.runtime.backend import ROUTED_GRAPH, Floats, KvCache
 from vlmdeploy.runtime.batch import Call, Lanes, call_inputs, single_call
-from vlmdeploy.runtime.ort_backend import OrtBackend
+from vlmdeploy.runtime.ort_backend import OrtBackend, bind_cache, kv_arrays
 
 MOST_PROMPTS = 4  # of one call: each takes its own lane of the cache
 
@@ -25,11 +25,7 @@ class OrtLanes(Lanes):
 
     def allocate(self, ort: ModuleType, manifest: Manifest, slots: int, kind: type[np.floating[Any]]) -> None:
         """Make the arrays, all zeros."""
-        shape = manifest.cache
-        dims = (len(self.lengths), shape.kv_heads, slots, shape.head_dim)
-        self.arrays = {
-            f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")
-        }
+        self.arrays = kv_arrays(manifest, len(self.lengths), slots, kind)
         self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
 
 
@@ -57,18 +53,12 @@ class RoutedOrtBackend(OrtBackend):
     def run_lanes(self, call: Call, lanes: Lanes, outputs: tuple[str, ...]) -> dict[str, Floats]:
         """One call of the graph; the named outputs beside the cache, rows [batch * rows, ...] of all lanes."""
         assert isinstance(lanes, OrtLanes), "lanes made by this backend"
-        binding = self.session(ROUTED_GRAPH).io_binding()
-        for name, value in lanes.values.items():
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
-        for name, array in call_inputs(call, lanes).items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        self.session(ROUTED_GRAPH).run_with_iobinding(binding)
+        values = lanes.values
+        found = self._run_bound(
+            ROUTED_GRAPH, lambda binding: bind_cache(binding, values), call_inputs(call, lanes), outputs
+        )
         lanes.lengths += call.counts
-        values = binding.get_outputs()[len(lanes.values) :]  # in the order they were bound
-        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+        return found
 
     def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
         """See Backend."""

@@ -1,45 +1,26 @@
 """The TensorRT backend of a routed decoder: one engine, rows of both experts and of several prompts in every call.
 
-What differs from segments: the inputs have a batch axis, and the plugin must be known before an engine is loaded.
+What differs from segments: the inputs have a batch axis.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.layout import Bools, Ints
 from vlmdeploy.runtime.backend import ROUTED_GRAPH, Floats, KvCache
 from vlmdeploy.runtime.batch import Call, Lanes, call_inputs, single_call
-from vlmdeploy.runtime.cuda_device import CudaDevice
-from vlmdeploy.runtime.plugin_library import load_plugin_library
 from vlmdeploy.runtime.tensorrt_backend import TrtBackend, at_least_one
 from vlmdeploy.runtime.tensorrt_engine import PROMPT
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
 
 
 class RoutedTrtBackend(TrtBackend):
     """Executes a routed bundle's engines. Only the newest lanes are valid, all use the same memory."""
 
     mixes_experts = True
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        residency: str = "all",
-        library: TensorrtLibrary | None = None,
-        device: CudaDevice | None = None,
-    ) -> None:
-        """Raises BackendError as TrtBackend does, and where the plugin's library does not fit."""
-        if manifest.plugin is not None and manifest.plugin.library:
-            library = library or import_tensorrt(library_of(manifest.target))
-            load_plugin_library(folder / manifest.plugin.library, library)
-        super().__init__(folder, manifest, residency, library, device)
-        self._captured_batch = 0
+    _captured_batch = 0  # prompts of a call that the captured graph serves
 
     @property
     def most_prompts(self) -> int:

@@ -18,6 +18,7 @@ from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Bools, Ints, expert_of
 from vlmdeploy.runtime.backend import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache
 from vlmdeploy.runtime.cuda_device import Buffer, CudaDevice
+from vlmdeploy.runtime.plugin_library import load_plugin_library
 from vlmdeploy.runtime.tensorrt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary, import_tensorrt, library_of
 from vlmdeploy.sizes import gigabytes
@@ -59,6 +60,8 @@ class TrtBackend:
                 "runs its graphs in ONNX Runtime"
             )
         self.library = library or import_tensorrt(library_of(manifest.target))
+        if manifest.plugin is not None and manifest.plugin.library:
+            load_plugin_library(folder / manifest.plugin.library, self.library)  # before an engine that needs it
         self.device = device or CudaDevice()
         self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
         self.logit_rows = min(engine.logit_rows for engine in manifest.engines.values())
