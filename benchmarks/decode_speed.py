@@ -21,7 +21,7 @@ from export_memory import write_checkpoint
 import vlmdeploy
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
-from vlmdeploy.runtime.backend import slot_positions
+from vlmdeploy.runtime.backends.door import slot_positions
 from vlmdeploy.runtime.generate import Prompt, make_prompt, prefill, prompt_rows
 from vlmdeploy.runtime.session import Session
 

@@ -2,7 +2,7 @@
 
 Writes a synthetic checkpoint with the real shapes but few layers, exports it to rtx-int4 (gate and engines included),
 then builds each engine once more alone, and the text decoder in one engine per layer. Prints the peak resident memory
-of each builder beside what the export expects (export/engine_parts.py) before it starts one.
+of each builder beside what the export expects (export/engines/parts.py) before it starts one.
 
     python benchmarks/engine_build.py [--family cogvlm|cogvlm2] [--layers 2] [--vision int4|fp16] [--work FOLDER]
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 from export_memory import FAMILIES, write_checkpoint
 
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
-from vlmdeploy.export.engine_parts import EnginePart, plan_parts
+from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.export.options import no_progress
 
 CONTEXTS = {"cogvlm": 2048, "cogvlm2": 4096}

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlmdeploy.families import cogvlm, cogvlm2
-from vlmdeploy.families.spec import Config, Source
+from vlmdeploy.spec.model import Config, Source
 
 FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2}
 SHARD_BYTES = 1 << 30

@@ -22,12 +22,12 @@ import numpy as np
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import VlmdeployError
+from vlmdeploy.runtime.backends.ort import OrtBackend
+from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.generate import Prompt
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
-from vlmdeploy.runtime.ort_backend import OrtBackend
 from vlmdeploy.runtime.replay import read_record, sample_prompt
 from vlmdeploy.runtime.session import Session
-from vlmdeploy.runtime.tensorrt_backend import TrtBackend
 
 Open = Callable[[Path, Manifest, str], TrtBackend]  # folder, manifest, residency
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from export_memory import FAMILIES, write_random
 
+from vlmdeploy.bench.measure import measure_in_process
+from vlmdeploy.bench.measurement import Measurement, MeasureOptions
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
-from vlmdeploy.export.plan_memory import PHASES, Setting, phase_memory
-from vlmdeploy.export.plan_model import checkpoint_model
-from vlmdeploy.export.plan_sizes import Storage
-from vlmdeploy.export.precision import plan_precision
-from vlmdeploy.runtime.measure import measure_in_process
-from vlmdeploy.runtime.measurement import Measurement, MeasureOptions
+from vlmdeploy.plan.memory import PHASES, Setting, phase_memory
+from vlmdeploy.plan.planned_model import checkpoint_model
+from vlmdeploy.plan.sizes import Storage
+from vlmdeploy.quant.precision import plan_precision
 
 NEW_TOKENS = 8
 LIMIT = 0.10

@@ -20,11 +20,11 @@ from vlmdeploy.calib.allocation import Budget, allocate_plan
 from vlmdeploy.calib.calibration_set import hold_out
 from vlmdeploy.calib.coverage import check_coverage
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.quantize import Calibration, Run, RunOptions
+from vlmdeploy.calib.run import Calibration, Run, RunOptions
 from vlmdeploy.calib.solver import GptqSolver
-from vlmdeploy.export.precision import PrecisionPlan, linears, plan_precision
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.allocation import stored_bytes
+from vlmdeploy.quant.precision import PrecisionPlan, linears, plan_precision
 
 MEMORY_BYTES = 8 << 30
 

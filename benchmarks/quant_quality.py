@@ -30,20 +30,20 @@ from torch import Tensor
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample, read_pixels
 from vlmdeploy.calib.coverage import check_coverage
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.quantize import Calibration, Run, RunOptions
-from vlmdeploy.calib.routed import HessianKind
+from vlmdeploy.calib.run import Calibration, Run, RunOptions
 from vlmdeploy.calib.solver import GptqSolver, Problem, Solver, measured_report
+from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import draw_samples
 from vlmdeploy.data.jsonl import read_samples
 from vlmdeploy.data.samples import Picture
-from vlmdeploy.export.precision import plan_precision
-from vlmdeploy.export.tokenizer import import_tokenizer
 from vlmdeploy.model.batch import derive_layout
+from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter, load_model
 from vlmdeploy.model.decoder import Cache
-from vlmdeploy.model.report import LinearReport
+from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.model.weights import Checkpoint, fill_parameter, load_model
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
+from vlmdeploy.quant.precision import plan_precision
+from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.runtime.chat import Tokenizer
 
 ROOT = Path(__file__).parent.parent

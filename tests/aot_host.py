@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.routed_aot import register_routed_plugins
-from vlmdeploy.runtime.plugin_library import NAMESPACE, OPERATIONS
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+from vlmdeploy.export.engines.plugin_ahead_of_time import register_routed_plugins
+from vlmdeploy.runtime.backends.plugin_library import NAMESPACE, OPERATIONS
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 trt: Any = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt  # as it is called where TensorRT is installed

@@ -16,8 +16,8 @@ import numpy as np
 from tests.tiny_bundle import TEXT_MODEL, byte_tokenizer, picture, write_text_checkpoint
 from tests.tiny_checkpoint import Tensors, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy.calib.calibration_set import CalibrationSample
-from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.spec.model import ModelSpec
 
 FAST = ("--group", 16, "--threads", 1)  # options of `quantize` that suit models this small
 # Widths that groups of 32 and 3-bit words divide, and grouped KV heads.

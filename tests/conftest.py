@@ -14,7 +14,7 @@ from tests.golden_cases import GOLDEN
 
 if TYPE_CHECKING:
     from tests.graph_edits import Edit
-    from vlmdeploy.export.verify import Subject
+    from vlmdeploy.export.gate.verify import Subject
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
@@ -41,7 +41,7 @@ def golden_model() -> GoldenModels:
 def written_report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a made-up report by its name in tests.report_example, written once. Do not change its files."""
     from tests.report_example import REPORTS, write_pictures
-    from vlmdeploy.calib.report.files import write_report
+    from vlmdeploy.report.files import write_report
 
     @cache
     def written(name: str) -> Path:
@@ -55,7 +55,7 @@ def written_report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture
 def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[["Edit"], None]:
     """Edit the written files of an export just before they are verified."""
-    from vlmdeploy.export.verify import verify_staged
+    from vlmdeploy.export.gate.verify import verify_staged
 
     def install(edit: "Edit") -> None:
         def edit_and_verify(subject: "Subject", *rest: Any) -> Any:

@@ -17,10 +17,10 @@ import onnx
 from numpy.typing import NDArray
 
 from vlmdeploy.bundle import EngineInfo, Manifest, hash_file, read_manifest, write_manifest
-from vlmdeploy.export.engine_parts import EnginePart, cut
-from vlmdeploy.runtime.cuda_device import Buffer
-from vlmdeploy.runtime.ort_backend import session_options
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+from vlmdeploy.export.engines.parts import EnginePart, cut
+from vlmdeploy.runtime.backends.cuda_device import Buffer
+from vlmdeploy.runtime.backends.ort import session_options
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 NUMPY_TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32

@@ -8,7 +8,18 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmdeploy.calib.report.shape import (
+from vlmdeploy.bench.measurement import (
+    BundleUsed,
+    DiskUse,
+    Energy,
+    EngineUsed,
+    Machine,
+    Measurement,
+    MemoryUse,
+    PhaseMemory,
+    Spread,
+)  # fmt: skip
+from vlmdeploy.report.document import (
     Agreement,
     BoxExample,
     DataUsed,
@@ -23,18 +34,7 @@ from vlmdeploy.calib.report.shape import (
     Report,
     Subject,
 )  # fmt: skip
-from vlmdeploy.calib.scoring import Score
-from vlmdeploy.runtime.measurement import (
-    BundleUsed,
-    DiskUse,
-    Energy,
-    EngineUsed,
-    Machine,
-    Measurement,
-    MemoryUse,
-    PhaseMemory,
-    Spread,
-)  # fmt: skip
+from vlmdeploy.score.metrics import Score
 
 MB = 10**6
 Item = TypeVar("Item")

@@ -38,7 +38,7 @@ from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bundle import FileEntry, hash_file
-from vlmdeploy.calib.prepare import quantize, quantize_options
+from vlmdeploy.calib.request import quantize, quantize_options
 from vlmdeploy.export.options import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
@@ -46,7 +46,7 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 SETTINGS = "settings.json"
 slow = pytest.mark.slow
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["tests.test_calib_resume", "vlmdeploy.cli", "vlmdeploy.calib.quantize"])
+children.set_forkserver_preload(["tests.test_calib_resume", "vlmdeploy.cli", "vlmdeploy.calib.run"])
 
 
 @pytest.fixture(scope="module")

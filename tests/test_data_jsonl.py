@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from vlmdeploy.calib.scoring import check_scorable
 from vlmdeploy.data.jsonl import read_items, read_samples
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Turn
+from vlmdeploy.score.metrics import check_scorable
 
 ASKED = {"role": "user", "content": "How many digits?"}
 ANSWERED = {"role": "assistant", "content": "3"}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.benchmark_files import png
-from vlmdeploy.calib.predictions import read_predictions, write_predictions
-from vlmdeploy.calib.scoring import Prediction, check_scorable, measure
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.score.metrics import Prediction, check_scorable, measure
+from vlmdeploy.score.predictions import read_predictions, write_predictions
 
 LINE = {"image": "a.png", "sent": "the red one", "bbox": [10, 5, 30, 15], "height": 20, "width": 40}
 COCO: dict[str, Any] = {

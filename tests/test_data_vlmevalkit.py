@@ -12,7 +12,6 @@ import pytest
 
 from tests.benchmark_files import Row, picture_cell, png, write_tsv
 from tests.tiny_bundle import only_json_document, run_cli, write_text_checkpoint
-from vlmdeploy.calib.scoring import FORMULAS
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import open_source
@@ -20,6 +19,7 @@ from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.data.tsv_table import literal_list, read_table
 from vlmdeploy.errors import ConfigError, DataError
 from vlmdeploy.runtime.image import load_image
+from vlmdeploy.score.metrics import FORMULAS
 
 RED = picture_cell("red")
 CHOICE = {"index": 1, "image": RED, "question": "Which?", "A": "cat", "B": "dog", "answer": "B"}

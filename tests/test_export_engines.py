@@ -29,12 +29,12 @@ from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.artifact import locked
 from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BackendError, ExportError
-from vlmdeploy.export.engine_build import BuildOptions, build_bundle
-from vlmdeploy.export.engine_compiler import EngineRequest, Shapes, compile_engine
-from vlmdeploy.export.engine_parts import EnginePart, build_bytes, cut, initializer_bytes
+from vlmdeploy.export.engines.build import BuildOptions, build_bundle
+from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engines.parts import EnginePart, build_bytes, cut, initializer_bytes
 from vlmdeploy.export.options import no_progress
+from vlmdeploy.runtime.backends.trt_library import import_tensorrt
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.tensorrt_library import import_tensorrt
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install vlmdeploy[rtx]")
 
@@ -304,7 +304,7 @@ def test_build_with_other_options_replaces_the_engines(copied: Path) -> None:
 
 def test_decoder_in_several_engines(copied: Path, rtx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine whose memory holds one layer: each engine has its layers' bytes, and only these."""
-    monkeypatch.setattr("vlmdeploy.export.engine_parts.BASE_BYTES", 0)
+    monkeypatch.setattr("vlmdeploy.export.engines.parts.BASE_BYTES", 0)
     memory = int(0.9 * build_bytes(sum(initializer_bytes(graph_of(rtx, "decoder_text")).values())))
     manifest, is_new = build_bundle(copied, BuildOptions(shapes=Shapes(64), max_memory=memory), no_progress)
     assert is_new

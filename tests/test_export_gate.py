@@ -17,8 +17,8 @@ from tests.tiny_bundle import content_of, edit_manifest, export, flip_byte, sign
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
+from vlmdeploy.export.gate.verify import verify_bundle
 from vlmdeploy.export.options import no_progress
-from vlmdeploy.export.verify import verify_bundle
 from vlmdeploy.runtime.replay import replay
 
 SIZES: dict[str, Any] = {"hidden": 80, "heads": 4, "mlp": 96, "vision_width": 32, "vision_mlp": 64}  # heads of 20
@@ -37,7 +37,7 @@ def bundle(ckpt: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def as_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No comparison from end to end, as for a model that does not fit in memory: the stages must find everything."""
-    monkeypatch.setattr("vlmdeploy.export.verify.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
 
 
 def flip_embedding(folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_positions_that_count_every_patch_are_found(
 
 def test_decode_that_forgets_its_place_is_found(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the loop that generates is wrong, no graph: the greedy continuation tells."""
-    from vlmdeploy.runtime.ort_backend import DecodeBinding
+    from vlmdeploy.runtime.backends.ort import DecodeBinding
 
     run = DecodeBinding.run
 

@@ -19,13 +19,13 @@ from tests.reference import int4 as reference
 from tests.tiny_bundle import TEXT_MODEL, content_of, export, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
-from vlmdeploy.export.precision import PARTS, plan_precision
-from vlmdeploy.export.taps import tapped_backend
-from vlmdeploy.export.weights import WeightReader
+from vlmdeploy.export.gate.taps import tapped_backend
+from vlmdeploy.export.weight_reader import WeightReader
+from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.model.weights import Checkpoint, fill_parameter
-from vlmdeploy.runtime.backend import slot_positions
-from vlmdeploy.runtime.ort_backend import CHUNK_ROWS, OrtBackend, import_onnxruntime
+from vlmdeploy.quant.precision import PARTS, plan_precision
+from vlmdeploy.runtime.backends.door import slot_positions
+from vlmdeploy.runtime.backends.ort import CHUNK_ROWS, OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import Session
 
 NUM_NEW = 16
@@ -279,7 +279,7 @@ def test_blocks_of_any_size_write_the_same_files(
     the verification, whose own sums are cut into blocks too."""
     ckpt = write_tiny_checkpoint(tmp_path / "ckpt", "cogvlm", hidden=80, heads=4, mlp=96)
     whole = content_of(export(ckpt, tmp_path / "whole", "ort-int4"))
-    monkeypatch.setattr("vlmdeploy.export.weights.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("vlmdeploy.export.weight_reader.BLOCK_BYTES", block_bytes)
     blocks = content_of(export(ckpt, tmp_path / "blocks", "ort-int4"))
     assert blocks | {"manifest.json": b""} == whole | {"manifest.json": b""}
 

@@ -23,12 +23,12 @@ from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute
 from tests.tiny_bundle import TEXT_MODEL, edit_manifest, export, only_error_line, run_cli, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
+from vlmdeploy.diff.staged_bundle import StagedBundle
 from vlmdeploy.errors import BundleError, ExportError, ParityError
-from vlmdeploy.export.precision import Precision, plan_precision
-from vlmdeploy.export.routed_dialect import check_routed
-from vlmdeploy.export.routed_functions import ROUTED_DOMAIN, routed_functions, without_routed_functions
-from vlmdeploy.export.staged_bundle import StagedBundle
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.export.graphs.routed_dialect import check_routed
+from vlmdeploy.export.graphs.routed_functions import ROUTED_DOMAIN, routed_functions, without_routed_functions
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.quant.precision import Precision, plan_precision
 from vlmdeploy.runtime.integrity import check_bundle
 
 SIZES: dict[str, Any] = {
@@ -290,7 +290,7 @@ def test_gate_names_the_first_stage_that_differs(
     sabotage: Callable[[Edit], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vlmdeploy.export.verify.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
     sabotage(edit)
     with pytest.raises(ParityError, match=rf": {stage}"):
         export(ckpt, tmp_path / "bundle", "trt-int4", routed_plugin="on")

@@ -17,13 +17,13 @@ from tests.tiny_bundle import edit_manifest, export, write_text_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
 from vlmdeploy.devices import device
 from vlmdeploy.errors import BackendError, BundleError, ExportError
-from vlmdeploy.export.engine_build import BuildOptions, build_bundle, read_build_options
-from vlmdeploy.export.engine_compiler import EngineRequest, RoutedPlugin, Shapes, profiles, use_plugin
+from vlmdeploy.export.engines.build import BuildOptions, build_bundle, read_build_options
+from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, Shapes, profiles, use_plugin
 from vlmdeploy.export.options import no_progress
+from vlmdeploy.runtime.backends.plugin_library import PACKING
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.plugin_library import PACKING
 from vlmdeploy.runtime.session import open_bundle
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
 
 Requests = list[EngineRequest]
 
@@ -51,10 +51,10 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
         request.plan.write_text(f"plan of {request.part.name}")
 
     library = TensorrtLibrary("tensorrt", SimpleNamespace(), "11.4.0")
-    monkeypatch.setattr("vlmdeploy.export.engine_build.compile_engine", compile_engine)
-    monkeypatch.setattr("vlmdeploy.export.engine_build.import_tensorrt", lambda name: library)
-    monkeypatch.setattr("vlmdeploy.export.engine_build.cuda_runtime", lambda: None)
-    monkeypatch.setattr("vlmdeploy.export.engine_build.compute_capability", lambda runtime: "8.7")
+    monkeypatch.setattr("vlmdeploy.export.engines.build.compile_engine", compile_engine)
+    monkeypatch.setattr("vlmdeploy.export.engines.build.import_tensorrt", lambda name: library)
+    monkeypatch.setattr("vlmdeploy.export.engines.build.cuda_runtime", lambda: None)
+    monkeypatch.setattr("vlmdeploy.export.engines.build.compute_capability", lambda runtime: "8.7")
     return asked
 
 
@@ -193,7 +193,7 @@ def test_failed_build_leaves_the_bundle_as_it_was(
     def fail(request: EngineRequest, progress: object) -> None:
         raise BackendError("no kernels for SM 75")
 
-    monkeypatch.setattr("vlmdeploy.export.engine_build.compile_engine", fail)
+    monkeypatch.setattr("vlmdeploy.export.engines.build.compile_engine", fail)
     with pytest.raises(BackendError, match="no kernels for SM 75"):
         build(bundle, None)
     assert {path: path.read_bytes() for path in bundle.iterdir()} == before
@@ -209,7 +209,7 @@ def test_builder_takes_the_bodies_out_and_brings_the_form_that_was_asked_for(
     library: Path | None, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[tuple[str, object]] = []
-    place = "vlmdeploy.export.engine_compiler"
+    place = "vlmdeploy.export.engines.compiler"
     monkeypatch.setattr(f"{place}.load_plugin_library", lambda path, _, sm: used.append((str(path), sm)))
     monkeypatch.setattr(f"{place}.register_routed_plugins", lambda _, sm: used.append(("kernels", sm)))
     model = onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)

@@ -12,7 +12,7 @@ from tests.gptq_checkpoint import DOWN, Tensors, write_gptq_checkpoint
 from tests.stored_linears import onnx_linears
 from tests.tiny_bundle import export, only_error_line, run_cli
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ from tests.tiny_bundle import content_of, export, only_error_line, run_cli, writ
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ExportError, ParityError
-from vlmdeploy.export.engine_parts import BASE_BYTES, cut, initializer_bytes, plan_parts
-from vlmdeploy.export.ort_dialect import CONTRIB
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.export.engines.parts import BASE_BYTES, cut, initializer_bytes, plan_parts
+from vlmdeploy.export.graphs.ort_dialect import CONTRIB
+from vlmdeploy.model.checkpoint import Checkpoint
 
 GRAPHS = ["vision", "decoder_text", "decoder_vision"]
 SIZES: dict[str, Any] = {
@@ -270,7 +270,7 @@ def test_gate_names_the_first_stage_that_differs(
     sabotage: Callable[[Edit], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vlmdeploy.export.verify.WHOLE_MODEL_BYTES", 0)
+    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
     sabotage(edit)
     with pytest.raises(ParityError, match=rf": {stage}"):
         export(ckpt, tmp_path / "bundle", "trt-int4")
@@ -369,7 +369,7 @@ def test_device_of_another_target_is_refused(
 
 
 def test_device_that_is_too_small_shows_the_plan(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmdeploy.runtime.tensorrt_backend.RESERVE_BYTES", 6 << 30)
+    monkeypatch.setattr("vlmdeploy.runtime.backends.trt.RESERVE_BYTES", 6 << 30)
     options = ("--ckpt", ckpt, "--target", "trt-int4", "--quant", "rtn", "--out", tmp_path / "bundle")
     line = only_error_line(run_cli("export", *options, "--device", "orin-nano-8", "--threads", 1))
     assert "--device orin-nano-8 has" in line and "--residency phase needs 6." in line and "decoder_text" in line

@@ -19,53 +19,67 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Part -> what of vlmdeploy it may import besides itself; "cli" only inside its functions.
 OURS: dict[str, set[str]] = {
-    "__init__": {"model.weights", "runtime.session"},
+    "__init__": {"model.checkpoint", "runtime.session"},
     "__main__": {"cli"},
     "errors": set(),
     "bundle": {"errors"},
     "devices": {"errors"},
     "artifact": {"errors"},
-    "sizes": {"errors"},
-    "console": {"errors"},
+    "byte_sizes": {"errors"},
+    "child_process": {"errors"},
     "layout": {"bundle", "errors"},
-    "families": {"bundle", "errors"},
-    "quant": {"errors"},
+    "spec": {"bundle"},
+    "families": {"spec", "bundle", "errors"},
+    "quant": {"spec", "model.checkpoint", "bundle", "byte_sizes", "errors"},
     "kernels": {"errors"},
-    "runtime": {"bundle", "layout", "sizes", "errors"},
-    "data": {"runtime.image", "runtime.chat", "runtime.boxes", "bundle", "errors"},
-    "model": {"families", "kernels", "quant", "layout", "bundle", "errors"},
+    "runtime": {"bundle", "layout", "byte_sizes", "errors"},
+    "data": {"runtime.image", "runtime.chat", "runtime.boxes", "errors"},
+    "model": {"families", "spec", "kernels", "quant", "layout", "bundle", "errors"},
+    "bench": {"runtime", "layout", "bundle", "byte_sizes", "child_process", "errors"},
+    "score": {"model", "data", "runtime", "layout", "artifact", "bundle", "errors"},
+    "train": {"model", "families", "spec", "runtime.chat", "runtime.image", "artifact", "bundle", "errors"},
     "calib": {
-        "model", "families", "data", "quant", "runtime", "export", "devices", "layout", "artifact", "bundle", "sizes",
-        "errors",
-    },
-    "train": {
-        "model", "families", "data", "calib.scoring", "calib.validate", "runtime.chat", "runtime.image", "layout",
-        "artifact", "bundle", "errors",
+        "model", "spec", "data", "quant", "runtime", "export", "layout", "artifact", "bundle", "byte_sizes", "errors",
     },
     "export": {
-        "model", "families", "data", "quant", "runtime", "kernels", "devices", "layout", "artifact", "bundle", "sizes",
+        "calib", "model", "spec", "quant", "runtime", "kernels", "devices", "layout", "artifact", "bundle",
+        "byte_sizes", "child_process", "errors",
+    },
+    "report": {
+        "score", "bench", "export", "model", "data", "quant", "runtime", "layout", "artifact", "bundle", "byte_sizes",
         "errors",
     },
+    "plan": {"export", "model", "families", "spec", "quant", "runtime", "devices", "bundle", "byte_sizes", "errors"},
+    "diff": {"export", "model", "spec", "quant", "runtime", "layout", "bundle", "errors"},
+    "sweep": {
+        "report", "export", "calib", "model", "data", "quant", "artifact", "child_process", "errors",
+    },
     "cli": {
-        "model", "families", "data", "quant", "calib", "train", "export", "runtime", "devices", "console", "artifact",
-        "layout", "bundle", "errors",
+        "sweep", "diff", "plan", "report", "export", "calib", "train", "score", "bench", "model", "data", "quant",
+        "runtime", "devices", "bundle", "errors",
     },
 }  # fmt: skip
 
 # Part -> other people's packages: at the top of a module, and (after the bar) only inside functions.
 THEIRS: dict[str, str] = {
     "layout": "numpy |",
-    "runtime": "numpy PIL tokenizers | onnxruntime cuda pynvml",
+    "runtime": "numpy PIL tokenizers | onnxruntime cuda",
+    "bench": "numpy PIL | onnxruntime cuda pynvml",
     "data": "numpy PIL |",
     "quant": "numpy torch safetensors numba |",
     "kernels": "numpy torch | triton",
     "kernels/routed.py": "triton |",  # imported inside functions, or by a process of its own:
     "kernels/compile_architecture.py": "triton |",
-    "model": "numpy torch safetensors |",
-    "calib": "numpy torch safetensors PIL | openpyxl jinja2 markupsafe matplotlib",
+    "model": "numpy torch safetensors tokenizers | sentencepiece",
+    "calib": "numpy torch safetensors PIL |",
+    "score": "numpy torch PIL | openpyxl",
+    "report": "numpy torch PIL | jinja2 markupsafe matplotlib openpyxl",
+    "sweep": "numpy | ray",
     "train": "numpy torch safetensors tokenizers |",
-    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime sentencepiece jinja2 matplotlib",
-    "console": "rich |",
+    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime",
+    "plan": "numpy | jinja2",
+    "diff": "numpy torch safetensors onnx PIL | onnxruntime matplotlib",
+    "cli/console.py": "rich |",
     "cli": "click |",
 }
 NAMES_TAKEN = {name for names in THEIRS.values() for name in names.split()} | {"sklearn", "transformers", "pytest"}
@@ -122,6 +136,11 @@ def is_our_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def module_name(path: Path) -> str:
+    """A module's dotted name, from its file."""
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 def is_allowed(module: str, allowed: set[str]) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in allowed)
 
@@ -158,12 +177,7 @@ def test_module_is_not_named_like_a_dependency(path: Path) -> None:
 def test_commands_import_their_needs_when_called() -> None:
     for path in (ROOT / "cli").glob("*.py"):
         for found in parsed_imports(path):
-            light = found.module.removeprefix("vlmdeploy.").partition(".")[0] in {
-                "vlmdeploy",
-                "console",
-                "errors",
-                "cli",
-            }
+            light = found.module.removeprefix("vlmdeploy.").partition(".")[0] in {"vlmdeploy", "errors", "cli"}
             assert light or found.top != "vlmdeploy" or found.inside_function, (
                 f"{path}:{found.line}: {found.module} makes --help slow"
             )
@@ -191,7 +205,8 @@ def test_families_and_bundle_need_the_standard_library_only() -> None:
 
 
 def test_runtime_imports_where_torch_cannot_be_imported() -> None:
-    names = [f"vlmdeploy.runtime.{path.stem}" for path in (ROOT / "runtime").glob("*.py") if path.stem != "__init__"]
+    folders = [ROOT / "runtime", ROOT / "runtime/backends", ROOT / "bench"]
+    names = [module_name(path) for folder in folders for path in folder.glob("*.py")]
     blocked = "import sys\nfor name in ('torch', 'onnx', 'safetensors'): sys.modules[name] = None"
     ours = ("vlmdeploy.model", "vlmdeploy.families", "vlmdeploy.export", "vlmdeploy.quant", "vlmdeploy.calib")
     assert loaded_after(f"{blocked}\nimport {', '.join(names)}", *ours) == []
@@ -200,7 +215,7 @@ def test_runtime_imports_where_torch_cannot_be_imported() -> None:
 def test_engines_are_built_where_torch_cannot_be_imported() -> None:
     blocked = "import sys\nfor name in ('torch', 'safetensors'): sys.modules[name] = None"
     ours = ("vlmdeploy.model", "vlmdeploy.quant", "vlmdeploy.calib")
-    assert loaded_after(f"{blocked}\nimport vlmdeploy.export.engine_build", *ours) == []
+    assert loaded_after(f"{blocked}\nimport vlmdeploy.export.engines.build", *ours) == []
 
 
 def test_kernels_are_packed_and_read_where_neither_torch_nor_triton_can_be_imported() -> None:

@@ -14,7 +14,7 @@ from tests.tiny_bundle import TEXT_MODEL, only_error_line, run_cli
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy import load_model
 from vlmdeploy.errors import WeightsError
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.grid import Grid, dequantize, quantize_rtn
 
 TARGET = "decoder.layers.0.language.down.weight"

@@ -13,9 +13,9 @@ from tests.compiled_example import write_compiled, write_index
 from tests.stub_libraries import COMPILER, build_stubs
 from tests.tiny_bundle import run_process
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.routed_aot import register_routed_plugins
+from vlmdeploy.export.engines.plugin_ahead_of_time import register_routed_plugins
 from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 TOKENS = "[tensor(('t',), 'INT32')]"
 SYMBOLS = {1: "routed_gemv_fp16_g128", 2: "routed_gemm_fp16_g128_16x64"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.compiled_example import write_compiled
-from vlmdeploy.runtime.plugin_library import read_plugin_info
+from vlmdeploy.runtime.backends.plugin_library import read_plugin_info
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 STUB = PLUGINS / "tests" / "stub"

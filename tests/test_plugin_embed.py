@@ -15,7 +15,7 @@ from tests.test_plugin_cpp import PLUGINS, compile_program
 from tests.tiny_bundle import run_process
 from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
 from vlmdeploy.kernels.packing import PACKING_VERSION
-from vlmdeploy.runtime import plugin_library
+from vlmdeploy.runtime.backends import plugin_library
 
 KINDS = ("partition", "gemv", "gemm")  # as the enumeration of kernel_table.h counts them
 

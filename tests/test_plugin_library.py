@@ -14,9 +14,9 @@ import pytest
 
 from tests.stub_libraries import COMPILER
 from vlmdeploy.errors import BackendError
-from vlmdeploy.runtime import plugin_library
-from vlmdeploy.runtime.plugin_library import OPERATIONS, PluginInfo, load_plugin_library, read_plugin_info
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+from vlmdeploy.runtime.backends import plugin_library
+from vlmdeploy.runtime.backends.plugin_library import OPERATIONS, PluginInfo, load_plugin_library, read_plugin_info
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 INFO = {"plugin_version": "1", "packing": 1, "tensorrt": "11.1", "tensorrt_major": 11, "architectures": [80, 87]}
 

@@ -26,7 +26,7 @@ from vlmdeploy.quant.conversions import (
     widen,
 )
 from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, unpack_nibbles
-from vlmdeploy.runtime.ort_backend import import_onnxruntime
+from vlmdeploy.runtime.backends.ort import import_onnxruntime
 
 MATMUL_RELATIVE = 2e-6  # float32 sums of 384 products in another order, relative to the largest result
 OUT, IN = 24, 384

@@ -14,7 +14,6 @@ from tests.comparison import GPTQ_EQUAL_CODES, GPTQ_LOSS, HESSIAN_FP32, assert_c
 from tests.reference import gptq as reference
 from tests.tiny_bundle import run_process
 from vlmdeploy.errors import QuantizationError
-from vlmdeploy.quant.compiled import COMPILED_LOOPS
 from vlmdeploy.quant.gptq import (
     ClipWeights,
     Factor,
@@ -28,7 +27,8 @@ from vlmdeploy.quant.gptq import (
     sweep,
 )
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn, round_to_grid
-from vlmdeploy.quant.inner import NUMPY_LOOPS, best_loops
+from vlmdeploy.quant.numba_loops import COMPILED_LOOPS
+from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS, best_loops
 
 Doubles = NDArray[np.float64]
 Clip = Literal["none", "conditional"]
@@ -337,7 +337,7 @@ def test_compiled_and_numpy_loops_give_the_same_codes(clip: Clip, symmetric: boo
 def test_loops_are_compiled_where_numba_is_installed_and_numpy_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_loops().is_compiled
     monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises ModuleNotFoundError
-    monkeypatch.delitem(sys.modules, "vlmdeploy.quant.compiled")
+    monkeypatch.delitem(sys.modules, "vlmdeploy.quant.numba_loops")
     assert best_loops() is NUMPY_LOOPS
 
 
@@ -346,7 +346,7 @@ def test_quantize_can_be_imported_and_works_without_numba() -> None:
 import sys
 sys.modules["numba"] = None
 import torch
-import vlmdeploy.calib.prepare
+import vlmdeploy.calib.request
 from vlmdeploy.calib.solver import GptqSolver, Problem
 from vlmdeploy.quant.grid import Grid
 quantized, report = GptqSolver().solve(Problem("q", torch.ones(4, 32), Grid(4, 16), torch.eye(32), tokens=64))

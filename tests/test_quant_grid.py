@@ -20,7 +20,7 @@ from vlmdeploy.quant.grid import (
     quantize_rtn,
     unpack_nibbles,
 )
-from vlmdeploy.runtime.ort_backend import import_onnxruntime
+from vlmdeploy.runtime.backends.ort import import_onnxruntime
 
 GROUPS = [16, 32, 64, 128]
 # Half a step; the scale's fp16 rounding (2^-11) may push the largest weight of a group out of the range of codes.

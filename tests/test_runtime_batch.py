@@ -15,14 +15,14 @@ from tests.tiny_bundle import export, picture, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import PluginUse, read_manifest
 from vlmdeploy.errors import BackendError, PromptError
-from vlmdeploy.export.engine_parts import EnginePart
+from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.runtime.backends.choose import trt_backend_of
+from vlmdeploy.runtime.backends.ort_routed import RoutedOrtBackend
+from vlmdeploy.runtime.backends.trt import TrtBackend, needed_bytes
+from vlmdeploy.runtime.backends.trt_routed import RoutedTrtBackend
 from vlmdeploy.runtime.batch import Call, Lanes, prefill_steps, row_positions, starts_of
-from vlmdeploy.runtime.open_backend import trt_backend_of
-from vlmdeploy.runtime.routed_ort_backend import RoutedOrtBackend
-from vlmdeploy.runtime.routed_tensorrt_backend import RoutedTrtBackend
 from vlmdeploy.runtime.sampling import SamplingOptions
 from vlmdeploy.runtime.session import Session, open_bundle
-from vlmdeploy.runtime.tensorrt_backend import TrtBackend, needed_bytes
 
 Question = tuple[np.ndarray, np.ndarray | None]
 LAYERS, CHUNK_ROWS, LOGIT_ROWS, BATCH = 3, 7, 4, 3
@@ -301,7 +301,7 @@ def test_plugin_library_of_the_bundle_is_registered_first(
     library: str, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, device, loaded = read_manifest(built), FakeDevice(), []
-    monkeypatch.setattr("vlmdeploy.runtime.tensorrt_backend.load_plugin_library", lambda path, _: loaded.append(path))
+    monkeypatch.setattr("vlmdeploy.runtime.backends.trt.load_plugin_library", lambda path, _: loaded.append(path))
     manifest = replace(manifest, plugin=PluginUse(1, library))
     RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
     assert loaded == ([built / library] if library else [])

@@ -30,8 +30,8 @@ from tests.tiny_bundle import (
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
 from vlmdeploy.errors import BackendError, BundleError, DataError, PromptError
+from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.image import preprocess
-from vlmdeploy.runtime.ort_backend import OrtBackend
 from vlmdeploy.runtime.sampling import SamplingOptions
 from vlmdeploy.runtime.session import Session
 

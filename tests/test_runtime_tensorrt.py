@@ -17,10 +17,10 @@ from tests.tiny_bundle import edit_manifest, export, flip_byte, only_error_line,
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import Manifest, hash_file, read_manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.engine_parts import EnginePart
-from vlmdeploy.runtime.ort_backend import OrtBackend
+from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.runtime.backends.ort import OrtBackend
+from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes, pieces
 from vlmdeploy.runtime.session import Session
-from vlmdeploy.runtime.tensorrt_backend import TrtBackend, buffer_bytes, pieces
 
 CHUNK_ROWS, LOGIT_ROWS = 7, 3
 LAYERS = 6

@@ -16,11 +16,11 @@ from tests.interface_uses import Origins, Reader, Use, misfit
 from tests.library_interface import Interface, parse_interface, parse_signature
 from tests.stub_libraries import COMPILER, build_stubs
 from tests.tiny_bundle import run_process
-from vlmdeploy.export.engine_compiler import KEPT_SEVERITIES
-from vlmdeploy.runtime.tensorrt_library import TensorrtLibrary
+from vlmdeploy.export.engines.compiler import KEPT_SEVERITIES
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 SOURCE = Path(vlmdeploy.__file__).parent
-DOOR = "tensorrt_library"  # the module of ours that every object of TensorRT comes through
+DOOR = "trt_library"  # the module of ours that every object of TensorRT comes through
 MODULES = ("self.module", "library.module", "self.library.module", "importlib.import_module(name)")
 # What our source annotates `Any`: arguments, attributes and results of functions, each with its class.
 ANYS = {
@@ -203,7 +203,7 @@ ADAPTERS = """
 import importlib, json, sys
 name, bindings = sys.argv[1:]
 sys.modules[name] = importlib.import_module(bindings)
-from vlmdeploy.runtime.tensorrt_library import import_tensorrt
+from vlmdeploy.runtime.backends.trt_library import import_tensorrt
 library = import_tensorrt(name)
 said, steps = [], []
 logger = library.logger(lambda *words: said.append(words))

@@ -7,8 +7,8 @@ import torch
 from tests.comparison import assert_close
 from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy.bundle import ImageRecipe
+from vlmdeploy.model.checkpoint import load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.model.weights import load_model
 from vlmdeploy.train.batches import normalized
 from vlmdeploy.train.forward import TEXT_POSITION, TextRows, head_logits, patch_features, text_states
 from vlmdeploy.train.packing import PackedRows, Pair, TokenWeights, make_pair, pack_rows

@@ -1,1 +1,1 @@
-"""What quantization needs to know about a model and its data: scores now, activation statistics and sweeps later."""
+"""Samples through the float model, layer by layer: statistics of each linear's inputs, and codes chosen by them."""

@@ -7,19 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample
-from vlmdeploy.calib.layers import Runner
+from vlmdeploy.calib.flow import Runner
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.routed import Statistics
 from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
+from vlmdeploy.calib.statistics import Statistics
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.export.options import Progress
-from vlmdeploy.export.precision import BITS, GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
-from vlmdeploy.sizes import parse_size
+from vlmdeploy.quant.precision import BITS, GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
 
 CANDIDATE_BITS = (3, 4, 8)
 MEASURED_SAMPLES = 64  # gradients and errors are averages over these

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import CalibrationError
-from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Bools, position_ids, token_types_of, vision_expert_mask
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
 from vlmdeploy.runtime.image import load_image, preprocess
+from vlmdeploy.spec.model import ModelSpec
 
 HELD_OUT_EVERY = 8
 LEAST_FOR_HOLDING_OUT = 16  # pictures or texts; below, all of them are needed for calibration

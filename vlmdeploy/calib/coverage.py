@@ -7,9 +7,9 @@ from typing import Any
 from vlmdeploy.calib.calibration_set import Pictures, Tokens
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
-from vlmdeploy.export.precision import PrecisionPlan, linears
-from vlmdeploy.families.spec import BoundaryRows, ModelSpec
-from vlmdeploy.model.report import ExpertCoverage
+from vlmdeploy.quant.precision import PrecisionPlan, linears
+from vlmdeploy.quant.quantization_report import ExpertCoverage
+from vlmdeploy.spec.model import BoundaryRows, ModelSpec
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
 WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike

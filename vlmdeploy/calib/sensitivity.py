@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.layers import Flow, Runner, Weights
-from vlmdeploy.calib.routed import Inputs, Statistics, chunks
+from vlmdeploy.calib.flow import Flow, Runner, Weights
 from vlmdeploy.calib.solver import judged_rows
+from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
 from vlmdeploy.export.options import Progress
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.connector import Connector, DownsampleConv
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
 from vlmdeploy.model.vision import VisionLayer
-from vlmdeploy.model.weights import Checkpoint
 from vlmdeploy.quant.gptq import GptqOptions, factorize, quantize_gptq
 from vlmdeploy.quant.grid import Grid, dequantize
-from vlmdeploy.quant.inner import best_loops
+from vlmdeploy.quant.numpy_loops import best_loops
 
 DAMPING = 0.01
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.calib.hessian import effective_rank, largest_eigenvalue, start_vector
-from vlmdeploy.model.report import LinearReport
 from vlmdeploy.quant.gptq import (
     ClipWeights,
     Factor,
@@ -26,7 +25,8 @@ from vlmdeploy.quant.gptq import (
     sweep,
 )
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn
-from vlmdeploy.quant.inner import Loops, best_loops
+from vlmdeploy.quant.numpy_loops import Loops, best_loops
+from vlmdeploy.quant.quantization_report import LinearReport
 
 DAMPINGS = (0.01, 0.05, 0.2)
 FEW_TOKEN_DAMPINGS = (0.05, 0.2)  # with fewer tokens than inputs

@@ -22,10 +22,10 @@ from vlmdeploy.artifact import LOCK, empty_partial, write_file
 from vlmdeploy.bundle import FileEntry, from_json, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
-from vlmdeploy.calib.layers import Flow
+from vlmdeploy.calib.flow import Flow
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import BundleError, CalibrationError
-from vlmdeploy.model.report import LinearReport
+from vlmdeploy.quant.quantization_report import LinearReport
 
 SETTINGS, SPILL = "settings.json", "spill"
 ROWS_AT_ONCE = 4096

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from vlmdeploy.cli.console import print_json, print_rows, progress_bar
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -18,7 +19,6 @@ from vlmdeploy.cli.options import (
     question_options,
     threads_option,
 )
-from vlmdeploy.console import print_json, print_rows, progress_bar
 
 
 @main.command()
@@ -60,8 +60,8 @@ def validate(
     **options: Any,
 ) -> None:
     """Score a checkpoint, a bundle or a file of answers on a data set, with 95 % intervals."""
-    from vlmdeploy.calib.scorecard import ScoreOptions, score_models
     from vlmdeploy.data.questions import GROUNDING_PROMPT, QuestionOptions
+    from vlmdeploy.score.scorecard import ScoreOptions, score_models
 
     given = tuple(model for model in (ckpt, bundle, from_predictions) if model is not None)
     if len(given) != 1:
@@ -91,9 +91,9 @@ def validate(
 @json_option
 def report(bundles: tuple[Path, ...], ref: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """What compression cost and what it bought: bundles beside each other, as a page, tables and plots."""
-    from vlmdeploy.calib.prepare import use_threads
-    from vlmdeploy.calib.report.overview import SUMMARY_COLUMNS, summary_rows
-    from vlmdeploy.calib.report.run import make_report, read_report_options
+    from vlmdeploy.calib.request import use_threads
+    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.report.run import make_report, read_report_options
 
     use_threads(options["threads"])
     with progress_bar() as progress:
@@ -117,7 +117,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 
         verdicts = replay(bundle, threads, provider)
     else:
-        from vlmdeploy.export.verify import verify_bundle
+        from vlmdeploy.export.gate.verify import verify_bundle
 
         with progress_bar() as progress:
             verdicts = verify_bundle(bundle, ckpt, threads, progress)
@@ -155,8 +155,8 @@ def diff(
     as_json: bool,
 ) -> None:
     """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
-    from vlmdeploy.export.diff import DiffOptions, diff_models
-    from vlmdeploy.export.diff_plot import check_plot, write_plot
+    from vlmdeploy.diff.plot import check_plot, write_plot
+    from vlmdeploy.diff.side_by_side import DiffOptions, diff_models
 
     if plot is not None:
         check_plot(plot)
@@ -188,9 +188,9 @@ def diff(
 @json_option
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure a bundle on this machine: time to first token, decode rate, memory, energy."""
-    from vlmdeploy.runtime.measure import measure_in_process
-    from vlmdeploy.runtime.measurement import MeasureOptions
-    from vlmdeploy.runtime.measurement_table import COLUMNS, measurement_rows, measurement_title
+    from vlmdeploy.bench.measure import measure_in_process
+    from vlmdeploy.bench.measurement import MeasureOptions
+    from vlmdeploy.bench.table import COLUMNS, measurement_rows, measurement_title
 
     if options["text_only"] and options["image"] is not None:
         raise click.UsageError("--text-only and --image exclude each other: give one of them")

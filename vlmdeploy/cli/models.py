@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import click
 
+from vlmdeploy.cli.console import print_json, print_rows, progress_bar, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -21,7 +22,6 @@ from vlmdeploy.cli.options import (
     routed_option,
     threads_option,
 )
-from vlmdeploy.console import print_json, print_rows, progress_bar, warn
 
 
 @main.command()
@@ -68,9 +68,15 @@ def quantize(
     ckpt: Path, calib: Path, out: Path, as_json: bool, threads: int | None, max_memory: str, **options: Any
 ) -> None:
     """Quantize a checkpoint with calibration data; the same command continues an interrupted run."""
-    from vlmdeploy.calib.prepare import quantize as quantize_checkpoint
-    from vlmdeploy.calib.prepare import quantize_options, use_threads
-    from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows, summary_rows
+    from vlmdeploy.calib.request import quantize as quantize_checkpoint
+    from vlmdeploy.calib.request import quantize_options, use_threads
+    from vlmdeploy.quant.quantization_table import (
+        COVERAGE_COLUMNS,
+        ERROR_COLUMNS,
+        coverage_rows,
+        error_rows,
+        summary_rows,
+    )
 
     use_threads(threads)
     with progress_bar() as progress:
@@ -140,9 +146,9 @@ def export(
     **calibration: Any,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
-    from vlmdeploy.calib.export_calibrated import export_calibrated, holds_codes
-    from vlmdeploy.calib.prepare import quantize_options
-    from vlmdeploy.export.engine_build import read_build_options
+    from vlmdeploy.calib.request import quantize_options
+    from vlmdeploy.export.calibrated import export_calibrated, holds_codes
+    from vlmdeploy.export.engines.build import read_build_options
     from vlmdeploy.export.exporter import export_bundle
     from vlmdeploy.export.options import ExportOptions
     from vlmdeploy.runtime.summary import bundle_rows
@@ -194,7 +200,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
-    from vlmdeploy.export.engine_build import build_bundle, read_build_options
+    from vlmdeploy.export.engines.build import build_bundle, read_build_options
     from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
 
     options = read_build_options(sm, chunk_rows, max_memory, device, batch, plugin_library, routed_plugin)
@@ -234,10 +240,10 @@ def sweep(
     **options: Any,
 ) -> None:
     """Quantize, export, score and measure every point of a grid, and report them together."""
-    from vlmdeploy.calib.prepare import use_threads
-    from vlmdeploy.calib.report.overview import SUMMARY_COLUMNS, summary_rows
-    from vlmdeploy.calib.report.run import read_report_options
-    from vlmdeploy.calib.sweep.run import SweepOptions, run_sweep, sweep_json
+    from vlmdeploy.calib.request import use_threads
+    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.report.run import read_report_options
+    from vlmdeploy.sweep.run import SweepOptions, run_sweep, sweep_json
 
     use_threads(options["threads"])
     asked = read_report_options(bundles=(), ref=ckpt, out=out, **options)

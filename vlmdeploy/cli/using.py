@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import vlmdeploy
+from vlmdeploy.cli.console import print_json, print_rows, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -18,7 +19,6 @@ from vlmdeploy.cli.options import (
     provider_option,
     threads_option,
 )
-from vlmdeploy.console import print_json, print_rows, warn
 
 
 @main.command()
@@ -53,11 +53,11 @@ def plan(
     **options: Any,
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
-    from vlmdeploy.export.plan import make_plan, plan_json
-    from vlmdeploy.export.plan_device import plan_device
-    from vlmdeploy.export.plan_model import planned_model
-    from vlmdeploy.export.plan_options import read_plan_options
-    from vlmdeploy.export.plan_table import headline, plan_tables, write_page
+    from vlmdeploy.plan.device import plan_device
+    from vlmdeploy.plan.options import read_plan_options
+    from vlmdeploy.plan.planned_model import planned_model
+    from vlmdeploy.plan.planner import make_plan, plan_json
+    from vlmdeploy.plan.table import headline, plan_tables, write_page
 
     if ckpt is None and family is None:
         raise click.UsageError("give --ckpt or --family")
@@ -151,7 +151,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
         print_rows("engines", ENGINE_COLUMNS, engine_rows(manifest))
     if "quantization_report" in content:
-        from vlmdeploy.calib.report_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows
+        from vlmdeploy.quant.quantization_table import COVERAGE_COLUMNS, ERROR_COLUMNS, coverage_rows, error_rows
 
         report = content["quantization_report"]
         print_rows("calibration", COVERAGE_COLUMNS, coverage_rows(report))

@@ -32,8 +32,7 @@ from vlmdeploy.bundle import (
     write_manifest,
 )
 from vlmdeploy.errors import BundleError, ExportError
-from vlmdeploy.export.decoder_graph import branches, build_decoder
-from vlmdeploy.export.engine_build import (
+from vlmdeploy.export.engines.build import (
     ENGINES,
     built_for,
     check_fit,
@@ -43,25 +42,26 @@ from vlmdeploy.export.engine_build import (
     engine_files,
     plan_engines,
 )
-from vlmdeploy.export.graph import DataFile, GraphBuilder
-from vlmdeploy.export.head_layout import HeadLayout
+from vlmdeploy.export.gate.verify import Subject, verify_staged
+from vlmdeploy.export.graphs.builder import DataFile, GraphBuilder
+from vlmdeploy.export.graphs.decoder import branches, build_decoder
+from vlmdeploy.export.graphs.head_layout import HeadLayout
+from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
+from vlmdeploy.export.graphs.routed_dialect import RoutedTrtGraph, check_routed
+from vlmdeploy.export.graphs.trt_dialect import TrtGraph
+from vlmdeploy.export.graphs.vision import build_vision
 from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
-from vlmdeploy.export.ort_dialect import OrtCudaGraph, OrtGraph
-from vlmdeploy.export.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
-from vlmdeploy.export.routed_dialect import RoutedTrtGraph, check_routed
-from vlmdeploy.export.tokenizer import find_tokenizer, import_tokenizer
-from vlmdeploy.export.trt_dialect import TrtGraph
-from vlmdeploy.export.verify import Subject, verify_staged
-from vlmdeploy.export.vision_graph import build_vision
-from vlmdeploy.export.weights import WeightReader, stored_precisions
-from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.kernels.packing import PACKING_VERSION
-from vlmdeploy.model.report import REPORT_NAME, read_report
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.quant.grid import pack_nibbles
-from vlmdeploy.runtime.backend import CACHE_TYPES, ROUTED_GRAPH
+from vlmdeploy.quant.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
+from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, ROUTED_GRAPH
+from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
 from vlmdeploy.runtime.session import TOKENIZER_NAME
-from vlmdeploy.runtime.tensorrt_library import import_tensorrt, library_of
+from vlmdeploy.spec.model import ModelSpec
 
 EMBEDDING_NAME = "embedding.bin"
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from vlmdeploy.errors import ExportError
-from vlmdeploy.export.engine_build import BuildOptions
-from vlmdeploy.export.engine_compiler import Progress as Progress  # where others take it from
-from vlmdeploy.export.precision import DEFAULT_GROUP, is_tensorrt
-from vlmdeploy.families.spec import ModelSpec
+from vlmdeploy.export.engines.build import BuildOptions
+from vlmdeploy.export.engines.compiler import Progress as Progress  # where others take it from
+from vlmdeploy.quant.precision import DEFAULT_GROUP, is_tensorrt
+from vlmdeploy.spec.model import ModelSpec
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

@@ -1,13 +1,13 @@
-"""The model families. Each module here (besides `spec` and `config`) reads one kind of checkpoint and is found by
-being here: it offers NAME, detect, spec and weights as `spec.Family` describes."""
+"""The model families. Each module here (besides `config`) reads one kind of checkpoint and is found by
+being here: it offers NAME, detect, spec and weights as `vlmdeploy.spec.model.Family` describes."""
 
 import pkgutil
 from importlib import import_module
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.families.spec import Config, Family
+from vlmdeploy.spec.model import Config, Family
 
-_NOT_FAMILIES = {"spec", "config"}
+_NOT_FAMILIES = {"config"}
 
 
 def all_families() -> tuple[Family, ...]:

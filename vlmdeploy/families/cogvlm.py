@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, Piece, TokenRules
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
-from vlmdeploy.families.spec import (
+from vlmdeploy.spec.model import (
     Activation,
     BoundaryRows,
     Config,

@@ -18,7 +18,7 @@ from vlmdeploy.families.cogvlm import (
     weights,
 )
 from vlmdeploy.families.config import ConfigReader
-from vlmdeploy.families.spec import Config, ExpertSpec, ModelSpec, RopeSpec
+from vlmdeploy.spec.model import Config, ExpertSpec, ModelSpec, RopeSpec
 
 __all__ = ["NAME", "RELEASED", "detect", "spec", "weights"]
 

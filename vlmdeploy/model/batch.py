@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.errors import PromptError
-from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.layout import Ints, position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.families.spec import (
+from vlmdeploy.model.vision import ACTIVATIONS
+from vlmdeploy.spec.model import (
     Activation,
     BoundaryRows,
     ConnectorSpec,
@@ -14,7 +15,6 @@ from vlmdeploy.families.spec import (
     Norm,
     Projection,
 )
-from vlmdeploy.model.vision import ACTIVATIONS
 
 
 class DownsampleConv(nn.Conv2d):

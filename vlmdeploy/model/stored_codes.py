@@ -13,7 +13,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmdeploy.errors import QuantizationError, WeightsError
-from vlmdeploy.families.spec import Source
 from vlmdeploy.quant.gptq_format import (
     PARTS,
     GptqConfig,
@@ -26,6 +25,7 @@ from vlmdeploy.quant.gptq_format import (
 )
 from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.packing import num_words
+from vlmdeploy.spec.model import Source
 
 Header = tuple[str, tuple[int, ...]]  # type, as safetensors calls it, and shape
 

@@ -4,8 +4,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.model.report import read_report
-from vlmdeploy.model.weights import Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.quant.quantization_report import read_report
 
 PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmdeploy.errors import PromptError
-from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.batch import Layout, derive_layout
 from vlmdeploy.model.connector import Connector
 from vlmdeploy.model.decoder import Cache, Decoder, causal_mask
 from vlmdeploy.model.vision import VisionEncoder
+from vlmdeploy.spec.model import ModelSpec
 
 
 class VisionLanguageModel(nn.Module):

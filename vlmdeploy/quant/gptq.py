@@ -28,7 +28,7 @@ from vlmdeploy.quant.grid import (
     split_groups,
     to_half,
 )
-from vlmdeploy.quant.inner import Ints, Loops, best_loops
+from vlmdeploy.quant.numpy_loops import Ints, Loops, best_loops
 
 BLOCK = 128
 CLIP_RATIOS = np.linspace(1.0, 0.4, 32, dtype=np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.layout import Bools, Ints
-from vlmdeploy.runtime.backend import Backend, Floats, slot_positions
+from vlmdeploy.runtime.backends.door import Backend, Floats, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import ChooseToken, Prompt
 
@@ -183,7 +183,7 @@ def lane_positions(prompt: Prompt, new_tokens: int) -> Ints:
 
 
 def call_inputs(call: Call, lanes: Lanes) -> dict[str, NDArray[Any]]:
-    """What the routed graph is told of a call, by name: the shapes are those of export/routed_dialect.py."""
+    """What the routed graph is told of a call, by name: the shapes are those of export/graphs/routed_dialect.py."""
     batch, num_rows, width = call.hidden.shape
     starts = starts_of(lanes, call.counts)
     return {

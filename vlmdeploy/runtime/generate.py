@@ -12,7 +12,7 @@ import numpy as np
 from vlmdeploy.bundle import TokenRules
 from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import Bools, Ints, position_ids, segments_of, token_types_of, vision_expert_mask
-from vlmdeploy.runtime.backend import Backend, Floats, KvCache
+from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache
 from vlmdeploy.runtime.embedding import EmbeddingTable
 
 ChooseToken = Callable[[Floats, Ints], int]

@@ -17,11 +17,11 @@ from vlmdeploy.bundle import Manifest, StageVerdict
 from vlmdeploy.errors import BundleError, ParityError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime import parity
-from vlmdeploy.runtime.backend import Floats
+from vlmdeploy.runtime.backends.choose import open_backend
+from vlmdeploy.runtime.backends.door import Floats
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.open_backend import open_backend
 from vlmdeploy.runtime.session import Session
 
 REFERENCE_NAME = "reference.npz"

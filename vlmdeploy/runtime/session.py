@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backend import Backend, Floats, KvCache, slot_positions
+from vlmdeploy.runtime.backends.choose import open_backend
+from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache, slot_positions
 from vlmdeploy.runtime.batch import BatchBackend, answer_together
 from vlmdeploy.runtime.boxes import Box, parse_boxes
 from vlmdeploy.runtime.chat import Conversation, Message, StreamDecoder, Tokenizer, prompt_ids, read_messages
@@ -27,7 +28,6 @@ from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import Prompt, Timings, decode, make_prompt, prefill, prompt_rows
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.open_backend import open_backend
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
 
 TOKENIZER_NAME = "tokenizer.json"

@@ -1,7 +1,7 @@
 """A bundle in a few lines, for people."""
 
 from vlmdeploy.bundle import Manifest
-from vlmdeploy.sizes import megabytes
+from vlmdeploy.byte_sizes import megabytes
 
 
 def bundle_rows(manifest: Manifest) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import find_family
-from vlmdeploy.families.spec import Config, ModelSpec
+from vlmdeploy.spec.model import Config, ModelSpec
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 
 import vlmdeploy
 from vlmdeploy.artifact import check_output, locked, partial_folder, staged_folder
+from vlmdeploy.model.checkpoint import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.model.weights import save_checkpoint
 from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.source import Source, load_source

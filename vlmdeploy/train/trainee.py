@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.families.spec import ModelSpec
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.train.batches import Batch
 from vlmdeploy.train.forward import TextRows, head_logits, patch_features, text_states
 

@@ -1,0 +1,154 @@
+"""Reference: converted tokenizers against the sentencepiece package, on models trained here. Contract: which files are
+read, and what is said about the others."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.runtime.chat import StreamDecoder, Tokenizer
+
+SENTENCES = (
+    "the cat sat on the mat and ate a fish while it was raining outside . How many digits are there ? Where is the "
+    "largest number in this picture ? banana bandana aaaa aaaaaa abab 12 123 1000 007 a<s o<s e</s h</s x> 你好 世界 "
+    "你 好 这是 图片"
+)
+FRAGMENTS = [
+    *"abcdehnt ita  \t\n\r你好龍😀é▁<>/s0129",
+    "the",
+    "ban",
+    "aaa",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<0x0A>",
+    "  ",
+    "\r\n",
+]
+LLAMA = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def trained(model_type: str = "bpe", vocab_size: int = 400, **options: Any) -> bytes:
+    """A small SentencePiece model of the Llama kind, or with other options."""
+    random, buffer = np.random.default_rng(0), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(random.choice(SENTENCES.split(), 12)) for _ in range(300)),
+        model_writer=buffer,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        split_digits=True,
+        minloglevel=2,
+        num_threads=1,
+        **{**LLAMA, **options},
+    )
+    return buffer.getvalue()
+
+
+def random_texts(count: int) -> list[str]:
+    random = np.random.default_rng(1)
+    texts = ["".join(random.choice(FRAGMENTS, random.integers(0, 25))) for _ in range(count)]
+    return ["", " ", "  ", "\n", *texts]
+
+
+@pytest.fixture(scope="module")
+def llama_model() -> bytes:
+    return trained()
+
+
+def written(folder: Path, content: bytes) -> Path:
+    path = folder / "tokenizer.model"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+        {"remove_extra_whitespaces": True, "add_dummy_prefix": False},
+        {"split_by_whitespace": False},
+        {"split_by_unicode_script": False},  # gives the piece "<s", with which ">" must not join to a special token
+        {"byte_fallback": False, "vocab_size": 140},
+    ],
+    ids=str,
+)
+def test_converted_ids_equal_those_of_sentencepiece(options: dict[str, Any], tmp_path: Path) -> None:
+    content = trained(**options)
+    original = sentencepiece.SentencePieceProcessor(model_proto=content)
+    converted = Tokenizer(import_tokenizer(written(tmp_path, content)))
+    for text in random_texts(500):
+        assert converted.encode(text) == original.encode(text), repr(text)
+
+
+def test_decoded_text_equals_that_of_sentencepiece(llama_model: bytes, tmp_path: Path) -> None:
+    original = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
+    converted = Tokenizer(import_tokenizer(written(tmp_path, llama_model)))
+    for text in random_texts(300):
+        ids, stream = converted.encode(text), StreamDecoder(converted)
+        assert converted.decode(ids) == original.decode(ids), repr(text)
+        assert "".join([*map(stream.add, ids), stream.finish()]) == original.decode(ids), repr(text)
+
+
+def test_special_ids_and_vocabulary_are_the_models(llama_model: bytes, tmp_path: Path) -> None:
+    original = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
+    converted = import_tokenizer(written(tmp_path, llama_model))
+    assert [converted.token_to_id(token) for token in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
+    assert converted.decode([1, original.piece_to_id("▁the"), 2]) == "the", "special tokens are left out of a text"
+    pieces = [original.id_to_piece(token_id) for token_id in range(len(original))]
+    assert [converted.id_to_token(token_id) for token_id in range(converted.get_vocab_size())] == pieces
+
+
+def test_a_converted_tokenizer_survives_its_file(llama_model: bytes, tmp_path: Path) -> None:
+    converted = import_tokenizer(written(tmp_path, llama_model))
+    converted.save(str(tmp_path / "tokenizer.json"))
+    again = import_tokenizer(tmp_path / "tokenizer.json")
+    for text in random_texts(50):
+        assert again.encode(text).ids == converted.encode(text).ids
+
+
+def test_a_folders_tokenizer_is_found_json_first(tmp_path: Path) -> None:
+    assert find_tokenizer(tmp_path) is None
+    model = written(tmp_path, b"")
+    assert find_tokenizer(tmp_path) == model == find_tokenizer(model)
+    (tmp_path / "tokenizer.json").touch()
+    assert find_tokenizer(tmp_path) == tmp_path / "tokenizer.json"
+    with pytest.raises(ConfigError, match="does not exist"):
+        find_tokenizer(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty"),
+        (b"hello world", "starts with b'hello world'"),
+        (b'{"version": 1', "not a valid tokenizer.json"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken ranks"),
+    ],
+)
+def test_files_that_are_no_tokenizer_are_named(content: bytes, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"tokenizer.model: .*{expected}"):
+        import_tokenizer(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": "unigram", "vocab_size": 320}, "model type UNIGRAM"),
+        ({"normalization_rule_name": "nmt_nfkc"}, 'text normalization "nmt_nfkc"'),
+        ({"user_defined_symbols": ["<box>"]}, "<box>"),
+        ({"treat_whitespace_as_suffix": True}, "suffix"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_models_that_cannot_be_converted_exactly_are_refused(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        import_tokenizer(written(tmp_path, trained(**options)))

@@ -1,0 +1,1 @@
+"""Latency, memory and energy of one bundle on this machine, without torch."""

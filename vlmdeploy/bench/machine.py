@@ -1,0 +1,50 @@
+"""What machine this is, and what executes a bundle on it, in the words that belong beside a measured number."""
+
+import os
+import platform
+from pathlib import Path
+
+from vlmdeploy.bench.measurement import EngineUsed, Machine
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.runtime.backends.ort import import_onnxruntime
+from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
+from vlmdeploy.runtime.memory import sizes_in
+
+
+def machine(gpu: str | None, root: Path = Path("/")) -> Machine:
+    """This machine. root: of the file system."""
+    return Machine(
+        cpu=cpu_model(root / "proc/cpuinfo"),
+        logical_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=sizes_in(root / "proc/meminfo", 1024)["MemTotal:"],
+        kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
+        board=board_model(root / "proc/device-tree/model"),
+        gpu=gpu,
+    )
+
+
+def cpu_model(path: Path) -> str:
+    """The processor's name as the kernel gives it; the architecture where it gives none, as on most Arm machines."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine()
+
+
+def board_model(path: Path) -> str | None:
+    """What the device tree calls this board; None where there is no device tree."""
+    try:
+        return path.read_bytes().rstrip(b"\0").decode(errors="replace") or None
+    except OSError:
+        return None
+
+
+def engine_used(manifest: Manifest, provider: str | None, threads: int | None, residency: str) -> EngineUsed:
+    """What will execute the bundle; imports it. Raises BackendError where it is missing."""
+    if manifest.dialect == "trt" and provider is None:
+        library = import_tensorrt(library_of(manifest.target))
+        return EngineUsed(library.name, library.version, "cuda", None, residency)
+    version = str(import_onnxruntime().__version__)
+    return EngineUsed("onnxruntime", version, provider or manifest.provider, threads, residency)

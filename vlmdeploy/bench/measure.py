@@ -1,0 +1,245 @@
+"""Measuring one bundle on this machine: time to first token and its parts, decode rate, memory and energy by phase.
+
+`measure_in_process` does it in an interpreter of its own, whose memory holds nothing but the bundle.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmdeploy import errors
+from vlmdeploy.bench.energy import Meter, Unknown, find_meter, idle_watts
+from vlmdeploy.bench.machine import engine_used, machine
+from vlmdeploy.bench.measurement import (
+    BundleUsed,
+    DiskUse,
+    Energy,
+    EngineUsed,
+    Measurement,
+    MeasureOptions,
+    MemoryUse,
+    Spread,
+)
+from vlmdeploy.bench.memory_use import DeviceMemory, device_memory, peak_meter, resident
+from vlmdeploy.bench.phase_watch import PhaseWatch, Spent
+from vlmdeploy.bench.timed_answer import AnswerTimes, Picture, Question, chosen_picture
+from vlmdeploy.bundle import Manifest, from_json
+from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.errors import BackendError, VlmdeployError
+from vlmdeploy.runtime.backends.choose import open_backend
+from vlmdeploy.runtime.backends.door import Backend
+from vlmdeploy.runtime.backends.ort import OrtBackend
+from vlmdeploy.runtime.backends.trt import TrtBackend
+from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.session import Session
+
+
+def measure(folder: Path, options: MeasureOptions) -> Measurement:
+    """Measure a bundle in this process, whose own memory counts too.
+
+    Raises BundleError, BackendError, PromptError, DataError and ConfigError.
+    """
+    manifest = check_bundle(folder)
+    engine = engine_used(manifest, options.provider, options.threads, options.residency)
+
+    def open_it() -> Backend:
+        return open_backend(folder, manifest, options.provider, options.threads, options.residency)
+
+    return measure_backend(Subject(folder, manifest, engine, open_it), options, find_meter(engine.provider == "cuda"))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a checked bundle, and how its backend is opened."""
+
+    folder: Path
+    manifest: Manifest
+    engine: EngineUsed
+    open_it: Callable[[], Backend]
+
+
+def measure_backend(subject: Subject, options: MeasureOptions, meter: Meter | Unknown) -> Measurement:
+    """The same with any backend, which is closed at the end, and any meter of energy, closed too."""
+    known = None if isinstance(meter, Unknown) else meter
+    try:
+        picture = chosen_picture(options)
+        idle_w = None if known is None else idle_watts(known)
+        baseline, watch = resident().total, PhaseWatch(peak_meter(), known)
+        try:
+            run = _run(subject, options, picture, watch)
+        finally:
+            watch.close()
+    finally:
+        if known is not None:
+            known.close()
+    memory = MemoryUse(watch.method, baseline, watch.phases, run.device.method, run.device.planned_bytes)
+    energy = None if known is None or idle_w is None else _energy(known.method, idle_w, watch.spent, options)
+    return _measurement(subject, options, run, memory, energy, meter.reason if isinstance(meter, Unknown) else None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was found while the bundle was open."""
+
+    question: Question
+    device: DeviceMemory
+    load_s: float
+    answers: list[AnswerTimes]
+
+
+def _run(subject: Subject, options: MeasureOptions, picture: Picture, watch: PhaseWatch) -> Run:
+    """Open the bundle and ask; answers without those of the warm-up."""
+    watch.begin("open")
+    start = watch.now()
+    backend = subject.open_it()
+    try:
+        device = device_memory(backend, subject.engine.provider)
+        watch.device_use = device.in_use
+        question = Question(Session(subject.folder, subject.manifest, backend), options, picture)
+        _load_graphs(backend, subject.manifest, options)
+        load_s = watch.now() - start
+        for _ in range(options.warmup):
+            question.ask(backend, watch)
+        watch.end()
+        watch.forget_spent()
+        answers = [question.ask(backend, watch) for _ in range(options.repeats)]
+    finally:
+        backend.close()
+    return Run(question, device, load_s, answers)
+
+
+def _measurement(
+    subject: Subject, options: MeasureOptions, run: Run, memory: MemoryUse, energy: Energy | None, unknown: str | None
+) -> Measurement:
+    manifest, question, answers = subject.manifest, run.question, run.answers
+    prefill = Spread.of([answer.prefill for answer in answers])
+    decode = Spread.of([ms for answer in answers for ms in answer.decode])
+    return Measurement(
+        bundle=_bundle_used(subject.folder, manifest),
+        machine=machine(run.device.gpu),
+        engine=subject.engine,
+        picture=question.picture.name,
+        prompt_tokens=question.prompt_tokens,
+        image_rows=question.image_rows,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        warmup=options.warmup,
+        load_s=run.load_s,
+        preprocess=Spread.of([answer.preprocess for answer in answers]),
+        vision=Spread.of([answer.vision for answer in answers]) if question.image_rows else None,
+        prefill=prefill,
+        first_token=Spread.of([answer.first_token for answer in answers]),
+        decode_per_token=decode,
+        prefill_tok_s=1e3 * question.prompt_tokens / prefill.p50,
+        decode_tok_s=1e3 / decode.p50,
+        disk_bytes=disk_use(subject.folder, manifest),
+        memory=memory,
+        energy=energy,
+        energy_unknown=unknown,
+    )
+
+
+def _bundle_used(folder: Path, manifest: Manifest) -> BundleUsed:
+    return BundleUsed(str(folder), manifest.family, manifest.target, manifest.precision, manifest.context_tokens)
+
+
+def _energy(method: str, idle_w: float, spent: dict[str, Spent], options: MeasureOptions) -> Energy:
+    """Means over the repeats."""
+    phases = {phase: total.joules / options.repeats for phase, total in spent.items()}
+    answer_j, answer_s = sum(phases.values()), sum(total.seconds for total in spent.values()) / options.repeats
+    token_j, token_s = (
+        total / options.repeats / options.new_tokens for total in (spent["decode"].joules, spent["decode"].seconds)
+    )
+    return Energy(method, idle_w, phases, answer_j, token_j, answer_j - idle_w * answer_s, token_j - idle_w * token_s)
+
+
+def _load_graphs(backend: Backend, manifest: Manifest, options: MeasureOptions) -> None:
+    """Load what stays loaded; in phases every graph comes when it is needed."""
+    if options.residency == "phase":
+        return
+    for graph in [manifest.token_graph] if options.text_only else list(manifest.graphs):
+        if isinstance(backend, OrtBackend):
+            backend.session(graph)
+        elif isinstance(backend, TrtBackend):
+            backend.engines(graph)
+
+
+def disk_use(folder: Path, manifest: Manifest) -> DiskUse:
+    """Bytes of every file that the manifest lists, and of the manifest."""
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+    sizes["manifest.json"] = (folder / "manifest.json").stat().st_size
+    graphs = sum(sizes[graph.file] for graph in manifest.graphs.values())
+    data = sum(sizes[name] for name in {graph.data_file for graph in manifest.graphs.values()})
+    engines = sum(sizes[name] for name in {engine.file for engine in manifest.engines.values()})
+    embedding, total = sizes[manifest.embedding.file], sum(sizes.values())
+    return DiskUse(total, graphs, data, embedding, engines, total - graphs - data - embedding - engines)
+
+
+def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
+    """Measure in a fresh interpreter, which ends with this one and on Ctrl-C. Raises what `measure` raises."""
+    request = {"folder": str(folder), "options": asdict(options), "parent": os.getpid()}
+    with child_process("vlmdeploy.bench.measure", start_new_session=True) as process:
+        written, _ = process.communicate(json.dumps(request).encode())
+    return _answer_of(written, process.returncode, folder)
+
+
+def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
+    """What the measuring process wrote; its error is raised here."""
+    try:
+        answer: dict[str, Any] = json.loads(written)
+    except ValueError:  # nothing, or half of it
+        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with status {exit_code}"
+        reason = "most likely for memory" if exit_code == -signal.SIGKILL else "see above"
+        raise BackendError(f"{folder}: the measuring process {how}, {reason}") from None
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["message"])
+    return from_json(Measurement, answer, "measurement")
+
+
+def main() -> None:
+    """The measuring process: a request on stdin, one JSON document on stdout; what libraries print goes to stderr."""
+    end_with_parent()
+    request = json.load(sys.stdin)
+    if os.getppid() != request["parent"]:
+        sys.exit("the command that wanted this measurement is gone")
+    logging.getLogger("vlmdeploy").addFilter(_Once())
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        json.dump(_measured(request), answer)
+
+
+class _Once(logging.Filter):
+    """Lets a message pass the first time: every answer would repeat what there is to say about its picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        is_new = record.getMessage() not in self._said
+        self._said.add(record.getMessage())
+        return is_new
+
+
+def _measured(request: dict[str, Any]) -> dict[str, Any]:
+    """The measurement, or the error that the user can solve, in its JSON form."""
+    try:
+        options = from_json(MeasureOptions, request["options"], "options")
+        return asdict(measure(Path(request["folder"]), options))
+    except VlmdeployError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return {"error": "VlmdeployError", "message": f"{error.filename}: {error.strerror}"}
+
+
+if __name__ == "__main__":
+    main()

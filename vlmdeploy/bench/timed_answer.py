@@ -1,0 +1,194 @@
+"""One question asked over and over, with the time of every phase of the answer.
+
+Each answer goes through a session of its own, so that no picture is remembered, and through a backend that stands
+before the real one and notes which call came when. The answer goes on past stop ids: all are equally long.
+"""
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmdeploy.bench.measurement import MeasureOptions
+from vlmdeploy.bench.phase_watch import PhaseWatch
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.errors import ConfigError, PromptError
+from vlmdeploy.layout import Bools, Ints
+from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache
+from vlmdeploy.runtime.chat import prompt_ids, read_messages
+from vlmdeploy.runtime.image import ImageSource, load_image, preprocess
+from vlmdeploy.runtime.session import Session
+
+QUESTION = "Describe what there is to see, from left to right."
+RANDOM_IDS = 16  # the text where a bundle has no tokenizer
+RANDOM_PICTURE_PX = (1024, 768)  # width and height
+
+
+@dataclass(frozen=True)
+class AnswerTimes:
+    """Milliseconds of one answer; `decode` of each token after the first. vision is 0 without a picture."""
+
+    preprocess: float
+    vision: float
+    prefill: float
+    decode: list[float]
+
+    @property
+    def first_token(self) -> float:
+        """From the question until its first token is chosen."""
+        return self.preprocess + self.vision + self.prefill
+
+
+class MeasuredBackend:
+    """Stands before a backend during one answer and notes when phases and tokens began."""
+
+    def __init__(self, backend: Backend, watch: PhaseWatch) -> None:
+        self.chunk_rows = backend.chunk_rows
+        self.mixes_experts = backend.mixes_experts
+        self.begun: dict[str, float] = {}
+        self.decode_begun: list[float] = []
+        self._backend = backend
+        self._watch = watch
+
+    def _begin(self, phase: str) -> None:
+        if phase not in self.begun:
+            self._watch.begin(phase)
+            self.begun[phase] = self._watch.now()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """See Backend."""
+        self._begin("vision")
+        rows = self._backend.encode_images(pixels)
+        self._watch.look()
+        return rows
+
+    def new_cache(self, positions: Ints) -> KvCache:
+        """See Backend."""
+        return self._backend.new_cache(positions)
+
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """See Backend."""
+        self._begin("prefill")
+        logits = self._backend.run_rows(vision_mask, hidden, cache, logit_rows)
+        self._watch.look()
+        return logits
+
+    def end_prefill(self) -> None:
+        """See Backend."""
+        self._backend.end_prefill()
+
+    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+        """See Backend."""
+        self._begin("decode")
+        self.decode_begun.append(self._watch.now())
+        return self._backend.decode(hidden, cache)
+
+    def close(self) -> None:
+        """See Backend."""
+        self._backend.close()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is asked about, none for text only, and what a report calls it."""
+
+    source: ImageSource | None
+    name: str
+
+
+def chosen_picture(options: MeasureOptions) -> Picture:
+    """The picture that the options name, or a random one. Raises DataError where it cannot be read."""
+    if options.text_only:
+        return Picture(None, "none")
+    if options.image is not None:
+        load_image(options.image)
+        return Picture(options.image, "from a data URL" if options.image.startswith("data:") else options.image)
+    width, height = RANDOM_PICTURE_PX
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "JPEG")
+    return Picture(content.getvalue(), f"random JPEG of {width} x {height} pixels")
+
+
+class Question:
+    """A prompt about a picture, as the options want it, for the bundle of a session. Raises ConfigError, PromptError
+    and BundleError where the bundle cannot be asked so."""
+
+    def __init__(self, session: Session, options: MeasureOptions, picture: Picture) -> None:
+        manifest = session.manifest
+        rules = manifest.tokens
+        self.picture = picture
+        self.image_rows = 0 if picture.source is None else rules.rows_per_image
+        self._folder = session.folder
+        self._manifest = replace(manifest, has_tokenizer=False, tokens=replace(rules, stop_ids=()))
+        self._new_tokens = options.new_tokens
+        self._template = manifest.template(options.template)
+        self._text = QUESTION if options.prompt is None else options.prompt
+        self._tokenizer = session.tokenizer if manifest.has_tokenizer else None
+        if self._tokenizer is None:
+            _refuse_text(session.folder, options)
+        self._random_ids = _random_ids(manifest, self.image_rows)
+        self.prompt_tokens = len(self._ids())
+        self._check_length()
+
+    def _ids(self) -> Ints:
+        """Prompt ids int64 [seq]."""
+        if self._tokenizer is None:
+            return self._random_ids
+        content: list[dict[str, object]] = [{"type": "text", "text": self._text}]
+        if self.picture.source is not None:
+            content.insert(0, {"type": "image", "image": self.picture.source})
+        conversation = read_messages([{"role": "user", "content": content}], self._manifest.tokens.max_images)
+        return prompt_ids(conversation, self._template, self._manifest.tokens, self._tokenizer)
+
+    def _pixels(self) -> Floats | None:
+        """What the encoder takes, float32 [1, 3, S, S]; None without a picture."""
+        source = self.picture.source
+        return None if source is None else preprocess(load_image(source), self._manifest.image)[None]
+
+    def _check_length(self) -> None:
+        room = self._manifest.context_tokens - self.prompt_tokens - 1  # one token comes with the prompt
+        if self._new_tokens > room:
+            advice = f"ask for at most {room}" if room > 0 else "shorten the prompt"
+            raise PromptError(
+                f"{self._folder}: the prompt has {self.prompt_tokens} tokens ({self.image_rows} of them the picture), "
+                f"{self._new_tokens} new tokens are asked for, and the context holds {self._manifest.context_tokens}: "
+                f"{advice}, or export with a larger --context"
+            )
+
+    def ask(self, backend: Backend, watch: PhaseWatch) -> AnswerTimes:
+        """One answer of exactly so many decode steps as the options say."""
+        measured = MeasuredBackend(backend, watch)
+        watch.begin("preprocess")
+        start = watch.now()
+        ids, pixels = self._ids(), self._pixels()
+        ready = watch.now()
+        session = Session(self._folder, self._manifest, measured)
+        opened = watch.now()
+        session.generate_ids(ids, pixels, self._new_tokens + 1)
+        edges = np.diff([*measured.decode_begun, watch.now()])
+        watch.end()
+        assert len(edges) == self._new_tokens, "no answer ends before its time"
+        prefill = measured.begun["prefill"] if pixels is not None else opened
+        first = measured.decode_begun[0]
+        return AnswerTimes(
+            1e3 * (ready - start), 1e3 * (prefill - opened), 1e3 * (first - prefill), (1e3 * edges).tolist()
+        )
+
+
+def _refuse_text(folder: Path, options: MeasureOptions) -> None:
+    for name in ("prompt", "template"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"{folder}: an ids-only bundle has no use for --{name}: leave it out, random ids are asked; for text "
+                "export again with --tokenizer FILE"
+            )
+
+
+def _random_ids(manifest: Manifest, image_rows: int) -> Ints:
+    """BOS, the places of a picture, and any ids: nothing is read as special in a prompt."""
+    rules = manifest.tokens
+    text = np.random.default_rng(0).integers(manifest.embedding.vocab_size, size=RANDOM_IDS)
+    return np.concatenate(([rules.bos_id], np.full(image_rows, rules.placeholder_id), text)).astype(np.int64)

@@ -1,0 +1,308 @@
+"""What `vlmdeploy quantize` is asked for, checked and resolved: the precision of every linear, the samples that are
+used, and the settings that decide the result."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from vlmdeploy.artifact import check_name, partial_folder
+from vlmdeploy.byte_sizes import parse_size
+from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, with_grids
+from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample
+from vlmdeploy.calib.perplexity import answer_perplexities
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.calib.run import (
+    DEFAULT_MEMORY_BYTES,
+    Calibration,
+    QuantizeResult,
+    RunOptions,
+    quantize_checkpoint,
+)
+from vlmdeploy.calib.solver import GptqSolver
+from vlmdeploy.calib.state import SETTINGS, first_difference, unfinished_settings
+from vlmdeploy.calib.statistics import HessianKind
+from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
+from vlmdeploy.data.samples import Picture, Sample
+from vlmdeploy.data.source import Skipped, check_picture, open_source
+from vlmdeploy.errors import CalibrationError, ConfigError, DataError
+from vlmdeploy.export.options import Progress, with_settings
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.tokenizer import checkpoint_tokenizer, import_tokenizer
+from vlmdeploy.quant.numpy_loops import best_loops
+from vlmdeploy.quant.precision import (
+    DEFAULT_GROUP,
+    Precision,
+    PrecisionPlan,
+    plan_precision,
+    plan_warnings,
+    with_overrides,
+)
+from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
+from vlmdeploy.runtime.chat import Tokenizer
+
+TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
+CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
+BITS_TYPES = {3: "int3", 4: "int4", 8: "int8"}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the command line offers; None means the default that its help states."""
+
+    data: Path
+    picture_prompt: str | None = None
+    skip_broken: bool = False
+    samples: int = 512
+    tokens: int | None = None
+    across_perplexity: bool = False
+    seed: int = 0
+    template: str | None = None
+    tokenizer: Path | None = None
+    bits: int = 4
+    group: int = DEFAULT_GROUP
+    symmetric: bool = True
+    precisions: dict[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    budget: str | None = None
+    quality: Literal["default", "high"] = "default"
+    hessian: HessianKind = "routed"
+    allow_uncalibrated: bool = False
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    force: bool = False
+    reuse: bool = False
+
+
+def quantize_options(
+    data: Path,
+    max_memory: str = "1GB",
+    *,
+    calib_prompt: str | None = None,
+    samples: int = 512,
+    tokens: int | None = None,
+    skip_broken: bool = False,
+    quality: Literal["default", "high"] = "default",
+    select: str = "random",
+    tokenizer: Path | None = None,
+    template: str | None = None,
+    bits: str = "4",
+    group: int = DEFAULT_GROUP,
+    asymmetric: bool = False,
+    vision: str | None = None,
+    connector: str | None = None,
+    lm_head: str | None = None,
+    override: tuple[str, ...] = (),
+    budget: str | None = None,
+    hessian: HessianKind = "routed",
+    allow_uncalibrated: bool = False,
+    seed: int = 0,
+    force: bool = False,
+) -> QuantizeOptions:
+    """The options under the names that the command line gives them. Raises ConfigError for a senseless size."""
+    parts = {"vision": vision, "connector": connector, "lm_head": lm_head}
+    return QuantizeOptions(
+        data=data,
+        picture_prompt=calib_prompt,
+        skip_broken=skip_broken,
+        samples=samples,
+        tokens=tokens,
+        across_perplexity=select == "perplexity",
+        seed=seed,
+        template=template,
+        tokenizer=tokenizer,
+        bits=int(bits),
+        group=group,
+        symmetric=not asymmetric,
+        precisions={part: precision for part, precision in parts.items() if precision},
+        overrides=override,
+        budget=budget,
+        quality=quality,
+        hessian=hessian,
+        allow_uncalibrated=allow_uncalibrated,
+        memory_bytes=parse_size(max_memory, "--max-memory"),
+        force=force,
+    )
+
+
+def use_threads(count: int | None) -> None:
+    """Let PyTorch, and with it every loop of ours, use so many threads."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
+    """Quantize a float checkpoint with calibration data; see `quantize.quantize_checkpoint`.
+
+    Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
+    """
+    check_name(out)
+    budget = None if options.budget is None else Budget.parse(options.budget)
+    checkpoint = Checkpoint(ckpt)
+    if checkpoint.is_quantized:
+        raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
+    processes = Processes.join()
+    plan = quantization_plan(checkpoint, options)
+    calibration, everyone = read_calibration(checkpoint, options, processes, progress)
+    settings = all_settings(checkpoint, plan, options, everyone, processes)
+    if budget is not None:
+        plan = known_plan(out, settings, plan) or allocate_plan(
+            checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress
+        )
+        settings["grids"] = grids_of(plan)
+    run_options = RunOptions(
+        settings,
+        options.hessian,
+        options.quality == "high",
+        options.allow_uncalibrated,
+        options.memory_bytes,
+        options.force,
+        options.reuse,
+    )
+    result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
+    slow = () if best_loops().is_compiled else ("numba is not installed: the inner loops run in numpy, far slower",)
+    return replace(result, warnings=(*slow, *plan_warnings(plan, options.group), *result.warnings))
+
+
+def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> PrecisionPlan | None:
+    """The plan with the grids that a run with these settings chose before, finished or not: measuring again could
+    choose others. Raises ConfigError if they are damaged."""
+    partial = partial_folder(out.absolute())
+    before = {partial / SETTINGS: unfinished_settings(partial), out / REPORT_NAME: read_report(out).get("settings")}
+    for path, found in before.items():
+        if found is not None and first_difference(settings, {**found, "grids": None}) is None:
+            try:
+                return with_grids(plan, found.get("grids"))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+    return None
+
+
+def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:
+    """The precision of every linear. Raises ExportError for precisions, groups and overrides that cannot be."""
+    if options.bits not in BITS_TYPES:
+        raise ConfigError(f"--bits is {options.bits}, expected {', '.join(map(str, BITS_TYPES))}")
+    parts = {"decoder": BITS_TYPES[options.bits], **options.precisions}
+    plan = plan_precision(checkpoint.spec, "ort-int4", parts, options.group, options.symmetric)
+    names = {target: tuple(source.name for source in rule.sources) for target, rule in checkpoint.rules.items()}
+    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.overrides, names))
+
+
+def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
+    """The plan with linears left in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
+    odd = [
+        target
+        for target, precision in plan.by_target.items()
+        if precision.grid is not None and not checkpoint.can_store(target, precision.grid)
+    ]
+    by_target = {**plan.by_target, **dict.fromkeys(odd, Precision("fp32"))}
+    return replace(plan, by_target=by_target, kept_in_float=(*plan.kept_in_float, *odd))
+
+
+def read_calibration(
+    checkpoint: Checkpoint, options: QuantizeOptions, processes: Processes, progress: Progress
+) -> tuple[Calibration, tuple[CalibrationSample, ...]]:
+    """The samples of this process, and those of all of them. Raises DataError and CalibrationError."""
+    with_settings(checkpoint.spec, None, options.template)  # an unknown template is no fault of a sample
+    source = open_source(options.data, options.picture_prompt)
+    stream = source.samples(options.skip_broken)
+    drawn = draw_samples(list(stream), CANDIDATES_PER_SAMPLE * options.samples, options.seed)
+    found = _readable(drawn, checkpoint, options, stream.skipped)
+    if options.across_perplexity:
+        found = _across_perplexity(found, checkpoint, options, progress)
+    chosen = hold_out(_balanced(found, checkpoint, options))
+    if not chosen:
+        raise CalibrationError(f"{source.path}: holds no sample to calibrate with")
+    mine = tuple(chosen[index] for index in _share(chosen, processes))
+    skipped = {"skipped": stream.skipped.count, "skipped_reasons": stream.skipped.reasons}
+    return Calibration.of(mine, source.description, **skipped), chosen
+
+
+def _readable(
+    samples: list[Sample], checkpoint: Checkpoint, options: QuantizeOptions, skipped: Skipped
+) -> list[CalibrationSample]:
+    """Samples as prompts. A broken one, or one longer than the context, is counted or raised."""
+    source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer)
+    tokenizer, found = Tokenizer(import_tokenizer(source)), []
+    for sample in samples:
+        try:
+            check_picture(sample)
+            found.append(read_calibration_sample(sample, checkpoint.spec, tokenizer, options.template))
+        except (DataError, CalibrationError) as error:
+            if not options.skip_broken:
+                raise
+            skipped.add(DataError(str(error)))
+    return found
+
+
+def _balanced(
+    samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions
+) -> list[CalibrationSample]:
+    """At most `samples` of them, chosen so that both experts get their tokens; an eighth more, which is held out."""
+    decoder = checkpoint.spec.decoder
+    wanted = options.tokens or TOKENS_PER_INPUT * max(decoder.hidden, decoder.mlp_width)
+    counts = [int(sample.vision_mask.sum()) for sample in samples]
+    candidates = [Candidate(vision, len(sample.ids) - vision) for vision, sample in zip(counts, samples, strict=True)]
+    chosen = balance(candidates, -(-wanted * 8 // 7), options.seed, options.samples).indexes
+    return [samples[index] for index in chosen]
+
+
+def _across_perplexity(
+    samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
+) -> list[CalibrationSample]:
+    """Samples spread evenly over the range of perplexities that the float model gives their answers."""
+    with TemporaryDirectory() as folder:
+        pool = Pool(Path(folder), options.memory_bytes)
+        scores = answer_perplexities(checkpoint, tuple(samples), pool, progress)
+    return [samples[index] for index in sorted(across_range(scores, options.samples).indexes)]
+
+
+def _share(samples: tuple[CalibrationSample, ...], processes: Processes) -> list[int]:
+    """The samples of this process: every picture with all that is asked about it goes to one process."""
+    keys = list(dict.fromkeys(sample.image or index for index, sample in enumerate(samples)))
+    number = {key: place for place, key in enumerate(keys)}
+    return [
+        index
+        for index, sample in enumerate(samples)
+        if number[sample.image or index] % processes.count == processes.rank
+    ]
+
+
+def all_settings(
+    checkpoint: Checkpoint,
+    plan: PrecisionPlan,
+    options: QuantizeOptions,
+    samples: tuple[CalibrationSample, ...],
+    processes: Processes,
+) -> dict[str, Any]:
+    """Everything that decides the result: equal settings give the same checkpoint."""
+    return {
+        "checkpoint_sha256": processes.first_does(checkpoint.fingerprint),
+        "calibration_sha256": _samples_hash(samples),
+        "samples": len(samples),
+        "parts": plan.parts,
+        "group_sizes": plan.group_sizes,
+        "symmetric": options.symmetric,
+        "overrides": list(options.overrides),
+        "budget": options.budget,
+        "quality": options.quality,
+        "hessian": options.hessian,
+        "allow_uncalibrated": options.allow_uncalibrated,
+        "processes": processes.count,
+        "seed": options.seed,
+    }
+
+
+def _samples_hash(samples: tuple[CalibrationSample, ...]) -> str:
+    """SHA-256 over prompts and picture files."""
+    digest, pictures = hashlib.sha256(), dict[Picture, bytes]()
+    for sample in samples:
+        digest.update(sample.ids.tobytes())
+        if sample.image is not None:
+            if sample.image not in pictures:
+                pictures[sample.image] = hashlib.sha256(sample.image.read_bytes()).digest()
+            digest.update(pictures[sample.image])
+    return digest.hexdigest()

@@ -1,0 +1,361 @@
+"""From a float checkpoint and calibration data to a quantized checkpoint, unit by unit.
+
+A unit is an encoder layer, the connector, a decoder layer or the head. Memory holds one linear of one expert with its
+Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial
+from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
+from vlmdeploy.calib.checkpoint_writer import (
+    encoded_parameter,
+    is_quantized_by_us,
+    publish,
+    unit_tensors,
+)
+from vlmdeploy.calib.coverage import Coverage, check_coverage
+from vlmdeploy.calib.flow import Flow, Runner, Weights
+from vlmdeploy.calib.processes import Processes
+from vlmdeploy.calib.solver import Solver
+from vlmdeploy.calib.state import (
+    SETTINGS,
+    RunState,
+    UnitRecord,
+    first_difference,
+    is_shard,
+    open_settings,
+    unfinished_settings,
+)
+from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
+from vlmdeploy.errors import CalibrationError, QuantizationError
+from vlmdeploy.export.options import Progress
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
+from vlmdeploy.quant.precision import PrecisionPlan
+from vlmdeploy.quant.quantization_report import LinearReport, read_report
+
+DEFAULT_MEMORY_BYTES = 1 << 30
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated with: samples in their order, and what was said about choosing them."""
+
+    samples: tuple[CalibrationSample, ...]
+    pictures: Pictures
+    tokens: Tokens
+    description: str = ""
+    skipped: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: tuple[CalibrationSample, ...], description: str = "", **skipped: Any) -> "Calibration":
+        """From chosen samples."""
+        return cls(samples, pictures_of(samples), prompt_tokens(samples), description, skipped)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about it. `settings` is everything that decides the result, for continuing and for the report.
+
+    force replaces a finished output, reuse keeps one that was made with the same settings even then.
+    """
+
+    settings: dict[str, Any]
+    hessian: HessianKind = "routed"
+    asymmetric: bool = False
+    allow_uncalibrated: bool = False
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    force: bool = False
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was written, in words and as the report beside it. is_told_here: of several processes, this one tells it."""
+
+    message: str
+    report: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    is_told_here: bool = True
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    plan: PrecisionPlan,
+    calibration: Calibration,
+    solver: Solver,
+    out: Path,
+    options: RunOptions,
+    progress: Progress,
+) -> QuantizeResult:
+    """Write the quantized checkpoint at `out`, or continue where a killed run with the same settings was.
+
+    A finished `out` with the same settings is left as it is. Raises CalibrationError, QuantizationError and
+    ExportError; finished units stay in OUT.partial.
+    """
+    processes = Processes.join()
+    done = read_report(out)
+    if done and (options.reuse or not options.force):
+        difference = first_difference(options.settings, done["settings"])
+        if difference is None:
+            if processes.is_first:
+                _remove_finished_partial(partial_folder(out.absolute()), options.settings)
+            return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
+        if not options.force:
+            raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
+    check_output(out, options.force, is_quantized_by_us)
+    coverage = check_coverage(
+        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
+    )
+    folder = partial_folder(out.absolute())
+    with _only_run(folder, processes), _system_errors_explained(folder):
+        processes.first_does(lambda: open_settings(folder, options.settings, options.force))
+        run = Run(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
+        records = run.all_units()
+        report = run.report(records)
+        if processes.is_first:
+            publish(checkpoint, plan, records, report, folder, out, options.force)
+        processes.wait()
+        if processes.is_first:
+            remove_partial(folder, SETTINGS)
+    return QuantizeResult("quantized", report, coverage.warnings, processes.is_first)
+
+
+@contextmanager
+def _system_errors_explained(folder: Path) -> Iterator[None]:
+    """Errors of the operating system in our words: OUT.partial cannot be written, or something else, such as a file of
+    the source checkpoint, cannot be read."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if _is_full(error) or _is_inside(folder, error):
+            raise CalibrationError(
+                f"{folder}: cannot be written: {reason}; free some space and give the same command again: it continues"
+            ) from error
+        name = error.filename if isinstance(error, OSError) else None
+        where = reason if name is None else f"{name}: {reason}"
+        raise CalibrationError(
+            f"{where}; solve this and give the same command again: it continues with {folder}"
+        ) from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether a disk or a quota is used up; the tensor library tells the number in its message only."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in FULL or any(f"(os error {full})" in str(error) for full in FULL)
+
+
+def _is_inside(folder: Path, error: OSError | SafetensorError) -> bool:
+    """Whether an error is about a file in this folder; the tensor library names it in its message only."""
+    name = error.filename if isinstance(error, OSError) else None
+    return f"{folder}{os.sep}" in str(error) if name is None else str(name).startswith(f"{folder}{os.sep}")
+
+
+def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove what a run left that was killed after its result had got its name."""
+    is_empty = folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
+    if is_empty or unfinished_settings(folder) == settings:
+        with locked(folder):
+            remove_partial(folder, SETTINGS)
+
+
+@contextmanager
+def _only_run(folder: Path, processes: Processes) -> Iterator[None]:
+    """The lock of OUT.partial, taken by the first process."""
+    with ExitStack() as stack:
+        processes.first_does(lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+@contextmanager
+def _named(target: str) -> Iterator[None]:
+    """Errors of a linear with its name and a way out."""
+    try:
+        yield
+    except QuantizationError as error:
+        way_out = f"--override {target}=fp32 keeps it in float"
+        raise QuantizationError(f"{target}: {error}: {way_out}") from error
+
+
+@dataclass
+class Run:
+    """One run: goes through the units, quantizes the linears they ask for, and commits each finished unit."""
+
+    checkpoint: Checkpoint
+    plan: PrecisionPlan
+    calibration: Calibration
+    solver: Solver
+    options: RunOptions
+    processes: Processes
+    coverage: Coverage
+    progress: Progress
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._codes: dict[str, Quantized] | None = None  # kept only by `in_memory`
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # of the unit at work
+        self._reports: list[LinearReport] = []
+        self._statistics = Statistics(self.processes, self.options.hessian)
+        pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
+        self._runner = Runner(self.checkpoint, self, pool, 2 if self.options.asymmetric else 1)
+        spec = self.checkpoint.spec
+        self.units = [
+            "vision.embed",
+            *(f"vision.layers.{index}" for index in range(spec.vision.num_layers)),
+            "connector",
+            "prompts",
+            *(f"decoder.layers.{index}" for index in range(spec.decoder.num_layers)),
+            "head",
+        ]
+        self._total = sum(self.checkpoint.size(target) for target in self.plan.by_target)
+        self._done = 0
+
+    @torch.no_grad()
+    def all_units(self) -> list[UnitRecord]:
+        """Run what is not finished; the records of all units."""
+        state = RunState(self.folder, self.processes)
+        records = self.processes.first_does(lambda: state.finished(self.units))
+        state.tidy(records)
+        self.processes.wait()
+        flow = self._resume(state, records)
+        self._done = sum(self.checkpoint.size(report["name"]) for record in records for report in record.linears)
+        for unit in self.units[len(records) :]:
+            self._show(unit)
+            flow = self._run_unit(unit, flow)
+            tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
+            linears = [asdict(report) for report in self._reports]
+            records.append(state.save_unit(unit, tensors, linears, flow))
+            del tensors
+            self._encoded, self._reports = {}, []
+        if flow is not None:
+            flow.close()
+        return records
+
+    @torch.no_grad()
+    def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:
+        """Run everything and keep the codes: for small models and comparisons."""
+        self._codes = {}
+        flow: Flow | None = None
+        for unit in self.units:
+            flow = self._run_unit(unit, flow)
+        return self._codes, self._reports
+
+    def _show(self, unit: str) -> None:
+        self.progress(unit, self._done, self._total)
+
+    def _run_unit(self, unit: str, flow: Flow | None) -> Flow | None:
+        """The rows that go on after a unit."""
+        runner, calibration = self._runner, self.calibration
+        kind, _, number = unit.rpartition(".")
+        if unit == "vision.embed":
+            return runner.embed_pictures(calibration.pictures)
+        assert flow is not None, "only the first unit begins with nothing"
+        if kind == "vision.layers":
+            return runner.vision_layer(int(number), flow)
+        if unit == "connector":
+            return runner.connector(flow, calibration.pictures)
+        if unit == "prompts":
+            rows = runner.embed_prompts(calibration.samples, calibration.tokens, flow, calibration.pictures)
+            flow.close()
+            return rows
+        if kind == "decoder.layers":
+            return runner.decoder_layer(int(number), flow, calibration.samples)
+        runner.head(flow)
+        flow.close()
+        return None
+
+    def _resume(self, state: RunState, records: list[UnitRecord]) -> Flow | None:
+        """The rows that the last finished unit handed on."""
+        if not records or len(records) == len(self.units):
+            return None
+        unit, spec = records[-1].unit, self.checkpoint.spec
+        pictures = self.calibration.pictures
+        if unit.startswith("vision"):
+            tokens, width = pictures.tokens(spec.vision.num_patches + 1), spec.vision.width
+        elif unit == "connector":
+            tokens, width = pictures.tokens(spec.connector.rows(spec.vision)), spec.decoder.hidden
+        else:
+            tokens, width = self.calibration.tokens, spec.decoder.hidden
+        return state.load_flow(unit, tokens, width, self._runner.streams, self._runner.pool)
+
+    # ---- what units ask for ----
+
+    def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
+        """Quantize a linear from the tokens that reach it; the weights for each stream."""
+        self._show(target)
+        weights = self.checkpoint.parameter(target).flatten(1)
+        grid = self.plan[target].grid
+        if grid is None:
+            self._finish(target)
+            return (weights,) * self._runner.streams
+        (count,) = self.processes.sum_counts(len(tokens.select(expert, held_out=False)))
+        if count < self.coverage.floor:
+            codes = self._rounded(target, weights, f"uncalibrated: {count} tokens")
+        else:
+            problem = self._statistics.problem(target, weights, grid, tokens, expert, inputs)
+            codes, report = self.processes.first_does(lambda: self._solve(target, problem))
+            self._reports.append(report)
+            del problem
+        self._keep(target, codes)
+        self._finish(target)
+        values = torch.from_numpy(dequantize(codes))
+        return (values, weights) if self._runner.streams == 2 else (values,)
+
+    def unused(self, target: str) -> None:
+        """Round to nearest a linear whose output nothing reads."""
+        if self.plan[target].grid is not None:
+            weights = self.checkpoint.parameter(target).flatten(1)
+            self._keep(target, self._rounded(target, weights, "nothing reads its output"))
+        self._finish(target)
+
+    def _rounded(self, target: str, weights: Tensor, note: str) -> Quantized:
+        grid = self.plan[target].grid
+        assert grid is not None, "the callers check"
+        self._reports.append(LinearReport(target, grid.bits, grid.group_size, "rtn", note=note))
+        with _named(target):
+            return quantize_rtn(weights.numpy(), grid)
+
+    def _solve(self, target: str, problem: Any) -> tuple[Quantized, LinearReport]:
+        with _named(target):
+            return self.solver.solve(problem)
+
+    def _keep(self, target: str, codes: Quantized) -> None:
+        """Packed at once: a layer's codes, a byte each, would be twice as large."""
+        if self._codes is not None:
+            self._codes[target] = codes
+        elif self.processes.is_first:
+            self._encoded[target] = encoded_parameter(self.checkpoint.rules[target], codes)
+
+    def _finish(self, target: str) -> None:
+        self._done += self.checkpoint.size(target)
+
+    def report(self, records: list[UnitRecord]) -> dict[str, Any]:
+        """What quantization_report.json holds."""
+        linears = [linear for record in records for linear in record.linears]
+        shards = [entry.bytes for record in records for name, entry in record.files.items() if is_shard(name)]
+        return {
+            "settings": self.options.settings,
+            "calibration": {
+                "data": self.calibration.description,
+                "samples": sum(self.processes.sum_counts(len(self.calibration.samples))),
+                **self.calibration.skipped,
+                **self.coverage.as_json(),
+            },
+            "warnings": list(self.coverage.warnings),
+            "size_bytes": sum(shards),
+            "linears": linears,
+        }

@@ -1,0 +1,1 @@
+"""Two models side by side, stage by stage: where the second leaves the first."""

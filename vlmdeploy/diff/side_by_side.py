@@ -1,0 +1,177 @@
+"""Two models compared stage by stage: where does one leave the other?
+
+Both run the same input side by side, each on its own stream, so that errors add up as they do in use. Isolated, every
+stage of B is also fed with A's output of the stage before: then only a stage that is wrong itself stands out. In memory
+are one stage of one model and the rows that go in and out of it; nothing is written to disk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.diff.inputs import make_input
+from vlmdeploy.diff.row_difference import RowMeter, row_difference
+from vlmdeploy.diff.staged_bundle import StagedBundle
+from vlmdeploy.diff.staged_checkpoint import StagedCheckpoint, StagedModel
+from vlmdeploy.diff.verdict import ModelDiff, StageDifference, checked_tolerance, default_tolerance
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.export.options import Progress, no_progress
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.generate import Prompt
+
+CONFIG_NAME = "config.json"
+LOGIT_ROWS = 256  # rows whose logits are held at once: a row is as wide as the vocabulary
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What the command line offers. image: a path or a data URL; text: a question. None: drawn from the seed.
+
+    isolate: also feed each stage of B with A's values. tolerance: the relative error that passes; None: by precision.
+    """
+
+    image: str | None = None
+    text: str | None = None
+    isolate: bool = False
+    tolerance: float | None = None
+    threads: int | None = None
+    seed: int = 0
+
+
+def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_progress) -> ModelDiff:
+    """Compare two folders, each a checkpoint or a bundle.
+
+    Raises ConfigError where they are no two models of one geometry, PromptError and DataError for the input, and what
+    opening them raises.
+    """
+    tolerance = None if options.tolerance is None else checked_tolerance(options.tolerance)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    first, second = open_staged(a, options.threads), open_staged(b, options.threads)
+    _check_geometry(first, second)
+    tolerance = tolerance or default_tolerance(first.arithmetic, second.arithmetic)
+    given = make_input(first, second, options.image, options.text, options.seed)
+    stages = tuple(SideBySide(first, second, given.prompt, options.isolate, progress).differences())
+    return ModelDiff(str(a), str(b), given.as_json(), tolerance, stages)
+
+
+def open_staged(folder: Path, threads: int | None) -> StagedModel:
+    """A checkpoint or a bundle; which one, its files tell. Raises ConfigError where it is neither."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a checkpoint or a bundle")
+    if (folder / MANIFEST_NAME).is_file():
+        return StagedBundle(folder, threads)
+    if (folder / CONFIG_NAME).is_file():
+        return StagedCheckpoint(folder)
+    raise ConfigError(f"{folder}: holds no {CONFIG_NAME} and no {MANIFEST_NAME}; expected a checkpoint or a bundle")
+
+
+def _check_geometry(a: StagedModel, b: StagedModel) -> None:
+    if difference := a.geometry.first_difference(b.geometry):
+        field, value, other = difference
+        raise ConfigError(
+            f"{a.name} and {b.name} are no two forms of one model: {field} is {value} in the first and {other} in the "
+            "second"
+        )
+
+
+class SideBySide:
+    """Runs two models of one geometry over one prompt, a stage of each in turn."""
+
+    def __init__(self, a: StagedModel, b: StagedModel, prompt: Prompt, isolate: bool, progress: Progress) -> None:
+        self._a = a
+        self._b = b
+        self._prompt = prompt
+        self._isolate = isolate
+        self._progress = progress
+        self._done = 0
+        self._input: Floats = np.zeros((0, 0), np.float32)  # of A's last stage
+
+    def differences(self) -> Iterator[StageDifference]:
+        """One for every stage, or two where it has rows of both experts, in the order of the forward pass."""
+        mask, last = self._prompt.vision_mask, self._a.geometry.decoder_layers - 1
+        languages = np.flatnonzero(~mask)
+        pixels = self._prompt.pixels
+        pair: tuple[Floats, Floats] | None = None
+        if pixels is not None:
+            pair = pixels, pixels
+            for stage in self._a.geometry.vision_stages():
+                outputs = self._run(stage, *pair)
+                yield self._compare(stage, "all", outputs, None)
+                pair = outputs[0], outputs[1]
+        outputs = self._join(pair)
+        yield from self._by_expert("decoder.input", outputs)
+        for index in range(last + 1):
+            stage = f"decoder.layer.{index}"
+            outputs = self._run(stage, outputs[0], outputs[1])
+            if index < last:
+                yield from self._by_expert(stage, outputs)
+            else:  # nothing reads what the vision expert makes of its rows there, and a bundle does not compute it
+                yield self._compare(stage, "language", outputs, languages)
+        outputs = self._run("decoder.norm", outputs[0][languages], outputs[1][languages])
+        yield self._compare("decoder.norm", "language", outputs, None, languages)
+        yield self._logits(outputs[0], outputs[1], languages)
+
+    def _run(self, stage: str, x: Floats, y: Floats) -> tuple[Floats, ...]:
+        """A's output, B's on its own stream and, where stages are isolated, B's from A's input."""
+        geometry = self._a.geometry
+        total = len(geometry.vision_stages()) * (self._prompt.pixels is not None) + geometry.decoder_layers + 2
+        self._progress(f"compare {stage}", min(self._done, total), total)
+        self._done += 1
+        self._input = x
+        inputs = [y, x] if self._isolate else [y]
+        return self._a.run(stage, [x], self._prompt)[0], *self._b.run(stage, inputs, self._prompt)
+
+    def _join(self, image_rows: tuple[Floats, Floats] | None) -> tuple[Floats, ...]:
+        """What enters decoder layer 0: the text's rows of each model's table, and the picture's rows."""
+        ids, places = self._prompt.ids, self._prompt.types == 1
+        rows = [self._a.text_rows(ids), self._b.text_rows(ids)]
+        rows += [rows[1].copy()] if self._isolate else []
+        if image_rows is not None:
+            sources = (image_rows[0], image_rows[1], image_rows[0])
+            for whole, source in zip(rows, sources, strict=False):
+                whole[places] = source[0]
+        return tuple(rows)
+
+    def _by_expert(self, stage: str, outputs: tuple[Floats, ...]) -> Iterator[StageDifference]:
+        mask = self._prompt.vision_mask
+        if mask.any():
+            yield self._compare(stage, "vision", outputs, np.flatnonzero(mask))
+        yield self._compare(stage, "language", outputs, np.flatnonzero(~mask))
+
+    def _compare(
+        self, stage: str, rows: str, outputs: tuple[Floats, ...], chosen: Ints | None, numbers: Ints | None = None
+    ) -> StageDifference:
+        """The chosen rows (None: all) of one stage; `numbers` are what messages call them, by default their places."""
+        flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
+        self._check_shapes(stage, flat)
+        places = np.arange(len(flat[0])) if chosen is None else chosen
+        found = [row_difference(flat[0][places], other[places], places if numbers is None else numbers)
+                 for other in flat[1:]]  # fmt: skip
+        if self._isolate and ".layer." in stage:
+            given = self._input.reshape(flat[0].shape)[places]
+            update = row_difference(flat[0][places] - given, flat[2][places] - given, places)
+            found[1] = replace(found[1], update_error=update.relative_error)
+        return StageDifference(stage, rows, *found)
+
+    def _check_shapes(self, stage: str, flat: list[Floats]) -> None:
+        if flat[0].shape != flat[1].shape:
+            raise ConfigError(
+                f"{self._a.name} and {self._b.name} are no two forms of one model: {stage} is {list(flat[0].shape)} in "
+                f"the first and {list(flat[1].shape)} in the second"
+            )
+
+    def _logits(self, x: Floats, y: Floats, numbers: Ints) -> StageDifference:
+        """Normed rows [rows, hidden] through the head, some at a time."""
+        meters = [RowMeter(are_logits=True) for _ in range(1 + self._isolate)]
+        for start in range(0, len(x), LOGIT_ROWS):
+            span = slice(start, start + LOGIT_ROWS)
+            expected, *found = self._run("logits", x[span], y[span])
+            for meter, values in zip(meters, found, strict=True):
+                meter.add(expected, values, numbers[span])
+        return StageDifference("logits", "language", *(meter.result() for meter in meters))

@@ -1,0 +1,139 @@
+"""A bundle as a row of stages (see staged_model.py): each is cut out of its graph and run by ONNX Runtime on the CPU,
+as the bundle ships it. Graphs for TensorRT or CUDA run there too; engines are not looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.diff.stage_graphs import INPUT, StageGraphs
+from vlmdeploy.diff.staged_checkpoint import Arithmetic, Geometry
+from vlmdeploy.export.engines.build import ENGINES
+from vlmdeploy.export.gate.sample import InputRules
+from vlmdeploy.export.gate.taps import edit_graph, session_of
+from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.backends.choose import ort_backend_of
+from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, Floats
+from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
+from vlmdeploy.runtime.chat import Tokenizer
+from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.runtime.generate import Prompt, pieces_of
+from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.session import TOKENIZER_NAME
+
+
+class StagedBundle:
+    """A bundle of any target. See StagedModel."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        """Check its files and read its graphs without weights; raises BundleError and BackendError."""
+        self._ort = import_onnxruntime()
+        self._folder = folder
+        self._threads = threads
+        self._manifest = check_bundle(folder, without=f"{ENGINES}/")
+        self._graphs = {graph: self._read_graph(graph) for graph in self._manifest.graphs}
+        self.name = str(folder)
+        self.geometry = _geometry(self._manifest, self._graphs)
+        self.rules = InputRules.of_bundle(self._manifest)
+        self.template = self._manifest.template(None)
+        self.arithmetic: Arithmetic = _arithmetic(self._manifest)
+
+    def _read_graph(self, graph: str) -> StageGraphs:
+        path = self._path(graph)
+        model = onnx.load(str(path), load_external_data=False)
+        edit_graph(model, self._manifest, False, path.parent)
+        return StageGraphs(model)
+
+    def _path(self, graph: str) -> Path:
+        return self._folder / self._manifest.graphs[graph].file
+
+    def tokenizer(self) -> Tokenizer | None:
+        """See StagedModel."""
+        return Tokenizer.from_file(self._folder / TOKENIZER_NAME) if self._manifest.has_tokenizer else None
+
+    def text_rows(self, ids: Ints) -> Floats:
+        """See StagedModel."""
+        return EmbeddingTable(self._folder, self._manifest.embedding)[ids]
+
+    def run(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
+        """See StagedModel."""
+        if stage.startswith("decoder.layer."):
+            return self._decoder_layer(stage, inputs, prompt)
+        graph = self._manifest.token_graph if stage in ("decoder.norm", "logits") else "vision"
+        source, value = self._ends(graph, stage)
+        session = self._session(graph, self._graphs[graph].cut(source, [value]))
+        name = source if stage == "vision.embed" else INPUT
+        return [session.run([value], {name: x})[0] for x in inputs]
+
+    def _ends(self, graph: str, stage: str) -> tuple[str, str]:
+        """Names of a stage's input and output in its graph."""
+        values = self._graphs[graph].values
+        if stage == "logits":
+            return "asked", values[stage]  # the normed rows that were asked for: here all that are fed
+        before = list(values)[list(values).index(stage) - 1]
+        source = "pixels" if stage == "vision.embed" else values[before]
+        return source, values[stage]
+
+    def _session(self, graph: str, model: onnx.ModelProto) -> Any:
+        return session_of(self._ort, model, self._path(graph), self._threads, self._manifest.dialect)
+
+    def _decoder_layer(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
+        """One layer of both experts over a KV cache of one layer."""
+        index = int(stage.rpartition(".")[2])
+
+        def load(graph: str) -> Any:
+            parts = self._graphs[graph]
+            source = parts.values[f"decoder.layer.{index - 1}"] if index else INPUT
+            wanted = [parts.values[stage]] if stage in parts.values else []
+            return self._session(graph, parts.cut(source, wanted, index))
+
+        manifest = replace(self._manifest, cache=replace(self._manifest.cache, num_layers=1))
+        backend = ort_backend_of(manifest)(self._folder, manifest, self._threads, load_graph=load)
+        return [self._run_pieces(backend, stage, x, prompt) for x in inputs]
+
+    def _run_pieces(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:
+        """Rows [seq, hidden] through the layer, piece by piece; those that no graph computes are NaN."""
+        cache, result = backend.new_cache(prompt.positions), np.full_like(x, np.nan)
+        for start, stop in pieces_of(prompt.vision_mask, backend):
+            mask, rows = prompt.vision_mask[start:stop], x[start:stop]
+            value = self._graphs[backend.graph_of(mask)].values.get(stage)
+            wanted = (value,) if value else ()
+            outputs = backend.run_graph(mask, rows, cache, np.arange(len(rows)), wanted)
+            if value:
+                result[start:stop] = outputs[value]
+        return result
+
+
+def _arithmetic(manifest: Manifest) -> Arithmetic:
+    kinds = {kind for precision in manifest.precision.values() for kind in precision.split("+")}
+    if kinds & {"int2", "int3", "int4"}:
+        return "int4"
+    return "int8" if "int8" in kinds else "fp16" if "fp16" in kinds else "float32"
+
+
+def _geometry(manifest: Manifest, graphs: dict[str, StageGraphs]) -> Geometry:
+    """That of a bundle: the manifest tells most of it, the graph of the encoder the rest."""
+    vision, tokens = graphs["vision"], manifest.tokens
+    return Geometry(
+        family=manifest.family,
+        image_px=manifest.image.size_px,
+        image_mean=manifest.image.mean,
+        image_std=manifest.image.std,
+        rows_per_image=tokens.rows_per_image,
+        vision_layers=sum(stage.startswith("vision.layer.") for stage in vision.values),
+        vision_width=vision.dims("vision.class_embedding")[0],
+        connector_steps=tuple(stage.partition(".")[2] for stage in vision.values if stage.startswith("connector.")),
+        decoder_layers=manifest.cache.num_layers,
+        hidden=manifest.embedding.hidden,
+        kv_heads=manifest.cache.kv_heads,
+        padded_head_dim=manifest.cache.head_dim,
+        experts=tuple(expert for expert, graph in GRAPH_OF_EXPERT.items() if manifest.is_routed or graph in graphs),
+        vocab_size=manifest.embedding.vocab_size,
+        bos_id=tokens.bos_id,
+        placeholder_id=tokens.placeholder_id,
+    )

@@ -1,0 +1,50 @@
+"""Export of a float checkpoint to an integer target: it is quantized first, into OUT.quantized, then exported like any
+quantized checkpoint. OUT.quantized is removed when the bundle is there; a killed or failed command continues where it
+was."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from vlmdeploy.artifact import check_output
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.calib.request import QuantizeOptions, quantize
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.export.exporter import export_bundle, is_bundle
+from vlmdeploy.export.options import ExportOptions, Progress
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.quant.precision import TARGETS
+
+BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8, "rtx-int4": 4, "trt-int4": 4}
+
+
+def holds_codes(ckpt: Path) -> bool:
+    """Whether a checkpoint is quantized already. Raises ConfigError and WeightsError."""
+    return Checkpoint(ckpt).is_quantized
+
+
+def export_calibrated(
+    ckpt: Path, out: Path, options: ExportOptions, calibration: QuantizeOptions, progress: Progress
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Quantize with calibration data, then export; what `export_bundle` returns, with the calibration's warnings."""
+    check_output(out, options.force, is_bundle)
+    if options.target not in BITS_OF_TARGET:
+        raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
+    aside = out.absolute().with_name(f"{out.name}.quantized")
+    asked = TARGETS[options.target] | options.precisions
+    parts = {part: asked[part] for part in ("vision", "connector", "lm_head")}
+    wanted = replace(
+        calibration,
+        bits=BITS_OF_TARGET[options.target],
+        group=options.group,
+        precisions=parts,
+        tokenizer=options.tokenizer,
+        template=options.default_template,
+        seed=options.seed,
+        force=True,
+        reuse=True,
+    )
+    quantized = quantize(ckpt, aside, wanted, progress)
+    manifest, warnings = export_bundle(aside, out, options, progress)
+    shutil.rmtree(aside, ignore_errors=True)
+    return manifest, (*quantized.warnings, *warnings)

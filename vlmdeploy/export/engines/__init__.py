@@ -1,0 +1,1 @@
+"""Graphs compiled into TensorRT engines, and the routed plugin at build time."""

@@ -1,0 +1,227 @@
+"""Compiling one ONNX graph to an engine, in a process of its own: TensorRT aborts on some errors and keeps memory, and
+a builder that runs out of memory is killed; here that is one clear error."""
+
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from vlmdeploy.byte_sizes import gigabytes
+from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.errors import BackendError, ExportError
+from vlmdeploy.export.engines.parts import EnginePart, cut
+from vlmdeploy.export.engines.plugin_ahead_of_time import register_routed_plugins
+from vlmdeploy.export.graphs.routed_functions import without_routed_functions
+from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
+from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
+from vlmdeploy.runtime.backends.trt_library import LibraryName, TensorrtLibrary, import_tensorrt
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
+ERRORS = ("INTERNAL_ERROR", "ERROR")
+FEWEST_HEADS = 4  # that causal attention has a kernel of its own for: TensorRT-RTX 1.7 refuses fewer
+UNREAD = "Unused Input"  # how the parser says that it ignores an input, and computes something else
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What engines are built for, the most of one call. chunk_rows: of each prompt; batch: of a routed decoder."""
+
+    chunk_rows: int = 512
+    logit_rows: int = 8
+    images: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class RoutedPlugin:
+    """How the routed operations get into an engine: by a library, or, with none, by kernels that the engine embeds.
+
+    architecture: the GPU's, 87 for SM 8.7.
+    """
+
+    library: Path | None
+    architecture: int
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One engine to build: the graph file, which of its layers, for what, and where to put it."""
+
+    library: LibraryName
+    graph: Path
+    part: EnginePart
+    num_layers: int
+    shapes: Shapes
+    compute_capabilities: tuple[str, ...]
+    plan: Path
+    log: Path
+    plugin: RoutedPlugin | None = None  # of a routed decoder
+    parent: int = field(default_factory=os.getpid)  # the builder ends with it
+
+
+def compile_engine(request: EngineRequest, progress: Progress) -> None:
+    """Write the plan of a request. Raises ExportError with what TensorRT said last."""
+    failure = None
+    with child_process("vlmdeploy.export.engines.compiler") as process:
+        assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
+        process.stdin.write(pickle.dumps(request))
+        process.stdin.close()
+        for line in process.stdout:
+            kind, *content = json.loads(line)
+            if kind == "progress":
+                progress(f"{request.part.name}: {content[0]}", content[1], content[2])
+            else:
+                failure = content[0]
+    if failure is not None or process.returncode != 0:
+        raise ExportError(f"{request.graph.name}: {failure or _death(process.returncode, request)}; log: {request.log}")
+
+
+def _death(exit_code: int | None, request: EngineRequest) -> str:
+    """What to say about a builder that ended without a word."""
+    expected = gigabytes(request.part.build_bytes)
+    if exit_code == -9:
+        return f"the builder was killed, most likely for memory: it was expected to take {expected}"
+    return f"TensorRT ended the builder with status {exit_code} while it built {request.part.name}"
+
+
+def main() -> None:
+    """The builder process: a request on stdin, JSON lines on stdout; what TensorRT prints goes to the log."""
+    end_with_parent()
+    request: EngineRequest = pickle.load(sys.stdin.buffer)
+    if os.getppid() != request.parent:
+        sys.exit("the command that wanted this engine is gone")
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers, request.log.open("a", buffering=1) as log:
+
+        def tell(*content: str | int) -> None:
+            answers.write(json.dumps(content) + "\n")
+
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        log.write(f"== {request.part.name}\n")
+        try:
+            _compile(request, log.write, lambda *step: tell("progress", *step))
+        except (BackendError, ExportError, OSError) as error:
+            tell("failed", str(error))
+
+
+def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Progress) -> None:
+    library = import_tensorrt(request.library)
+    said: list[tuple[str, str]] = []
+
+    def tell(severity: str, message: str) -> None:
+        said.append((severity, message))
+        if severity in KEPT_SEVERITIES:
+            write(f"{severity}: {message}\n")
+
+    logger, monitor = library.logger(tell), library.monitor(progress)
+    builder = library.module.Builder(logger)
+    network = builder.create_network(0)
+    parser = library.module.OnnxParser(network, logger)
+    model = _model(request)
+    if request.plugin is not None:
+        use_plugin(library, request.plugin, model)
+    if not parser.parse(model.SerializeToString(), str(request.graph)):
+        raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
+    _check_layers(library, network, model)
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
+    library.prepare(config, request.compute_capabilities)
+    for shapes in profiles(request):
+        config.add_optimization_profile(_profile(builder, network, shapes))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        errors = [message for severity, message in said if severity in ERRORS]
+        raise ExportError(f"TensorRT cannot build it ({errors[-1] if errors else 'no reason given'})")
+    unread = [message for _, message in said if UNREAD in message]
+    if unread:
+        raise ExportError(f"TensorRT ignores a part of it ({unread[0]})")
+    with request.plan.open("wb") as file:
+        file.write(memoryview(plan))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.ModelProto) -> None:
+    """Make the routed operations known to TensorRT, and take their function bodies out of the model."""
+    without_routed_functions(model)
+    if plugin.library is not None:
+        load_plugin_library(plugin.library, library, plugin.architecture)
+    else:
+        register_routed_plugins(library, plugin.architecture)
+
+
+def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto) -> None:
+    """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it, and as
+    many layers must write the cache as nodes do."""
+    module = library.module
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    for op, kind in (("TRT_Attention", "ATTENTION_INPUT"), ("TensorScatter", "KV_CACHE_UPDATE")):
+        wanted = sum(node.op_type in (op, op.removeprefix("TRT_")) for node in model.graph.node)
+        found = sum(layer.type == module.LayerType.__members__[kind] for layer in layers)
+        if found != wanted:
+            raise ExportError(f"TensorRT made {found} layers {kind} of {wanted} nodes {op}")
+    has_cache = any(value.name == "lengths" for value in model.graph.input)
+    for layer in layers if has_cache else ():
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            _check_attention(library, layer)
+
+
+def _check_attention(library: TensorrtLibrary, layer: Any) -> None:
+    module = library.module
+    name = layer.name.removeprefix("node_of_").removesuffix("_AttentionInput")
+    layer.__class__ = module.IAttentionInputLayer
+    kind, lengths = layer.attention.causal_kind, layer.attention.key_value_lengths
+    if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
+        found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
+        raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
+    if layer.get_input(0).shape[1] < FEWEST_HEADS:
+        layer.attention.decomposable = True  # several kernels instead of one; no released model has so few
+
+
+def _model(request: EngineRequest) -> onnx.ModelProto:
+    model = onnx.load(str(request.graph), load_external_data=False)
+    return model if request.part.is_whole else cut(model, request.part.layers, request.num_layers)
+
+
+def profiles(request: EngineRequest) -> list[dict[str, tuple[int, int, int]]]:
+    """Least, usual and most of every varying dimension: for the prompt, and for the text decoder for one token too."""
+    shapes = request.shapes
+    if request.part.graph == "vision":
+        return [{"images": (1, 1, shapes.images)}]
+    prompt = {"rows": (1, shapes.chunk_rows, shapes.chunk_rows), "asked": (1, 1, shapes.logit_rows)}
+    one = {"rows": (1, 1, 1), "asked": (1, 1, 1)}
+    if request.part.graph == ROUTED_GRAPH:
+        batch = (1, 1, shapes.batch)
+        prompt |= {"batch": batch, "tokens": (1, shapes.chunk_rows, shapes.batch * shapes.chunk_rows)}
+        one |= {"batch": batch, "tokens": batch, "asked": batch}
+    return [prompt] if request.part.graph == "decoder_vision" else [prompt, one]
+
+
+def _profile(builder: Any, network: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
+    """The profile of a network whose varying dimensions are named as in the graph."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+        if -1 in tuple(tensor.shape):
+            choices = [
+                tuple(
+                    sizes[name][which] if length == -1 else length
+                    for name, length in zip(names, tensor.shape, strict=True)
+                )
+                for which in range(3)
+            ]
+            profile.set_shape(tensor.name, *choices)
+    return profile
+
+
+if __name__ == "__main__":
+    main()

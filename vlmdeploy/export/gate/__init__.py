@@ -1,0 +1,1 @@
+"""Every stage of a bundle against PyTorch, before anything is published."""

@@ -1,0 +1,218 @@
+"""Running a bundle's graphs with their inner values as extra outputs, for verification.
+
+The graph file is edited in memory only; the weights are the bundle's own external data.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.errors import BackendError
+from vlmdeploy.export.gate.sample import Sample
+from vlmdeploy.export.graphs.decoder import branches, decoder_taps
+from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
+from vlmdeploy.export.graphs.vision import vision_taps
+from vlmdeploy.runtime.backends.choose import ort_backend_of
+from vlmdeploy.runtime.backends.door import Floats, slot_positions
+from vlmdeploy.runtime.backends.ort import (
+    PROVIDERS,
+    HostCache,
+    OrtBackend,
+    import_onnxruntime,
+    session_options,
+    unwanted_optimizers,
+)
+from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.spec.model import ModelSpec
+
+EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+class TappedRun:
+    """One pass of the sample through a bundle, decoded tokens included, with the inner values kept.
+
+    `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, where rows that
+    the bundle does not compute are NaN. Per layer keys, values [kv_heads, seq, padded head_dim]; logits of
+    the language expert's positions, in order, [text, vocab].
+    """
+
+    def __init__(
+        self, spec: ModelSpec, folder: Path, manifest: Manifest, sample: Sample, exact: bool, threads: int | None
+    ) -> None:
+        self.spec = spec
+        self.sample = sample
+        self.ids = sample.ids
+        self.stages: dict[str, Floats] = {}
+        taps = _taps_of(spec, manifest.is_routed)
+        backend = tapped_backend(
+            folder, manifest, exact, threads, {graph: list(taps[graph].values()) for graph in taps}
+        )
+        self._run_vision(backend, taps["vision"])
+        backend.drop("vision")
+        self._run_decoder(backend, EmbeddingTable(folder, manifest.embedding), taps, manifest)
+
+    def _run_vision(self, backend: OrtBackend, taps: dict[str, str]) -> None:
+        values = backend.session("vision").run([*taps.values(), "rows"], {"pixels": self.sample.prompt.pixels})
+        self.stages.update(zip(taps, values, strict=False))
+        self.image_rows: Floats = values[-1][0]
+
+    def _run_decoder(
+        self, backend: OrtBackend, embedding: EmbeddingTable, taps: dict[str, dict[str, str]], manifest: Manifest
+    ) -> None:
+        prompt, total = self.sample.prompt, len(self.ids)
+        rows = embedding[self.ids]
+        rows[: len(prompt.ids)][prompt.types == 1] = self.image_rows
+        self.stages["decoder.input"] = rows
+        self.positions = slot_positions(prompt.positions, total)
+        self.vision_mask = np.zeros(total, np.bool_)
+        self.vision_mask[: len(prompt.ids)] = prompt.vision_mask
+        logits: list[Floats] = []
+        cache = backend.new_cache(self.positions)
+        for start, stop in _calls(self.sample, backend.mixes_experts):
+            logits += self._run_rows(backend, cache, rows, start, stop, taps)
+        self.logits = np.concatenate(logits)
+        self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+        self.values = [cache.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+
+    def _run_rows(
+        self,
+        backend: OrtBackend,
+        cache: HostCache,
+        rows: Floats,
+        start: int,
+        stop: int,
+        taps: dict[str, dict[str, str]],
+    ) -> list[Floats]:
+        """One segment (or one decoded token): its stages go to their rows of the whole; its logits, if any."""
+        mask = self.vision_mask[start:stop]
+        names = taps[backend.graph_of(mask)]
+        asked = () if mask.all() else ("logits",)
+        outputs = backend.run_graph(mask, rows[start:stop], cache, np.flatnonzero(~mask), (*names.values(), *asked))
+        for stage, name in names.items():
+            whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
+            whole[start:stop] = outputs[name]
+        return [outputs[name] for name in asked]
+
+
+def _calls(sample: Sample, mixes_experts: bool) -> list[tuple[int, int]]:
+    """Row ranges of the graph calls: the prompt's segments, or all of it where experts mix, one token at a time, then
+    the second turn at once."""
+    prompt_length, first_turn_length = len(sample.prompt.ids), len(sample.prompt.ids) + len(sample.decode_ids)
+    changes = [] if mixes_experts else (np.flatnonzero(np.diff(sample.prompt.vision_mask)) + 1).tolist()
+    edges = [0, *changes, prompt_length]
+    tokens = [(row, row + 1) for row in range(prompt_length, first_turn_length)]
+    turn = [(first_turn_length, len(sample.ids))] if len(sample.turn_ids) else []
+    return [*pairwise(edges), *tokens, *turn]
+
+
+def _taps_of(spec: ModelSpec, is_routed: bool) -> dict[str, dict[str, str]]:
+    """For each graph the stages that are read: our stage name -> the value's name in the graph."""
+    decoders = {name: decoder_taps(spec.decoder, branch) for name, branch in branches(spec.decoder, is_routed).items()}
+    return {"vision": _thinned(vision_taps(spec), spec.vision.num_layers), **decoders}
+
+
+def _thinned(taps: dict[str, str], num_layers: int) -> dict[str, str]:
+    """At most about eight layers of the encoder, so that big pictures fit in memory; the last layer is among them."""
+    every = -(-num_layers // 8)
+    kept = {f"vision.layer.{index}" for index in range(num_layers) if (num_layers - 1 - index) % every == 0}
+    return {stage: name for stage, name in taps.items() if not stage.startswith("vision.layer.") or stage in kept}
+
+
+def tapped_backend(
+    folder: Path,
+    manifest: Manifest,
+    exact: bool,
+    threads: int | None,
+    taps: Mapping[str, list[str]],
+    residency: str = "all",
+) -> OrtBackend:
+    """A backend on a bundle's graphs, edited in memory: inner values as extra outputs, a KV cache of any length, and
+    for `exact` float32 arithmetic in place of int8 activations or fp16."""
+    ort = import_onnxruntime()
+
+    def load(graph: str) -> Any:
+        path = folder / manifest.graphs[graph].file
+        model = onnx.load(str(path), load_external_data=False)
+        edit_graph(model, manifest, exact, path.parent)
+        model.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
+        )
+        return session_of(ort, model, path, threads, manifest.dialect)
+
+    cache_type = "fp32" if exact else None
+    return ort_backend_of(manifest)(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
+
+
+def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:
+    """A CPU session of a graph that was read from `path` and edited; its weights are the file's."""
+    options = session_options(ort, threads)
+    options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
+    options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
+    try:
+        unwanted = unwanted_optimizers(dialect)
+        return ort.InferenceSession(
+            model.SerializeToString(), options, [PROVIDERS["cpu"]], disabled_optimizers=unwanted
+        )
+    except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
+        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
+
+
+def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: Path) -> None:
+    """Change a graph in place for verification; see `tapped_backend`."""
+    if manifest.dialect == "trt":
+        free_cache_length(model)
+    if exact:
+        set_accuracy(model, FULL_ACCURACY)
+        if manifest.is_half:
+            widen_floats(model, folder)
+
+
+def set_accuracy(model: onnx.ModelProto, level: int) -> None:
+    """Change the accuracy_level of every MatMulNBits in place."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+
+
+def free_cache_length(model: onnx.ModelProto) -> None:
+    """Let the KV cache have any length, so that a short prompt needs a short one."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_", "present_")):
+            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
+
+
+def widen_floats(model: onnx.ModelProto, folder: Path) -> None:
+    """Turn every fp16 value into float32: the same graph on the same stored weights, without the rounding between.
+
+    Matrices are widened when they are used. Scales are so now, in memory: ONNX Runtime wants them constant.
+    """
+    graph = model.graph
+    scales = {node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+    widened = []
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16 and tensor.name in scales:
+            if tensor.external_data:
+                load_external_data_for_tensor(tensor, str(folder))
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+        elif tensor.data_type == TensorProto.FLOAT16:
+            name, tensor.name = tensor.name, f"{tensor.name}.stored"
+            widened.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    nodes = [*widened, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

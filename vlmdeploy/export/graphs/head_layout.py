@@ -1,0 +1,82 @@
+"""How attention heads are laid out in the graphs: padded to a width that every attention operator takes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmdeploy.bundle import CacheShape
+from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.quant.grid import Floats
+from vlmdeploy.spec.model import DecoderSpec
+
+HEAD_MULTIPLE = 16  # GroupQueryAttention with rotary positions wants it; TensorRT knows multiples of 8 from 16 on
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Attention heads padded to a width that the attention operator takes.
+
+    Of queries and keys each rotary half is padded, of values the tail; zeros change neither scores nor sums. The output
+    is cut back to the true width, so that `dense` keeps the checkpoint's columns and groups.
+    """
+
+    decoder: DecoderSpec
+
+    @property
+    def padded(self) -> int:
+        """Width of a head in the graph and in the KV cache."""
+        return -(-self.decoder.head_dim // HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether heads are wider in the graph than in the checkpoint."""
+        return self.padded != self.decoder.head_dim
+
+    def rotary_slots(self) -> Ints:
+        """For each place of a padded query or key head the place in the true head, or -1. int64 [padded]."""
+        half, true_half = self.padded // 2, self.decoder.head_dim // 2
+        slots = np.full(self.padded, -1)
+        slots[:true_half] = np.arange(true_half)
+        slots[half : half + true_half] = np.arange(true_half, 2 * true_half)
+        return slots
+
+    def value_slots(self) -> Ints:
+        """The same for a value head: the tail is padding."""
+        return tail_slots(self.decoder.head_dim, self.padded)
+
+    def query_rows(self) -> Ints:
+        """Rows of the packed qkv matrix that make up the padded queries; -1 is a row of zeros."""
+        return self._rows(0, self.decoder.num_heads, self.rotary_slots())
+
+    def key_rows(self) -> Ints:
+        """The same for the keys."""
+        return self._rows(self.decoder.num_heads, self.decoder.num_kv_heads, self.rotary_slots())
+
+    def value_rows(self) -> Ints:
+        """The same for the values."""
+        return self._rows(
+            self.decoder.num_heads + self.decoder.num_kv_heads, self.decoder.num_kv_heads, self.value_slots()
+        )
+
+    def _rows(self, first_head: int, num_heads: int, slots: Ints) -> Ints:
+        return head_rows(first_head, num_heads, self.decoder.head_dim, slots)
+
+    def cache_shape(self, inv_freq: Floats, dtype: str) -> CacheShape:
+        """The KV cache of the graphs; inv_freq float32 [head_dim / 2] of the checkpoint."""
+        padded = np.zeros(self.padded // 2, np.float32)
+        padded[: len(inv_freq)] = inv_freq
+        frequencies = tuple(float(value) for value in padded)
+        return CacheShape(self.decoder.num_layers, self.decoder.num_kv_heads, self.padded, dtype, frequencies)
+
+
+def tail_slots(head_dim: int, padded: int) -> Ints:
+    """For each place of a head that is padded at its tail the place in the true head, or -1. int64 [padded]."""
+    slots = np.full(padded, -1)
+    slots[:head_dim] = np.arange(head_dim)
+    return slots
+
+
+def head_rows(first_head: int, num_heads: int, head_dim: int, slots: Ints) -> Ints:
+    """Rows of a packed matrix that make up these heads, each arranged by `slots`; -1 is a row of zeros."""
+    starts = (first_head + np.arange(num_heads)) * head_dim
+    return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)

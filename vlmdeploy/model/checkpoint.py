@@ -1,0 +1,342 @@
+"""Checkpoints in Hugging Face layout: opened by their headers, read one tensor (or a few rows) at a time, written back.
+
+Only safetensors are read, never pickles and never code from the checkpoint. Every tensor of the checkpoint is used by
+exactly one rule of its family and every parameter is filled exactly once.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmdeploy.bundle import hash_file
+from vlmdeploy.errors import ConfigError, WeightsError
+from vlmdeploy.families import family_named, find_family
+from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.kernel_layer import check_routable, load_codes, replace_layers
+from vlmdeploy.model.stored_codes import StoredCodes
+from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.quant.grid import Grid, Quantized, stacked
+from vlmdeploy.quant.packing import fills_words
+from vlmdeploy.spec.model import Config, ModelSpec, Source, WeightRule
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Checkpoint:
+    """A checkpoint folder. Opening reads configs and headers only; `rows` and `parameter` read values."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")
+        self.config = read_json(self.folder / "config.json")
+        self.generation_config = read_json(self.folder / "generation_config.json", optional=True)
+        self.shard_of = _tensor_shards(self.folder)
+        self.codes = StoredCodes(self.folder, self.shard_of)
+        try:
+            family = find_family(self.config, self.codes.names())
+            self.spec: ModelSpec = family.spec(self.config, self.generation_config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the name of the config file
+        self.rules = {rule.target: rule for rule in family.weights(self.spec)}
+        self._fingerprint: str | None = None
+        _check_tensors(self)
+
+    def shape(self, target: str) -> tuple[int, ...]:
+        """The shape of one of our parameters."""
+        return self.rules[target].shape
+
+    def size(self, target: str) -> int:
+        """How many values one of our parameters has."""
+        return prod(self.shape(target))
+
+    def __contains__(self, target: object) -> bool:
+        """Whether the checkpoint fills this parameter (an optional one may be absent)."""
+        return target in self.rules and bool(self.present(self.rules[str(target)]))
+
+    def parameter(self, target: str) -> Tensor:
+        """The whole parameter, float32, in our shape. Raises WeightsError if a value is not finite."""
+        return self.rows(target, 0, self.shape(target)[0])
+
+    def inv_freq(self) -> Tensor:
+        """The stored rotary frequencies, or the exact ones where the checkpoint has none, float32 [head_dim / 2]."""
+        target = "decoder.inv_freq"
+        return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear is stored as codes."""
+        return bool(self.codes.modules)
+
+    def stored_grid(self, target: str) -> Grid | None:
+        """The grid of a parameter whose sources are all stored as codes of one grid, else None."""
+        sources = self.rules[target].sources
+        if self.rules[target].op != "stack" or not all(source in self.codes for source in sources):
+            return None
+        grids = {self.codes.grid(source) for source in sources}
+        return grids.pop() if len(grids) == 1 else None
+
+    def can_store(self, target: str, grid: Grid) -> bool:
+        """Whether codes of this grid fill the 32-bit words of GPTQ tensors, for each source of the parameter."""
+        return all(
+            fills_words(source.shape[0], grid.bits) and fills_words(prod(source.shape[1:]), grid.bits)
+            for source in self.rules[target].sources
+        )
+
+    def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
+        """Rows of a parameter stored as codes. Raises QuantizationError where no backend can hold them."""
+        ranges = _row_ranges(self.rules[target], start, stop)
+        return stacked([self.codes.quantized(source, first, last) for source, first, last in ranges])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json's content and every byte of the shards, which are read once and never again."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            for file in sorted(set(self.shard_of.values())):
+                digest.update(hash_file(self.folder / file).sha256.encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def rows(self, target: str, start: int, stop: int) -> Tensor:
+        """Rows start <= i < stop of a parameter along its first axis, float32. Raises WeightsError on Inf or NaN."""
+        rule = self.rules[target]
+        if rule.op == "stack":
+            parts = [self._read(source, first, last) for source, first, last in _row_ranges(rule, start, stop)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        source = self.present(rule)[0]
+        values = self._read(source, 0, source.shape[0])
+        if rule.op == "same":
+            self._check_same(rule, values)
+        return values.reshape(rule.shape)[start:stop]
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor of the checkpoint as it is stored, by its name there."""
+        with safe_open(self.folder / self.shard_of[name], framework="pt") as shard:
+            values: Tensor = shard.get_tensor(name)
+        return values
+
+    def stored_bytes(self, rule: WeightRule) -> int:
+        """Bytes that a rule's float tensors take in the files."""
+        total = 0
+        for source in self.present(rule):
+            with safe_open(self.folder / self.shard_of[source.name], framework="pt") as shard:
+                dtype = shard.get_slice(source.name).get_dtype()
+            total += prod(source.shape) * FLOAT_DTYPES[dtype].itemsize
+        return total
+
+    def present(self, rule: WeightRule) -> list[Source]:
+        """The sources of a rule that the checkpoint holds, as floats or as codes."""
+        return [source for source in rule.sources if source.name in self.shard_of or source in self.codes]
+
+    def _check_same(self, rule: WeightRule, values: Tensor) -> None:
+        for source in self.present(rule)[1:]:
+            if not torch.equal(self._read(source, 0, source.shape[0]), values):
+                raise WeightsError(f'{self.folder}: tensor "{source.name}" differs from "{rule.sources[0].name}"')
+
+    def _read(self, source: Source, start: int, stop: int) -> Tensor:
+        """Rows of one stored tensor. The file is opened anew each time: that gives its mapped pages back."""
+        if source in self.codes:
+            return self.codes.values(source, start, stop)
+        path = self.folder / self.shard_of[source.name]
+        with safe_open(path, framework="pt") as shard:
+            values: Tensor = shard.get_slice(source.name)[start:stop].float()
+        if not bool(torch.isfinite(values).all()):
+            raise WeightsError(f'{path}: tensor "{source.name}" holds NaN or Inf')
+        return values
+
+
+def read_json(path: Path, optional: bool = False) -> Config:
+    """A JSON object; {} for an absent optional file. Raises ConfigError."""
+    if not path.is_file():
+        if optional:
+            return {}
+        raise ConfigError(f"{path}: no such file; expected a checkpoint in Hugging Face layout")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _tensor_shards(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index or the single file; checked against the files' own headers."""
+    index_path = folder / INDEX_NAME
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise WeightsError(f'{index_path}: has no "weight_map" object')
+        for name, file in weight_map.items():
+            if not isinstance(file, str):
+                raise WeightsError(f'{index_path}: tensor "{name}" is in file {file!r}, expected a file name')
+        files = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, files = None, [SINGLE_NAME]
+    else:
+        raise _no_safetensors(folder)
+    found = [(name, file) for file in files for name in _shard_names(folder / file)]
+    counts = Counter(name for name, _ in found)
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        raise WeightsError(f'{folder}: tensor "{doubled[0]}" is stored in more than one file')
+    if weight_map is not None and weight_map != dict(found):
+        odd = sorted(set(weight_map.items()) ^ set(found))[0]
+        raise WeightsError(f'{index_path}: tensor "{odd[0]}" and file "{odd[1]}" do not fit: index and shards differ')
+    return dict(found)
+
+
+def _no_safetensors(folder: Path) -> WeightsError:
+    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+    if not pickles:
+        return WeightsError(f"{folder}: holds no {SINGLE_NAME} and no {INDEX_NAME}")
+    name = pickles[0].name
+    return WeightsError(
+        f"{folder}: {name} is a pickle, which can run code and is not read. If you trust it, convert each file: "
+        f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous().clone() for k, v in '
+        f"torch.load('{name}', weights_only=True).items()}}, '{Path(name).stem}.safetensors')\""
+    )
+
+
+def _shard_names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file, but {INDEX_NAME} names it")
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file, {path.stat().st_size} bytes ({error})") from error
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor is named by exactly one rule; every rule finds its tensors, in the right shape and a float type."""
+    where, stored = f"{checkpoint.folder}: {checkpoint.spec.family}", checkpoint.codes.names()
+    sources = [(source, rule) for rule in checkpoint.rules.values() for source in rule.sources]
+    unknown = sorted(stored - {source.name for source, _ in sources})
+    if unknown:
+        raise WeightsError(f'{where}: tensor "{unknown[0]}" is unknown ({len(unknown)} such tensors)')
+    missing = [source.name for source, rule in sources if source.name not in stored and not rule.optional]
+    if missing:
+        raise WeightsError(f'{where}: tensor "{missing[0]}" is missing ({len(missing)} such tensors)')
+    by_shard: dict[str, list[Source]] = {}
+    for source, _ in sources:
+        if source in checkpoint.codes:
+            checkpoint.codes.check(source)
+        elif source.name in stored:
+            by_shard.setdefault(checkpoint.shard_of[source.name], []).append(source)
+    for file, expected in by_shard.items():
+        _check_shapes(checkpoint.folder / file, expected, checkpoint.spec.family)
+
+
+def _check_shapes(path: Path, expected: list[Source], family: str) -> None:
+    with safe_open(path, framework="pt") as shard:
+        for source in expected:
+            stored = shard.get_slice(source.name)
+            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            if shape != source.shape:
+                raise WeightsError(
+                    f'{path}: {family}: tensor "{source.name}" is {list(shape)}, expected {list(source.shape)}: '
+                    "does config.json belong to these weights?"
+                )
+            if dtype not in FLOAT_DTYPES:
+                raise WeightsError(
+                    f'{path}: tensor "{source.name}" is {dtype}, expected one of {", ".join(FLOAT_DTYPES)}'
+                )
+
+
+def _row_ranges(rule: WeightRule, start: int, stop: int) -> list[tuple[Source, int, int]]:
+    """Which rows of which sources make up rows start..stop of a stacked parameter."""
+    ranges, offset = [], 0
+    for source in rule.sources:
+        first, last = max(start - offset, 0), min(stop - offset, source.shape[0])
+        if first < last:
+            ranges.append((source, first, last))
+        offset += source.shape[0]
+    return ranges
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    quantized: Literal["dequantize", "kernel"] = "dequantize",
+) -> VisionLanguageModel:
+    """The PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
+
+    quantized: what becomes of the decoder's linears in a quantized checkpoint. "dequantize" makes floats of them,
+    "kernel" keeps int4 codes on a CUDA device and runs them through the routed kernels, without gradients.
+
+    Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
+    naming a linear that they do not take, and BackendError where they cannot run.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPE_NAMES:
+            raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
+        dtype = DTYPE_NAMES[dtype]
+    if quantized not in ("dequantize", "kernel"):
+        raise ConfigError(f'quantized {quantized!r}: expected "dequantize" or "kernel"')
+    checkpoint = Checkpoint(folder)
+    if quantized == "kernel":
+        check_routable(checkpoint, dtype, device)
+    with torch.device("meta"):
+        model = VisionLanguageModel(checkpoint.spec).to(dtype)
+        if quantized == "kernel":
+            replace_layers(model)
+    materialize(model, checkpoint.spec, device)
+    for target in model.state_dict():
+        if target in checkpoint:
+            fill_parameter(model, target, checkpoint.parameter(target))
+    if quantized == "kernel":
+        load_codes(model, checkpoint, device)
+    return model.eval()
+
+
+def materialize(model: VisionLanguageModel, spec: ModelSpec, device: str) -> VisionLanguageModel:
+    """Give a meta model storage: weights uninitialized, the rotary frequencies the default ones, in float32."""
+    model = model.to_empty(device=device)
+    model.decoder.inv_freq = default_inv_freq(spec.decoder).to(device)
+    return model
+
+
+def fill_parameter(model: torch.nn.Module, target: str, values: Tensor) -> None:
+    """Copy values into the parameter or buffer of that name."""
+    owner, _, name = target.rpartition(".")
+    parameter: Tensor = getattr(model.get_submodule(owner), name)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors with the family's real tensor names into an existing folder.
+
+    The rotary frequencies keep float32: rounded to `dtype`, the saved model would answer differently.
+    """
+    family = family_named(model.spec.family)
+    tensors: dict[str, Tensor] = {}
+    state = model.state_dict()
+    for rule in family.weights(model.spec):
+        values = state[rule.target] if rule.op == "same" else state[rule.target].to(dtype)
+        for source, first in zip(rule.sources, _offsets(rule), strict=True):
+            part = values[first : first + source.shape[0]] if rule.op == "stack" else values
+            tensors[source.name] = part.reshape(source.shape).contiguous().clone()
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    (folder / SINGLE_NAME).chmod(0o644)  # the library writes files that only their owner can read
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _offsets(rule: WeightRule) -> list[int]:
+    """The first row of each source inside a stacked parameter; 0 for the other operations."""
+    if rule.op != "stack":
+        return [0] * len(rule.sources)
+    return [sum(source.shape[0] for source in rule.sources[:index]) for index in range(len(rule.sources))]

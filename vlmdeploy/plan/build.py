@@ -1,0 +1,59 @@
+"""What compiling the engines of a bundle takes, and whether the device that must do it can."""
+
+from dataclasses import dataclass
+
+from vlmdeploy.export.engines.build import KEPT_FREE
+from vlmdeploy.export.engines.parts import build_bytes
+from vlmdeploy.plan.device import PlanDevice
+from vlmdeploy.plan.sizes import Storage, stored_matrices, weight_sizes
+from vlmdeploy.quant.precision import PrecisionPlan
+from vlmdeploy.spec.model import Geometry
+
+ON_DEVICE = "on the device"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What compiling the engines takes. ram_bytes: of the largest graph in one piece; least_ram_bytes: with decoders
+    cut into single layers. fits: into memory and swap of a device whose memory is known; the builder works in ordinary
+    memory, and how much of that stands beside a card nobody said."""
+
+    where: str
+    ram_bytes: int
+    least_ram_bytes: int
+    fits: bool
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the memory that they run in is the memory that they are compiled in."""
+        return self.where == ON_DEVICE
+
+
+def plan_build(geometry: Geometry, precision: PrecisionPlan, target: str, device: PlanDevice, swap_bytes: int) -> Build:
+    """The encoder is built in one piece, a decoder whole or cut down to its largest layer."""
+    storage = Storage.of(target, "cuda")
+    graphs = weight_sizes(geometry, precision, storage).graphs
+    least = build_bytes(max(graphs["vision"], *_layer_bytes(geometry, precision, storage)))
+    if target.startswith("rtx-"):
+        where = "on any x86-64 machine"
+    else:
+        where = ON_DEVICE if device.is_unified else "on the machine of the card"
+    fits = where != ON_DEVICE or least <= _room_bytes(device, swap_bytes)
+    return Build(where, build_bytes(max(graphs.values())), least, fits)
+
+
+def _room_bytes(device: PlanDevice, swap_bytes: int) -> int:
+    """What `build` takes: by itself a share of what is free; with swap all that --max-memory allows."""
+    return device.usable_bytes + swap_bytes if swap_bytes else int(KEPT_FREE * device.usable_bytes)
+
+
+def _layer_bytes(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> list[int]:
+    """Bytes of every layer of the decoder graphs; the head goes with the last one."""
+    layers: dict[tuple[str, int], int] = {}
+    for matrix in stored_matrices(geometry, precision, storage):
+        if matrix.graph != "vision":
+            is_head = matrix.part == "lm_head"
+            index = geometry.decoder.num_layers - 1 if is_head else int(matrix.target.split(".")[2])
+            size = storage.matrix_bytes(matrix.rows, matrix.width, matrix.precision)
+            layers[matrix.graph, index] = layers.get((matrix.graph, index), 0) + size
+    return list(layers.values())

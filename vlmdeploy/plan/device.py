@@ -1,0 +1,190 @@
+"""What a plan must know of a device: what is usable of its memory, and its rates. A device of the table, the machine
+that this runs on, or a profile file:
+
+    name = "my-board"            # everything but name, kind, memory and bandwidth_gb_s may be left out
+    kind = "jetson"              # jetson, rtx, datacenter or cpu
+    memory = "16GB"              # what the system counts; powers of ten
+    usable = "13.5GB"            # what is left for us  [default: memory less a reserve]
+    bandwidth_gb_s = 102.4
+    fp16_tflops = 15.0           # dense, tensor cores, float32 accumulation
+    cpu_gflops = 120.0           # float32, for targets that run on the CPU
+"""
+
+import difflib
+import os
+import time
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmdeploy import devices
+from vlmdeploy.byte_sizes import parse_size
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.runtime.memory import total_bytes
+
+HOST = "host"
+KINDS = ("jetson", "rtx", "datacenter", "cpu")
+PROFILE_KEYS = ("name", "kind", "memory", "usable", "bandwidth_gb_s", "fp16_tflops", "cpu_gflops")
+NEEDED_KEYS = ("name", "kind", "memory", "bandwidth_gb_s")
+HOST_RESERVE_BYTES = 10**9
+PROBE_VALUES = 1 << 25  # 128 MiB of float32: beyond any cache
+PROBE_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class PlanDevice:
+    """A device as the planner sees it. is_unified: its CPU and GPU share the memory. Rates that nobody gave are None.
+
+    source: where the figures come from, in words.
+    """
+
+    name: str
+    title: str
+    kind: str
+    memory_bytes: int
+    usable_bytes: int
+    bandwidth_bytes_per_s: float
+    fp16_flop_per_s: float | None
+    cpu_flop_per_s: float | None
+    source: str
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether the CPU and its programs live in the same memory."""
+        return self.kind in ("jetson", "cpu")
+
+    @property
+    def engine(self) -> devices.Engine:
+        """The library that runs engines there."""
+        return "tensorrt_rtx" if self.kind == "rtx" else "tensorrt"
+
+
+def plan_device(text: str, power_mode: str | None = None) -> PlanDevice:
+    """The device of a name, of a profile file (anything that ends in .toml), or this machine ("host").
+
+    Raises ConfigError: for an unknown name it lists those there are, for a profile it names file, key and the known
+    keys.
+    """
+    if text.lower() == HOST:
+        found = _host()
+    elif text.endswith(".toml"):
+        found = _read_profile(Path(text))
+    else:
+        return _of_table(text, power_mode)
+    if power_mode is not None:
+        raise ConfigError(f'--power-mode "{power_mode}": device {found.name} has no power modes that we know')
+    return found
+
+
+def _of_table(name: str, power_mode: str | None) -> PlanDevice:
+    if name.lower() not in devices.names():
+        close = difflib.get_close_matches(name.lower(), devices.names(), 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        known = ", ".join((*devices.names(), HOST))
+        raise ConfigError(f'device "{name}" is not known{meant}: choose one of {known}, or give a profile file.toml')
+    device = devices.device(name)
+    source = f"vlmdeploy.devices: {device.title}"
+    found = PlanDevice(
+        device.name, device.title, device.kind, device.visible_bytes, device.usable_bytes,
+        device.bandwidth_bytes_per_s, device.fp16_flop_per_s, None, source,
+    )  # fmt: skip
+    return found if power_mode is None else _in_mode(found, device, power_mode)
+
+
+def _in_mode(found: PlanDevice, device: devices.Device, power_mode: str) -> PlanDevice:
+    modes = {mode.name.lower(): mode for mode in device.power_modes}
+    mode = modes.get(power_mode.lower())
+    if mode is None:
+        known = ", ".join(item.name for item in device.power_modes) or "none"
+        raise ConfigError(f'--power-mode "{power_mode}" is not one of {device.name}: it has {known}')
+    return replace(
+        found,
+        title=f"{found.title}, {mode.name}",
+        bandwidth_bytes_per_s=mode.bandwidth_bytes_per_s or found.bandwidth_bytes_per_s,
+        fp16_flop_per_s=mode.fp16_flop_per_s,
+    )
+
+
+def _read_profile(path: Path) -> PlanDevice:
+    try:
+        profile = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; expected a device profile") from error
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ConfigError(f"{path}: is not TOML ({error})") from error
+    for key in profile:
+        if key not in PROFILE_KEYS:
+            close = difflib.get_close_matches(key, PROFILE_KEYS, 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(f'{path}: key "{key}" is not known: {meant}known keys: {", ".join(PROFILE_KEYS)}')
+    for key in NEEDED_KEYS:
+        if key not in profile:
+            raise ConfigError(f'{path}: key "{key}" is missing; needed are {", ".join(NEEDED_KEYS)}')
+    name, kind = _text(profile, "name", path), _text(profile, "kind", path)
+    if kind not in KINDS:
+        raise ConfigError(f'{path}: kind is "{kind}", expected one of {", ".join(KINDS)}')
+    memory = _size(profile, "memory", path)
+    reserve = devices.RESERVED_UNIFIED_BYTES if kind in ("jetson", "cpu") else devices.RESERVED_CARD_BYTES
+    usable = _size(profile, "usable", path) if "usable" in profile else max(0, memory - reserve)
+    if usable > memory:
+        raise ConfigError(f"{path}: usable is {usable} bytes, more than memory, {memory}")
+    return PlanDevice(
+        name, name, kind, memory, usable, 1e9 * _number(profile, "bandwidth_gb_s", path),
+        1e12 * _number(profile, "fp16_tflops", path) if "fp16_tflops" in profile else None,
+        1e9 * _number(profile, "cpu_gflops", path) if "cpu_gflops" in profile else None, f"profile {path}",
+    )  # fmt: skip
+
+
+def _text(profile: dict[str, Any], key: str, path: Path) -> str:
+    value = profile[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{path}: {key} is {value!r}, expected a text")
+    return value
+
+
+def _size(profile: dict[str, Any], key: str, path: Path) -> int:
+    value = profile[key]
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f'{path}: {key} is {value!r}, expected a size such as "16GB" or a number of bytes')
+    return parse_size(value, f"{path}: {key}")
+
+
+def _number(profile: dict[str, Any], key: str, path: Path) -> float:
+    value = profile[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e9:
+        raise ConfigError(f"{path}: {key} is {value!r}, expected a number above 0, 0.001 to 1e9")
+    return float(value)
+
+
+def _host() -> PlanDevice:
+    """This machine's CPU and memory; its rates are measured, which takes about a second."""
+    memory = total_bytes()
+    bandwidth, flops = _measured_bandwidth(), _measured_flops()
+    title = f"this machine, {len(os.sched_getaffinity(0))} cores"
+    return PlanDevice(
+        HOST, title, "cpu", memory, max(0, memory - HOST_RESERVE_BYTES), bandwidth,
+        None, flops, "measured here just now with numpy",
+    )  # fmt: skip
+
+
+def _measured_bandwidth() -> float:
+    """Bytes per second that one core reads, the best of three sums over more than a cache holds."""
+    values = np.ones(PROBE_VALUES, np.float32)
+    return values.nbytes / min(_seconds(values.sum) for _ in range(3))
+
+
+def _measured_flops() -> float:
+    """float32 operations per second of all cores, the best of three matrix products."""
+    square = np.ones((PROBE_WIDTH, PROBE_WIDTH), np.float32)
+    return 2 * PROBE_WIDTH**3 / min(_seconds(lambda: square @ square) for _ in range(3))
+
+
+def _seconds(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,172 @@
+"""How many bytes a bundle's tensors take, from widths and precisions alone: what the graph builder would write.
+
+Every matrix is counted as the dialect stores it (codes in whole fields, scales, zero points), every small tensor in
+float32. Alignment and the graphs themselves, about 1 MB, are left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmdeploy.bundle import dialect_of
+from vlmdeploy.export.graphs.head_layout import HeadLayout
+from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
+from vlmdeploy.export.graphs.trt_dialect import kernel_width
+from vlmdeploy.quant.conversions import field_bits, matmul_block_size
+from vlmdeploy.quant.precision import Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT
+from vlmdeploy.spec.model import BoundaryRows, DecoderSpec, Downsample, ExpertSpec, Geometry, Norm
+
+WEIGHT_PARTS = ("vision", "connector", "language_experts", "vision_experts", "embedding", "lm_head", "other")
+FLOAT_BYTES = {"fp32": 4, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the graphs of a target and provider store numbers."""
+
+    dialect: str  # "ort" or "trt"
+    provider: str  # "cpu" or "cuda"
+
+    @classmethod
+    def of(cls, target: str, provider: str) -> "Storage":
+        """The storage of a target; TensorRT's graphs are the same for everyone."""
+        dialect = dialect_of(target)
+        return cls(dialect, "cuda" if dialect == "trt" else provider)
+
+    def block(self, precision: Precision) -> int:
+        """Inputs that share one stored scale."""
+        if self.dialect == "trt":
+            return precision.group_size
+        graph = OrtCudaGraph if self.provider == "cuda" else OrtGraph
+        return min(matmul_block_size(precision.group_size), graph.largest_block)
+
+    def matrix_bytes(self, rows: int, width: int, precision: Precision) -> int:
+        """Bytes of a matrix [rows, width], its scales and zero points included."""
+        if not precision.bits:
+            kind = "fp16" if self.dialect == "ort" and self.provider == "cuda" and precision.type != "fp32" else None
+            return rows * width * FLOAT_BYTES[kind or precision.type]
+        bits, blocks = field_bits(precision.bits), width // self.block(precision)
+        scale = 4 if self.dialect == "ort" and self.provider == "cpu" else 2
+        zeros = 0 if precision.symmetric else -(-blocks * bits // 8)
+        return rows * (width * bits // 8 + blocks * scale + zeros)
+
+    def embedding_bytes(self, rows: int, width: int, precision: Precision) -> int:
+        """Bytes of the embedding table, which is no graph's: codes and fp16 scales, or floats."""
+        if not precision.bits:
+            return rows * width * FLOAT_BYTES[precision.type]
+        return rows * (width * precision.bits // 8 + 2 * (width // precision.group_size))
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One matrix as a bundle ships it: which part and graph it belongs to, and its rows there."""
+
+    target: str
+    part: str  # of WEIGHT_PARTS
+    graph: str
+    rows: int
+    width: int
+    precision: Precision
+
+
+def stored_matrices(geometry: Geometry, plan: PrecisionPlan, storage: Storage) -> Iterator[StoredMatrix]:
+    """Every matrix of the graphs. Heads are padded where the dialect pads them; of the vision expert's last layer only
+    keys and values are shipped."""
+    for linear in linears(geometry):
+        rows = _rows(geometry, linear, storage)
+        if rows:
+            part, graph = _place(linear)
+            yield StoredMatrix(linear.target, part, graph, rows, linear.in_width, plan[linear.target])
+
+
+def _place(linear: Linear) -> tuple[str, str]:
+    """Part and graph of a linear."""
+    if linear.part != "decoder":
+        return linear.part, "decoder_text" if linear.part == "lm_head" else "vision"
+    expert = linear.target.split(".")[3]
+    return f"{expert}_experts", "decoder_vision" if expert == "vision" else "decoder_text"
+
+
+def _rows(geometry: Geometry, linear: Linear, storage: Storage) -> int:
+    """Output rows as shipped; 0 for a matrix that is not."""
+    vision, heads = geometry.vision, HeadLayout(geometry.decoder)
+    if linear.part == "vision" and linear.target.endswith(".qkv.weight"):
+        return 3 * vision.num_heads * (kernel_width(vision.head_dim) if storage.dialect == "trt" else vision.head_dim)
+    if linear.part != "decoder":
+        return linear.out_width
+    _, _, index, expert, name, _ = linear.target.split(".")
+    is_cut = expert == "vision" and int(index) == geometry.decoder.num_layers - 1
+    if name == "qkv":
+        counted = 2 * heads.decoder.num_kv_heads if is_cut else heads.decoder.num_heads + 2 * heads.decoder.num_kv_heads
+        return counted * heads.padded
+    return 0 if is_cut else linear.out_width
+
+
+def small_bytes(geometry: Geometry, storage: Storage) -> dict[str, int]:
+    """Bytes of everything in a graph that is no matrix of a product: norms, biases, patches, positions; by graph."""
+    sizes = {"vision": 4 * (_vision_values(geometry, storage) + _connector_values(geometry))}
+    for expert in geometry.decoder.experts:
+        values = _decoder_values(geometry.decoder, expert)
+        if storage.dialect == "trt":  # cosines and sines of every slot
+            values += geometry.decoder.context_tokens * HeadLayout(geometry.decoder).padded
+        sizes[GRAPH_OF_EXPERT[expert.name]] = 4 * values
+    return sizes
+
+
+def _vision_values(geometry: Geometry, storage: Storage) -> int:
+    vision = geometry.vision
+    head = kernel_width(vision.head_dim) if storage.dialect == "trt" else vision.head_dim
+    per_layer = 3 * vision.num_heads * head + vision.width + vision.mlp_width + vision.width + 4 * vision.width
+    patches = 3 * vision.patch_px**2 * vision.width + vision.width
+    return patches + (vision.num_patches + 2) * vision.width + vision.num_layers * per_layer
+
+
+def _connector_values(geometry: Geometry) -> int:
+    values = 0
+    for step in geometry.connector.steps:
+        if isinstance(step, Downsample):
+            values += step.out_width
+        elif isinstance(step, Norm | BoundaryRows):
+            values += 2 * step.width
+    return values
+
+
+def _decoder_values(decoder: DecoderSpec, expert: ExpertSpec) -> int:
+    padded, is_vision = HeadLayout(decoder).padded, expert.name == "vision"
+    norms = (2 * decoder.num_layers + (-1 if is_vision else 1)) * decoder.hidden
+    if not expert.qkv_bias:
+        return norms
+    whole = (decoder.num_heads + 2 * decoder.num_kv_heads) * padded
+    last = 2 * decoder.num_kv_heads * padded if is_vision else whole
+    return norms + (decoder.num_layers - 1) * whole + last
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of what a bundle ships: by part (the keys are WEIGHT_PARTS), and by graph (embedding left out)."""
+
+    parts: dict[str, int]
+    graphs: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.parts.values())
+
+
+def weight_sizes(geometry: Geometry, plan: PrecisionPlan, storage: Storage) -> WeightSizes:
+    """What the bundle of a model weighs."""
+    parts, graphs = dict.fromkeys(WEIGHT_PARTS, 0), small_bytes(geometry, storage)
+    parts["other"] = sum(graphs.values())
+    for matrix in stored_matrices(geometry, plan, storage):
+        size = storage.matrix_bytes(matrix.rows, matrix.width, matrix.precision)
+        parts[matrix.part] += size
+        graphs[matrix.graph] += size
+    decoder = geometry.decoder
+    parts["embedding"] = storage.embedding_bytes(decoder.vocab_size, decoder.hidden, plan["embedding.weight"])
+    return WeightSizes(parts, graphs)
+
+
+def kv_bytes_per_token(decoder: DecoderSpec, kind: str) -> int:
+    """Bytes that keys and values of one token take in all layers, `kind` being fp16 or fp32."""
+    return 2 * FLOAT_BYTES[kind] * decoder.num_layers * decoder.num_kv_heads * HeadLayout(decoder).padded

@@ -1,0 +1,159 @@
+"""The inner loops compiled by numba, which needs no compiler on the user's machine. They do what `inner` describes, in
+tiles of outputs that stay in the first-level cache, and release Python's lock.
+
+Compiled code is cached on disk by numba; where no cache can be written it is compiled anew in each process.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from vlmdeploy.quant.grid import Codes, Floats
+from vlmdeploy.quant.numpy_loops import TILE, Ints, Loops, in_parallel
+
+ROWS_AT_ONCE = 16  # rows of a weight matrix handed to one thread of the scale search
+
+
+def _compiled(function: Callable[..., None], fastmath: bool | set[str] = False) -> Any:
+    try:
+        return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
+    except RuntimeError:  # numba's way to say that it found no folder for its cache
+        return numba.njit(nogil=True, fastmath=fastmath)(function)
+
+
+def _search(
+    weights: Floats,
+    omega: Floats,
+    scales: Floats,
+    zeros: Codes,
+    max_code: np.float32,
+    best: Ints,
+    start: int,
+    stop: int,
+) -> None:
+    candidates, groups, size = scales.shape[0], weights.shape[1], weights.shape[2]
+    for row in range(start, stop):
+        for group in range(groups):
+            least = np.float32(np.inf)
+            for candidate in range(candidates):
+                scale = scales[candidate, row, group]
+                inverse = np.float32(1) / scale
+                zero = np.float32(zeros[candidate, row, group])
+                error = np.float32(0)
+                for place in range(size):
+                    weight = weights[row, group, place]
+                    code = min(max(np.rint(weight * inverse) + zero, np.float32(0)), max_code)
+                    distance = weight - scale * (code - zero)
+                    error += omega[group, place] * distance * distance
+                if error < least:
+                    least = error
+                    best[row, group] = candidate
+
+
+def _block(
+    targets: Floats,
+    weights: Floats,
+    lower: Floats,
+    scales: Floats,
+    zeros: Floats,
+    groups: Ints,
+    columns: Ints,
+    codes: Codes,
+    max_code: np.float32,
+    start: int,
+    stop: int,
+) -> None:
+    size = targets.shape[0]
+    tile = np.empty((size, TILE), np.float32)
+    errors = np.zeros(TILE, np.float32)
+    for left in range(start, stop, TILE):
+        width = min(TILE, stop - left)
+        tile[:, :width] = targets[:, left : left + width]
+        for place in range(size - 1, -1, -1):
+            group, column = groups[place], columns[place]
+            for out in range(width):
+                scale, zero = scales[group, left + out], zeros[group, left + out]
+                code = min(max(np.rint(tile[place, out] / scale) + zero, np.float32(0)), max_code)
+                codes[column, left + out] = np.uint8(code)
+                errors[out] = weights[place, left + out] - scale * (code - zero)
+                weights[place, left + out] = errors[out]
+            for other in range(place):
+                share = lower[place, other]
+                for out in range(TILE):
+                    tile[other, out] += share * errors[out]
+
+
+def _descend(
+    slopes: Floats,
+    errors: Floats,
+    codes: Codes,
+    scales: Floats,
+    zeros: Floats,
+    hessian: Floats,
+    max_code: np.float32,
+    start: int,
+    stop: int,
+) -> None:
+    size = slopes.shape[0]
+    tile = np.empty((size, TILE), np.float32)
+    change = np.zeros(TILE, np.float32)
+    for left in range(start, stop, TILE):
+        width = min(TILE, stop - left)
+        tile[:, :width] = slopes[:, left : left + width]
+        for place in range(size):
+            curvature = hessian[place, place]
+            moved = False
+            for out in range(width):
+                scale, old = scales[left + out], np.float32(codes[place, left + out])
+                new = min(max(np.rint(old - tile[place, out] / (scale * curvature)), np.float32(0)), max_code)
+                change[out] = scale * (new - old)
+                moved |= new != old
+                codes[place, left + out] = np.uint8(new)
+                errors[place, left + out] += change[out]
+            if moved:
+                for other in range(size):
+                    share = hessian[place, other]
+                    for out in range(TILE):
+                        tile[other, out] += share * change[out]
+        slopes[:, left : left + width] = tile[:, :width]
+
+
+# Sums may be reordered, so that they use vector units; Inf and NaN keep their meaning.
+_search_rows = _compiled(_search, fastmath={"reassoc", "contract", "nsz"})
+_block_columns = _compiled(_block, fastmath={"contract"})
+_descend_columns = _compiled(_descend, fastmath={"contract"})
+
+
+def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
+    """See `inner.search_scales`."""
+    top = np.float32(max_code)
+    in_parallel(lambda *rows: _search_rows(weights, omega, scales, zeros, top, best, *rows), len(weights), ROWS_AT_ONCE)
+
+
+def quantize_block(
+    targets: Floats,
+    weights: Floats,
+    lower: Floats,
+    scales: Floats,
+    zeros: Floats,
+    groups: Ints,
+    columns: Ints,
+    codes: Codes,
+    max_code: int,
+) -> None:
+    """See `inner.quantize_block`."""
+    arrays = (targets, weights, lower, scales, zeros, groups, columns, codes, np.float32(max_code))
+    in_parallel(lambda *outs: _block_columns(*arrays, *outs), targets.shape[1])
+
+
+def descend(
+    slopes: Floats, errors: Floats, codes: Codes, scales: Floats, zeros: Floats, hessian: Floats, max_code: int
+) -> None:
+    """See `inner.descend`."""
+    arrays = (slopes, errors, codes, scales, zeros, hessian, np.float32(max_code))
+    in_parallel(lambda *outs: _descend_columns(*arrays, *outs), slopes.shape[1])
+
+
+COMPILED_LOOPS = Loops(search_scales, quantize_block, descend, is_compiled=True)

@@ -1,0 +1,91 @@
+"""The report that `vlmdeploy quantize` writes beside the weights: its shape, and reading it back, for everyone who
+shows it or goes on by it. Writing it is left to `calib`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlmdeploy.bundle import from_json
+from vlmdeploy.errors import BundleError, ConfigError
+from vlmdeploy.model.checkpoint import read_json
+from vlmdeploy.spec.model import Config
+
+REPORT_NAME = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """How one linear was quantized; errors are relative to the mean square of its outputs, on rows of `judged_rows`.
+
+    method: "gptq" or "rtn". held_out_error is None without held-out tokens. condition_number: of the damped Hessian.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    method: str
+    tokens: int = 0
+    samples: int = 0
+    held_out_tokens: int = 0
+    damping: float | None = None
+    sweeps: int = 0
+    asymmetric: bool = False
+    dead_inputs: int = 0
+    effective_rank: float | None = None
+    condition_number: float | None = None
+    calibration_error: float | None = None
+    held_out_error: float | None = None
+    held_out_error_rtn: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertCoverage:
+    """Calibration and held-out tokens of an expert, the encoder or the connector, and the samples they come from."""
+
+    expert: str
+    tokens: int
+    samples: int
+    held_out_tokens: int
+    wanted_tokens: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of what decided the result, what is read again."""
+
+    parts: dict[str, str]
+    hessian: str
+    quality: str
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    data: str
+    samples: int
+    experts: tuple[ExpertCoverage, ...]
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class _Report:
+    settings: _Settings
+    calibration: _Calibration
+    size_bytes: int
+    linears: tuple[LinearReport, ...]
+
+
+def read_report(folder: Path) -> Config:
+    """The report in a folder, with every key of every linear; {} where there is none. Raises ConfigError for a file
+    that is no such report."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+        report = from_json(_Report, content, str(path))
+    except (ConfigError, BundleError, RecursionError) as error:
+        found = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(
+            f"{path}: damaged ({found}); remove the file, or the whole folder to quantize again"
+        ) from error
+    return {**content, "linears": [asdict(linear) for linear in report.linears]}

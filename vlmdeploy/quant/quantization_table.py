@@ -1,0 +1,86 @@
+"""A quantization report in tables, for people: coverage of the experts, errors by kind of linear, chosen widths."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+Rows = list[list[str]]
+COVERAGE_COLUMNS = ["expert", "calibration tokens", "samples", "held-out tokens", "wanted tokens"]
+ERROR_COLUMNS = [
+    "linears", "bits / group", "method", "tokens", "effective rank", "condition", "held-out error", "of RTN's",
+]  # fmt: skip
+
+
+def coverage_rows(report: dict[str, Any]) -> Rows:
+    """One line for each expert."""
+    experts = report["calibration"]["experts"]
+    keys = ("tokens", "samples", "held_out_tokens", "wanted_tokens")
+    return [[expert["expert"], *(f"{expert[key]:,}" for key in keys)] for expert in experts]
+
+
+def error_rows(report: dict[str, Any], each: bool) -> Rows:
+    """One line for each linear, or for each kind of linear: the mean over layers."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for linear in report["linears"]:
+        name = linear["name"].removesuffix(".weight")
+        groups[name if each else re.sub(r"\.\d+\.", ".*.", name)].append(linear)
+    return [[name, *_cells(linears)] for name, linears in groups.items()]
+
+
+def _cells(linears: list[dict[str, Any]]) -> list[str]:
+    return [
+        _counted(f"{linear['bits']} / {linear['group_size']}" for linear in linears),
+        _counted(_method(linear) for linear in linears),
+        _mean(linears, "tokens", "{:,.0f}"),
+        _mean(linears, "effective_rank", "{:.0f}"),
+        _mean(linears, "condition_number", "{:.1e}"),
+        _mean(linears, "held_out_error", "{:.2e}"),
+        _ratio(linears),
+    ]
+
+
+def _method(linear: dict[str, Any]) -> str:
+    if linear["method"] != "gptq":
+        return f"{linear['method']}: {linear['note']}" if linear["note"] else linear["method"]
+    extra = f", {linear['sweeps']} sweeps" if linear["sweeps"] else ""
+    return f"gptq, damping {linear['damping']:g}{extra}"
+
+
+def _counted(values: Iterable[str]) -> str:
+    counts = Counter(values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{count} x {value}" for value, count in counts.most_common(3))
+
+
+def _mean(linears: list[dict[str, Any]], key: str, form: str) -> str:
+    values = [linear[key] for linear in linears if linear[key] is not None]
+    return form.format(np.mean(values)) if values else ""
+
+
+def _ratio(linears: list[dict[str, Any]]) -> str:
+    ratios = [
+        linear["held_out_error"] / linear["held_out_error_rtn"]
+        for linear in linears
+        if linear["held_out_error"] is not None and linear["held_out_error_rtn"]
+    ]
+    return f"{np.mean(ratios):.3f}" if ratios else ""
+
+
+def summary_rows(report: dict[str, Any]) -> Rows:
+    """What a run did, in a few lines."""
+    settings, calibration = report["settings"], report["calibration"]
+    bits = Counter(f"{linear['bits']} bits, groups of {linear['group_size']}" for linear in report["linears"])
+    rows = [
+        ["data", calibration["data"]],
+        ["samples", str(calibration["samples"])],
+        ["left out as broken", str(calibration.get("skipped", 0))],
+        ["hessians", settings["hessian"]],
+        ["quality", settings["quality"]],
+        ["linears", "; ".join(f"{count} with {kind}" for kind, count in bits.most_common())],
+        ["weights on disk", f"{report['size_bytes'] / 1e6:,.1f} MB"],
+    ]
+    return [row for row in rows if row[1] not in ("0", "")]

@@ -1,0 +1,225 @@
+"""From evaluations to the report: every figure that its page shows is computed here, from answers and measurements."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vlmdeploy.bundle import from_json
+from vlmdeploy.data.samples import Sample
+from vlmdeploy.quant.quantization_report import REPORT_NAME, LinearReport, read_report
+from vlmdeploy.report.compared import (
+    DRIFT_EDGES,
+    LEAST_FALL,
+    drift,
+    drift_counts,
+    falls_of,
+    first_box,
+    flips_of,
+    worst,
+)
+from vlmdeploy.report.document import (
+    BoxExample,
+    Frontier,
+    Grounding,
+    LayerErrors,
+    ModelResult,
+    Point,
+    Regression,
+    Subject,
+)
+from vlmdeploy.report.evaluation import Evaluation
+from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.report.wording import metric_name, task_name
+from vlmdeploy.score.answerers import Validation, agreement
+from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, paired_differences, score
+
+SHOWN_REGRESSIONS = 9
+SHOWN_BOXES = 4
+LAYER = re.compile(r"(vision|decoder)\.layers\.(\d+)\.(.+)")
+
+
+def model_result(
+    subject: Subject,
+    samples: Sequence[Sample],
+    evaluation: Evaluation,
+    reference: Evaluation | None,
+    pictures: PictureFolder,
+) -> ModelResult:
+    """The result of one model; reference None: it is the reference itself."""
+    predictions = evaluation.predictions(samples)
+    alone = ModelResult(
+        subject=subject,
+        tasks=score(predictions),
+        differences=None,
+        flips=None,
+        equal_answers=None,
+        agreement=evaluation.agreement,
+        text_only=evaluation.text_only,
+        grounding=None,
+        measurement=evaluation.measurement,
+        unmeasured=evaluation.unmeasured,
+        layer_errors=layer_errors(Path(subject.path)),
+        regressions=(),
+        num_regressions=0,
+        num_improvements=0,
+    )
+    return alone if reference is None else _compared(alone, reference.predictions(samples), predictions, pictures)
+
+
+def _compared(
+    alone: ModelResult, reference: list[Prediction], predictions: list[Prediction], pictures: PictureFolder
+) -> ModelResult:
+    falls = falls_of(reference, predictions)
+    deepest = worst(falls, [prediction.sample.task for prediction in predictions], SHOWN_REGRESSIONS)
+    return replace(
+        alone,
+        differences=paired_differences(reference, predictions),
+        flips=flips_of(reference, predictions),
+        equal_answers=agreement(Validation({}, tuple(reference)), Validation({}, tuple(predictions))),
+        grounding=_grounding(reference, predictions, pictures),
+        regressions=tuple(
+            _regression(reference[fall.place], predictions[fall.place], fall.metric, fall.before, fall.after, pictures)
+            for fall in deepest
+        ),
+        num_regressions=sum(fall.size >= LEAST_FALL for fall in falls),
+        num_improvements=sum(fall.size >= LEAST_FALL for fall in falls_of(predictions, reference)),
+    )
+
+
+def _regression(
+    before: Prediction, after: Prediction, metric: str, value: float, fallen: float, pictures: PictureFolder
+) -> Regression:
+    sample = before.sample
+    return Regression(
+        task=sample.task,
+        kind=sample.kind,
+        picture=None if sample.image is None else pictures.add(sample.image).name,
+        question=sample.turns[-1].user,
+        expected=_expected(sample),
+        reference_answer=before.text,
+        answer=after.text,
+        metric=metric,
+        before=value,
+        after=fallen,
+    )
+
+
+def _expected(sample: Sample) -> str:
+    if sample.references:
+        return " | ".join(dict.fromkeys(sample.references))
+    return "; ".join(", ".join(f"{edge:g}" for edge in box) for box in sample.boxes)
+
+
+def _grounding(reference: list[Prediction], predictions: list[Prediction], pictures: PictureFolder) -> Grounding | None:
+    """The boxes of `rec` questions beside each other; None where there are none."""
+    pairs = [
+        (before, after) for before, after in zip(reference, predictions, strict=True) if before.sample.task == "rec"
+    ]
+    if not pairs:
+        return None
+    boxes = [(first_box(before), first_box(after)) for before, after in pairs]
+    drifts = [drift(one, other) if one and other else None for one, other in boxes]
+    known = [value for value in drifts if value is not None]
+    order = sorted(range(len(pairs)), key=lambda place: -1e9 if drifts[place] is None else -(drifts[place] or 0.0))
+    moved = [place for place in order if drifts[place] != 0] or order[:1]
+    examples = [_box_example(*pairs[place], drifts[place], pictures) for place in moved[:SHOWN_BOXES]]
+    median, p95 = np.quantile(known, (0.5, 0.95)).tolist() if known else (0.0, 0.0)
+    return Grounding(len(known), DRIFT_EDGES, drift_counts(known), median, p95, tuple(examples))
+
+
+def _box_example(before: Prediction, after: Prediction, moved: float | None, pictures: PictureFolder) -> BoxExample:
+    sample = before.sample
+    assert sample.image is not None, "a question for a box has a picture"
+    shown = pictures.add(sample.image)
+    one, other = first_box(before), first_box(after)
+    return BoxExample(
+        picture=shown.name,
+        question=sample.turns[-1].user,
+        expected=shown.scaled(sample.boxes[0]),
+        reference=None if one is None else shown.scaled(one.pixels),
+        model=None if other is None else shown.scaled(other.pixels),
+        drift=moved,
+        iou=0.0 if other is None else box_iou(other.pixels, sample.boxes[0]),
+    )
+
+
+def layer_errors(folder: Path) -> LayerErrors | None:
+    """The held-out errors of a bundle's or checkpoint's quantization report; None where there is none. Raises
+    ConfigError for a file that is no such report."""
+    content = read_report(folder)
+    if not content:
+        return None
+    linears = [from_json(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]
+    cells = {_cell(linear.name): linear for linear in linears}
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = list(dict.fromkeys(column for _, column in cells))
+    table = [[cells.get((row, column)) for column in columns] for row in rows]
+    return LayerErrors(
+        rows=tuple(rows),
+        columns=tuple(columns),
+        errors=tuple(tuple(_error(cell) for cell in row) for row in table),
+        ratios=tuple(tuple(_ratio(cell) for cell in row) for row in table),
+        bits=tuple(tuple(None if cell is None else cell.bits for cell in row) for row in table),
+    )
+
+
+def _cell(name: str) -> tuple[str, str]:
+    """Row and column of a linear: "decoder.layers.3.language.qkv.weight" -> ("decoder 3", "language qkv")."""
+    short = name.removesuffix(".weight")
+    match = LAYER.fullmatch(short)
+    if match is not None:
+        return f"{match[1]} {match[2]}", match[3].replace(".", " ")
+    part, _, rest = short.partition(".")
+    return part.replace("_", " "), rest.replace(".", " ") or "all"
+
+
+def _error(linear: LinearReport | None) -> float | None:
+    return None if linear is None else linear.held_out_error
+
+
+def _ratio(linear: LinearReport | None) -> float | None:
+    if linear is None or linear.held_out_error is None or not linear.held_out_error_rtn:
+        return None
+    return linear.held_out_error / linear.held_out_error_rtn
+
+
+def frontier(results: Sequence[ModelResult]) -> Frontier | None:
+    """Accuracy against latency and memory, of the models that were measured; None where none was."""
+    measured = [result for result in results if result.measurement is not None]
+    if not measured:
+        return None
+    tasks = [task for task in TASK_METRICS if task in results[0].tasks]
+    metrics = tuple(f"{task_name(task)} {metric_name(TASK_METRICS[task][0])}" for task in tasks)
+    points = [_point(result, tasks) for result in measured]
+    measurement = measured[0].measurement
+    assert measurement is not None, "only measured ones are here"
+    judged = tuple(_judged(point, points) for point in points)
+    return Frontier(metrics, measurement.new_tokens, judged)
+
+
+def _point(result: ModelResult, tasks: Sequence[str]) -> Point:
+    measurement = result.measurement
+    assert measurement is not None, "only measured ones come here"
+    accuracy = float(np.mean([result.tasks[task][TASK_METRICS[task][0]].value for task in tasks]))
+    latency = measurement.first_token.p50 + measurement.new_tokens * measurement.decode_per_token.p50
+    return Point(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)
+
+
+def _judged(point: Point, points: Sequence[Point]) -> Point:
+    return replace(point, is_dominated=any(dominates(other, point) for other in points))
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """Whether `one` is at least as good as `other` in accuracy, latency and memory, and better in one of them."""
+    mine, theirs = ((point.accuracy, -point.latency_ms, -point.peak_bytes) for point in (one, other))
+    return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+
+def questions_by_task(samples: Sequence[Sample]) -> dict[str, int]:
+    """How many questions of each task there are, in the order of TASK_METRICS."""
+    counts = Counter(sample.task for sample in samples)
+    return {task: counts[task] for task in TASK_METRICS if task in counts}

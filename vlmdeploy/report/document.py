@@ -1,0 +1,228 @@
+"""The report as data: everything that the page, the tables and the plots show is read from here, and only from here.
+
+`report.json` is this, by `asdict`; `read_report_json` reads it back. Shares are 0..1, differences are model minus
+reference, sizes bytes, times milliseconds, boxes pixels of the upright picture. Names of pictures are files in the
+report's folder.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmdeploy.bench.measurement import Measurement
+from vlmdeploy.bundle import from_json
+from vlmdeploy.data.samples import PixelBox
+from vlmdeploy.errors import BundleError, DataError
+from vlmdeploy.score.metrics import Score
+
+FORMAT = "1.0"
+JSON_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the report: a bundle, or a checkpoint that PyTorch ran.
+
+    precision: by part, as the manifest has it; {"all": dtype} for a checkpoint. sha256: of the checkpoint's bytes, for
+    a bundle of the one it was made from. size_bytes: on disk. versions: of what made the bundle.
+    """
+
+    name: str
+    path: str
+    kind: str  # "bundle" or "checkpoint"
+    family: str
+    target: str | None
+    provider: str | None
+    precision: dict[str, str]
+    group_sizes: dict[str, int]
+    quantization: str
+    notes: tuple[str, ...]
+    sha256: str
+    versions: dict[str, str]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Questions whose 0-or-1 metric differs from the reference's: lost ones it had right, gained ones it had wrong.
+
+    p_value: of McNemar's exact test, two-sided, questions taken as independent (those about one picture are not quite).
+    """
+
+    lost: int
+    gained: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a model's next-token distributions differ from the reference's, on the tokens of given answers.
+
+    kl: mean KL divergence of model from reference in nats per token; kl_median, kl_p99, kl_max over tokens. top1: share
+    of tokens where both put the same one first. perplexity: of the given answers, exp of the mean negative
+    log-probability per token; reference_perplexity: the reference's on the same tokens. Intervals hold 95 %, by a
+    bootstrap over pictures. source: which questions and answers these are, in words.
+    """
+
+    source: str
+    questions: int
+    tokens: int
+    kl: Score
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1: Score
+    perplexity: Score
+    reference_perplexity: float
+
+
+@dataclass(frozen=True)
+class BoxExample:
+    """A picture with the box that was meant, and those that the reference and the model answered (None: no box)."""
+
+    picture: str
+    question: str
+    expected: PixelBox
+    reference: PixelBox | None
+    model: PixelBox | None
+    drift: float | None
+    iou: float
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """Boxes beside the reference's. Drift: the farthest that any edge of the box moved, in thousandths of the picture's
+    side along that edge's axis, over the `both` questions to which both models gave a box.
+
+    counts[i] is the number of drifts from edges[i] (inclusive) to edges[i + 1] (exclusive; the last inclusive).
+    """
+
+    both: int
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    drift_median: float
+    drift_p95: float
+    examples: tuple[BoxExample, ...]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A question that the model answers worse than the reference; `metric` is the one that fell the most."""
+
+    task: str
+    kind: str
+    picture: str | None
+    question: str
+    expected: str
+    reference_answer: str
+    answer: str
+    metric: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Held-out errors of quantized linears: relative to the mean square of their outputs (None: not measured).
+
+    rows: one per layer ("vision 0", "decoder 3", ...), columns: kinds of linear with their expert ("language qkv").
+    errors[row][column]; ratios: the same beside round-to-nearest's. bits[row][column] of the codes.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    errors: tuple[tuple[float | None, ...], ...]
+    ratios: tuple[tuple[float | None, ...], ...]
+    bits: tuple[tuple[int | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All that is known of one model. What compares with the reference is None for the reference itself.
+
+    layer_errors: None where there is no quantization report. measurement: None where nothing was measured, and
+    `unmeasured` says why.
+    """
+
+    subject: Subject
+    tasks: dict[str, dict[str, Score]]
+    differences: dict[str, dict[str, Score]] | None
+    flips: dict[str, dict[str, Flips]] | None
+    equal_answers: Score | None
+    agreement: Agreement | None
+    text_only: Agreement | None
+    grounding: Grounding | None
+    measurement: Measurement | None
+    unmeasured: str | None
+    layer_errors: LayerErrors | None
+    regressions: tuple[Regression, ...]
+    num_regressions: int
+    num_improvements: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in the plot of accuracy, latency and memory; dominated: another is at least as good in all three, and
+    better in one. latency_ms: to the first token plus `new_tokens` decoded ones; memory: the highest of all phases."""
+
+    name: str
+    accuracy: float
+    latency_ms: float
+    peak_bytes: int
+    is_dominated: bool
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What the points mean. accuracy: the mean over tasks of each one's first metric, named in `metrics`."""
+
+    metrics: tuple[str, ...]
+    new_tokens: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class DataUsed:
+    """The data set: what it was taken for, a hash of its rows, and how many questions of each task were asked."""
+
+    path: str
+    description: str
+    sha256: str
+    questions: dict[str, int]
+    pictures: int
+    seed: int
+    template: str | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model that could not be made or scored, and the one line that says why."""
+
+    name: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report. `reference` is the name of the model that all others are compared with, the first of `models`."""
+
+    title: str
+    created: str  # date and time with zone, ISO 8601
+    command: str
+    versions: dict[str, str]
+    host: dict[str, str]
+    data: DataUsed
+    reference: str
+    models: tuple[ModelResult, ...]
+    frontier: Frontier | None
+    failures: tuple[Failure, ...] = ()
+    format: str = FORMAT
+
+
+def read_report_json(path: Path) -> Report:
+    """A report read back. Raises DataError for a file that is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(Report, content, str(path))
+    except (ValueError, BundleError) as error:
+        raise DataError(f"{path}: is no report of this version ({error})") from error

@@ -1,0 +1,257 @@
+"""A model of the report, opened: it answers questions, gives next-token distributions, and tells what it is.
+
+Bundles run in the runtime, checkpoints in PyTorch.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import vlmdeploy
+from vlmdeploy.bundle import MANIFEST_NAME, Manifest, read_manifest
+from vlmdeploy.data.samples import Sample
+from vlmdeploy.errors import BackendError, BundleError, ConfigError
+from vlmdeploy.layout import token_types_of
+from vlmdeploy.report.distributions import Floats, GivenAnswer
+from vlmdeploy.report.document import Subject
+from vlmdeploy.runtime.session import Session
+from vlmdeploy.score.answerers import BundleAnswerer, QuestionMaker
+from vlmdeploy.score.metrics import Prediction
+
+FINGERPRINT_ROWS = 64  # of the embedding table, to tell one model from another
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What two models must share to be compared: the family and sizes, the vocabulary, and nearly the embedding.
+
+    tokenizer: its JSON; embedding: some rows, float32 [rows, hidden].
+    """
+
+    family: str
+    sizes: tuple[tuple[str, int], ...]
+    tokenizer: str
+    embedding: Floats
+
+
+class OpenedModel(Protocol):
+    """What the report asks of a model."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt and answer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of a distribution."""
+
+    @property
+    def maker(self) -> QuestionMaker:
+        """How this model's prompts are made."""
+
+    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
+        """One prediction for each sample, in their order."""
+
+    def answer_logits(self, given: GivenAnswer) -> Floats:
+        """Logits of every token of the answer, float32 [answer, vocab]. Raises BackendError where one is not finite."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How models are opened and asked."""
+
+    template: str | None = None
+    tokenizer: Path | None = None
+    threads: int | None = None
+    provider: str | None = None
+    max_new_tokens: int = 64
+
+
+def open_model(path: Path, options: OpenOptions) -> "OpenedBundle | OpenedCheckpoint":
+    """Open a bundle or a checkpoint. Raises what opening it raises."""
+    return OpenedBundle(path, options) if is_bundle(path) else OpenedCheckpoint(path, options)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether this folder is a bundle; otherwise it is taken for a checkpoint."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+class OpenedBundle:
+    """A bundle, opened by the runtime."""
+
+    def __init__(self, path: Path, options: OpenOptions) -> None:
+        self.path = path
+        self.session: Session = vlmdeploy.open(path, provider=options.provider, threads=options.threads)
+        self.maker = QuestionMaker(self.session.manifest, self.session.tokenizer, options.template)
+        self._answerer = BundleAnswerer(self.session, options.max_new_tokens, options.template)
+
+    @property
+    def context_tokens(self) -> int:
+        """See OpenedModel."""
+        return self.session.manifest.context_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """See OpenedModel."""
+        return self.session.manifest.embedding.vocab_size
+
+    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
+        """See OpenedModel."""
+        return self._answerer.answers(samples)
+
+    def answer_logits(self, given: GivenAnswer) -> Floats:
+        """See OpenedModel."""
+        ids = np.concatenate((given.prompt, given.answer[:-1]))
+        return _finite(self.session.logits(ids, given.pixels, last=len(given.answer)), given, self.path)
+
+    def close(self) -> None:
+        """See OpenedModel."""
+        self.session.close()
+
+
+class OpenedCheckpoint:
+    """A checkpoint in PyTorch, whole."""
+
+    def __init__(self, path: Path, options: OpenOptions) -> None:
+        from vlmdeploy.model.tokenizer import checkpoint_tokenizer, import_tokenizer
+        from vlmdeploy.runtime.chat import Tokenizer
+        from vlmdeploy.score.torch_answerer import TorchAnswerer
+
+        tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(path, options.tokenizer)))
+        self.path = path
+        self.model = vlmdeploy.load_model(path)
+        self.maker = QuestionMaker(self.model.spec, tokenizer, options.template)
+        self._answerer = TorchAnswerer(
+            self.model, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template
+        )
+
+    @property
+    def context_tokens(self) -> int:
+        """See OpenedModel."""
+        return self.model.spec.decoder.context_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """See OpenedModel."""
+        return self.model.spec.decoder.vocab_size
+
+    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
+        """See OpenedModel."""
+        return self._answerer.answers(samples)
+
+    def answer_logits(self, given: GivenAnswer) -> Floats:
+        """See OpenedModel."""
+        import torch
+
+        ids = np.concatenate((given.prompt, given.answer[:-1]))
+        types = token_types_of(ids, self.model.spec.tokens, has_image=given.pixels is not None)
+        images = None if given.pixels is None else torch.from_numpy(given.pixels)
+        with torch.no_grad():
+            logits = self.model(torch.from_numpy(ids)[None], images, token_type_ids=torch.from_numpy(types)[None])
+        return _finite(logits[0, -len(given.answer) :].numpy(), given, self.path)
+
+    def close(self) -> None:
+        """See OpenedModel; PyTorch frees the weights with the object."""
+
+
+def _finite(logits: Floats, given: GivenAnswer, path: Path) -> Floats:
+    if not np.isfinite(logits).all():
+        question = given.sample.turns[-1].user
+        raise BackendError(f"{path}: logits of the answer to {question[:80]!r} are not finite: nothing to compare")
+    return logits
+
+
+def subject_of(path: Path, name: str) -> Subject:
+    """What a model is, from its files. Raises BundleError, ConfigError and WeightsError."""
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if is_bundle(path):
+        return _bundle_subject(path, name, read_manifest(path), size)
+    from vlmdeploy.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(path)
+    kind = "gptq" if checkpoint.is_quantized else "none"
+    return Subject(
+        name, str(path), "checkpoint", checkpoint.spec.family, None, None, {"all": "fp32 in PyTorch"}, {}, kind, (),
+        checkpoint.fingerprint(), {}, size,
+    )  # fmt: skip
+
+
+def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> Subject:
+    if not manifest.has_tokenizer:
+        raise BundleError(f"{path}: an ids-only bundle cannot be asked questions: export it with --tokenizer FILE")
+    made = manifest.made_by
+    return Subject(
+        name, str(path), "bundle", manifest.family, manifest.target, manifest.provider, manifest.precision,
+        manifest.group_sizes, made.quantization, made.notes, made.checkpoint_sha256, made.versions, size,
+    )  # fmt: skip
+
+
+def identity_of(path: Path, tokenizer: Path | None) -> Identity:
+    """What tells one model from another. Raises ConfigError, WeightsError and BundleError."""
+    return _bundle_identity(path) if is_bundle(path) else _checkpoint_identity(path, tokenizer)
+
+
+def _bundle_identity(path: Path) -> Identity:
+    from vlmdeploy.runtime.embedding import EmbeddingTable
+    from vlmdeploy.runtime.session import TOKENIZER_NAME
+
+    manifest = read_manifest(path)
+    cache, info = manifest.cache, manifest.embedding
+    sizes = {
+        "decoder layers": cache.num_layers, "KV heads": cache.kv_heads, "hidden width": info.hidden,
+        "vocabulary": info.vocab_size, "image side": manifest.image.size_px,
+        "rows of an image": manifest.tokens.rows_per_image,
+    }  # fmt: skip
+    rows = EmbeddingTable(path, info)[_fingerprint_rows(info.vocab_size)]
+    text = (path / TOKENIZER_NAME).read_text(encoding="utf-8") if manifest.has_tokenizer else ""
+    return Identity(manifest.family, tuple(sizes.items()), text, rows)
+
+
+def _checkpoint_identity(path: Path, tokenizer: Path | None) -> Identity:
+    from vlmdeploy.model.checkpoint import Checkpoint
+    from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
+
+    checkpoint = Checkpoint(path)
+    spec, decoder = checkpoint.spec, checkpoint.spec.decoder
+    sizes = {
+        "decoder layers": decoder.num_layers, "KV heads": decoder.num_kv_heads, "hidden width": decoder.hidden,
+        "vocabulary": decoder.vocab_size, "image side": spec.image.size_px,
+        "rows of an image": spec.tokens.rows_per_image,
+    }  # fmt: skip
+    wanted = _fingerprint_rows(decoder.vocab_size)
+    rows = np.concatenate([checkpoint.rows("embedding.weight", row, row + 1).numpy() for row in wanted.tolist()])
+    source = find_tokenizer(tokenizer or path)
+    text = "" if source is None else import_tokenizer(source).to_str(pretty=True)
+    return Identity(spec.family, tuple(sizes.items()), text, rows)
+
+
+def _fingerprint_rows(vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.unique(np.linspace(0, vocab_size - 1, FINGERPRINT_ROWS).astype(np.int64))
+
+
+FARTHEST_EMBEDDING = 0.35  # relative error of the rows: int4 codes with groups of 128 stay below 0.15
+
+
+def check_same_model(first: Path, one: Identity, second: Path, other: Identity) -> None:
+    """Raise ConfigError, naming the first thing that differs, unless both come from one model."""
+    if one.family != other.family:
+        raise ConfigError(f"{second}: is a {other.family}, {first} a {one.family}: only one model's versions compare")
+    for (name, wanted), (_, found) in zip(one.sizes, other.sizes, strict=True):
+        if wanted != found:
+            raise ConfigError(f"{second}: {name} {found}, and {wanted} in {first}: only one model's versions compare")
+    if one.tokenizer and other.tokenizer and one.tokenizer != other.tokenizer:
+        raise ConfigError(f"{second}: its tokenizer is not that of {first}: answers would not compare token by token")
+    size = float(np.linalg.norm(one.embedding))
+    distance = float(np.linalg.norm(one.embedding - other.embedding)) / max(1e-30, size)
+    if not distance < FARTHEST_EMBEDDING:
+        raise ConfigError(
+            f"{second}: its embedding table differs from that of {first} by {distance:.2f} of its size, more than "
+            f"rounding does ({FARTHEST_EMBEDDING}): is it made from another checkpoint?"
+        )

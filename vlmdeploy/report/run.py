@@ -1,0 +1,304 @@
+"""`vlmdeploy report`: every model is asked the same questions, measured in a process of its own, and compared with the
+first one. What is done is kept in OUT.partial until the report is whole."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import vlmdeploy
+from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
+from vlmdeploy.bench.machine import machine
+from vlmdeploy.data.questions import PromptStyle, QuestionOptions
+from vlmdeploy.data.samples import Sample, choose
+from vlmdeploy.data.source import DataSource, open_source
+from vlmdeploy.errors import ConfigError, DataError, ExportError
+from vlmdeploy.export.options import Progress, no_progress
+from vlmdeploy.report.collect import frontier, layer_errors, model_result, questions_by_task
+from vlmdeploy.report.document import JSON_NAME, DataUsed, Failure, Report
+from vlmdeploy.report.evaluation import Store
+from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
+from vlmdeploy.report.files import write_report
+from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
+from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.score.answerers import MAX_NEW_TOKENS
+from vlmdeploy.score.metrics import check_scorable
+
+EVALUATIONS = "evaluations"
+PACKAGES = ("numpy", "onnxruntime", "torch", "tokenizers", "pillow", "matplotlib", "jinja2")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report is made of. ref: a checkpoint, or None: the first bundle is the reference.
+
+    per_task: at most this many questions of each task. agreement_questions: with pictures, and text_questions without,
+    whose token distributions are compared.
+    """
+
+    bundles: tuple[Path, ...]
+    data: Path
+    out: Path
+    ref: Path | None = None
+    per_task: int | None = None
+    seed: int = 0
+    questions: QuestionOptions | None = None
+    asked: OpenOptions = field(default_factory=OpenOptions)
+    agreement_questions: int = 200
+    text_questions: int = 50
+    measured: Measured = field(default_factory=Measured)
+    title: str | None = None
+    force: bool = False
+
+
+def read_report_options(
+    bundles: tuple[Path, ...],
+    data: Path,
+    out: Path,
+    ref: Path | None,
+    *,
+    per_task: int | None = None,
+    seed: int = 0,
+    template: str | None = None,
+    tokenizer: Path | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    rule: str | None = None,
+    split: str | None = None,
+    prompt: PromptStyle = "vlmevalkit",
+    first_picture: bool = False,
+    images: Path | None = None,
+    grounding_prompt: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    new_tokens: int = 32,
+    repeat: int = 5,
+    residency: str = "all",
+    title: str | None = None,
+    force: bool = False,
+) -> ReportOptions:
+    """Options under the names that the command line gives them."""
+    questions = QuestionOptions(rule, prompt, split, first_picture, images)
+    if grounding_prompt is not None:
+        questions = replace(questions, grounding_prompt=grounding_prompt)
+    return ReportOptions(
+        bundles=bundles,
+        data=data,
+        out=out,
+        ref=ref,
+        per_task=per_task,
+        seed=seed,
+        questions=questions,
+        asked=OpenOptions(template, tokenizer, threads, provider, max_new_tokens),
+        measured=Measured(new_tokens, repeat, residency),
+        title=title,
+        force=force,
+    )
+
+
+def make_report(
+    options: ReportOptions,
+    progress: Progress = no_progress,
+    failures: tuple[Failure, ...] = (),
+    store: Store | None = None,
+) -> Report:
+    """Make the report at options.out. failures: of models that never came to be. store: where evaluations are kept
+    beyond this report.
+
+    Raises DataError for the questions, ConfigError where models are not versions of one, and what opening them raises;
+    nothing is left at options.out then, and what was evaluated is kept for the next try.
+    """
+    check_output(options.out, options.force, is_report)
+    models = ((options.ref,) if options.ref is not None else ()) + options.bundles
+    names = model_names(models)
+    source, samples = _questions(options)
+    _check_models(models, options)
+    subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
+    partial = partial_folder(options.out)
+    _check_partial(partial)
+    with locked(partial), _removed_if_empty(partial):
+        kept = store or Store(partial / EVALUATIONS)
+        asked = _asked(samples, options)
+        runner = Runner(asked, options.asked, options.measured, kept, partial, progress)
+        evaluations = runner.evaluate(models, subjects)
+        with staged_folder(options.out, options.force, is_report) as folder:
+            pictures, reference = PictureFolder(folder), next(evaluations)
+            results = (
+                model_result(subjects[0], samples, reference, None, pictures),
+                *(
+                    model_result(subject, samples, evaluation, reference, pictures)
+                    for subject, evaluation in zip(subjects[1:], evaluations, strict=True)
+                ),
+            )
+            report = Report(
+                title=options.title or f"{subjects[0].family}: what compression cost",
+                created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
+                command=shlex.join(["vlmdeploy", *sys.argv[1:]]),
+                versions=_versions(),
+                host=_host(),
+                data=_data_used(source, asked, options),
+                reference=names[0],
+                models=results,
+                frontier=frontier(results),
+                failures=failures,
+            )
+            write_report(report, folder)
+        remove_partial(partial, LOCK)
+    return report
+
+
+@contextmanager
+def _removed_if_empty(partial: Path) -> Iterator[None]:
+    """After an error OUT.partial stays only if something is kept in it."""
+    try:
+        yield
+    except BaseException:
+        if all(path.name == LOCK for path in partial.iterdir()):
+            remove_partial(partial, LOCK)
+        raise
+
+
+def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> str:
+    """Evaluate the reference of a sweep and keep its distributions in `folder`; the key that `evaluate_one` takes."""
+    assert options.ref is not None, "a sweep compares with its checkpoint"
+    runner = _runner_in(folder, options, progress)
+    return runner.reference(options.ref, subject_of(options.ref, options.ref.name)).key
+
+
+def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_key: str) -> None:
+    """Evaluate one bundle of a sweep and keep it in `folder`; the checkpoint, prepared there, is not read again."""
+    assert options.ref is not None, "a sweep compares with its checkpoint"
+    runner = _runner_in(folder, options, no_progress)
+    reference = Reference(runner, options.ref, reference_key)
+    reference.prepare()
+    runner.evaluation(bundle, subject_of(bundle, bundle.name), reference)
+
+
+def _runner_in(folder: Path, options: ReportOptions, progress: Progress) -> Runner:
+    _, samples = _questions(options)
+    store = Store(folder / EVALUATIONS)
+    return Runner(_asked(samples, options), options.asked, options.measured, store, folder, progress)
+
+
+def is_report(folder: Path) -> bool:
+    """Whether vlmdeploy wrote this folder as a report."""
+    path = folder / JSON_NAME
+    return path.is_file() and (folder / "report.html").is_file()
+
+
+def _check_partial(partial: Path) -> None:
+    """Raise ExportError for a folder of somebody else: what is kept on the way is deleted with the last step."""
+    for path in partial.iterdir() if partial.is_dir() else ():
+        if path.name not in (EVALUATIONS, TEXTS, LOCK) and not path.name.startswith(DISTRIBUTIONS):
+            raise ExportError(f"{partial}: holds {path.name}, which no unfinished report leaves; choose another --out")
+
+
+def model_names(models: Sequence[Path]) -> list[str]:
+    """A short name of each: its folder's, with as much of the way to it as tells them apart. Raises ConfigError if one
+    is given twice."""
+    absolute, resolved = [model.absolute() for model in models], [model.resolve() for model in models]
+    for place, path in enumerate(resolved):
+        if path in resolved[:place]:
+            raise ConfigError(f"{models[place]}: is given twice")
+    for depth in range(1, max(len(path.parts) for path in absolute) + 1):
+        names = [str(Path(*path.parts[-depth:])) for path in absolute]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths differ somewhere")
+
+
+def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
+    source = open_source(options.data, options=options.questions, to_score=True)
+    unscored = None if source.questions is None else source.questions.unscored
+    if unscored is not None:
+        raise DataError(f"{source.path}: {unscored}: a report needs answers to score")
+    samples = list(source.samples())
+    if options.per_task is not None:
+        samples = choose(samples, options.per_task, options.seed)
+    if not samples:
+        raise DataError(f"{source.path}: holds no questions")
+    check_scorable(samples, source.path)
+    return source, samples
+
+
+def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
+    for path in options.bundles:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder, expected a bundle")
+        if not is_bundle(path):
+            raise ConfigError(
+                f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
+            )
+    if options.ref is not None and is_bundle(options.ref):
+        raise ConfigError(
+            f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
+        )
+    for path in models:
+        layer_errors(path)  # a damaged one is told before all is asked, and not behind
+    first = identity_of(models[0], options.asked.tokenizer)
+    for path in models[1:]:
+        check_same_model(models[0], first, path, identity_of(path, None))
+
+
+def _asked(samples: list[Sample], options: ReportOptions) -> Asked:
+    pictured = [sample for sample in samples if sample.image is not None]
+    texts = [sample for sample in samples if sample.image is None]
+    source = "questions without a picture"
+    if not texts:
+        source = "questions whose pictures were left out"
+        texts = [_without_picture(sample) for sample in _spread(pictured, options.text_questions)]
+    compared = {
+        PICTURED: _spread(pictured, options.agreement_questions),
+        TEXTS: _spread(texts, options.text_questions),
+    }
+    words = {PICTURED: "questions with pictures", TEXTS: source}
+    found = {name: each for name, each in compared.items() if each}
+    return Asked(samples, found, {name: f"{words[name]}; {_answers_from(each)}" for name, each in found.items()})
+
+
+def _without_picture(sample: Sample) -> Sample:
+    return replace(sample, image=None, boxes=(), answer=None, answers=())
+
+
+def _answers_from(samples: list[Sample]) -> str:
+    given = sum(bool(sample.references) for sample in samples)
+    if given == len(samples):
+        return "answers as the data gives them"
+    return "answers as the reference gives them" if given == 0 else "answers of the data, or else of the reference"
+
+
+def _spread(samples: list[Sample], count: int) -> list[Sample]:
+    """At most `count` of them, evenly over the list."""
+    step = max(1.0, len(samples) / max(1, count))
+    return [samples[int(place * step)] for place in range(min(count, len(samples)))]
+
+
+def _data_used(source: DataSource, asked: Asked, options: ReportOptions) -> DataUsed:
+    pictures = {sample.image for sample in asked.samples if sample.image is not None}
+    here = f"{Path.cwd()}/"  # a path below is shown as people would write it here
+    return DataUsed(
+        str(source.path).removeprefix(here), source.description.replace(here, ""), asked.hashes[ALL],
+        questions_by_task(asked.samples), len(pictures), options.seed, options.asked.template,
+    )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {"vlmdeploy": vlmdeploy.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _host() -> dict[str, str]:
+    here = machine(None)
+    return {
+        "processor": here.cpu, "cores": str(here.logical_cores), "memory": f"{here.memory_bytes / 1e9:.1f} GB",
+        "system": here.kernel, **({"board": here.board} if here.board else {}),
+    }  # fmt: skip

@@ -1,0 +1,49 @@
+"""Which backend runs a bundle: chosen by what the bundle was made for, never by what happens to be installed."""
+
+from pathlib import Path
+
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.errors import BackendError
+from vlmdeploy.runtime.backends.door import Backend
+from vlmdeploy.runtime.backends.ort import PROVIDERS, OrtBackend
+from vlmdeploy.runtime.backends.ort_routed import RoutedOrtBackend
+from vlmdeploy.runtime.backends.trt import TrtBackend
+from vlmdeploy.runtime.backends.trt_routed import RoutedTrtBackend
+
+
+def open_backend(
+    folder: Path,
+    manifest: Manifest,
+    provider: str | None = None,
+    threads: int | None = None,
+    residency: str = "all",
+) -> Backend:
+    """The backend of a bundle. provider: the bundle's own (default), or for a TensorRT bundle "cpu", which runs its
+    graphs in ONNX Runtime. Raises BackendError where it is missing or another one is asked for."""
+    if provider is not None and provider not in PROVIDERS:
+        raise BackendError(f'provider is "{provider}", expected one of {", ".join(PROVIDERS)}')
+    if manifest.dialect == "trt":
+        if provider == "cuda":
+            raise BackendError(
+                f"{folder}: made for {manifest.target}, its engines run on the GPU without --provider; --provider cpu "
+                "runs its graphs in ONNX Runtime"
+            )
+        if provider is None:
+            return trt_backend_of(manifest)(folder, manifest, residency)
+        return ort_backend_of(manifest)(folder, manifest, threads, residency, provider)
+    if provider not in (None, manifest.provider):
+        raise BackendError(
+            f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
+            f"--provider {provider}"
+        )
+    return OrtBackend(folder, manifest, threads, residency, manifest.provider)
+
+
+def ort_backend_of(manifest: Manifest) -> type[OrtBackend]:
+    """What runs a bundle's graphs in ONNX Runtime: segments of equal expert, or a routed decoder."""
+    return RoutedOrtBackend if manifest.is_routed else OrtBackend
+
+
+def trt_backend_of(manifest: Manifest) -> type[TrtBackend]:
+    """What runs a bundle's engines."""
+    return RoutedTrtBackend if manifest.is_routed else TrtBackend

@@ -1,0 +1,350 @@
+"""The TensorRT backend: the bundle's engines over one KV cache on the device.
+
+Buffers are allocated once. Keys and values are written in place: past and present of a layer are one address. A decoded
+token is one launch of a captured CUDA graph. With residency "phase" the engines that only a prompt needs are unloaded
+when it is read, and loaded again for the next one.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import EngineInfo, Manifest
+from vlmdeploy.byte_sizes import gigabytes
+from vlmdeploy.errors import BackendError
+from vlmdeploy.layout import Bools, Ints, expert_of
+from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache
+from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
+from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
+from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
+
+logger = logging.getLogger("vlmdeploy")
+
+RESERVE_BYTES = 300 << 20  # CUDA context, libraries and kernels
+
+
+@dataclass
+class TrtCache:
+    """The KV cache of one prompt; only the newest one of a backend is valid, all use the same memory."""
+
+    length: int
+    capacity: int
+    positions: Ints
+
+
+class TrtBackend:
+    """Executes a bundle's engines with TensorRT or TensorRT-RTX."""
+
+    mixes_experts = False
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        residency: str = "all",
+        library: TensorrtLibrary | None = None,
+        device: CudaDevice | None = None,
+    ) -> None:
+        """Raises BackendError where library, GPU or engines are missing or do not fit, or memory is short."""
+        self.folder = folder
+        self.manifest = manifest
+        self.residency = residency
+        if not manifest.engines:
+            raise BackendError(
+                f"{folder}: has no engines yet: compile them on this machine with `vlmdeploy build`; --provider cpu "
+                "runs its graphs in ONNX Runtime"
+            )
+        self.library = library or import_tensorrt(library_of(manifest.target))
+        if manifest.plugin is not None and manifest.plugin.library:
+            load_plugin_library(folder / manifest.plugin.library, self.library)  # before an engine that needs it
+        self.device = device or CudaDevice()
+        self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
+        self.logit_rows = min(engine.logit_rows for engine in manifest.engines.values())
+        for info in manifest.engines.values():
+            check_engine(f"{folder / info.file}", info, self.library, self.device.compute_capability)
+        check_memory(folder, manifest, residency, self.device.free_bytes())
+        self._logger = self.library.logger(_tell)
+        self._runtime = self.library.module.Runtime(self._logger)
+        self._engines: dict[str, list[Engine]] = {}
+        self.batch = min(engine.batch for engine in manifest.engines.values())
+        sizes = buffer_bytes(manifest, self.chunk_rows, self.logit_rows, self.batch)
+        self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
+        self._scratch = self.device.allocate(0)
+        self._graph: Any = None
+        self._can_capture: bool | None = None  # not asked yet
+        self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
+        self._newest: KvCache | None = None
+
+    def engines(self, graph: str) -> list[Engine]:
+        """The engines of a graph in the order of their layers, loaded on first use."""
+        if graph not in self._engines:
+            infos = [info for info in self.manifest.engines.values() if info.graph == graph]
+            self._engines[graph] = [self._load(info) for info in sorted(infos, key=lambda info: info.part)]
+            self._grow_scratch(max(engine.scratch_bytes for engine in self._engines[graph]))
+        return self._engines[graph]
+
+    def _load(self, info: EngineInfo) -> Engine:
+        cache = RuntimeCache.of(self.manifest.files[info.file], self.device)
+        return Engine(self.folder / info.file, info, self._runtime, self.library, cache)
+
+    def _grow_scratch(self, size: int) -> None:
+        """One working memory for all engines; contexts that hold a smaller one are made anew."""
+        if size <= self._scratch.size:
+            return
+        self.device.synchronize()  # before contexts go that may be running
+        self._forget_graph()
+        for engine in self._loaded():
+            engine.forget_contexts()
+        self.device.free(self._scratch)
+        self._scratch = Buffer(0, 0)  # until there is a new one
+        self._scratch = self.device.allocate(size)
+
+    def _loaded(self) -> list[Engine]:
+        return [engine for engines in self._engines.values() for engine in engines]
+
+    def drop(self, graph: str) -> None:
+        """Unload a graph's engines; they are loaded again when needed."""
+        self.device.synchronize()
+        if graph == self.manifest.token_graph:
+            self._forget_graph()
+        for engine in self._engines.pop(graph, ()):
+            engine.close()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """See Backend."""
+        if self.residency == "phase":
+            self.drop(self.manifest.token_graph)  # of the prompt before
+        rows = np.empty((len(pixels), self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden), np.float32)
+        for index in range(len(pixels)):
+            one = pixels[index : index + 1]
+            self.device.upload(one, self._buffers["pixels"])
+            self._run("vision", PROMPT, {"pixels": one.shape})
+            self.device.download(self._buffers["rows"], rows[index : index + 1])
+        if self.residency == "phase":
+            self.drop("vision")
+        return rows
+
+    def new_cache(self, positions: Ints) -> KvCache:
+        """See Backend. The cache made before is no longer valid."""
+        cache = TrtCache(0, len(positions), positions)
+        self._newest = cache
+        return cache
+
+    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+        """See Backend. Runs pieces that the engines take: rows of one call, and logits of one call, are limited."""
+        logits = np.empty((len(logit_rows), self.manifest.embedding.vocab_size), np.float32)
+        for start, stop in pieces(len(hidden), logit_rows, self.chunk_rows, self.logit_rows):
+            asked = (logit_rows >= start) & (logit_rows < stop)
+            mask, rows = vision_mask[start:stop], hidden[start:stop]
+            logits[asked] = self._run_piece(mask, rows, cache, logit_rows[asked] - start)
+        return logits
+
+    def _run_piece(self, vision_mask: Bools, hidden: Floats, cache: KvCache, asked: Ints) -> Floats:
+        """One call of a decoder; logits [asked, vocab]."""
+        valid = self._valid(cache)
+        inputs = self._inputs(hidden, valid, asked)
+        self._upload(inputs)
+        self._run(GRAPH_OF_EXPERT[expert_of(vision_mask)], PROMPT, self._shapes(inputs))
+        valid.length += len(hidden)
+        return self._download_logits(len(asked))
+
+    def _download_logits(self, count: int) -> Floats:
+        logits = np.empty((count, self.manifest.embedding.vocab_size), np.float32)
+        if count:
+            self.device.download(self._buffers["logits"], logits)
+        return logits
+
+    def _inputs(self, hidden: Floats, cache: TrtCache, asked: Ints) -> dict[str, NDArray[Any]]:
+        """What one call of a decoder is told, by name of the graph's input."""
+        total = cache.length + len(hidden)
+        return {
+            "hidden": hidden,
+            "position_ids": cache.positions[None, cache.length : total],
+            "write_index": np.array([cache.length], np.int64),
+            "lengths": np.array([total], np.int64),
+            "logit_rows": at_least_one(asked),
+        }
+
+    def _upload(self, inputs: dict[str, NDArray[Any]]) -> None:
+        for name, value in inputs.items():
+            self.device.upload(value, self._buffers[name])
+
+    def _shapes(self, inputs: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs whose shape varies."""
+        return {name: inputs[name].shape for name in ("hidden", "position_ids", "logit_rows")}
+
+    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+        """See Backend."""
+        valid = self._valid(cache)
+        self._run_token(self._inputs(hidden, valid, np.zeros(1, np.int64)))
+        valid.length += 1
+        self.device.download(self._buffers["logits"], self._logits)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def _run_token(self, inputs: dict[str, NDArray[Any]]) -> None:
+        """Run one row of each prompt, from the second time on by launching a captured graph."""
+        self._upload(inputs)
+        if self._graph is not None:
+            self.device.launch(self._graph)
+            return
+        # The first run also warms up what a capture must not do.
+        self._run(self.manifest.token_graph, ONE_TOKEN, self._shapes(inputs))
+        if self._can_capture is None or self._can_capture:
+            self._graph = self._captured()
+
+    def _captured(self) -> Any:
+        """One decoded token as a CUDA graph: every address and shape stays the same."""
+        self.device.synchronize()
+        runs = [
+            (engine, engine.context(ONE_TOKEN, self._scratch, self.device))
+            for engine in self.engines(self.manifest.token_graph)
+        ]
+        self._can_capture = all(context.is_stream_capturable(self.device.stream) for _, context in runs)
+        if not self._can_capture:
+            logger.warning("TensorRT cannot be captured in a CUDA graph here: tokens are slower, not other ones")
+            return None
+
+        def enqueue() -> None:
+            for engine, context in runs:
+                engine.enqueue(context, self.device)
+
+        return self.device.capture(enqueue)
+
+    def _forget_graph(self) -> None:
+        if self._graph is not None:
+            self.device.discard(self._graph)
+            self._graph = None
+
+    def _run(self, graph: str, profile: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Run every engine of a graph, one after the other; rows go from one to the next."""
+        for engine in self.engines(graph):
+            context = engine.context(profile, self._scratch, self.device)
+            first = engine.info.layers[0]
+            own = {**shapes, f"layer.{first - 1}.out": shapes["hidden"]} if first else shapes
+            engine.bind(context, {name: self._address(name, engine.info) for name in engine.names}, own)
+            engine.enqueue(context, self.device)
+
+    def _address(self, name: str, info: EngineInfo) -> int:
+        """Where a tensor of an engine lives."""
+        return self._buffers[buffer_of(name, info)].address
+
+    def _valid(self, cache: KvCache) -> TrtCache:
+        self._check_newest(cache)
+        assert isinstance(cache, TrtCache), "a cache made by this backend"
+        return cache
+
+    def _check_newest(self, cache: KvCache) -> None:
+        if cache is not self._newest:
+            raise BackendError("this KV cache was given up when a new prompt was begun")
+
+    def end_prefill(self) -> None:
+        """Unload what only a prompt needs, when only the current phase shall be resident."""
+        if self.residency == "phase":
+            for graph in PROMPT_ONLY:
+                self.drop(graph)
+
+    def close(self) -> None:
+        """Give everything on the device back, and keep the kernels that were compiled; then it is of no use."""
+        self.device.synchronize()
+        for graph in list(self._engines):
+            self.drop(graph)
+        for buffer in (*self._buffers.values(), self._scratch):
+            self.device.free(buffer)
+        self._buffers.clear()
+        self.device.close()
+
+
+def _tell(severity: str, message: str) -> None:
+    """TensorRT's own words: errors and warnings only."""
+    if severity in ("INTERNAL_ERROR", "ERROR"):
+        logger.error("TensorRT: %s", message)
+    elif severity == "WARNING":
+        logger.warning("TensorRT: %s", message)
+
+
+def buffer_of(name: str, info: EngineInfo) -> str:
+    """The buffer that a tensor of an engine lives in: past and present of a layer in the same one; rows between the
+    parts of a decoder in two by turns, so that none reads what it writes."""
+    if name.startswith(("past_", "present_")):
+        return name.partition("_")[2]
+    if name.startswith("layer."):
+        is_input = name == f"layer.{info.layers[0] - 1}.out"
+        return f"between.{(info.part - is_input) % 2}"
+    return name
+
+
+def pieces(num_rows: int, asked: Ints, chunk_rows: int, logit_rows: int) -> list[tuple[int, int]]:
+    """Row ranges that cover a segment, each at most `chunk_rows` long and with at most `logit_rows` asked rows."""
+    result, start = [], 0
+    while start < num_rows:
+        inside = asked[asked >= start]
+        stop = min(start + chunk_rows, num_rows)
+        if len(inside) > logit_rows:
+            stop = min(stop, int(inside[logit_rows]))
+        result.append((start, stop))
+        start = stop
+    return result
+
+
+def at_least_one(asked: Ints) -> Ints:
+    """An engine gives at least one row of logits."""
+    return asked if len(asked) else np.zeros(1, np.int64)
+
+
+def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int, batch: int = 1) -> dict[str, int]:
+    """The memory plan: bytes of every buffer of a session. chunk_rows: of each of `batch` prompts."""
+    hidden, side = manifest.embedding.hidden, manifest.image.size_px
+    shape, has_parts = manifest.cache, any(engine.part for engine in manifest.engines.values())
+    slots, tokens = batch * manifest.context_tokens, batch * chunk_rows
+    layer = shape.kv_heads * slots * shape.head_dim * np.dtype(CACHE_TYPES[shape.dtype]).itemsize
+    sizes = {
+        "pixels": 4 * 3 * side * side,
+        "rows": 4 * manifest.tokens.rows_per_image * hidden,
+        "hidden": 4 * tokens * hidden,
+        "position_ids": 8 * tokens,
+        "write_index": 8 * batch,
+        "lengths": 8 * batch,
+        "logit_rows": 8 * logit_rows,
+        "logits": 4 * logit_rows * manifest.embedding.vocab_size,
+    }
+    sizes |= {"experts": 4 * tokens} if manifest.is_routed else {}
+    between = {f"between.{turn}": 4 * tokens * hidden for turn in range(2)} if has_parts else {}
+    cache = {f"{kind}.{index}": layer for index in range(shape.num_layers) for kind in ("key", "value")}
+    return sizes | between | cache
+
+
+def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: int) -> None:
+    """Raise BackendError, with the plan, where engines and buffers of some phase do not fit into the free memory."""
+    sizes: dict[str, int] = {}
+    for info in manifest.engines.values():
+        sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
+    engine = next(iter(manifest.engines.values()))
+    needed, buffers = needed_bytes(manifest, sizes, engine.chunk_rows, engine.logit_rows, residency, engine.batch)
+    if needed > free_bytes:
+        parts = ", ".join(f"{graph} {gigabytes(size)}" for graph, size in sizes.items())
+        advice = "close other programs" if residency == "phase" else "use --residency phase"
+        raise BackendError(
+            f"{folder}: needs {gigabytes(needed)} of GPU memory and {gigabytes(free_bytes)} are free ({parts}, buffers "
+            f"and KV cache of {manifest.context_tokens} tokens {gigabytes(buffers)}): {advice}, or export with a "
+            "smaller --context"
+        )
+
+
+def needed_bytes(
+    manifest: Manifest, graph_bytes: dict[str, int], chunk_rows: int, logit_rows: int, residency: str, batch: int = 1
+) -> tuple[int, int]:
+    """What the device must have free, and how much of that is buffers and KV cache. graph_bytes: of each graph."""
+    buffers = sum(buffer_bytes(manifest, chunk_rows, logit_rows, batch).values())
+    return peak_bytes(graph_bytes, residency) + buffers + RESERVE_BYTES, buffers
+
+
+def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
+    """The most bytes of weights that are on the device together: in phases the encoder alone, then both experts."""
+    experts = sum(graph_bytes.values()) - graph_bytes["vision"]
+    return max(graph_bytes["vision"], experts) if residency == "phase" else sum(graph_bytes.values())

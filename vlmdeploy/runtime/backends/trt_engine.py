@@ -1,0 +1,167 @@
+"""One compiled engine on the device: loaded from its file, its tensors bound to addresses, run on the stream."""
+
+import logging
+import mmap
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmdeploy.bundle import EngineInfo, FileEntry
+from vlmdeploy.errors import BackendError
+from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
+from vlmdeploy.runtime.backends.trt_library import HOW_TO_INSTALL, TensorrtLibrary
+from vlmdeploy.runtime.integrity import cache_folder, keep
+
+logger = logging.getLogger("vlmdeploy")
+
+PROMPT, ONE_TOKEN = 0, 1  # optimization profiles of a decoder
+
+
+def check_engine(where: str, info: EngineInfo, library: TensorrtLibrary, capability: str) -> None:
+    """Raise BackendError where an engine is not for this library, version or GPU; says what to do."""
+    rebuild = "compile it on this machine with `vlmdeploy build`"
+    if info.library != library.name:
+        raise BackendError(f"{where}: built by {info.library}, not {library.name}: {HOW_TO_INSTALL[info.library]}")
+    if info.version != library.version:
+        raise BackendError(
+            f"{where}: built by {info.library} {info.version}, this machine has {library.version}: install "
+            f"{info.version}, or {rebuild}"
+        )
+    if info.compute_capabilities and capability not in info.compute_capabilities:
+        built_for = ", ".join(info.compute_capabilities)
+        raise BackendError(f"{where}: built for SM {built_for}, this GPU is SM {capability}: {rebuild}")
+
+
+@dataclass(frozen=True)
+class RuntimeCache:
+    """Kernels that TensorRT-RTX finished for this GPU, kept between runs in the user's cache, never in the bundle."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, entry: FileEntry, device: CudaDevice) -> "RuntimeCache":
+        """The cache of an engine, by its hash and the model of the GPU."""
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.name)
+        return cls(cache_folder() / "rtx" / f"{entry.sha256}-{gpu}.cache")
+
+    def read(self) -> bytes:
+        """What was kept; nothing where there is none."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return b""
+
+    def write(self, content: bytes) -> None:
+        """Keep for the next run; a folder that cannot be written costs time only, and a warning."""
+        keep(self.path, content, "kernels are compiled at every start")
+
+
+class Engine:
+    """A loaded engine. Its contexts share `scratch` with those of every other engine: one runs at a time."""
+
+    def __init__(
+        self, path: Path, info: EngineInfo, runtime: Any, library: TensorrtLibrary, cache: RuntimeCache
+    ) -> None:
+        self.info = info
+        self.library = library
+        self._where = str(path)
+        self._cache = cache
+        self._known = cache.read() if library.is_rtx else b""
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self._engine = runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise BackendError(
+                f"{path}: cannot be loaded, see the log above: for lack of memory, or compile it again with "
+                "`vlmdeploy build`"
+            )
+        self._kernels: Any = None  # of TensorRT-RTX, shared by all contexts
+        self._configs: dict[int, Any] = {}
+        self._contexts: dict[int, Any] = {}
+        self.names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Every tensor lies on the device, and the engine itself writes a layer's cache where it reads it."""
+        on_device = self.library.module.TensorLocation.DEVICE
+        for name in self.names:
+            if self._engine.get_tensor_location(name) != on_device:
+                raise BackendError(f"{self._where}: expects {name} in host memory, which this runtime does not offer")
+            kind, _, layer = name.partition("_")
+            if kind == "present" and self._engine.get_aliased_input_tensor(name) != f"past_{layer}":
+                raise BackendError(f"{self._where}: does not write {name} in place; compile it with `vlmdeploy build`")
+
+    def _config(self, profile: int) -> Any:
+        """How contexts of a profile are made. A token's kernels are finished before they are captured."""
+        if profile not in self._configs:
+            runtime_config = self._engine.create_runtime_config()
+            strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+            runtime_config.set_execution_context_allocation_strategy(strategy)
+            if self.library.is_rtx:
+                self._finish_kernels(runtime_config, profile)
+            self._configs[profile] = runtime_config
+        return self._configs[profile]
+
+    def _finish_kernels(self, runtime_config: Any, profile: int) -> None:
+        """Start TensorRT-RTX with the kernels of earlier runs."""
+        strategies = self.library.module.DynamicShapesKernelSpecializationStrategy
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            strategies.EAGER if profile == ONE_TOKEN else strategies.LAZY
+        )
+        if self._kernels is None:
+            self._kernels = runtime_config.create_runtime_cache()
+            if self._known and not self._kernels.deserialize(self._known):
+                logger.warning("%s: not usable, kernels are compiled again", self._cache.path)
+        if not runtime_config.set_runtime_cache(self._kernels):
+            logger.warning("%s: takes no kernels of earlier runs", self._where)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Working memory of the largest profile, in bytes."""
+        profiles = range(self._engine.num_optimization_profiles)
+        return max(int(self._engine.get_device_memory_size_for_profile_v2(profile)) for profile in profiles)
+
+    def context(self, profile: int, scratch: Buffer, device: CudaDevice) -> Any:
+        """The execution context of a profile, made on first use."""
+        if profile not in self._contexts:
+            context = self._engine.create_execution_context(self._config(profile))
+            if context is None:
+                raise BackendError(f"{self._where}: no execution context could be made, most likely for lack of memory")
+            context.set_device_memory(scratch.address, scratch.size)
+            if not context.set_optimization_profile_async(profile, device.stream):
+                raise BackendError(f"{self._where}: has no profile {profile}; compile it again with `vlmdeploy build`")
+            device.synchronize()
+            self._contexts[profile] = context
+        return self._contexts[profile]
+
+    def bind(self, context: Any, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        """Set the shape of every varying input and the address of every tensor."""
+        for name, shape in shapes.items():
+            if name in self.names and not context.set_input_shape(name, shape):
+                raise BackendError(f"{self._where}: does not take {name} of shape {list(shape)}")
+        for name in self.names:
+            if not context.set_tensor_address(name, addresses[name]):
+                raise BackendError(f"{self._where}: does not take an address for {name}")
+
+    def enqueue(self, context: Any, device: CudaDevice) -> None:
+        """Put one run on the stream."""
+        if not context.execute_async_v3(device.stream):
+            raise BackendError(f"{self._where}: TensorRT could not run it, see the log above")
+
+    def forget_contexts(self) -> None:
+        """Give up the contexts, which are made anew when needed. Nothing of them may be running."""
+        self._contexts.clear()
+
+    def close(self) -> None:
+        """Keep the kernels and give everything up, contexts first. Nothing of it may be running."""
+        self.keep_kernels()
+        self.forget_contexts()
+        self._configs.clear()
+        self._kernels = self._engine = None
+
+    def keep_kernels(self) -> None:
+        """Write what TensorRT-RTX compiled since it was loaded to the user's cache."""
+        kept = None if self._kernels is None else self._kernels.serialize()
+        if kept is not None and (content := bytes(memoryview(kept))) != self._known:
+            self._cache.write(content)
+            self._known = content

@@ -1,0 +1,72 @@
+"""What a free text chooses: yes or no, or one of the lettered options.
+
+Follows VLMEvalKit (vlmeval/dataset/utils/yorn.py YOrN_Extraction, vlmeval/utils/matching_util.py can_infer_option and
+can_infer_text) without its judge model: what cannot be decided is wrong.
+"""
+
+import re
+from collections.abc import Sequence
+
+from vlmdeploy.score.answer_text import without_punctuation
+
+Options = Sequence[tuple[str, str]]
+"""Letter and text of each."""
+
+BRACKETING = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+LAST_WORDS = 4  # a letter among several words chooses only near the end
+# A letter after "answer is", whatever its case, that no Latin letter follows; "a" before a word is an article.
+STATED = re.compile(r"(?i:answer\s+is)\s+\**([A-Zb-z]|a(?!\s+\w))(?![A-Za-z])")
+NO_OPTION = "Z"  # how models that were asked to say so choose none
+REFUSALS = (
+    "Failed to obtain answer via API",
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+OTHER_ANSWERS = "other answers"  # the second option that VLMEvalKit gives a question without options
+
+
+def said_yes_or_no(text: str) -> str | None:
+    """ "yes" or "no" if just one of the words occurs, else None."""
+    words = set(without_punctuation(text.lower()).split())
+    said = [word for word in ("yes", "no") if word in words]
+    return said[0] if len(said) == 1 else None
+
+
+def chosen_option(text: str, options: Options) -> str | None:
+    """The letter that a text chooses: it names just one letter, or quotes just one option's text; else None."""
+    if any(refusal in text for refusal in REFUSALS):
+        return None
+    letters = [letter for letter, _ in options]
+    chosen = _named_letter(text, letters) or _quoted_option(text, options)
+    return chosen if chosen in letters else None
+
+
+def _named_letter(text: str, letters: Sequence[str]) -> str | None:
+    words = text.translate(BRACKETING).split()
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS:
+        return named[0]
+    if not named and NO_OPTION in words:
+        return NO_OPTION
+    stated = STATED.search(text)
+    return stated[1].upper() if stated is not None and stated[1].upper() in letters else None
+
+
+def _quoted_option(text: str, options: Options) -> str | None:
+    text = text.lower()
+    if len(text) > 2 * sum(len(content) for _, content in options):
+        return None  # so long a text quotes by chance
+    quoted = [letter for letter, content in options if content.lower() in text]
+    return quoted[0] if len(quoted) == 1 else None
+
+
+def meets_open_question(text: str, references: Sequence[str]) -> bool:
+    """Whether the answer to a question without options quotes a reference.
+
+    VLMEvalKit makes such questions of MMMU a choice between the reference and "Other Answers" (multiple_choice.py,
+    MMMU_preproc). Unlike there, a bare "A" is not taken for the reference, and each of several references counts.
+    """
+    pairs = [(("right", reference), ("wrong", OTHER_ANSWERS)) for reference in references]
+    return any(_quoted_option(text, pair) == "right" for pair in pairs)

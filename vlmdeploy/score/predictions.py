@@ -1,0 +1,242 @@
+"""Files of answers: written for others to score, and read back to score without a model.
+
+A table has a row per question and the column `prediction`. The answers to a VLMEvalKit TSV keep all its columns but the
+picture, so that VLMEvalKit's own evaluation takes the file (MODEL_DATASET.xlsx, or .tsv with PRED_FORMAT=tsv); other
+data gives index, image, question, answer. The suffix chooses the form: .tsv, .xlsx (needs openpyxl) or .jsonl.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from vlmdeploy.artifact import write_file
+from vlmdeploy.data.samples import Sample, check_boxes
+from vlmdeploy.data.source import DataSource
+from vlmdeploy.data.tsv_table import INDEX, LONGEST_CELL
+from vlmdeploy.errors import DataError, ExportError
+from vlmdeploy.runtime.image import load_image
+from vlmdeploy.score.metrics import Prediction
+
+SUFFIXES = (".tsv", ".xlsx", ".jsonl")
+PREDICTION = "prediction"
+COLUMNS = (INDEX, "image", "question", "answer", PREDICTION)  # where the data is no TSV
+LONGEST_XLSX_CELL = 32767  # characters, Excel's limit
+WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # those that a float holds exactly
+NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that XML 1.0 has not
+
+Cells: TypeAlias = Mapping[str, str]
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether this is a file of answers, by its suffix."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def output_paths(out: Path, models: Sequence[Path]) -> list[Path]:
+    """Where each model's answers go: `out`, or beside it with the model's name in front where there are several.
+
+    Raises ExportError if two of these would be one file.
+    """
+    if len(models) == 1:
+        return [out]
+    paths = [out.with_name(f"{model.absolute().name}_{out.name}") for model in models]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise ExportError(f"{path}: two models are called {models[place].name}, so both would write this file")
+    return paths
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise ExportError unless answers may be written there; ModuleNotFoundError if openpyxl is missing for .xlsx."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ExportError(f"{path}: ends in {path.suffix or 'nothing'!r}, expected one of {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder, expected the name of a file")
+    if path.exists() and not force:
+        raise ExportError(f"{path}: exists already; choose another output or replace it with --force")
+    if path.suffix.lower() == ".xlsx" and importlib.util.find_spec("openpyxl") is None:
+        raise ModuleNotFoundError("openpyxl is not installed", name="openpyxl")
+
+
+def write_predictions(path: Path, source: DataSource, predictions: Sequence[Prediction]) -> None:
+    """Write the answers in one step, replacing what is there; `check_output` comes first.
+
+    Raises DataError for a text that the form cannot hold, ExportError if the disk refuses.
+    """
+    columns, rows = _table(source, predictions)
+    write = {".tsv": _write_tsv, ".xlsx": _write_xlsx, ".jsonl": _write_jsonl}[path.suffix.lower()]
+    content = io.BytesIO()
+    write(content, columns, rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file: file.write(content.getbuffer()))
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _table(source: DataSource, predictions: Sequence[Prediction]) -> tuple[list[str], list[Cells]]:
+    if source.questions is None:
+        return list(COLUMNS), [_plain_row(prediction) for prediction in predictions]
+    cells = {row.index: row.cells for row in source.questions.rows}
+    columns = [column for column in source.questions.table.columns if column != PREDICTION]
+    rows: list[Cells] = [{**cells[prediction.sample.key], PREDICTION: prediction.text} for prediction in predictions]
+    return [*columns, PREDICTION], rows
+
+
+def _plain_row(prediction: Prediction) -> Cells:
+    sample = prediction.sample
+    return {
+        INDEX: sample.key,
+        "image": str(sample.image or ""),
+        "question": sample.turns[-1].user,
+        "answer": sample.answer or "",
+        PREDICTION: prediction.text,
+    }
+
+
+def _write_tsv(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row[column] for column in columns] for row in rows)
+    file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _write_jsonl(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
+    for row in rows:
+        file.write(json.dumps({column: row[column] for column in columns}).encode() + b"\n")
+
+
+def _write_xlsx(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
+    """One sheet of texts. Indexes that are whole numbers are written so: VLMEvalKit looks them up as numbers."""
+    import openpyxl
+    from openpyxl.cell import WriteOnlyCell
+
+    _check_lengths(columns, rows)  # before the sheet is begun, which cannot be left half written
+    has_numbers = all(WHOLE_NUMBER.fullmatch(row[INDEX]) for row in rows)
+    workbook = openpyxl.Workbook(write_only=True)
+    sheet = workbook.create_sheet("Sheet1")
+
+    def text_cell(text: str) -> Any:
+        cell = WriteOnlyCell(sheet, NOT_IN_XLSX.sub("\N{REPLACEMENT CHARACTER}", text))
+        cell.data_type = "s"  # also what begins with "=", which is no formula here
+        return cell
+
+    sheet.append([text_cell(column) for column in columns])
+    for row in rows:
+        numbered = {INDEX: int(row[INDEX])} if has_numbers else {}
+        sheet.append([numbered.get(column, text_cell(row[column])) for column in columns])
+    workbook.save(file)
+
+
+def _check_lengths(columns: list[str], rows: list[Cells]) -> None:
+    for row in rows:
+        for column in columns:
+            if len(row[column]) > LONGEST_XLSX_CELL:
+                found = f'column "{column}" of index "{row[INDEX]}" has {len(row[column])} characters'
+                raise DataError(f"{found}, a cell of .xlsx holds {LONGEST_XLSX_CELL}: write .tsv instead")
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """The answers in a file, by index; columns other than index and prediction do not matter.
+
+    Raises DataError, naming the file, if it cannot be read, a column is missing or an index occurs twice.
+    """
+    if not is_predictions(path):
+        raise DataError(f"{path}: no file of answers; expected a file that ends in {', '.join(SUFFIXES)}")
+    read = {".tsv": _read_tsv, ".xlsx": _read_xlsx, ".jsonl": _read_jsonl}[path.suffix.lower()]
+    answers: dict[str, str] = {}
+    for index, text in read(path):
+        if index in answers:
+            raise DataError(f'{path}: index "{index}" occurs twice')
+        answers[index] = text
+    if not answers:
+        raise DataError(f"{path}: holds no answers")
+    return answers
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[str, str]]:
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return iter(list(_pairs(path, list(csv.reader(file, delimiter="\t")))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as tab-separated values ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_xlsx(path: Path) -> Iterator[tuple[str, str]]:
+    import openpyxl
+
+    try:
+        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        rows = [list(row) for row in workbook.worksheets[0].iter_rows(values_only=True)]
+        workbook.close()
+    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, SyntaxError) as error:  # XML errors are syntax errors
+        raise DataError(f"{path}: cannot be read as .xlsx ({error})") from error
+    return _pairs(path, rows)
+
+
+def _pairs(path: Path, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str]]:
+    header = [_text(cell).strip() for cell in rows[0]] if rows else []
+    for name in (INDEX, PREDICTION):
+        if header.count(name) != 1:
+            found = ", ".join(header)[:200] or "nothing"
+            raise DataError(f'{path}: has no one column "{name}"; its header holds {found}')
+    places = header.index(INDEX), header.index(PREDICTION)
+    for number, row in enumerate(rows[1:], 2):
+        if any(_text(cell) for cell in row):
+            if max(places) >= len(row):
+                raise DataError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
+            yield _text(row[places[0]]).strip(), _text(row[places[1]])
+
+
+def _text(cell: Any) -> str:
+    """A cell as a text; spreadsheets may hold 3 as 3.0."""
+    if cell is None:
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not a line of JSON ({error})") from error
+            if not isinstance(row, dict) or not {INDEX, PREDICTION} <= row.keys():
+                raise DataError(f'{path}:{number}: expected an object with "{INDEX}" and "{PREDICTION}"')
+            if not isinstance(row[PREDICTION], str):
+                raise DataError(f"{path}:{number}: {PREDICTION} is {json.dumps(row[PREDICTION])[:80]}, expected a text")
+            yield str(row[INDEX]), row[PREDICTION]
+
+
+class PredictionsAnswerer:
+    """Answers with what a file holds. Answers to other questions than those asked do not matter."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._answers = read_predictions(path)
+
+    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
+        """One prediction for each sample, in their order. Raises DataError for the first question without an answer."""
+        for sample in samples:
+            if sample.key not in self._answers:
+                raise DataError(
+                    f'{self._path}: has no answer to index "{sample.key}"; is it of another data set or split?'
+                )
+            size_px = None
+            if sample.task == "rec" and sample.image is not None:
+                size_px = load_image(sample.image).size
+                check_boxes(sample, size_px)
+            yield Prediction(sample, self._answers[sample.key], size_px=size_px)

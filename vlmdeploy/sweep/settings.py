@@ -1,0 +1,91 @@
+"""What tells one sweep from another: the file beside its results, which a continued sweep is held against."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlmdeploy.artifact import LOCK, check_name, check_output, write_file
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.report.run import is_report
+from vlmdeploy.sweep.grid import Point
+from vlmdeploy.sweep.task import Shared
+
+SETTINGS = "sweep.json"
+CALIBRATION = ("calib", "calibration")
+
+
+def check_output_folder(shared: Shared) -> None:
+    """Raise ConfigError or ExportError, before anything is written, for a folder that no sweep made."""
+    check_name(shared.out)
+    if shared.out.is_symlink() and not shared.out.exists():
+        raise ConfigError(f"{shared.out}: is a link to nothing; choose another --out")
+    if not shared.out.exists():
+        return
+    if not shared.out.is_dir():
+        raise ConfigError(f"{shared.out}: exists and is not a folder; choose another --out")
+    found = {item.name for item in shared.out.iterdir()}
+    others = sorted(found - {LOCK, f"{SETTINGS}.new"})
+    if others and SETTINGS not in found:
+        raise ConfigError(f"{shared.out}: holds {others[0]} and is no sweep; choose another --out")
+    check_output(shared.report.out, True, is_report)
+
+
+def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) -> None:
+    """Keep what decides the results beside the grid, or raise ConfigError where another run's differ. Calibration may
+    come later, and be left out where no point needs it.
+
+    fingerprint: of the checkpoint. The folder is locked.
+    """
+    path = shared.out / SETTINGS
+    before = _read_settings(path) if path.is_file() else {}
+    now: dict[str, Any] = {"ckpt": str(shared.ckpt), "ckpt_sha256": fingerprint}
+    if shared.calib is not None or before.get("calib") is None:
+        now |= _calibration_of(shared)
+    compared = [key for key in now if before and (key not in CALIBRATION or before.get("calib") is not None)]
+    for key in compared:
+        if before.get(key) != now[key]:
+            raise ConfigError(
+                f"{shared.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {now[key]!r:.120}: "
+                "choose another --out"
+            )
+    known = before.get("points", {})
+    for point in points:
+        _check_made(point, known.get(point.name, {}), shared)
+    after = before | now | {"points": known | {point.name: asdict(point) for point in points}}
+    if after != before:
+        write_file(path, lambda file: file.write(json.dumps(after, indent=1).encode()))
+
+
+def _calibration_of(shared: Shared) -> dict[str, Any]:
+    """What decides calibrated points; calib None: there are none."""
+    settings = {key: str(value) for key, value in shared.calibration.items()}
+    return {"calib": None if shared.calib is None else str(shared.calib), "calibration": settings}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); choose another --out") from error
+    points = found.get("points", {}) if isinstance(found, dict) else None
+    if (
+        not isinstance(points, dict)
+        or "ckpt" not in found
+        or not all(isinstance(each, dict) for each in points.values())
+    ):
+        raise ConfigError(f"{path}: is damaged, expected the settings of a sweep; choose another --out")
+    return dict(found)
+
+
+def _check_made(point: Point, before: Mapping[str, Any], shared: Shared) -> None:
+    """Raise ConfigError where the bundle of this name was made from other settings, which a name does not tell."""
+    if not shared.bundle(point).exists():
+        return
+    for key, value in asdict(point).items():
+        if key in before and before[key] != value:
+            raise ConfigError(
+                f'{shared.out}: its point "{point.name}" was made with {key} {before[key]}, now it is {value}: '
+                "name it anew, or choose another --out"
+            )

@@ -1,0 +1,147 @@
+"""One task of a sweep, in a process of its own, so that what crashes it crashes nothing else: quantizing a checkpoint,
+or exporting and evaluating a point. Tasks share nothing but folders."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmdeploy.artifact import check_output
+from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.errors import VlmdeployError
+from vlmdeploy.export.exporter import is_bundle
+from vlmdeploy.report.run import ReportOptions, evaluate_one
+from vlmdeploy.sweep.grid import Point
+
+LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines. reference_key: of the
+    checkpoint's evaluation in it, empty before that is made."""
+
+    ckpt: Path
+    calib: Path | None
+    out: Path
+    report: ReportOptions
+    calibration: dict[str, object]
+    threads: int | None
+    reference_key: str = ""
+
+    def checkpoint(self, point: Point) -> Path:
+        """Where a point's quantized checkpoint lies."""
+        return self.out / "checkpoints" / point.checkpoint
+
+    def bundle(self, point: Point) -> Path:
+        """Where a point's bundle lies."""
+        return self.out / "bundles" / point.name
+
+
+@dataclass(frozen=True)
+class Task:
+    """kind "quantize": the point's checkpoint; "point": its bundle and evaluation."""
+
+    kind: str
+    point: Point
+    shared: Shared
+
+
+def run_task(task: Task) -> str | None:
+    """Run a task in a fresh interpreter; None where it went well, else the line that says what went wrong.
+
+    A task that is killed, for memory or by a crash of a library, is told so. Ctrl-C ends it.
+    """
+    with child_process("vlmdeploy.sweep.task", errors=subprocess.PIPE) as process:
+        written, errors = process.communicate(pickle.dumps((task, os.getpid())))
+    if process.returncode == 0:
+        return None
+    if written:
+        return str(json.loads(written)["error"])
+    if process.returncode < 0:
+        name = signal.strsignal(-process.returncode) or f"signal {-process.returncode}"
+        hint = ", most likely for memory" if process.returncode == -signal.SIGKILL else ""
+        return f"the process was killed ({name}){hint}"
+    lines = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
+    return f"the process ended with status {process.returncode}: {' / '.join(lines[-LOG_LINES:])[-500:]}"
+
+
+def perform(task: Task) -> None:
+    """Do the work here. What is there already is not made again."""
+    if task.kind == "quantize":
+        _quantize(task.point, task.shared)
+        return
+    _export(task.point, task.shared)
+    shared = task.shared
+    evaluate_one(shared.report, shared.bundle(task.point), shared.out, shared.reference_key)
+
+
+def _quantize(point: Point, shared: Shared) -> None:
+    from vlmdeploy.calib.request import quantize, quantize_options, use_threads
+    from vlmdeploy.export.options import no_progress
+
+    use_threads(shared.threads)
+    assert shared.calib is not None, "the command line asks for it where a point is calibrated"
+    parts = {part: kind for part, kind in point.precisions.items() if part != "embedding"}
+    options = quantize_options(
+        shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
+        quality=point.quality, **parts, **shared.calibration,  # type: ignore[arg-type]
+    )  # fmt: skip
+    quantize(shared.ckpt, shared.checkpoint(point), options, no_progress)
+
+
+def _export(point: Point, shared: Shared) -> None:
+    from vlmdeploy.export.exporter import export_bundle
+    from vlmdeploy.export.options import ExportOptions
+
+    out = shared.bundle(point)
+    if is_bundle(out):
+        return
+    check_output(out, False, is_bundle)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source, precisions = shared.ckpt, dict(point.precisions)
+    if point.is_calibrated:
+        source, precisions = shared.checkpoint(point), {k: v for k, v in precisions.items() if k == "embedding"}
+    elif point.algorithm == "rtn":
+        precisions["decoder"] = f"int{point.bits}"
+    options = ExportOptions(
+        point.target, precisions, point.group, tokenizer=shared.report.asked.tokenizer, threads=shared.threads,
+        provider=point.provider, kv=point.kv,  # type: ignore[arg-type]
+    )  # fmt: skip
+    export_bundle(source, out, options)
+
+
+def main() -> None:
+    """The task's process: a pickled task on stdin; on failure one JSON document on stdout, where nothing else goes:
+    what libraries print is for stderr."""
+    end_with_parent()
+    task, parent = pickle.load(sys.stdin.buffer)
+    if os.getppid() != parent:
+        sys.exit("the sweep that wanted this is gone")
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        error = _error_of(task)
+        if error is not None:
+            json.dump({"error": error}, answer)
+    sys.exit(0 if error is None else 1)
+
+
+def _error_of(task: Task) -> str | None:
+    """Do the work; the line for an error that the user can solve."""
+    try:
+        perform(task)
+    except VlmdeployError as error:
+        return " ".join(str(error).split())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+if __name__ == "__main__":
+    main()
