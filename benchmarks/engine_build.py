@@ -23,7 +23,7 @@ from export_memory import FAMILIES, write_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
-from vlmdeploy.export.options import no_progress
+from vlmdeploy.progress import no_progress
 
 CONTEXTS = {"cogvlm": 2048, "cogvlm2": 4096}
 

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from vlmdeploy.families import cogvlm, cogvlm2
-from vlmdeploy.spec.model import Config, Source
+from vlmdeploy.records import Config
+from vlmdeploy.spec.weight_rules import Source
 
 FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2}
 SHARD_BYTES = 1 << 30

@@ -24,7 +24,8 @@ from vlmdeploy.calib.run import Calibration, Run, RunOptions
 from vlmdeploy.calib.solver import GptqSolver
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.allocation import stored_bytes
-from vlmdeploy.quant.precision import PrecisionPlan, linears, plan_precision
+from vlmdeploy.quant.precision import PrecisionPlan, plan_precision
+from vlmdeploy.spec.matrices import linears
 
 MEMORY_BYTES = 8 << 30
 

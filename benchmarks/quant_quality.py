@@ -37,8 +37,9 @@ from vlmdeploy.data.balance import draw_samples
 from vlmdeploy.data.jsonl import read_samples
 from vlmdeploy.data.samples import Picture
 from vlmdeploy.model.batch import derive_layout
-from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter, load_model
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import Cache
+from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn

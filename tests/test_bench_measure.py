@@ -33,9 +33,10 @@ from vlmdeploy.bench.energy import Meter, Unknown
 from vlmdeploy.bench.machine import board_model, cpu_model
 from vlmdeploy.bench.measure import Subject, disk_use, measure, measure_backend, measure_in_process
 from vlmdeploy.bench.measurement import EngineUsed, Measurement, MeasureOptions, Spread
-from vlmdeploy.bundle import from_json, read_manifest
+from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, ConfigError, DataError, PromptError, VlmdeployError
 from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.door import Floats, KvCache
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
@@ -188,7 +189,7 @@ def test_spread_of_known_values() -> None:
 
 def test_measurement_survives_json(bundle: Path) -> None:
     found, _ = measured(bundle, SHORT, OneJouleEachTime())
-    assert from_json(Measurement, json.loads(json.dumps(asdict(found), allow_nan=False)), "measurement") == found
+    assert record_of(Measurement, json.loads(json.dumps(asdict(found), allow_nan=False)), "measurement") == found
 
 
 # TensorRT, on a fake device
@@ -309,7 +310,7 @@ def test_bench_prints_every_number_with_what_it_is_of(bundle: Path) -> None:
 
 def test_bench_json_is_the_measurement(bundle: Path) -> None:
     document = only_json_document(run_cli("bench", bundle, "--new-tokens", 3, "--repeat", 2, "--threads", 1, "--json"))
-    found = from_json(Measurement, document, "bench")
+    found = record_of(Measurement, document, "bench")
     assert (found.decode_per_token.count, found.engine.threads, found.bundle.target) == (6, 1, "ort-int4")
 
 

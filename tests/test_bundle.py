@@ -166,28 +166,28 @@ def test_keys_of_a_newer_minor_format_are_ignored(tmp_path: Path, data: dict[str
 def test_missing_key_is_named_with_its_place(tmp_path: Path, data: dict[str, Any], path: tuple[Any, ...]) -> None:
     inner(data, path).pop(path[-1])
     place = ".*".join(str(step) for step in path[:-1])
-    with pytest.raises(BundleError, match=rf'{MANIFEST_NAME}.*{place}.*key "{path[-1]}" is missing'):
+    with pytest.raises(BundleError, match=rf'{MANIFEST_NAME}.*key "{place}.*{path[-1]}" is missing'):
         read_manifest(signed(tmp_path, data))
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("family",), 7, "expected str"),
-        (("context_tokens",), "128", "expected int"),
-        (("context_tokens",), True, "expected int"),
-        (("context_tokens",), 128.0, "expected int"),
-        (("has_tokenizer",), 1, "expected bool"),
+        (("family",), 7, "expected a string"),
+        (("context_tokens",), "128", "expected a whole number"),
+        (("context_tokens",), True, "expected a whole number"),
+        (("context_tokens",), 128.0, "expected a whole number"),
+        (("has_tokenizer",), 1, "expected true or false"),
         (("provider",), "tpu", "expected 'cpu' or 'cuda'"),
         (("image",), [], "expected an object"),
         (("image", "mean"), [0.5, 0.5], "expected 3 items"),
-        (("image", "std", 1), "0.5", "expected float"),
+        (("image", "std", 1), "0.5", "expected a number"),
         (("tokens", "stop_ids"), 2, "expected a list"),
-        (("tokens", "stop_ids", 0), None, "expected int"),
-        (("generation", "top_p"), "0.9", "expected float"),
+        (("tokens", "stop_ids", 0), None, "expected a whole number"),
+        (("generation", "top_p"), "0.9", "expected a number"),
         (("graphs",), [], "expected an object"),
-        (("graphs", "vision", "inputs", 0, "shape", 1), 1.5, "expected int or str"),
-        (("files", "decoder.onnx", "bytes"), "3", "expected int"),
+        (("graphs", "vision", "inputs", 0, "shape", 1), 1.5, "expected a whole number or a string"),
+        (("files", "decoder.onnx", "bytes"), "3", "expected a whole number"),
         (("verification",), "passed", "expected an object"),
         (("templates", 0, "past_turn", 0, "kind"), "system", "expected 'text' or 'user'"),
     ],
@@ -197,7 +197,7 @@ def test_wrong_type_is_named_with_its_place(
 ) -> None:
     inner(data, path)[path[-1]] = value
     place = ".*".join(str(step) for step in path)
-    with pytest.raises(BundleError, match=rf"{MANIFEST_NAME}.*{place}.*: found .*{expected}") as caught:
+    with pytest.raises(BundleError, match=rf'{MANIFEST_NAME}.*"{place}" is .*{expected}') as caught:
         read_manifest(signed(tmp_path, data))
     assert "\n" not in str(caught.value)
 

@@ -20,10 +20,11 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, read_pixe
 from vlmdeploy.calib.flow import Runner, Weights
 from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.statistics import Inputs
-from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter, load_model
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, dequantize, quantize_rtn
-from vlmdeploy.quant.precision import linears
+from vlmdeploy.spec.matrices import linears
 
 Samples = tuple[CalibrationSample, ...]
 MODELS = {

@@ -39,7 +39,7 @@ from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.request import quantize, quantize_options
-from vlmdeploy.export.options import no_progress
+from vlmdeploy.progress import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}

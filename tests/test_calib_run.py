@@ -31,7 +31,8 @@ from tests.tiny_bundle import ROOT, content_of, only_error_line, only_json_docum
 from vlmdeploy.artifact import partial_folder
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter, load_model
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.quant.grid import dequantize, quantize_rtn
 from vlmdeploy.runtime.image import load_image, preprocess
 

@@ -32,7 +32,7 @@ from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engines.build import BuildOptions, build_bundle
 from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, build_bytes, cut, initializer_bytes
-from vlmdeploy.export.options import no_progress
+from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt
 from vlmdeploy.runtime.integrity import check_bundle
 

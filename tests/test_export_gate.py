@@ -18,7 +18,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
 from vlmdeploy.export.gate.verify import verify_bundle
-from vlmdeploy.export.options import no_progress
+from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.replay import replay
 
 SIZES: dict[str, Any] = {"hidden": 80, "heads": 4, "mlp": 96, "vision_width": 32, "vision_mlp": 64}  # heads of 20

@@ -21,7 +21,8 @@ from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
 from vlmdeploy.export.gate.taps import tapped_backend
 from vlmdeploy.export.weight_reader import WeightReader
-from vlmdeploy.model.checkpoint import Checkpoint, fill_parameter
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.load import fill_parameter
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.precision import PARTS, plan_precision
 from vlmdeploy.runtime.backends.door import slot_positions

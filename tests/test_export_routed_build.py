@@ -19,7 +19,7 @@ from vlmdeploy.devices import device
 from vlmdeploy.errors import BackendError, BundleError, ExportError
 from vlmdeploy.export.engines.build import BuildOptions, build_bundle, read_build_options
 from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, Shapes, profiles, use_plugin
-from vlmdeploy.export.options import no_progress
+from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.backends.plugin_library import PACKING
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 from vlmdeploy.runtime.integrity import check_bundle

@@ -17,7 +17,8 @@ from tests.tiny_checkpoint import INDEX_NAME, INV_FREQ, TinyCheckpoint, write_ch
 from vlmdeploy import load_model
 from vlmdeploy.errors import ConfigError, PromptError, VlmdeployError, WeightsError
 from vlmdeploy.families import all_families
-from vlmdeploy.model.checkpoint import Checkpoint, save_checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 
 FAMILIES = [family.NAME for family in all_families()]
@@ -42,9 +43,7 @@ def test_every_tensor_is_used_once_and_every_parameter_filled_once(
     name: str, stores_inv_freq: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled, read = Counter[str](), Counter[str]()
-    monkeypatch.setattr(
-        "vlmdeploy.model.checkpoint.fill_parameter", lambda model, target, values: filled.update([target])
-    )
+    monkeypatch.setattr("vlmdeploy.model.load.fill_parameter", lambda model, target, values: filled.update([target]))
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path, name, stores_inv_freq=stores_inv_freq))
     model = load_model(tmp_path)
     for rule in checkpoint.rules.values():

@@ -14,7 +14,8 @@ from vlmdeploy.export.engines.parts import initializer_bytes
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.plan.planned_model import checkpoint_model, family_names, released_model
 from vlmdeploy.plan.sizes import Storage, kv_bytes_per_token, small_bytes, weight_sizes
-from vlmdeploy.quant.precision import linears, plan_precision
+from vlmdeploy.quant.precision import plan_precision
+from vlmdeploy.spec.matrices import linears
 
 ALL_INT4 = {"vision": "int4", "connector": "int4", "lm_head": "fp16", "embedding": "fp16"}
 # GB of the published budget: every linear int4 with 4.156 bits, embedding and head 16 bit.

@@ -404,11 +404,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: no readable weight_map"):
         GptqFolder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found \[\]"):
+    with pytest.raises(ConfigError, match=r"config\.json: holds a list of 0, expected an object"):
         GptqFolder(tmp_path)
     for content in ("{", "[" * 20000):
         (tmp_path / "quantize_config.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"quantize_config\.json: cannot be read as JSON"):
+        with pytest.raises(ConfigError, match=r"quantize_config\.json: not JSON"):
             GptqFolder(tmp_path)
 
 

@@ -19,6 +19,7 @@ from vlmdeploy.quant.gptq import (
     Factor,
     GptqOptions,
     asymmetric_target,
+    best_loops,
     clip_weights,
     factorize,
     output_loss,
@@ -28,7 +29,7 @@ from vlmdeploy.quant.gptq import (
 )
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn, round_to_grid
 from vlmdeploy.quant.numba_loops import COMPILED_LOOPS
-from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS, best_loops
+from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS
 
 Doubles = NDArray[np.float64]
 Clip = Literal["none", "conditional"]

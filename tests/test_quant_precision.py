@@ -9,15 +9,8 @@ import pytest
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.errors import ExportError
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.quant.precision import (
-    PARTS,
-    TARGETS,
-    Precision,
-    common_group,
-    encoder_warning,
-    linears,
-    plan_precision,
-)
+from vlmdeploy.quant.precision import PARTS, TARGETS, Precision, common_group, encoder_warning, plan_precision
+from vlmdeploy.spec.matrices import linears
 from vlmdeploy.spec.model import ModelSpec
 
 PRECISION_OF = {  # vision, connector, decoder, lm_head, embedding

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from vlmdeploy.artifact import locked
 from vlmdeploy.errors import ExportError, TrainingError
-from vlmdeploy.model.checkpoint import load_model
+from vlmdeploy.model.load import load_model
 from vlmdeploy.runtime.chat import Conversation, Tokenizer, Turn, prompt_ids
 from vlmdeploy.train.batches import normalized
 from vlmdeploy.train.config import StageConfig

@@ -10,12 +10,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_model", "open"]
 
 if TYPE_CHECKING:
-    from vlmdeploy.model.checkpoint import load_model
+    from vlmdeploy.model.load import load_model
     from vlmdeploy.runtime.session import open_bundle as open
 
 _LAZY = {
     "open": ("vlmdeploy.runtime.session", "open_bundle"),
-    "load_model": ("vlmdeploy.model.checkpoint", "load_model"),
+    "load_model": ("vlmdeploy.model.load", "load_model"),
 }
 
 

@@ -7,19 +7,16 @@ last entry is the SHA-256 of the bytes before it, checked before anything else i
 
 import hashlib
 import json
-import types
-import typing
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from vlmdeploy.errors import BundleError
+from vlmdeploy.records import record_of
 
 FORMAT_VERSION = "1.2"
 ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with one routed decoder, which readers of version 1 do not know
 MANIFEST_NAME = "manifest.json"
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -287,6 +284,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     aside.replace(folder / MANIFEST_NAME)
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder is to be read as a bundle."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version, altered or cut."""
+    if not has_manifest(folder):
+        return False
+    try:
+        read_manifest(folder)
+    except BundleError:
+        content = (folder / MANIFEST_NAME).read_bytes()
+        return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
+    return True
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle. Raises BundleError if it is missing, truncated, altered or of a newer format."""
     path = folder / MANIFEST_NAME
@@ -297,7 +311,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = path.read_bytes()
     data = _checked_json(path, content)
     _check_version(path, data)
-    return from_json(Manifest, data, str(path))
+    return record_of(Manifest, data, str(path), BundleError)
 
 
 def _checked_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -328,70 +342,6 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
             f"{path}: format {version} is newer than {newest}, the newest this version of vlmdeploy reads; "
             "update vlmdeploy on this device or export the bundle again with the version installed here"
         )
-
-
-def from_json(kind: type[Record], data: Any, where: str) -> Record:
-    """A dataclass from its JSON form. Unknown keys are ignored; a missing one or a wrong type raises BundleError."""
-    return typing.cast(Record, _value(kind, data, where))
-
-
-def _value(kind: Any, data: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        return _record(kind, data, where)
-    if origin is tuple:
-        return _tuple(arguments, data, where)
-    if origin is dict:
-        _require(isinstance(data, dict), data, "an object", where)
-        return {key: _value(arguments[1], item, f"{where}: {key}") for key, item in data.items()}
-    if origin is Literal:
-        _require(data in arguments, data, " or ".join(map(repr, arguments)), where)
-        return data
-    if origin in (typing.Union, types.UnionType):
-        return _union(arguments, data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    fits = isinstance(data, kind) and not (kind is int and isinstance(data, bool))
-    _require(fits, data, kind.__name__, where)
-    return data
-
-
-def _record(kind: Any, data: Any, where: str) -> Any:
-    _require(isinstance(data, dict), data, "an object", where)
-    hints = typing.get_type_hints(kind)
-    missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]
-    if missing:
-        raise BundleError(f'{where}: key "{missing[0]}" is missing; was it made by an older version?')
-    known = {item.name for item in fields(kind)}
-    return kind(**{key: _value(hints[key], data[key], f"{where}: {key}") for key in data if key in known})
-
-
-def _is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
-def _tuple(arguments: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
-    _require(isinstance(data, list), data, "a list", where)
-    kinds = [arguments[0]] * len(data) if arguments[-1] is Ellipsis else list(arguments)
-    _require(len(kinds) == len(data), data, f"{len(kinds)} items", where)
-    return tuple(
-        _value(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
-    )
-
-
-def _union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
-    if data is None and type(None) in arguments:
-        return None
-    kinds = [kind for kind in arguments if kind is not type(None)]
-    if len(kinds) == 1:
-        return _value(kinds[0], data, where)
-    _require(isinstance(data, tuple(kinds)), data, " or ".join(kind.__name__ for kind in kinds), where)
-    return data
-
-
-def _require(holds: bool, data: Any, expected: str, where: str) -> None:
-    if not holds:
-        raise BundleError(f"{where}: found {json.dumps(data)[:80]}, expected {expected}")
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -29,9 +29,10 @@ from vlmdeploy.bench.measurement import (
 from vlmdeploy.bench.memory_use import DeviceMemory, device_memory, peak_meter, resident
 from vlmdeploy.bench.phase_watch import PhaseWatch, Spent
 from vlmdeploy.bench.timed_answer import AnswerTimes, Picture, Question, chosen_picture
-from vlmdeploy.bundle import Manifest, from_json
+from vlmdeploy.bundle import Manifest
 from vlmdeploy.child_process import child_process, end_with_parent
 from vlmdeploy.errors import BackendError, VlmdeployError
+from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.ort import OrtBackend
@@ -199,7 +200,7 @@ def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
         raise BackendError(f"{folder}: the measuring process {how}, {reason}") from None
     if "error" in answer:
         raise getattr(errors, answer["error"])(answer["message"])
-    return from_json(Measurement, answer, "measurement")
+    return record_of(Measurement, answer, "measurement", BackendError)
 
 
 def main() -> None:
@@ -231,7 +232,7 @@ class _Once(logging.Filter):
 def _measured(request: dict[str, Any]) -> dict[str, Any]:
     """The measurement, or the error that the user can solve, in its JSON form."""
     try:
-        options = from_json(MeasureOptions, request["options"], "options")
+        options = record_of(MeasureOptions, request["options"], "options")
         return asdict(measure(Path(request["folder"]), options))
     except VlmdeployError as error:
         return {"error": type(error).__name__, "message": str(error)}

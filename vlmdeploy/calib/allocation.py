@@ -15,11 +15,12 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
 from vlmdeploy.calib.statistics import Statistics
 from vlmdeploy.errors import ConfigError, QuantizationError
-from vlmdeploy.export.options import Progress
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.progress import Progress
 from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
-from vlmdeploy.quant.precision import BITS, GROUP_SIZES, Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.quant.precision import BITS, GROUP_SIZES, Precision, PrecisionPlan
+from vlmdeploy.spec.matrices import Linear, linears
 
 CANDIDATE_BITS = (3, 4, 8)
 MEASURED_SAMPLES = 64  # gradients and errors are averages over these

@@ -17,8 +17,7 @@ import vlmdeploy
 from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import UnitRecord, shard_name
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.export.exporter import LICENCE_PATTERNS
-from vlmdeploy.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
 from vlmdeploy.quant.gptq_format import (
     CONFIG_NAME,
     GptqConfig,
@@ -29,9 +28,10 @@ from vlmdeploy.quant.gptq_format import (
     encode_linear,
 )
 from vlmdeploy.quant.grid import Quantized
-from vlmdeploy.quant.precision import PrecisionPlan, linears
+from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
-from vlmdeploy.spec.model import WeightRule
+from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.weight_rules import WeightRule
 
 ONE_FILE_BYTES = 1 << 30  # a smaller checkpoint is one file, a larger one a shard for each unit
 COPIED = (

@@ -7,9 +7,11 @@ from typing import Any
 from vlmdeploy.calib.calibration_set import Pictures, Tokens
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
-from vlmdeploy.quant.precision import PrecisionPlan, linears
+from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import ExpertCoverage
-from vlmdeploy.spec.model import BoundaryRows, ModelSpec
+from vlmdeploy.spec.connector import BoundaryRows
+from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.model import ModelSpec
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
 WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike

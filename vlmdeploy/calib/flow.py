@@ -21,7 +21,8 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.connector import build_step
 from vlmdeploy.model.decoder import Decoder, DecoderLayer, Expert, LayerCache, RmsNorm, Step, causal_mask
 from vlmdeploy.model.vision import ACTIVATIONS, VisionEncoder, VisionLayer
-from vlmdeploy.spec.model import BoundaryRows, Downsample, GatedMlp, ModelSpec, Projection
+from vlmdeploy.spec.connector import BoundaryRows, Downsample, GatedMlp, Projection
+from vlmdeploy.spec.model import ModelSpec
 
 Samples = tuple[CalibrationSample, ...]
 Weights = tuple[Tensor, ...]  # of one linear, [out, in]: quantized and, under asymmetric calibration, float

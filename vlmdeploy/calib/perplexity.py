@@ -9,9 +9,9 @@ from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.flow import Flow, Runner, Weights
 from vlmdeploy.calib.statistics import Inputs
-from vlmdeploy.export.options import Progress
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import RmsNorm
+from vlmdeploy.progress import Progress
 
 
 class FloatWeights:

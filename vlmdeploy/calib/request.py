@@ -30,10 +30,10 @@ from vlmdeploy.data.balance import Candidate, across_range, balance, draw_sample
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.data.source import Skipped, check_picture, open_source
 from vlmdeploy.errors import CalibrationError, ConfigError, DataError
-from vlmdeploy.export.options import Progress, with_settings
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import checkpoint_tokenizer, import_tokenizer
-from vlmdeploy.quant.numpy_loops import best_loops
+from vlmdeploy.progress import Progress
+from vlmdeploy.quant.gptq import best_loops
 from vlmdeploy.quant.precision import (
     DEFAULT_GROUP,
     Precision,
@@ -44,6 +44,7 @@ from vlmdeploy.quant.precision import (
 )
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
 from vlmdeploy.runtime.chat import Tokenizer
+from vlmdeploy.spec.model import with_settings
 
 TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
 CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used

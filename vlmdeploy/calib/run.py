@@ -40,8 +40,8 @@ from vlmdeploy.calib.state import (
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
 from vlmdeploy.errors import CalibrationError, QuantizationError
-from vlmdeploy.export.options import Progress
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.progress import Progress
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import LinearReport, read_report

@@ -21,14 +21,13 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens,
 from vlmdeploy.calib.flow import Flow, Runner, Weights
 from vlmdeploy.calib.solver import judged_rows
 from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
-from vlmdeploy.export.options import Progress
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.connector import Connector, DownsampleConv
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
 from vlmdeploy.model.vision import VisionLayer
-from vlmdeploy.quant.gptq import GptqOptions, factorize, quantize_gptq
+from vlmdeploy.progress import Progress
+from vlmdeploy.quant.gptq import GptqOptions, best_loops, factorize, quantize_gptq
 from vlmdeploy.quant.grid import Grid, dequantize
-from vlmdeploy.quant.numpy_loops import best_loops
 
 DAMPING = 0.01
 

@@ -17,6 +17,7 @@ from vlmdeploy.quant.gptq import (
     Factor,
     GptqOptions,
     asymmetric_target,
+    best_loops,
     factorize,
     filled_diagonal,
     output_loss,
@@ -25,7 +26,7 @@ from vlmdeploy.quant.gptq import (
     sweep,
 )
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn
-from vlmdeploy.quant.numpy_loops import Loops, best_loops
+from vlmdeploy.quant.loops import Loops
 from vlmdeploy.quant.quantization_report import LinearReport
 
 DAMPINGS = (0.01, 0.05, 0.2)

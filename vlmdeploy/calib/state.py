@@ -8,7 +8,8 @@ what it names is on the disk and whole, and what no record names is thrown away.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdeploy.artifact import LOCK, empty_partial, write_file
-from vlmdeploy.bundle import FileEntry, from_json, hash_file
+from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.flow import Flow
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.errors import BundleError, CalibrationError
+from vlmdeploy.errors import CalibrationError
 from vlmdeploy.quant.quantization_report import LinearReport
+from vlmdeploy.records import Config, read_object, record_of
 
 SETTINGS, SPILL = "settings.json", "spill"
 ROWS_AT_ONCE = 4096
@@ -62,10 +64,8 @@ class RunState:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            try:
-                content = from_json(_Content, _read_json(path), "record")
-            except (BundleError, RecursionError) as error:
-                raise _damaged(path, error) from error
+            with _start_anew(path):
+                content = record_of(_Content, read_object(path, CalibrationError), str(path), CalibrationError)
             records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
         if records:
             self._check_files(records)
@@ -182,21 +182,22 @@ def is_shard(name: str) -> bool:
 
 def unfinished_settings(folder: Path) -> dict[str, Any] | None:
     """The settings of the unfinished run in OUT.partial, None if there is none."""
-    return _read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
+    return _read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> Config:
+    with _start_anew(path):
+        return read_object(path, CalibrationError)
+
+
+@contextmanager
+def _start_anew(path: Path) -> Iterator[None]:
+    """Say of a damaged file of the state how to go on."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, f"holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def _damaged(path: Path, found: object) -> CalibrationError:
-    return CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew")
+        yield
+    except CalibrationError as error:
+        found = str(error).removeprefix(f"{path}: ")
+        raise CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew") from error
 
 
 def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
@@ -206,7 +207,7 @@ def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
     """
     path = folder / SETTINGS
     if path.is_file():
-        difference = first_difference(settings, _read_json(path))
+        difference = first_difference(settings, _read_settings(path))
         if difference is None:
             return
         if not force:

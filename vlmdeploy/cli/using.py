@@ -130,9 +130,9 @@ def run(
 @json_option
 def inspect(folder: Path, as_json: bool) -> None:
     """Describe a checkpoint or a bundle."""
-    from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
+    from vlmdeploy.bundle import has_manifest, read_manifest
 
-    if (folder / MANIFEST_NAME).is_file():
+    if has_manifest(folder):
         from vlmdeploy.runtime.summary import bundle_rows
 
         manifest = read_manifest(folder)

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.bundle import MANIFEST_NAME, has_manifest
 from vlmdeploy.diff.inputs import make_input
 from vlmdeploy.diff.row_difference import RowMeter, row_difference
 from vlmdeploy.diff.staged_bundle import StagedBundle
 from vlmdeploy.diff.staged_checkpoint import StagedCheckpoint, StagedModel
 from vlmdeploy.diff.verdict import ModelDiff, StageDifference, checked_tolerance, default_tolerance
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.export.options import Progress, no_progress
 from vlmdeploy.layout import Ints
+from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.runtime.backends.door import Floats
 from vlmdeploy.runtime.generate import Prompt
 
@@ -64,7 +64,7 @@ def open_staged(folder: Path, threads: int | None) -> StagedModel:
     """A checkpoint or a bundle; which one, its files tell. Raises ConfigError where it is neither."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a checkpoint or a bundle")
-    if (folder / MANIFEST_NAME).is_file():
+    if has_manifest(folder):
         return StagedBundle(folder, threads)
     if (folder / CONFIG_NAME).is_file():
         return StagedCheckpoint(folder)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlmdeploy.artifact import check_output
-from vlmdeploy.bundle import Manifest
+from vlmdeploy.bundle import Manifest, is_bundle
 from vlmdeploy.calib.request import QuantizeOptions, quantize
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.export.exporter import export_bundle, is_bundle
-from vlmdeploy.export.options import ExportOptions, Progress
+from vlmdeploy.export.exporter import export_bundle
+from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.progress import Progress
 from vlmdeploy.quant.precision import TARGETS
 
 BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8, "rtx-int4": 4, "trt-int4": 4}

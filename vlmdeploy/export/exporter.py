@@ -28,10 +28,10 @@ from vlmdeploy.bundle import (
     PluginUse,
     Provenance,
     hash_file,
-    read_manifest,
+    is_bundle,
     write_manifest,
 )
-from vlmdeploy.errors import BundleError, ExportError
+from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import (
     ENGINES,
     built_for,
@@ -50,21 +50,21 @@ from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.graphs.routed_dialect import RoutedTrtGraph, check_routed
 from vlmdeploy.export.graphs.trt_dialect import TrtGraph
 from vlmdeploy.export.graphs.vision import build_vision
-from vlmdeploy.export.options import ExportOptions, Progress, no_progress, with_settings
+from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.kernels.packing import PACKING_VERSION
-from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.checkpoint import LICENCE_PATTERNS, Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.quant.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
 from vlmdeploy.runtime.session import TOKENIZER_NAME
-from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.model import ModelSpec, with_settings
 
 EMBEDDING_NAME = "embedding.bin"
-LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 
 
 def export_bundle(
@@ -116,19 +116,6 @@ def export_bundle(
         manifest = replace(manifest, files=files)
         write_manifest(folder, manifest)
     return manifest, tuple(warnings)
-
-
-def is_bundle(folder: Path) -> bool:
-    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version, altered or cut."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return False
-    try:
-        read_manifest(folder)
-    except BundleError:
-        content = path.read_bytes()
-        return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
-    return True
 
 
 def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Path, warnings: list[str]) -> bool:

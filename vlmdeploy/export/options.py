@@ -1,18 +1,12 @@
 """What a user may choose for an export, checked against the checkpoint."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import BuildOptions
-from vlmdeploy.export.engines.compiler import Progress as Progress  # where others take it from
 from vlmdeploy.quant.precision import DEFAULT_GROUP, is_tensorrt
-from vlmdeploy.spec.model import ModelSpec
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +45,3 @@ class ExportOptions:
         if self.kv not in (None, wanted):
             raise ExportError(f"--kv is {self.kv}, but the cache of {self.target} on this provider is {wanted}")
         return wanted
-
-
-def least_context(rows_per_image: int) -> int:
-    """The shortest context of a bundle, in tokens: the first one, an image, a word, and one of the answer."""
-    return rows_per_image + 3
-
-
-def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
-    """The spec with the context and the default template that the user chose; raises ExportError."""
-    context = spec.decoder.context_tokens if context_tokens is None else context_tokens
-    least = least_context(spec.tokens.rows_per_image)
-    if not least <= context <= spec.decoder.context_tokens:
-        raise ExportError(
-            f"--context is {context}, expected {least} (an image and a word) to {spec.decoder.context_tokens} "
-            "(the checkpoint's own context)"
-        )
-    names = [item.name for item in spec.templates]
-    if template is not None and template not in names:
-        raise ExportError(f'--template is "{template}", expected one of {", ".join(names)}')
-    decoder = replace(spec.decoder, context_tokens=context)
-    return replace(spec, decoder=decoder, default_template=template or spec.default_template)

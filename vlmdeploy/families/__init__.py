@@ -5,7 +5,8 @@ import pkgutil
 from importlib import import_module
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.spec.model import Config, Family
+from vlmdeploy.records import Config
+from vlmdeploy.spec.model import Family
 
 _NOT_FAMILIES = {"config"}
 

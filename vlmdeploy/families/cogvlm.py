@@ -9,24 +9,21 @@ from dataclasses import dataclass
 from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, Piece, TokenRules
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
-from vlmdeploy.spec.model import (
+from vlmdeploy.records import Config
+from vlmdeploy.spec.connector import (
     Activation,
     BoundaryRows,
-    Config,
     ConnectorSpec,
     ConnectorStep,
-    DecoderSpec,
     Downsample,
-    ExpertSpec,
     GatedMlp,
-    ModelSpec,
     Norm,
     Projection,
-    RopeSpec,
-    Source,
-    VisionSpec,
-    WeightRule,
 )
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
+from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.vision import VisionSpec
+from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 NAME = "cogvlm"
 ARCHITECTURE = "CogVLMForCausalLM"

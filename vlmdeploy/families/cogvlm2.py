@@ -18,7 +18,9 @@ from vlmdeploy.families.cogvlm import (
     weights,
 )
 from vlmdeploy.families.config import ConfigReader
-from vlmdeploy.spec.model import Config, ExpertSpec, ModelSpec, RopeSpec
+from vlmdeploy.records import Config
+from vlmdeploy.spec.decoder import ExpertSpec, RopeSpec
+from vlmdeploy.spec.model import ModelSpec
 
 __all__ = ["NAME", "RELEASED", "detect", "spec", "weights"]
 

@@ -9,28 +9,26 @@ import json
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.errors import ConfigError, WeightsError
-from vlmdeploy.families import family_named, find_family
+from vlmdeploy.families import find_family
 from vlmdeploy.model.decoder import default_inv_freq
-from vlmdeploy.model.kernel_layer import check_routable, load_codes, replace_layers
 from vlmdeploy.model.stored_codes import StoredCodes
-from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, Quantized, stacked
 from vlmdeploy.quant.packing import fills_words
-from vlmdeploy.spec.model import Config, ModelSpec, Source, WeightRule
+from vlmdeploy.records import read_object
+from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Checkpoint:
@@ -40,8 +38,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")
-        self.config = read_json(self.folder / "config.json")
-        self.generation_config = read_json(self.folder / "generation_config.json", optional=True)
+        self.config = read_object(self.folder / "config.json", expected="a checkpoint in Hugging Face layout")
+        self.generation_config = read_object(self.folder / "generation_config.json", is_optional=True)
         self.shard_of = _tensor_shards(self.folder)
         self.codes = StoredCodes(self.folder, self.shard_of)
         try:
@@ -156,26 +154,11 @@ class Checkpoint:
         return values
 
 
-def read_json(path: Path, optional: bool = False) -> Config:
-    """A JSON object; {} for an absent optional file. Raises ConfigError."""
-    if not path.is_file():
-        if optional:
-            return {}
-        raise ConfigError(f"{path}: no such file; expected a checkpoint in Hugging Face layout")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _tensor_shards(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or the single file; checked against the files' own headers."""
     index_path = folder / INDEX_NAME
     if index_path.is_file():
-        weight_map = read_json(index_path).get("weight_map")
+        weight_map = read_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise WeightsError(f'{index_path}: has no "weight_map" object')
         for name, file in weight_map.items():
@@ -264,79 +247,3 @@ def _row_ranges(rule: WeightRule, start: int, stop: int) -> list[tuple[Source, i
             ranges.append((source, first, last))
         offset += source.shape[0]
     return ranges
-
-
-def load_model(
-    folder: str | Path,
-    dtype: str | torch.dtype = "float32",
-    device: str = "cpu",
-    quantized: Literal["dequantize", "kernel"] = "dequantize",
-) -> VisionLanguageModel:
-    """The PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
-
-    quantized: what becomes of the decoder's linears in a quantized checkpoint. "dequantize" makes floats of them,
-    "kernel" keeps int4 codes on a CUDA device and runs them through the routed kernels, without gradients.
-
-    Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
-    naming a linear that they do not take, and BackendError where they cannot run.
-    """
-    if isinstance(dtype, str):
-        if dtype not in DTYPE_NAMES:
-            raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
-        dtype = DTYPE_NAMES[dtype]
-    if quantized not in ("dequantize", "kernel"):
-        raise ConfigError(f'quantized {quantized!r}: expected "dequantize" or "kernel"')
-    checkpoint = Checkpoint(folder)
-    if quantized == "kernel":
-        check_routable(checkpoint, dtype, device)
-    with torch.device("meta"):
-        model = VisionLanguageModel(checkpoint.spec).to(dtype)
-        if quantized == "kernel":
-            replace_layers(model)
-    materialize(model, checkpoint.spec, device)
-    for target in model.state_dict():
-        if target in checkpoint:
-            fill_parameter(model, target, checkpoint.parameter(target))
-    if quantized == "kernel":
-        load_codes(model, checkpoint, device)
-    return model.eval()
-
-
-def materialize(model: VisionLanguageModel, spec: ModelSpec, device: str) -> VisionLanguageModel:
-    """Give a meta model storage: weights uninitialized, the rotary frequencies the default ones, in float32."""
-    model = model.to_empty(device=device)
-    model.decoder.inv_freq = default_inv_freq(spec.decoder).to(device)
-    return model
-
-
-def fill_parameter(model: torch.nn.Module, target: str, values: Tensor) -> None:
-    """Copy values into the parameter or buffer of that name."""
-    owner, _, name = target.rpartition(".")
-    parameter: Tensor = getattr(model.get_submodule(owner), name)
-    with torch.no_grad():
-        parameter.copy_(values)
-
-
-def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors with the family's real tensor names into an existing folder.
-
-    The rotary frequencies keep float32: rounded to `dtype`, the saved model would answer differently.
-    """
-    family = family_named(model.spec.family)
-    tensors: dict[str, Tensor] = {}
-    state = model.state_dict()
-    for rule in family.weights(model.spec):
-        values = state[rule.target] if rule.op == "same" else state[rule.target].to(dtype)
-        for source, first in zip(rule.sources, _offsets(rule), strict=True):
-            part = values[first : first + source.shape[0]] if rule.op == "stack" else values
-            tensors[source.name] = part.reshape(source.shape).contiguous().clone()
-    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-    (folder / SINGLE_NAME).chmod(0o644)  # the library writes files that only their owner can read
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _offsets(rule: WeightRule) -> list[int]:
-    """The first row of each source inside a stacked parameter; 0 for the other operations."""
-    if rule.op != "stack":
-        return [0] * len(rule.sources)
-    return [sum(source.shape[0] for source in rule.sources[:index]) for index in range(len(rule.sources))]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.model.vision import ACTIVATIONS
-from vlmdeploy.spec.model import (
+from vlmdeploy.spec.connector import (
     Activation,
     BoundaryRows,
     ConnectorSpec,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.spec.model import DecoderSpec, ExpertSpec
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
 class RmsNorm(nn.Module):

@@ -6,7 +6,6 @@ and cache are those of `DecoderLayer`; the kernels are in `vlmdeploy.kernels`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,13 +23,11 @@ from vlmdeploy.kernels.launch import (
     usable_kernels,
 )
 from vlmdeploy.kernels.packing import BITS, EXPERTS, PackedExperts, check_layout, pack_codes, pack_scales
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import DecoderLayer, Projections, Step
+from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.conversions import widen
-from vlmdeploy.spec.model import DecoderSpec
-
-if TYPE_CHECKING:
-    from vlmdeploy.model.checkpoint import Checkpoint
-    from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.spec.decoder import DecoderSpec
 
 LINEARS = ("qkv", "dense", "gate_up", "down")
 
@@ -105,7 +102,7 @@ class RoutedLayer(DecoderLayer):
         return apply(RoutedProjections(self.linears, self.routes.of(step, x)), x)
 
 
-def check_routable(checkpoint: "Checkpoint", dtype: torch.dtype, device: str) -> None:
+def check_routable(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
     """Raise an error, before anything is loaded, where kernels cannot run the checkpoint's decoder linears."""
     folder = checkpoint.folder
     if dtype not in ACTIVATIONS:
@@ -121,7 +118,7 @@ def check_routable(checkpoint: "Checkpoint", dtype: torch.dtype, device: str) ->
     shapes_for(torch.device(device))
 
 
-def _linears(checkpoint: "Checkpoint") -> list[tuple[int, str]]:
+def _linears(checkpoint: Checkpoint) -> list[tuple[int, str]]:
     return [(layer, name) for layer in range(checkpoint.spec.decoder.num_layers) for name in LINEARS]
 
 
@@ -129,7 +126,7 @@ def _target(layer: int, expert: str, name: str, part: str = "weight") -> str:
     return f"decoder.layers.{layer}.{expert}.{name}.{part}"
 
 
-def _unfit(checkpoint: "Checkpoint", layer: int, name: str) -> str:
+def _unfit(checkpoint: Checkpoint, layer: int, name: str) -> str:
     """Why the kernels do not take a linear of both experts; "" where they do."""
     sizes = set()
     for expert in EXPERTS:
@@ -148,7 +145,7 @@ def _unfit(checkpoint: "Checkpoint", layer: int, name: str) -> str:
     return ""
 
 
-def replace_layers(model: "VisionLanguageModel") -> None:
+def replace_layers(model: VisionLanguageModel) -> None:
     """Give a meta model layers without float experts, and parameters without gradients."""
     routes, decoder = PassRoutes(), model.decoder
     dtype = model.embedding.weight.dtype
@@ -156,7 +153,7 @@ def replace_layers(model: "VisionLanguageModel") -> None:
     model.requires_grad_(False)
 
 
-def load_codes(model: "VisionLanguageModel", checkpoint: "Checkpoint", device: str) -> None:
+def load_codes(model: VisionLanguageModel, checkpoint: Checkpoint, device: str) -> None:
     """Fill the linears of layers made by `replace_layers`, one linear in memory at a time."""
     for layer, name in _linears(checkpoint):
         packed = packed_experts(checkpoint, layer, name)
@@ -164,7 +161,7 @@ def load_codes(model: "VisionLanguageModel", checkpoint: "Checkpoint", device: s
         linears[name] = RoutedLinear(RoutedWeights.on(device, packed))
 
 
-def packed_experts(checkpoint: "Checkpoint", layer: int, name: str) -> PackedExperts:
+def packed_experts(checkpoint: Checkpoint, layer: int, name: str) -> PackedExperts:
     """One decoder linear of both experts, as the kernels read it. Raises QuantizationError for asymmetric codes."""
     codes, scales, biases, group_size = [], [], [], 0
     for expert in EXPERTS:

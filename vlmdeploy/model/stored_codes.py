@@ -25,7 +25,7 @@ from vlmdeploy.quant.gptq_format import (
 )
 from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.packing import num_words
-from vlmdeploy.spec.model import Source
+from vlmdeploy.spec.weight_rules import Source
 
 Header = tuple[str, tuple[int, ...]]  # type, as safetensors calls it, and shape
 

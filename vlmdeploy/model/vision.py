@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.spec.model import VisionSpec
+from vlmdeploy.spec.vision import VisionSpec
 
 ACTIVATIONS = {"gelu": F.gelu}
 

@@ -7,13 +7,14 @@ from itertools import product
 from typing import Any
 
 from vlmdeploy.errors import ExportError, QuantizationError
-from vlmdeploy.export.options import least_context
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.draft import Change, Plan, draft
 from vlmdeploy.plan.options import CHUNK_ROWS, PlanOptions
 from vlmdeploy.plan.planned_model import PlannedModel
 from vlmdeploy.plan.speed import Range
-from vlmdeploy.quant.precision import TARGETS, is_tensorrt, linears
+from vlmdeploy.quant.precision import TARGETS, is_tensorrt
+from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.model import least_context
 
 MAX_CHANGES = 5
 FEWEST_TEXT_TOKENS = 128  # that a shortened context must leave beside the image

@@ -19,7 +19,8 @@ from vlmdeploy.quant.conversions import field_bits
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.runtime.backends.ort import CHUNK_ROWS
 from vlmdeploy.runtime.backends.trt import RESERVE_BYTES
-from vlmdeploy.spec.model import GatedMlp, Geometry
+from vlmdeploy.spec.connector import GatedMlp
+from vlmdeploy.spec.model import Geometry
 
 PHASES = ("vision", "prefill", "decode")
 MB = 10**6

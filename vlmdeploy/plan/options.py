@@ -7,13 +7,12 @@ from typing import Any
 
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.export.options import least_context
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.planned_model import ONE_IMAGE, Widths
 from vlmdeploy.plan.sizes import Storage
 from vlmdeploy.quant.precision import BITS, DEFAULT_GROUP, TARGETS, is_tensorrt
 from vlmdeploy.runtime.backends.trt_library import library_of
-from vlmdeploy.spec.model import Geometry
+from vlmdeploy.spec.model import Geometry, least_context
 
 DEFAULT_TARGETS = {"jetson": "trt-int4", "rtx": "rtx-int4", "datacenter": "trt-int4", "cpu": "ort-int4"}
 HELD_BITS = {"int4": (3, 4, 8), "int8": (8,)}  # of a quantized decoder, which a target with this type ships as it is

@@ -10,23 +10,13 @@ from pathlib import Path
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.weight_reader import stored_precisions
 from vlmdeploy.families import all_families, find_family
-from vlmdeploy.model.checkpoint import Checkpoint, read_json
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.precision import Stored
-from vlmdeploy.spec.model import (
-    Activation,
-    BoundaryRows,
-    ConnectorSpec,
-    DecoderSpec,
-    Downsample,
-    ExpertSpec,
-    Family,
-    GatedMlp,
-    Geometry,
-    Norm,
-    Projection,
-    RopeSpec,
-    VisionSpec,
-)
+from vlmdeploy.records import read_object
+from vlmdeploy.spec.connector import Activation, BoundaryRows, ConnectorSpec, Downsample, GatedMlp, Norm, Projection
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
+from vlmdeploy.spec.model import Family, Geometry
+from vlmdeploy.spec.vision import VisionSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 ONE_IMAGE = 1  # of every family so far
@@ -117,7 +107,10 @@ def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
 
 def _config_model(folder: Path, family: str | None) -> PlannedModel:
     """The float model of a folder without weights."""
-    config, index = read_json(folder / "config.json"), read_json(folder / INDEX_NAME, optional=True)
+    config, index = (
+        read_object(folder / "config.json", expected="a checkpoint in Hugging Face layout"),
+        read_object(folder / INDEX_NAME, is_optional=True),
+    )
     if "quantization_config" in config:
         raise ConfigError(
             f"{folder}: config.json is of a quantized checkpoint without its weights, and only they tell what is in "

@@ -12,9 +12,12 @@ from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.graphs.trt_dialect import kernel_width
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size
-from vlmdeploy.quant.precision import Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.quant.precision import Precision, PrecisionPlan
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT
-from vlmdeploy.spec.model import BoundaryRows, DecoderSpec, Downsample, ExpertSpec, Geometry, Norm
+from vlmdeploy.spec.connector import BoundaryRows, Downsample, Norm
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
+from vlmdeploy.spec.matrices import Linear, linears
+from vlmdeploy.spec.model import Geometry
 
 WEIGHT_PARTS = ("vision", "connector", "language_experts", "vision_experts", "embedding", "lm_head", "other")
 FLOAT_BYTES = {"fp32": 4, "fp16": 2}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.memory import Setting
 from vlmdeploy.plan.sizes import Storage, kv_bytes_per_token, weight_sizes
-from vlmdeploy.quant.precision import PrecisionPlan, linears
+from vlmdeploy.quant.precision import PrecisionPlan
+from vlmdeploy.spec.matrices import linears
 from vlmdeploy.spec.model import Geometry
 
 Range = tuple[float, float]

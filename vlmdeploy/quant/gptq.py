@@ -28,7 +28,8 @@ from vlmdeploy.quant.grid import (
     split_groups,
     to_half,
 )
-from vlmdeploy.quant.numpy_loops import Ints, Loops, best_loops
+from vlmdeploy.quant.loops import Ints, Loops
+from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS
 
 BLOCK = 128
 CLIP_RATIOS = np.linspace(1.0, 0.4, 32, dtype=np.float32)
@@ -329,3 +330,14 @@ def asymmetric_target(weights: Tensor, factor: Factor, cross: Tensor) -> Tensor:
 def output_loss(errors: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T): the mean squared change of the outputs, summed over them. errors [out, in]."""
     return float(((errors @ hessian) * errors).sum())
+
+
+def best_loops() -> Loops:
+    """The compiled loops where numba is installed, else those of numpy."""
+    try:
+        from vlmdeploy.quant.numba_loops import COMPILED_LOOPS
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return NUMPY_LOOPS
+    return COMPILED_LOOPS

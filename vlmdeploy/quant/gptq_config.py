@@ -6,7 +6,6 @@ patterns (kept in float) come before all others, and of the others the first tha
 written by `gptq_format`.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.quant.grid import Grid
+from vlmdeploy.records import read_object
 
 CONFIG_NAME = "quantize_config.json"
 MODEL_CONFIG_NAME = "config.json"
@@ -90,8 +90,8 @@ def read_config(folder: Path) -> GptqConfig | None:
     own, model = folder / CONFIG_NAME, folder / MODEL_CONFIG_NAME
     found: list[tuple[str, Settings]] = []
     if own.is_file():  # AutoGPTQ wrote no quant_method here: the file's name said it
-        found.append((str(own), {"quant_method": "gptq"} | _settings(str(own), _read_json(own))))
-    if model.is_file() and (nested := _read_json(model).get(MODEL_CONFIG_KEY)) is not None:
+        found.append((str(own), {"quant_method": "gptq"} | _settings(str(own), read_object(own))))
+    if model.is_file() and (nested := read_object(model).get(MODEL_CONFIG_KEY)) is not None:
         where = f"{model}: {MODEL_CONFIG_KEY}"
         found.append((where, _settings(where, nested)))
     if not found:
@@ -239,14 +239,6 @@ def _pattern_json(pattern: str, override: Override | None) -> tuple[str, Setting
         return f"-:{pattern}", {}
     values = {"bits": override.bits, "group_size": override.group_size, "sym": override.symmetric}
     return pattern, {key: value for key, value in values.items() if value is not None}
-
-
-def _read_json(path: Path) -> Settings:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    return _checked_object(str(path), content)
 
 
 def _checked_object(where: str, content: Any) -> Settings:

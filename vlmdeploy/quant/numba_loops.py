@@ -1,5 +1,5 @@
-"""The inner loops compiled by numba, which needs no compiler on the user's machine. They do what `inner` describes, in
-tiles of outputs that stay in the first-level cache, and release Python's lock.
+"""The inner loops compiled by numba, which needs no compiler on the user's machine. `numpy_loops` describes them; these
+work in tiles of outputs that stay in the first-level cache, and release Python's lock.
 
 Compiled code is cached on disk by numba; where no cache can be written it is compiled anew in each process.
 """
@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from vlmdeploy.quant.grid import Codes, Floats
-from vlmdeploy.quant.numpy_loops import TILE, Ints, Loops, in_parallel
+from vlmdeploy.quant.loops import TILE, Ints, Loops, in_parallel
 
 ROWS_AT_ONCE = 16  # rows of a weight matrix handed to one thread of the scale search
 
@@ -127,7 +127,7 @@ _descend_columns = _compiled(_descend, fastmath={"contract"})
 
 
 def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
-    """See `inner.search_scales`."""
+    """See `numpy_loops.search_scales`."""
     top = np.float32(max_code)
     in_parallel(lambda *rows: _search_rows(weights, omega, scales, zeros, top, best, *rows), len(weights), ROWS_AT_ONCE)
 
@@ -143,7 +143,7 @@ def quantize_block(
     codes: Codes,
     max_code: int,
 ) -> None:
-    """See `inner.quantize_block`."""
+    """See `numpy_loops.quantize_block`."""
     arrays = (targets, weights, lower, scales, zeros, groups, columns, codes, np.float32(max_code))
     in_parallel(lambda *outs: _block_columns(*arrays, *outs), targets.shape[1])
 
@@ -151,7 +151,7 @@ def quantize_block(
 def descend(
     slopes: Floats, errors: Floats, codes: Codes, scales: Floats, zeros: Floats, hessian: Floats, max_code: int
 ) -> None:
-    """See `inner.descend`."""
+    """See `numpy_loops.descend`."""
     arrays = (slopes, errors, codes, scales, zeros, hessian, np.float32(max_code))
     in_parallel(lambda *outs: _descend_columns(*arrays, *outs), slopes.shape[1])
 

@@ -1,32 +1,13 @@
-"""The three inner loops of quantization, in numpy: slow, and what the compiled ones in `compiled` are tested against.
+"""The three inner loops of quantization, in numpy: slow, and the reference that the compiled loops are tested against.
 
 Layout: matrices are turned, inputs first, so that neighbouring outputs (columns here) go through the same steps side by
 side. All arrays are float32 unless said otherwise; outputs are written in place.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from vlmdeploy.quant.grid import Codes, Floats
-
-Ints = NDArray[np.int64]
-
-TILE = 64  # outputs that one step of a compiled loop handles: block x tile floats fit the first-level cache
-
-
-@dataclass(frozen=True)
-class Loops:
-    """One implementation of the inner loops; see the functions of this module for what each does."""
-
-    search_scales: Callable[[Floats, Floats, Floats, Codes, int, Ints], None]
-    quantize_block: Callable[[Floats, Floats, Floats, Floats, Floats, Ints, Ints, Codes, int], None]
-    descend: Callable[[Floats, Floats, Codes, Floats, Floats, Floats, int], None]
-    is_compiled: bool
+from vlmdeploy.quant.loops import Ints, Loops
 
 
 def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
@@ -89,30 +70,3 @@ def descend(
 
 
 NUMPY_LOOPS = Loops(search_scales, quantize_block, descend, is_compiled=False)
-
-
-def best_loops() -> Loops:
-    """The compiled loops where numba is installed, else those above."""
-    try:
-        from vlmdeploy.quant.numba_loops import COMPILED_LOOPS
-    except ModuleNotFoundError as error:
-        if error.name != "numba":
-            raise
-        return NUMPY_LOOPS
-    return COMPILED_LOOPS
-
-
-def in_parallel(work: Callable[[int, int], None], count: int, step: int = TILE) -> None:
-    """work(start, stop) over ranges that cover 0..count, a range for each of torch's threads; `work` frees the lock.
-
-    Ranges begin at multiples of `step`. What is computed does not depend on the number of threads.
-    """
-    threads = torch.get_num_threads()
-    size = step * -(-count // (step * threads))
-    ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
-    if len(ranges) == 1:
-        work(*ranges[0])
-        return
-    with ThreadPoolExecutor(len(ranges)) as pool:
-        for done in [pool.submit(work, *bounds) for bounds in ranges]:
-            done.result()

@@ -4,10 +4,8 @@ shows it or goes on by it. Writing it is left to `calib`."""
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmdeploy.bundle import from_json
-from vlmdeploy.errors import BundleError, ConfigError
-from vlmdeploy.model.checkpoint import read_json
-from vlmdeploy.spec.model import Config
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.records import Config, read_object, record_of
 
 REPORT_NAME = "quantization_report.json"
 
@@ -81,9 +79,9 @@ def read_report(folder: Path) -> Config:
     if not path.is_file():
         return {}
     try:
-        content = read_json(path)
-        report = from_json(_Report, content, str(path))
-    except (ConfigError, BundleError, RecursionError) as error:
+        content = read_object(path)
+        report = record_of(_Report, content, str(path))
+    except ConfigError as error:
         found = str(error).removeprefix(f"{path}: ")
         raise ConfigError(
             f"{path}: damaged ({found}); remove the file, or the whole folder to quantize again"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmdeploy.bundle import from_json
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.quant.quantization_report import REPORT_NAME, LinearReport, read_report
+from vlmdeploy.records import record_of
 from vlmdeploy.report.compared import (
     DRIFT_EDGES,
     LEAST_FALL,
@@ -153,7 +153,7 @@ def layer_errors(folder: Path) -> LayerErrors | None:
     content = read_report(folder)
     if not content:
         return None
-    linears = [from_json(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]
+    linears = [record_of(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]
     cells = {_cell(linear.name): linear for linear in linears}
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))

@@ -5,14 +5,13 @@ reference, sizes bytes, times milliseconds, boxes pixels of the upright picture.
 report's folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmdeploy.bench.measurement import Measurement
-from vlmdeploy.bundle import from_json
 from vlmdeploy.data.samples import PixelBox
-from vlmdeploy.errors import BundleError, DataError
+from vlmdeploy.errors import DataError
+from vlmdeploy.records import read_object, record_of
 from vlmdeploy.score.metrics import Score
 
 FORMAT = "1.0"
@@ -222,7 +221,6 @@ class Report:
 def read_report_json(path: Path) -> Report:
     """A report read back. Raises DataError for a file that is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return from_json(Report, content, str(path))
-    except (ValueError, BundleError) as error:
+        return record_of(Report, read_object(path, DataError), str(path), DataError)
+    except DataError as error:
         raise DataError(f"{path}: is no report of this version ({error})") from error

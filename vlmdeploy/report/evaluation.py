@@ -9,9 +9,10 @@ from pathlib import Path
 
 from vlmdeploy.artifact import told_unwritable, write_file
 from vlmdeploy.bench.measurement import Measurement
-from vlmdeploy.bundle import from_json, hash_file
+from vlmdeploy.bundle import hash_file
 from vlmdeploy.data.samples import Picture, Sample
-from vlmdeploy.errors import BundleError, DataError
+from vlmdeploy.errors import DataError
+from vlmdeploy.records import read_object, record_of
 from vlmdeploy.report.document import Agreement
 from vlmdeploy.score.metrics import Prediction
 
@@ -66,8 +67,8 @@ class Store:
         """What was kept under a key, for `count` questions; None where there is nothing that can be used."""
         path = self.path(key)
         try:
-            found = from_json(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, ValueError, BundleError, RecursionError):
+            found = record_of(Evaluation, read_object(path, DataError), str(path), DataError)
+        except DataError:
             return None  # evaluated again, and written anew
         return found if found.format == FORMAT and len(found.answers) == count else None
 

@@ -16,14 +16,14 @@ import vlmdeploy
 from vlmdeploy.artifact import write_file
 from vlmdeploy.bench.measure import measure_in_process
 from vlmdeploy.bench.measurement import Measurement, MeasureOptions
-from vlmdeploy.bundle import MANIFEST_NAME, hash_file
+from vlmdeploy.bundle import MANIFEST_NAME, has_manifest, hash_file
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import DataError
-from vlmdeploy.export.options import Progress
+from vlmdeploy.progress import Progress
 from vlmdeploy.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
 from vlmdeploy.report.document import Agreement, Subject
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
-from vlmdeploy.report.opened_models import OpenedModel, OpenOptions, is_bundle, open_model
+from vlmdeploy.report.opened_models import OpenedModel, OpenOptions, open_model
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.score.answerers import answer_all
 
@@ -122,7 +122,7 @@ class Runner:
 
         answers = tuple(KeptAnswer.of(each) for each in answer_all(model, self.asked.samples, report))
         self.progress(f"{path.name}: latency and memory", 0, 1)
-        if is_bundle(path):
+        if has_manifest(path):
             return Evaluation(answers, agreement, text_only, self._measure(model, path), None)
         return Evaluation(answers, agreement, text_only, None, "a checkpoint in PyTorch, which is no deployment")
 
@@ -243,7 +243,7 @@ def _content_of(path: Path, subject: Subject, tokenizer: Path | None) -> str:
     """A hash of all that a model's answers depend on. tokenizer: of a checkpoint, where its folder's is not meant."""
     from vlmdeploy.model.tokenizer import find_tokenizer
 
-    if is_bundle(path):
+    if has_manifest(path):
         return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest()
     source = find_tokenizer(tokenizer or path)
     return subject.sha256 if source is None else f"{subject.sha256} {hash_file(source).sha256}"

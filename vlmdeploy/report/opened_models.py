@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 import vlmdeploy
-from vlmdeploy.bundle import MANIFEST_NAME, Manifest, read_manifest
+from vlmdeploy.bundle import Manifest, has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import token_types_of
@@ -75,12 +75,7 @@ class OpenOptions:
 
 def open_model(path: Path, options: OpenOptions) -> "OpenedBundle | OpenedCheckpoint":
     """Open a bundle or a checkpoint. Raises what opening it raises."""
-    return OpenedBundle(path, options) if is_bundle(path) else OpenedCheckpoint(path, options)
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether this folder is a bundle; otherwise it is taken for a checkpoint."""
-    return (path / MANIFEST_NAME).is_file()
+    return OpenedBundle(path, options) if has_manifest(path) else OpenedCheckpoint(path, options)
 
 
 class OpenedBundle:
@@ -171,7 +166,7 @@ def _finite(logits: Floats, given: GivenAnswer, path: Path) -> Floats:
 def subject_of(path: Path, name: str) -> Subject:
     """What a model is, from its files. Raises BundleError, ConfigError and WeightsError."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if is_bundle(path):
+    if has_manifest(path):
         return _bundle_subject(path, name, read_manifest(path), size)
     from vlmdeploy.model.checkpoint import Checkpoint
 
@@ -195,7 +190,7 @@ def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> Sub
 
 def identity_of(path: Path, tokenizer: Path | None) -> Identity:
     """What tells one model from another. Raises ConfigError, WeightsError and BundleError."""
-    return _bundle_identity(path) if is_bundle(path) else _checkpoint_identity(path, tokenizer)
+    return _bundle_identity(path) if has_manifest(path) else _checkpoint_identity(path, tokenizer)
 
 
 def _bundle_identity(path: Path) -> Identity:

@@ -14,17 +14,18 @@ from pathlib import Path
 import vlmdeploy
 from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
 from vlmdeploy.bench.machine import machine
+from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import ConfigError, DataError, ExportError
-from vlmdeploy.export.options import Progress, no_progress
+from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.report.collect import frontier, layer_errors, model_result, questions_by_task
 from vlmdeploy.report.document import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.report.evaluation import Store
 from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.report.files import write_report
-from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
+from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, subject_of
 from vlmdeploy.report.shown_pictures import PictureFolder
 from vlmdeploy.score.answerers import MAX_NEW_TOKENS
 from vlmdeploy.score.metrics import check_scorable
@@ -229,11 +230,11 @@ def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
     for path in options.bundles:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder, expected a bundle")
-        if not is_bundle(path):
+        if not has_manifest(path):
             raise ConfigError(
                 f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
             )
-    if options.ref is not None and is_bundle(options.ref):
+    if options.ref is not None and has_manifest(options.ref):
         raise ConfigError(
             f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
         )

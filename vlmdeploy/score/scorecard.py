@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vlmdeploy
-from vlmdeploy.bundle import MANIFEST_NAME
+from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import BackendError, DataError
+from vlmdeploy.progress import Progress
 from vlmdeploy.score.answerers import (
     MAX_NEW_TOKENS,
     Answerer,
@@ -31,8 +32,6 @@ from vlmdeploy.score.predictions import (
 
 if TYPE_CHECKING:
     from vlmdeploy.model.vlm import VisionLanguageModel
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     """A bundle's runtime, a checkpoint in PyTorch, or a file of answers; which one, its files tell."""
     if is_predictions(model):
         return PredictionsAnswerer(model)
-    if (model / MANIFEST_NAME).is_file():
+    if has_manifest(model):
         session = vlmdeploy.open(model, provider=options.provider, threads=options.threads)
         return BundleAnswerer(session, options.max_new_tokens, options.template)
     from vlmdeploy.model.tokenizer import checkpoint_tokenizer, import_tokenizer

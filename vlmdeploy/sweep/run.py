@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmdeploy.artifact import locked
+from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import ConfigError, ExportError
-from vlmdeploy.export.options import Progress, no_progress
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import checkpoint_tokenizer
+from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.report.document import Failure, Report
 from vlmdeploy.report.evaluation import Store
-from vlmdeploy.report.opened_models import is_bundle
 from vlmdeploy.report.run import EVALUATIONS, ReportOptions, make_report, prepare_reference
 from vlmdeploy.sweep.grid import Point, read_grid
 from vlmdeploy.sweep.runners import RunTasks, task_runner
@@ -129,7 +129,7 @@ def _check_inputs(options: SweepOptions, points: Sequence[Point]) -> str:
         )
     if options.calib is not None:
         open_source(options.calib)
-    if is_bundle(options.ckpt):
+    if has_manifest(options.ckpt):
         raise ConfigError(f"--ckpt {options.ckpt}: is a bundle, expected a float checkpoint")
     checkpoint = Checkpoint(options.ckpt)
     if checkpoint.is_quantized:

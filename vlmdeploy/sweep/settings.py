@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmdeploy.artifact import LOCK, check_name, check_output, write_file
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.records import read_object, record_of
 from vlmdeploy.report.run import is_report
 from vlmdeploy.sweep.grid import Point
 from vlmdeploy.sweep.task import Shared
@@ -64,19 +65,22 @@ def _calibration_of(shared: Shared) -> dict[str, Any]:
     return {"calib": None if shared.calib is None else str(shared.calib), "calibration": settings}
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """Of the settings of a sweep, what is read again."""
+
+    ckpt: str
+    points: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is damaged ({error}); choose another --out") from error
-    points = found.get("points", {}) if isinstance(found, dict) else None
-    if (
-        not isinstance(points, dict)
-        or "ckpt" not in found
-        or not all(isinstance(each, dict) for each in points.values())
-    ):
-        raise ConfigError(f"{path}: is damaged, expected the settings of a sweep; choose another --out")
-    return dict(found)
+        found = read_object(path)
+        record_of(_Settings, found, str(path))
+    except ConfigError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{path}: is damaged ({problem}); choose another --out") from error
+    return found
 
 
 def _check_made(point: Point, before: Mapping[str, Any], shared: Shared) -> None:

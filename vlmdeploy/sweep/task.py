@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmdeploy.artifact import check_output
+from vlmdeploy.bundle import is_bundle
 from vlmdeploy.child_process import child_process, end_with_parent
 from vlmdeploy.errors import VlmdeployError
-from vlmdeploy.export.exporter import is_bundle
 from vlmdeploy.report.run import ReportOptions, evaluate_one
 from vlmdeploy.sweep.grid import Point
 
@@ -82,7 +82,7 @@ def perform(task: Task) -> None:
 
 def _quantize(point: Point, shared: Shared) -> None:
     from vlmdeploy.calib.request import quantize, quantize_options, use_threads
-    from vlmdeploy.export.options import no_progress
+    from vlmdeploy.progress import no_progress
 
     use_threads(shared.threads)
     assert shared.calib is not None, "the command line asks for it where a point is calibrated"

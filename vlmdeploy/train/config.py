@@ -1,16 +1,16 @@
 """A training run's TOML file as typed dataclasses. Every key is known, has its type and a sensible value, or a
 ConfigError names the file and the key. What the model looks like is the table [model]: it becomes config.json."""
 
-import dataclasses
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import find_family
-from vlmdeploy.spec.model import Config, ModelSpec
+from vlmdeploy.records import Config, record_of
+from vlmdeploy.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def load_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a training recipe in TOML") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
-    recipe: Recipe = _build(Recipe, values, str(path), "")
+    recipe = record_of(Recipe, values, str(path), unknown="refused")
     config = TrainConfig(path.absolute(), values, recipe, _read_spec(path, recipe.model))
     for key, found, expected in _problems(config):
         raise ConfigError(f'{path}: "{key}" is {found!r}, expected {expected}')
@@ -131,38 +131,6 @@ def _read_spec(path: Path, model: Config) -> ModelSpec:
         raise ConfigError(f"{path}: [model]: {error}") from error
 
 
-def _build(kind: Any, table: dict[str, Any], where: str, prefix: str) -> Any:
-    """A dataclass from a TOML table."""
-    hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
-    for key in table:
-        if key not in fields:
-            raise ConfigError(f'{where}: key "{prefix}{key}" is unknown; known are {", ".join(fields)}')
-    for key, field in fields.items():
-        if key not in table and field.default is dataclasses.MISSING:
-            raise ConfigError(f'{where}: key "{prefix}{key}" is missing')
-    return kind(**{key: _value(hints[key], value, where, prefix + key) for key, value in table.items()})
-
-
-def _value(kind: Any, value: Any, where: str, key: str) -> Any:
-    """A TOML value as the type of its field."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _build(kind, value, where, f"{key}.")
-    if get_origin(kind) is tuple and isinstance(value, list) and value:
-        return tuple(_value(get_args(kind)[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ConfigError(f'{where}: "{key}" is {value!r}, expected {" or ".join(map(repr, get_args(kind)))}')
-    if kind in (int, float, str) and type(value) is kind:
-        return value
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return value
-    expected = {int: "a whole number", float: "a number", str: "a string"}.get(kind, "a table")
-    raise ConfigError(f'{where}: "{key}" is {value!r}, expected {expected}')
-
-
 def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     """Values that make no sense: key, value, what was expected."""
     recipe, text = config.recipe, config.recipe.text
@@ -186,7 +154,7 @@ def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         for key, value, expected in _stage_problems(stage, recipe.workers):
             yield f"stages.{index}.{key}", value, expected
     trained = [stage.trains for stage in recipe.stages]
-    if trained != sorted(trained, reverse=True) or trained[-1] != "all":
+    if not trained or trained != sorted(trained, reverse=True) or trained[-1] != "all":
         yield "stages", trained, 'stages for "vision" first, then at least one for "all"'
     share = sum(stage.cpu_share for stage in recipe.stages)
     if not 0.99 < share < 1.01:

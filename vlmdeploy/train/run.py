@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,11 @@ import torch
 
 import vlmdeploy
 from vlmdeploy.artifact import check_output, locked, partial_folder, staged_folder
-from vlmdeploy.model.checkpoint import save_checkpoint
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.progress import Progress
+from vlmdeploy.records import read_object
 from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.source import Source, load_source
@@ -39,7 +42,6 @@ from vlmdeploy.train.workers import run_workers, uses_bfloat16
 RECORD = "training.json"
 LOG_EVERY_S = 60.0
 
-ReportProgress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ class Result:
     losses: dict[str, float]
 
 
-def run(config_path: Path, out: Path, force: bool, progress: ReportProgress) -> Result:
+def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result:
     """Train as the recipe says, or continue where a killed run with the same recipe was, and write `out`.
 
     A finished `out` of the same recipe is left as it is. Raises ConfigError, TrainingError and ExportError.
@@ -79,7 +81,7 @@ def run(config_path: Path, out: Path, force: bool, progress: ReportProgress) -> 
 class Watch:
     """Called often while the workers run: shows their status as a progress bar, and as a log line each minute."""
 
-    def __init__(self, folder: Path, progress: ReportProgress) -> None:
+    def __init__(self, folder: Path, progress: Progress) -> None:
         self._folder, self._progress = folder, progress
         self._last, self._last_s = read_status(folder), time.monotonic()
 
@@ -125,12 +127,11 @@ def _lines_on_stderr() -> Iterator[None]:
 
 def read_record(out: Path) -> dict[str, Any]:
     """training.json of a finished run, or nothing."""
-    path = out / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+        record = read_object(out / RECORD, is_optional=True)
+    except ConfigError:
         return {}
-    return record if isinstance(record, dict) and "recipe" in record else {}
+    return record if "recipe" in record else {}
 
 
 def is_ours(out: Path) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmdeploy.artifact import LOCK, write_file
 from vlmdeploy.errors import TrainingError
+from vlmdeploy.records import read_object, record_of
 from vlmdeploy.train.config import first_difference
 from vlmdeploy.train.optimizer import FlatOptimizer
 
@@ -53,7 +54,7 @@ def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
     Raises TrainingError, naming the key, if a run of another recipe is unfinished there; with `force` that is dropped.
     """
     if (folder / RECIPE).is_file():
-        difference = first_difference(values, json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        difference = first_difference(values, read_object(folder / RECIPE, TrainingError))
         if difference is None:
             return
         if not force:
@@ -105,7 +106,7 @@ def write_status(folder: Path, status: Status) -> None:
 def read_status(folder: Path) -> Status:
     """The last status; all zero before the first."""
     path = folder / STATUS
-    return Status(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Status()
+    return record_of(Status, read_object(path, TrainingError, is_optional=True), str(path), TrainingError)
 
 
 def _write_text(path: Path, text: str, sync: bool = True) -> None:

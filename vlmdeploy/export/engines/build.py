@@ -20,9 +20,10 @@ from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_m
 from vlmdeploy.byte_sizes import gigabytes, parse_size
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
-from vlmdeploy.export.engines.compiler import EngineRequest, Progress, RoutedPlugin, Shapes, compile_engine
+from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, Shapes, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.kernels.packing import PACKING_VERSION
+from vlmdeploy.progress import Progress
 from vlmdeploy.runtime.backends.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt import needed_bytes

@@ -18,11 +18,10 @@ from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engines.parts import EnginePart, cut
 from vlmdeploy.export.engines.plugin_ahead_of_time import register_routed_plugins
 from vlmdeploy.export.graphs.routed_functions import without_routed_functions
+from vlmdeploy.progress import Progress
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_library import LibraryName, TensorrtLibrary, import_tensorrt
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")

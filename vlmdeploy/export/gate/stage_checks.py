@@ -11,8 +11,8 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.export.gate.taps import TappedRun
 from vlmdeploy.export.gate.torch_stages import TorchStages
 from vlmdeploy.export.graphs.head_layout import HeadLayout
-from vlmdeploy.export.options import Progress
 from vlmdeploy.model.decoder import LayerCache, Step
+from vlmdeploy.progress import Progress
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.parity import Gate, Tolerance
 from vlmdeploy.spec.model import ModelSpec

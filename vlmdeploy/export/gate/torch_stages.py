@@ -18,7 +18,8 @@ from vlmdeploy.model.connector import build_step
 from vlmdeploy.model.decoder import Decoder, DecoderLayer, LayerCache, RmsNorm, Step, causal_mask
 from vlmdeploy.model.vision import VisionEncoder, VisionLayer
 from vlmdeploy.runtime.backends.door import Floats
-from vlmdeploy.spec.model import ConnectorStep, ModelSpec
+from vlmdeploy.spec.connector import ConnectorStep
+from vlmdeploy.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)

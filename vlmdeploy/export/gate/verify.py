@@ -17,11 +17,11 @@ from vlmdeploy.export.gate.sample import InputRules, draw_sample
 from vlmdeploy.export.gate.stage_checks import StageChecks
 from vlmdeploy.export.gate.taps import TappedRun, tapped_backend
 from vlmdeploy.export.gate.torch_stages import TorchStages
-from vlmdeploy.export.options import Progress, with_settings
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.layout import Ints
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.progress import Progress
 from vlmdeploy.quant.precision import PARTS, plan_precision
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
@@ -30,7 +30,7 @@ from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.parity import Gate
 from vlmdeploy.runtime.replay import Record, check_decode_loop, kept_rows
 from vlmdeploy.runtime.session import Session
-from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.model import ModelSpec, with_settings
 
 WHOLE_MODEL_BYTES = 1 << 30  # float32 weights up to here are also compared from end to end
 GREEDY_TOKENS = 8

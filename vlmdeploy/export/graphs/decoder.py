@@ -14,7 +14,7 @@ from vlmdeploy.export.graphs.builder import GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.graphs.vision import gated_mlp
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, ROUTED_GRAPH
-from vlmdeploy.spec.model import DecoderSpec, ExpertSpec
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
 @dataclass(frozen=True)

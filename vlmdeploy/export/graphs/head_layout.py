@@ -7,7 +7,7 @@ import numpy as np
 from vlmdeploy.bundle import CacheShape
 from vlmdeploy.export.weight_reader import Ints
 from vlmdeploy.quant.grid import Floats
-from vlmdeploy.spec.model import DecoderSpec
+from vlmdeploy.spec.decoder import DecoderSpec
 
 HEAD_MULTIPLE = 16  # GroupQueryAttention with rotary positions wants it; TensorRT knows multiples of 8 from 16 on
 

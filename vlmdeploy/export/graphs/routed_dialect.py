@@ -27,7 +27,8 @@ from vlmdeploy.export.weight_reader import Ints
 from vlmdeploy.kernels.packing import BITS, EXPERTS, check_layout, pack_codes, pack_scales
 from vlmdeploy.quant.conversions import widen
 from vlmdeploy.quant.grid import Codes, Grid
-from vlmdeploy.quant.precision import Linear, Precision, PrecisionPlan, linears
+from vlmdeploy.quant.precision import Precision, PrecisionPlan
+from vlmdeploy.spec.matrices import Linear, linears
 from vlmdeploy.spec.model import ModelSpec
 
 ROUTED = ".routed."

@@ -1,17 +1,9 @@
 """The `vision` graph: pixels [images, 3, S, S] -> decoder rows [images, rows, hidden], encoder and connector in one."""
 
 from vlmdeploy.export.graphs.builder import GraphBuilder
-from vlmdeploy.spec.model import (
-    Activation,
-    BoundaryRows,
-    ConnectorStep,
-    Downsample,
-    GatedMlp,
-    ModelSpec,
-    Norm,
-    Projection,
-    VisionSpec,
-)
+from vlmdeploy.spec.connector import Activation, BoundaryRows, ConnectorStep, Downsample, GatedMlp, Norm, Projection
+from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.vision import VisionSpec
 
 ACTIVATION_OPS = {"gelu": "Gelu"}  # the standard operator's default is the exact one (erf)
 

@@ -1,0 +1,96 @@
+"""The PyTorch model of a checkpoint, and the checkpoint of a PyTorch model."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmdeploy.errors import ConfigError
+from vlmdeploy.families import family_named
+from vlmdeploy.model.checkpoint import SINGLE_NAME, Checkpoint
+from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.kernel_layer import check_routable, load_codes, replace_layers
+from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.weight_rules import WeightRule
+
+DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    quantized: Literal["dequantize", "kernel"] = "dequantize",
+) -> VisionLanguageModel:
+    """The PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
+
+    quantized: what becomes of the decoder's linears in a quantized checkpoint. "dequantize" makes floats of them,
+    "kernel" keeps int4 codes on a CUDA device and runs them through the routed kernels, without gradients.
+
+    Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
+    naming a linear that they do not take, and BackendError where they cannot run.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPE_NAMES:
+            raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
+        dtype = DTYPE_NAMES[dtype]
+    if quantized not in ("dequantize", "kernel"):
+        raise ConfigError(f'quantized {quantized!r}: expected "dequantize" or "kernel"')
+    checkpoint = Checkpoint(folder)
+    if quantized == "kernel":
+        check_routable(checkpoint, dtype, device)
+    with torch.device("meta"):
+        model = VisionLanguageModel(checkpoint.spec).to(dtype)
+        if quantized == "kernel":
+            replace_layers(model)
+    materialize(model, checkpoint.spec, device)
+    for target in model.state_dict():
+        if target in checkpoint:
+            fill_parameter(model, target, checkpoint.parameter(target))
+    if quantized == "kernel":
+        load_codes(model, checkpoint, device)
+    return model.eval()
+
+
+def materialize(model: VisionLanguageModel, spec: ModelSpec, device: str) -> VisionLanguageModel:
+    """Give a meta model storage: weights uninitialized, the rotary frequencies the default ones, in float32."""
+    model = model.to_empty(device=device)
+    model.decoder.inv_freq = default_inv_freq(spec.decoder).to(device)
+    return model
+
+
+def fill_parameter(model: torch.nn.Module, target: str, values: Tensor) -> None:
+    """Copy values into the parameter or buffer of that name."""
+    owner, _, name = target.rpartition(".")
+    parameter: Tensor = getattr(model.get_submodule(owner), name)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors with the family's real tensor names into an existing folder.
+
+    The rotary frequencies keep float32: rounded to `dtype`, the saved model would answer differently.
+    """
+    family = family_named(model.spec.family)
+    tensors: dict[str, Tensor] = {}
+    state = model.state_dict()
+    for rule in family.weights(model.spec):
+        values = state[rule.target] if rule.op == "same" else state[rule.target].to(dtype)
+        for source, first in zip(rule.sources, _offsets(rule), strict=True):
+            part = values[first : first + source.shape[0]] if rule.op == "stack" else values
+            tensors[source.name] = part.reshape(source.shape).contiguous().clone()
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    (folder / SINGLE_NAME).chmod(0o644)  # the library writes files that only their owner can read
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _offsets(rule: WeightRule) -> list[int]:
+    """The first row of each source inside a stacked parameter; 0 for the other operations."""
+    if rule.op != "stack":
+        return [0] * len(rule.sources)
+    return [sum(source.shape[0] for source in rule.sources[:index]) for index in range(len(rule.sources))]

@@ -1,0 +1,140 @@
+"""The one reader of typed records: JSON or TOML from a file or another process becomes a dataclass, or one clear error.
+
+The caller says which error a bad record is: a manifest that does not fit is a BundleError, a recipe a ConfigError.
+"""
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vlmdeploy.errors import ConfigError, VlmdeployError
+
+Record = TypeVar("Record")
+Config = dict[str, Any]  # a JSON or TOML object as it was parsed
+
+NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def read_object(
+    path: Path, error: type[VlmdeployError] = ConfigError, is_optional: bool = False, expected: str = ""
+) -> Config:
+    """The JSON object in a file; {} where an optional file is absent. Raises `error`.
+
+    expected: what the message about an absent file says should be there.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        if is_optional:
+            return {}
+        raise error(f"{path}: no such file{expected and f'; expected {expected}'}") from problem
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not JSON ({problem})") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds {_shown(value)}, expected an object")
+    return value
+
+
+def record_of(
+    kind: type[Record],
+    data: Any,
+    where: str,
+    error: type[VlmdeployError] = ConfigError,
+    unknown: Literal["ignored", "refused"] = "ignored",
+) -> Record:
+    """A dataclass from parsed JSON or TOML. Raises `error`, naming `where`, the key, what was found and expected.
+
+    unknown: what becomes of keys that the dataclass lacks. A format with versions ignores them; in a file that
+    somebody wrote by hand they are mistakes.
+    """
+    return typing.cast(Record, _Reader(where, error, unknown == "refused").value(kind, data, ""))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    where: str
+    error: type[VlmdeployError]
+    refuses_unknown: bool
+
+    def value(self, kind: Any, data: Any, key: str) -> Any:
+        """`data` as the type of its field; `key` is its path from the top, joined by dots."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if kind is Any:
+            return data
+        if is_dataclass(kind):
+            return self._record(kind, data, key)
+        if origin is tuple:
+            return self._tuple(arguments, data, key)
+        if origin is list:
+            self._require(isinstance(data, list), data, "a list", key)
+            return [self.value(arguments[0], item, _inner(key, index)) for index, item in enumerate(data)]
+        if origin in (dict, Mapping):
+            self._require(isinstance(data, dict), data, "an object", key)
+            return {name: self.value(arguments[1], item, _inner(key, name)) for name, item in data.items()}
+        if origin is Literal:
+            self._require(data in arguments, data, " or ".join(map(repr, arguments)), key)
+            return data
+        if origin in (typing.Union, types.UnionType):
+            return self._union(arguments, data, key)
+        return self._plain(kind, data, key)
+
+    def _plain(self, kind: type, data: Any, key: str) -> Any:
+        if kind is float and type(data) is int:
+            try:
+                return float(data)
+            except OverflowError:
+                self._require(False, data, "a number below 1.8e308", key)
+        self._require(isinstance(data, kind) and (kind is bool or type(data) is not bool), data, NAMES[kind], key)
+        return data
+
+    def _record(self, kind: Any, data: Any, key: str) -> Any:
+        self._require(isinstance(data, dict), data, "an object", key)
+        hints, known = typing.get_type_hints(kind), {item.name: item for item in fields(kind)}
+        for name in data:
+            if self.refuses_unknown and name not in known:
+                raise self.error(f'{self.where}: key "{_inner(key, name)}" is unknown; known are {", ".join(known)}')
+        for name, item in known.items():
+            if name not in data and item.default is MISSING and item.default_factory is MISSING:
+                hint = "" if self.refuses_unknown else "; was it made by an older version?"
+                raise self.error(f'{self.where}: key "{_inner(key, name)}" is missing{hint}')
+        return kind(**{name: self.value(hints[name], data[name], _inner(key, name)) for name in data if name in known})
+
+    def _tuple(self, arguments: tuple[Any, ...], data: Any, key: str) -> tuple[Any, ...]:
+        self._require(isinstance(data, list), data, "a list", key)
+        kinds = [arguments[0]] * len(data) if arguments[-1] is Ellipsis else list(arguments)
+        self._require(len(kinds) == len(data), data, f"{len(kinds)} items", key)
+        pairs = zip(kinds, data, strict=True)
+        return tuple(self.value(kind, item, _inner(key, index)) for index, (kind, item) in enumerate(pairs))
+
+    def _union(self, arguments: tuple[Any, ...], data: Any, key: str) -> Any:
+        if data is None and types.NoneType in arguments:
+            return None
+        kinds = [kind for kind in arguments if kind is not types.NoneType]
+        if len(kinds) == 1:
+            return self.value(kinds[0], data, key)
+        self._require(isinstance(data, tuple(kinds)), data, " or ".join(NAMES[kind] for kind in kinds), key)
+        return data
+
+    def _require(self, holds: bool, data: Any, expected: str, key: str) -> None:
+        if not holds:
+            name = f'"{key}" is' if key else "holds"
+            raise self.error(f"{self.where}: {name} {_shown(data)}, expected {expected}")
+
+
+def _shown(data: Any) -> str:
+    """A value on one short line."""
+    if isinstance(data, dict):
+        return "an object"
+    if isinstance(data, list):
+        return f"a list of {len(data)}"
+    return json.dumps(data, ensure_ascii=False, default=str)[:80]
+
+
+def _inner(key: str, name: str | int) -> str:
+    return f"{key}.{name}" if key else str(name)
