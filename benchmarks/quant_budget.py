@@ -25,7 +25,7 @@ from vlmdeploy.calib.solver import GptqSolver
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.allocation import stored_bytes
 from vlmdeploy.quant.precision import PrecisionPlan, plan_precision
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 
 MEMORY_BYTES = 8 << 30
 
@@ -33,11 +33,11 @@ MEMORY_BYTES = 8 << 30
 def size_of(plan: PrecisionPlan, checkpoint: Checkpoint) -> tuple[int, float]:
     """Bytes of all codes and scales, and bits per weight."""
     total = weights = 0
-    for linear in linears(checkpoint.spec):
+    for linear in matrices(checkpoint.spec):
         grid = plan[linear.target].grid
         assert grid is not None, "everything is quantized"
         total += stored_bytes(linear.out_width, linear.in_width, grid)
-        weights += linear.out_width * linear.in_width
+        weights += linear.values
     return total, 8 * total / weights
 
 
@@ -79,7 +79,7 @@ def main() -> None:
             )
             for name, plan in (("uniform", uniform), ("budget", chosen)):
                 found[name].append(damage(plan, calibration, judge))
-            widths = Counter(plan.by_target[linear.target].type for linear in linears(checkpoint.spec))
+            widths = Counter(plan.by_target[linear.target].type for linear in matrices(checkpoint.spec))
             print(f"draw {draw}: {size_of(chosen, checkpoint)[0]:,} of {size:,} bytes, {dict(widths)}", flush=True)
     for measure in ("kl", "logits"):
         values = {name: np.array([getattr(each, measure) for each in damages]) for name, damages in found.items()}

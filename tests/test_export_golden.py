@@ -24,10 +24,11 @@ from vlmdeploy.export.weight_reader import WeightReader
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.quant.precision import PARTS, plan_precision
+from vlmdeploy.quant.precision import plan_precision
 from vlmdeploy.runtime.backends.door import slot_positions
 from vlmdeploy.runtime.backends.ort import CHUNK_ROWS, OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import Session
+from vlmdeploy.spec.matrices import PARTS
 
 NUM_NEW = 16
 PAGE = 64 << 10

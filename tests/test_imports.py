@@ -44,16 +44,16 @@ OURS: dict[str, set[str]] = {
         "errors",
     },
     "calib": {
-        "model", "data", "runtime", "quant", "spec", "layout", "artifact", "bundle", "byte_sizes", "records",
-        "progress", "errors",
+        "model", "data", "runtime", "quant", "spec", "layout", "artifact", "bundle", "byte_sizes",
+        "records", "progress", "errors",
     },
     "export": {
         "calib", "model", "runtime", "quant", "kernels", "spec", "layout", "devices", "artifact", "bundle",
         "byte_sizes", "child_process", "progress", "errors",
     },
     "report": {
-        "score", "bench", "model", "data", "runtime", "quant", "layout", "artifact", "bundle", "byte_sizes", "records",
-        "progress", "errors",
+        "score", "bench", "model", "data", "runtime", "quant", "spec", "layout", "artifact", "bundle", "byte_sizes",
+        "records", "progress", "errors",
     },
     "plan": {
         "export", "model", "runtime", "families", "quant", "spec", "devices", "bundle", "byte_sizes", "records",

@@ -15,7 +15,7 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.plan.planned_model import checkpoint_model, family_names, released_model
 from vlmdeploy.plan.sizes import Storage, kv_bytes_per_token, small_bytes, weight_sizes
 from vlmdeploy.quant.precision import plan_precision
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 
 ALL_INT4 = {"vision": "int4", "connector": "int4", "lm_head": "fp16", "embedding": "fp16"}
 # GB of the published budget: every linear int4 with 4.156 bits, embedding and head 16 bit.
@@ -112,11 +112,11 @@ def test_values_of_a_released_model_are_its_published_parameters(family: str, co
     geometry = released_model(family).geometry
     decoder, layers = geometry.decoder, geometry.decoder.num_layers
     small = sum(small_bytes(geometry, Storage("ort", "cpu")).values()) // 4
-    matrices = sum(item.out_width * item.in_width for item in linears(geometry))
+    weights = sum(item.values for item in matrices(geometry))
     norms_twice = (2 * layers - 1) * decoder.hidden if len(decoder.experts) == 2 else 0
     query_bias = decoder.num_heads * decoder.head_dim if family == "cogvlm2" else 0
     embedding = decoder.vocab_size * decoder.hidden
-    assert matrices + small - norms_twice + query_bias + embedding == count
+    assert weights + small - norms_twice + query_bias + embedding == count
 
 
 @pytest.mark.parametrize(("family", "size"), [("cogvlm", 524288), ("cogvlm2", 131072), ("glm4v", 40960)])

@@ -9,8 +9,8 @@ import pytest
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.errors import ExportError
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.quant.precision import PARTS, TARGETS, Precision, common_group, encoder_warning, plan_precision
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.quant.precision import TARGETS, Precision, common_group, encoder_warning, plan_precision
+from vlmdeploy.spec.matrices import PARTS, matrices
 from vlmdeploy.spec.model import ModelSpec
 
 PRECISION_OF = {  # vision, connector, decoder, lm_head, embedding
@@ -69,7 +69,7 @@ def test_target_gives_every_part_its_precision(spec: ModelSpec, target: str) -> 
 
 def test_every_linear_and_the_embedding_have_a_precision(spec: ModelSpec) -> None:
     plan = plan_precision(spec, "ort-int4", {})
-    assert set(plan.by_target) == {linear.target for linear in linears(spec)} | {"embedding.weight"}
+    assert set(plan.by_target) == {linear.target for linear in matrices(spec)} | {"embedding.weight"}
     assert plan["decoder.layers.0.vision.qkv.weight"] == Precision("int4", 32)
     assert plan["vision.layers.1.fc1.weight"] == Precision("int8", 16)
     assert plan["lm_head.weight"] == Precision("int8", 32)
@@ -79,11 +79,11 @@ def test_every_linear_and_the_embedding_have_a_precision(spec: ModelSpec) -> Non
 def test_linears_cover_every_matrix_of_the_checkpoint(spec: ModelSpec, tmp_path: Path) -> None:
     """All parameters with two or more axes are planned, apart from the tables and the patch convolution."""
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path, "cogvlm2"))
-    matrices = {target for target, rule in checkpoint.rules.items() if len(rule.shape) > 1}
+    stored = {target for target, rule in checkpoint.rules.items() if len(rule.shape) > 1}
     tables = {"embedding.weight", "vision.positions", "vision.patch.weight"}
-    assert {linear.target for linear in linears(checkpoint.spec)} == matrices - tables
-    assert {linear.target: linear.out_width * linear.in_width for linear in linears(checkpoint.spec)} == {
-        target: checkpoint.parameter(target).numel() for target in matrices - tables
+    assert {linear.target for linear in matrices(checkpoint.spec)} == stored - tables
+    assert {linear.target: linear.values for linear in matrices(checkpoint.spec)} == {
+        target: checkpoint.parameter(target).numel() for target in stored - tables
     }
 
 

@@ -10,7 +10,7 @@ from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.model.load import load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.train.batches import normalized
-from vlmdeploy.train.forward import TEXT_POSITION, TextRows, head_logits, patch_features, text_states
+from vlmdeploy.train.forward import TEXT_POSITION, TextRows, head_logits, text_states, use_plain_attention
 from vlmdeploy.train.packing import PackedRows, Pair, TokenWeights, make_pair, pack_rows
 
 SAME_FP32 = 1e-4  # the same float32 sums in another order, logits below 10
@@ -46,7 +46,7 @@ def test_packed_pairs_get_the_logits_they_get_alone(model: VisionLanguageModel) 
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = image_prefix(model)
     with torch.no_grad():
-        logits = head_logits(model, text_states(model, patch_features(model.vision, images), text))
+        logits = head_logits(model, text_states(model, model.vision(images), text))
         for row in range(3):
             for number in range(int(text.pairs[row].max()) + 1):
                 own = text.pairs[row] == number
@@ -60,8 +60,9 @@ def test_gradients_are_those_of_the_reference(model: VisionLanguageModel) -> Non
     text = text_rows(packed)
     images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = image_prefix(model)
-    ours = head_logits(model, text_states(model, patch_features(model.vision, images), text))[0]
     theirs = model(torch.cat((before, text.ids[0]))[None], images)[0, len(before) :]
+    use_plain_attention(model.vision)
+    ours = head_logits(model, text_states(model, model.vision(images), text))[0]
     parameters = dict(model.named_parameters())
     gradients = [
         torch.autograd.grad(logits.logsumexp(-1).sum(), list(parameters.values()), allow_unused=True)

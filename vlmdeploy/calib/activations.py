@@ -33,7 +33,7 @@ class Activations(Protocol):
         """Add to some rows."""
 
     def close(self) -> None:
-        """Give memory or disk back."""
+        """Give memory or disk back; a second time does nothing."""
 
 
 class MemoryActivations:
@@ -68,6 +68,7 @@ class FileActivations:
     def __init__(self, path: Path, tokens: int, width: int) -> None:
         self.width = width
         self.path = path
+        self._is_open = True
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.posix_fallocate(self._file, 0, max(1, tokens * width * FLOAT_BYTES))  # a full disk shows here
 
@@ -90,8 +91,10 @@ class FileActivations:
 
     def close(self) -> None:
         """See Activations."""
-        os.close(self._file)
-        self.path.unlink(missing_ok=True)
+        if self._is_open:
+            self._is_open = False
+            os.close(self._file)
+            self.path.unlink(missing_ok=True)
 
     def _offset(self, row: np.int64) -> int:
         return int(row) * self.width * FLOAT_BYTES

@@ -10,17 +10,17 @@ from typing import Any
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample
-from vlmdeploy.calib.flow import Runner
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.sensitivity import ErrorMeter, measure_costs
 from vlmdeploy.calib.statistics import Statistics
+from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
 from vlmdeploy.quant.precision import BITS, GROUP_SIZES, Precision, PrecisionPlan
-from vlmdeploy.spec.matrices import Linear, linears
+from vlmdeploy.spec.matrices import Matrix, matrices
 
 CANDIDATE_BITS = (3, 4, 8)
 MEASURED_SAMPLES = 64  # gradients and errors are averages over these
@@ -60,7 +60,7 @@ def allocate_plan(
     Every process measures the same samples, so that all choose alike. Raises QuantizationError if the budget is too
     small.
     """
-    planned = {linear.target: (linear, plan[linear.target].grid) for linear in linears(checkpoint.spec)}
+    planned = {linear.target: (linear, plan[linear.target].grid) for linear in matrices(checkpoint.spec)}
     members = {target: linear for target, (linear, grid) in planned.items() if grid is not None}
     fixed = _fixed_bytes(checkpoint, members)
     grids = {
@@ -70,7 +70,7 @@ def allocate_plan(
     }
     with TemporaryDirectory() as folder:
         meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []))
-        runner = Runner(checkpoint, meter, Pool(Path(folder), memory_bytes))
+        runner = UnitRunner(checkpoint, meter, Pool(Path(folder), memory_bytes))
         costs = measure_costs(runner, meter, samples[:MEASURED_SAMPLES], seed, progress)
     choices = {
         target: [
@@ -108,20 +108,20 @@ def with_grids(plan: PrecisionPlan, grids: Any) -> PrecisionPlan:
     return replace(plan, by_target=by_target)
 
 
-def candidate_grids(linear: Linear, planned: Grid) -> list[Grid]:
+def candidate_grids(linear: Matrix, planned: Grid) -> list[Grid]:
     """Bits and groups that a linear may get: 3, 4, 8 bits, groups that divide its width; if none does, the planned."""
     sizes = [size for size in GROUP_SIZES if linear.in_width % size == 0 and size < linear.in_width]
     found = [Grid(bits, size, planned.symmetric) for bits in CANDIDATE_BITS for size in sizes]
     return found or [planned]
 
 
-def _fixed_bytes(checkpoint: Checkpoint, members: dict[str, Linear]) -> int:
+def _fixed_bytes(checkpoint: Checkpoint, members: dict[str, Matrix]) -> int:
     """Bytes of the tensors that stay in float."""
     return sum(checkpoint.stored_bytes(rule) for target, rule in checkpoint.rules.items() if target not in members)
 
 
-def _budget_bytes(budget: Budget, members: dict[str, Linear], fixed: int) -> int:
+def _budget_bytes(budget: Budget, members: dict[str, Matrix], fixed: int) -> int:
     if budget.total_bytes is not None:
         return budget.total_bytes - fixed
     assert budget.average_bits is not None, "parse sets one of them"
-    return int(budget.average_bits * sum(item.out_width * item.in_width for item in members.values()) / 8)
+    return int(budget.average_bits * sum(item.values for item in members.values()) / 8)

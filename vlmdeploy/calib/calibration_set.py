@@ -61,6 +61,13 @@ class Tokens:
         """The row numbers of one sample."""
         return np.arange(self.offsets[sample], self.offsets[sample + 1])
 
+    def with_rows(self, counts: Sequence[int]) -> "Tokens":
+        """The rows of the same samples where each has so many; they keep their experts if nothing changes."""
+        offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        if np.array_equal(offsets, self.offsets):
+            return self
+        return replace(self, offsets=offsets, vision_mask=np.zeros(int(offsets[-1]), np.bool_))
+
     def select(self, expert: str | None, held_out: bool) -> Ints:
         """Row numbers of calibration or held-out samples: those of one expert, or all (None)."""
         chosen = np.repeat(self.held_out == held_out, np.diff(self.offsets))

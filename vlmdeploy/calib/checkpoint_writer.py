@@ -30,7 +30,7 @@ from vlmdeploy.quant.gptq_format import (
 from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.weight_rules import WeightRule
 
 ONE_FILE_BYTES = 1 << 30  # a smaller checkpoint is one file, a larger one a shard for each unit
@@ -60,7 +60,7 @@ def _unit_of(rule: WeightRule, units: list[str]) -> str:
     for unit in units:
         if rule.target.startswith(f"{unit}."):
             return unit
-    return "vision.embed" if rule.target.startswith("vision.") else "prompts" if "embedding" in rule.target else "head"
+    return {"vision": "vision.embed", "embedding": "prompts"}.get(rule.part, "head")
 
 
 def encoded_parameter(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def publish(
 def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dict[str, Any]) -> GptqConfig:
     """The GPTQ config: the commonest grid for all, regex overrides for what differs, linears kept in float excluded."""
     modules = []
-    for linear in linears(checkpoint.spec):
+    for linear in matrices(checkpoint.spec):
         for source in checkpoint.rules[linear.target].sources:
             grid: Grid | None = plan[linear.target].grid
             modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, grid))

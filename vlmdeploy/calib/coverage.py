@@ -1,7 +1,7 @@
 """Whether calibration data reaches every expert: tokens and samples of each, the floor below which nothing can be said,
 and the warnings above it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlmdeploy.calib.calibration_set import Pictures, Tokens
@@ -9,8 +9,7 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import ExpertCoverage
-from vlmdeploy.spec.connector import BoundaryRows
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import ModelSpec
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
@@ -42,19 +41,17 @@ def check_coverage(
 ) -> Coverage:
     """The coverage that these tokens give. Raises CalibrationError where an expert, the encoder or the connector is to
     be quantized and gets fewer than the floor, unless `allow_uncalibrated`."""
-    quantized = [linear for linear in linears(spec) if plan[linear.target].bits]
-    floor = -(-max((linear.in_width for linear in quantized), default=0) // FLOOR_SHARE)
+    quantized = [matrix for matrix in matrices(spec) if plan[matrix.target].bits]
+    floor = -(-max((matrix.in_width for matrix in quantized), default=0) // FLOOR_SHARE)
     widest = max(spec.decoder.hidden, spec.decoder.mlp_width)
     experts = [
         _coverage(expert.name, expert.name, widest, tokens, processes)
         for expert in spec.decoder.experts
-        if any(f".{expert.name}." in linear.target for linear in quantized)
+        if any(matrix.expert == expert.name for matrix in quantized)
     ]
-    steps = (step for step in spec.connector.steps if not isinstance(step, BoundaryRows))
-    inner = replace(spec.connector, steps=tuple(steps))
-    parts = {"vision": spec.vision.num_patches + 1, "connector": inner.rows(spec.vision)}
+    parts = {"vision": spec.vision.num_patches + 1, "connector": spec.connector.multiplied_rows(spec.vision)}
     for part, rows_each in parts.items():
-        members = [linear.in_width for linear in quantized if linear.part == part]
+        members = [matrix.in_width for matrix in quantized if matrix.part == part]
         if members:
             experts.append(_coverage(NAMES[part], None, max(members), pictures.tokens(rows_each), processes))
     warnings = []

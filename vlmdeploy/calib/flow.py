@@ -1,13 +1,14 @@
-"""The model's units (encoder layers, connector, decoder layers, head), each run over all calibration tokens while its
-linears are quantized stage by stage: a linear's Hessian is made of inputs that went through everything quantized before
-it, then it is quantized, and then its tokens pass through the quantized weights. So every linear runs once per token.
+"""The rows of all calibration tokens on their way through a layer of the reference.
 
-Under asymmetric calibration a second stream passes through the float weights beside the first.
+`Rows` stand where the layer expects a tensor: its forward pass runs as it is written, over all tokens at once. Modules
+that change rows one by one wait until their results are read. A product waits too; what comes next in the layer makes
+it due: then its matrix is quantized from all rows that reach it, and the rows pass through. So every product runs once
+per token, and one matrix is in memory at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,21 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Activations, Ints, Pool
-from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, read_pixels
+from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.statistics import Inputs, chunks
-from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.model.connector import build_step
-from vlmdeploy.model.decoder import Decoder, DecoderLayer, Expert, LayerCache, RmsNorm, Step, causal_mask
-from vlmdeploy.model.vision import ACTIVATIONS, VisionEncoder, VisionLayer
-from vlmdeploy.spec.connector import BoundaryRows, Downsample, GatedMlp, Projection
-from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.model.products import PRODUCTS, BlockConv, RowMixer
 
-Samples = tuple[CalibrationSample, ...]
+Streams = tuple[Tensor, ...]  # the same rows of each stream
 Weights = tuple[Tensor, ...]  # of one linear, [out, in]: quantized and, under asymmetric calibration, float
 
 
 class Quantizer(Protocol):
-    """What a unit asks for each of its linears."""
+    """What a layer asks for each of its linears."""
 
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
         """Quantize (or leave) a linear and return the weights for each stream."""
@@ -40,274 +36,248 @@ class Quantizer(Protocol):
 
 @dataclass
 class Flow:
-    """What goes from one unit to the next: the rows of every token, for each stream."""
+    """Stored rows of every token, for each stream; given back when nothing refers to them any more.
+
+    version: counts the changes to rows that were whole.
+    """
 
     tokens: Tokens
     states: tuple[Activations, ...]
+    version: int = 0
 
-    def read(self, rows: Ints) -> tuple[Tensor, ...]:
+    @classmethod
+    def zeros(cls, pool: Pool, tokens: Tokens, width: int, streams: int) -> "Flow":
+        """Rows of zeros."""
+        return cls(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
+
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return self.states[0].width
+
+    def read(self, rows: Ints) -> Streams:
         """Some rows of each stream."""
         return tuple(state.read(rows) for state in self.states)
 
+    def write(self, rows: Ints, values: Streams) -> None:
+        """Replace some rows of each stream."""
+        for state, x in zip(self.states, values, strict=True):
+            state.write(rows, x)
+
+    def add(self, rows: Ints, values: Streams) -> None:
+        """Add to some rows of each stream."""
+        for state, x in zip(self.states, values, strict=True):
+            state.add(rows, x)
+
     def close(self) -> None:
-        """Give memory or disk back."""
+        """Give memory or disk back; a second time does nothing."""
         for state in self.states:
             state.close()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 @dataclass(frozen=True)
-class Runner:
-    """Runs units; `streams` is 1, or 2 under asymmetric calibration."""
+class Product:
+    """A multiplication. targets, biases: of each expert, or of all rows (None)."""
 
-    checkpoint: Checkpoint
     quantizer: Quantizer
+    targets: dict[str | None, str]
+    biases: dict[str | None, Tensor | None]
+    out_width: int
+
+    @classmethod
+    def of_experts(cls, modules: Mapping[str | None, nn.Module]) -> "Product":
+        """The products of several experts as one; modules: a Multiplying for each."""
+        own = {expert: module.product for expert, module in modules.items() if isinstance(module, Multiplying)}
+        targets = {expert: product.targets[None] for expert, product in own.items()}
+        biases = {expert: product.biases[None] for expert, product in own.items()}
+        first = next(iter(own.values()))
+        return cls(first.quantizer, targets, biases, first.out_width)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stored rows, and what is still to be done to them: modules that change rows one by one (`before`), at most one
+    product, and modules `after` it."""
+
     pool: Pool
-    streams: int = 1
+    flow: Flow
+    before: tuple[nn.Module, ...] = ()
+    product: Product | None = None
+    after: tuple[nn.Module, ...] = ()
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.flow.version)
+
+    def then(self, module: nn.Module) -> "Rows":
+        """Through a module that changes rows one by one."""
+        if self.product is None:
+            return Rows(self.pool, self.flow, (*self.before, module))
+        return Rows(self.pool, self.flow, self.before, self.product, (*self.after, module))
+
+    def times(self, product: Product) -> "Rows":
+        """Through a product."""
+        rows = self if self.product is None else self.stored()
+        return Rows(rows.pool, rows.flow, rows.before, product)
+
+    def mixed(self, mixer: RowMixer, arguments: Callable[[int], tuple[Any, ...]] = lambda sample: ()) -> "Rows":
+        """Through a mixer, sample by sample; arguments: what else it takes of a sample, made anew for each stream."""
+        tokens = self.flow.tokens
+        counts = [mixer.shape(count, self.width)[0] for count in np.diff(tokens.offsets).tolist()]
+        mixed = self._zeros(tokens.with_rows(counts), mixer.shape(0, self.width)[1])
+        for sample, values in self._samples():
+            outputs = tuple(mixer(x[None], *arguments(sample))[0] for x in values)
+            mixed.write(mixed.tokens.rows(sample), outputs)
+        return Rows(self.pool, mixed)
+
+    def stored(self) -> "Rows":
+        """The same rows with nothing left to be done."""
+        if not (self.before or self.product):
+            return self
+        flow = self._zeros(self.flow.tokens, self.width)
+        for rows, values in self._pieces():
+            flow.write(rows, values)
+        return Rows(self.pool, flow)
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """The sum, stored in the place of these rows, which nobody may read again. Rows of experts whose product
+        `other` leaves out stay as they are."""
+        total = self.stored()
+        for rows, values in other._pieces():
+            total.flow.add(rows, values)
+        total.flow.version += 1
+        return Rows(self.pool, total.flow)
 
     @property
-    def spec(self) -> ModelSpec:
-        """The model's geometry."""
-        return self.checkpoint.spec
+    def width(self) -> int:
+        """Of a row, with everything done to it."""
+        first = _through(self.before, torch.empty(0, self.flow.width))
+        return _through(self.after, first if self.product is None else torch.empty(0, self.product.out_width)).shape[1]
 
-    def flow(self, tokens: Tokens, width: int) -> Flow:
-        """Rows of zeros for each stream."""
-        return Flow(tokens, tuple(self.pool.make(tokens.count, width) for _ in range(self.streams)))
+    def _zeros(self, tokens: Tokens, width: int) -> Flow:
+        return Flow.zeros(self.pool, tokens, width, len(self.flow.states))
 
-    def load(self, build: Callable[[], nn.Module], prefix: str, without: tuple[str, ...] = ()) -> nn.Module:
-        """A module with the checkpoint's float weights; matrices of submodules named in `without` are left out."""
-        with torch.device("meta"):
-            module = build()
-        left_out = tuple(f"{name}.weight" for name in without)
-        names = [name for name in module.state_dict() if not name.endswith(left_out)]
-        state = {name: self.checkpoint.parameter(f"{prefix}.{name}") for name in names}
-        module.load_state_dict(state, assign=True, strict=False)
-        return module
+    def _inputs(self, rows: Ints) -> Streams:
+        """Some rows of each stream as they enter the product, if there is one."""
+        assert self.version == self.flow.version, "rows that something was added to are read as they were before"
+        return tuple(_through(self.before, x) for x in self.flow.read(rows))
 
-    # ---- vision encoder ----
+    def _pieces(self) -> Iterator[tuple[Ints, Streams]]:
+        """All rows with everything done to them, some at a time: those of one expert after those of another."""
+        if self.product is None:
+            yield from ((rows, self._inputs(rows)) for rows in chunks(np.arange(self.flow.tokens.count)))
+            return
+        for expert in self.product.targets:
+            weights = self._weights(expert)
+            for rows in chunks(_rows_of(self.flow.tokens, expert)):
+                yield rows, self._multiplied(self._inputs(rows), weights, expert)
 
-    def embed_pictures(self, pictures: Pictures) -> Flow:
-        """What enters the encoder's first layer: a class token and the patches of every picture."""
-        encoder = self.load(lambda: VisionEncoder(replace(self.spec.vision, num_layers=0)), "vision")
-        assert isinstance(encoder, VisionEncoder), "what the builder makes"
-        flow = self.flow(pictures.tokens(self.spec.vision.num_patches + 1), self.spec.vision.width)
-        for index, path in enumerate(pictures.paths):
-            embedded = encoder.embed(torch.from_numpy(read_pixels(path, self.spec))[None])[0]
-            for state in flow.states:
-                state.write(flow.tokens.rows(index), embedded)
-        return flow
+    def _samples(self) -> Iterator[tuple[int, Streams]]:
+        """The rows of each sample with everything done to them. Of a product all matrices are needed together."""
+        tokens = self.flow.tokens
+        weights = {} if self.product is None else {expert: self._weights(expert) for expert in self.product.targets}
+        for sample in range(len(tokens.names)):
+            rows = tokens.rows(sample)
+            values = self._inputs(rows)
+            if self.product is not None:
+                values = self._by_expert(rows, values, weights)
+            yield sample, values
 
-    def vision_layer(self, index: int, flow: Flow) -> Flow:
-        """One encoder layer; the flow is changed."""
-        name = f"vision.layers.{index}"
-        layer = self.load(lambda: VisionLayer(self.spec.vision), name, ("qkv", "dense", "fc1", "fc2"))
-        assert isinstance(layer, VisionLayer), "what the builder makes"
-        qkv = self.quantizer.linear(f"{name}.qkv.weight", flow.tokens, None, flow.read)
-        mixed = self.flow(flow.tokens, self.spec.vision.width)
-        for sample in range(len(flow.tokens.names)):
-            rows = flow.tokens.rows(sample)
-            for x, weight, out in zip(flow.read(rows), qkv, mixed.states, strict=True):
-                out.write(rows, self._vision_attention(F.linear(x, weight, layer.qkv.bias)))
-        self._branch(flow, mixed, f"{name}.dense", layer.dense.bias, layer.attention_norm)
-        mixed.close()
-        fc1 = self.quantizer.linear(f"{name}.fc1.weight", flow.tokens, None, flow.read)
-        inner = self.flow(flow.tokens, self.spec.vision.mlp_width)
-        activation = ACTIVATIONS[self.spec.vision.activation]
-        for piece in chunks(np.arange(flow.tokens.count)):
-            for x, weight, out in zip(flow.read(piece), fc1, inner.states, strict=True):
-                out.write(piece, activation(F.linear(x, weight, layer.fc1.bias)))
-        self._branch(flow, inner, f"{name}.fc2", layer.fc2.bias, layer.mlp_norm)
-        inner.close()
-        return flow
+    def _by_expert(self, rows: Ints, inputs: Streams, weights: dict[str | None, Weights]) -> Streams:
+        """The product of one sample's rows, each by its expert."""
+        if list(weights) == [None]:
+            return self._multiplied(inputs, weights[None], None)
+        is_vision = torch.from_numpy(self.flow.tokens.vision_mask[rows])
+        outputs = tuple(x.new_empty(len(x), self.width) for x in inputs)
+        for expert, matrices in weights.items():
+            own = is_vision if expert == "vision" else ~is_vision
+            for output, values in zip(
+                outputs, self._multiplied(tuple(x[own] for x in inputs), matrices, expert), strict=True
+            ):
+                output[own] = values
+        return outputs
 
-    def _vision_attention(self, qkv: Tensor) -> Tensor:
-        """Unmasked attention of one picture, before `dense`: [seq, 3 * width] -> [seq, width]."""
-        heads = (3, self.spec.vision.num_heads, self.spec.vision.head_dim)
-        q, k, v = qkv.unflatten(-1, heads).permute(1, 2, 0, 3)  # each [heads, seq, head_dim]
-        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+    def _weights(self, expert: str | None) -> Weights:
+        assert self.product is not None, "the callers check"
+        return self.product.quantizer.linear(self.product.targets[expert], self.flow.tokens, expert, self._inputs)
 
-    def _branch(self, flow: Flow, inner: Flow, name: str, bias: Tensor, norm: nn.Module) -> None:
-        """Quantize the linear that ends a branch and add its normed output to the flow."""
-        weights = self.quantizer.linear(f"{name}.weight", flow.tokens, None, inner.read)
-        for piece in chunks(np.arange(flow.tokens.count)):
-            for x, weight, out in zip(inner.read(piece), weights, flow.states, strict=True):
-                out.add(piece, norm(F.linear(x, weight, bias)))
-
-    # ---- connector ----
-
-    def connector(self, flow: Flow, pictures: Pictures) -> Flow:
-        """Encoder output to decoder rows, boundary rows included: a new flow; the old one is closed."""
-        current = self._without_class(flow, pictures)
-        for step in self.spec.connector.steps:
-            name = f"connector.{step.name}"
-            match step:
-                case Downsample():
-                    current = self._downsample(current, pictures, name, step)
-                case Projection():
-                    current = self._plain_linear(current, f"{name}.weight", step.out_width)
-                case GatedMlp():
-                    product = self._gated(current, name, step.mlp_width)
-                    current = self._plain_linear(product, f"{name}.down.weight", step.out_width)
-                case BoundaryRows():
-                    current = self._boundary(current, pictures, name, step)
-                case _:
-                    module = self.load(lambda step=step: build_step(step), name)  # type: ignore[misc]
-                    self._elementwise(current, module)
-        return current
-
-    def _without_class(self, flow: Flow, pictures: Pictures) -> Flow:
-        patches = self.flow(pictures.tokens(self.spec.vision.num_patches), self.spec.vision.width)
-        for index in range(len(pictures.paths)):
-            for x, out in zip(flow.read(flow.tokens.rows(index)[1:]), patches.states, strict=True):
-                out.write(patches.tokens.rows(index), x)
-        flow.close()
-        return patches
-
-    def _downsample(self, flow: Flow, pictures: Pictures, name: str, step: Downsample) -> Flow:
-        """The 2 x 2 convolution as a linear over blocks of four neighbours, channel slowest."""
-        side = self.spec.vision.grid
-        half = side // 2
-        blocks = self.flow(pictures.tokens(half * half), 4 * step.in_width)
-        for index in range(len(pictures.paths)):
-            for x, out in zip(flow.read(flow.tokens.rows(index)), blocks.states, strict=True):
-                grid = x.unflatten(0, (side, side))[: 2 * half, : 2 * half]
-                parts = grid.unflatten(0, (half, 2)).unflatten(2, (half, 2))  # [half, 2, half, 2, in]
-                out.write(blocks.tokens.rows(index), parts.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1))
-        flow.close()
-        bias = self.checkpoint.parameter(f"{name}.bias")
-        return self._plain_linear(blocks, f"{name}.weight", step.out_width, bias)
-
-    def _plain_linear(self, flow: Flow, target: str, width: int, bias: Tensor | None = None) -> Flow:
-        """One linear over all tokens: a new flow; the old one is closed."""
-        weights = self.quantizer.linear(target, flow.tokens, None, flow.read)
-        result = self.flow(flow.tokens, width)
-        for piece in chunks(np.arange(flow.tokens.count)):
-            for x, weight, out in zip(flow.read(piece), weights, result.states, strict=True):
-                out.write(piece, F.linear(x, weight, bias))
-        flow.close()
-        return result
-
-    def _gated(self, flow: Flow, name: str, width: int) -> Flow:
-        """silu(gate(x)) * up(x): a new flow; the old one is closed."""
-        weights = self.quantizer.linear(f"{name}.gate_up.weight", flow.tokens, None, flow.read)
-        result = self.flow(flow.tokens, width)
-        for piece in chunks(np.arange(flow.tokens.count)):
-            for x, weight, out in zip(flow.read(piece), weights, result.states, strict=True):
-                out.write(piece, gated_product(x, weight))
-        flow.close()
-        return result
-
-    def _elementwise(self, flow: Flow, module: nn.Module) -> None:
-        for piece in chunks(np.arange(flow.tokens.count)):
-            for state in flow.states:
-                state.write(piece, module(state.read(piece)))
-
-    def _boundary(self, flow: Flow, pictures: Pictures, name: str, step: BoundaryRows) -> Flow:
-        module = self.load(lambda: build_step(step), name)
-        rows_each = flow.tokens.count // max(1, len(pictures.paths)) + 2
-        result = self.flow(pictures.tokens(rows_each), step.width)
-        for index in range(len(pictures.paths)):
-            for x, out in zip(flow.read(flow.tokens.rows(index)), result.states, strict=True):
-                out.write(result.tokens.rows(index), module(x[None])[0])
-        flow.close()
-        return result
-
-    # ---- decoder ----
-
-    def embed_prompts(self, samples: Samples, tokens: Tokens, images: Flow, pictures: Pictures) -> Flow:
-        """What enters decoder layer 0: embeddings, and each picture's rows where the type is 1."""
-        flow = self.flow(tokens, self.spec.decoder.hidden)
-        number_of = {path: index for index, path in enumerate(pictures.paths)}
-        table: dict[int, Tensor] = {}  # the rows of the embedding that occur
-        for index, sample in enumerate(samples):
-            rows, is_text = tokens.rows(index), sample.types == 0
-            for token in sample.ids[is_text].tolist():
-                if token not in table:
-                    table[token] = self.checkpoint.rows("embedding.weight", token, token + 1)
-            text = torch.cat([table[token] for token in sample.ids[is_text].tolist()])
-            for state in flow.states:
-                state.write(rows[is_text], text)
-            if sample.image is not None:
-                image_rows = images.tokens.rows(number_of[sample.image])
-                for values, state in zip(images.read(image_rows), flow.states, strict=True):
-                    state.write(rows[~is_text], values)
-        return flow
-
-    def decoder_layer(self, index: int, flow: Flow, samples: Samples) -> Flow:
-        """One decoder layer; the flow is changed."""
-        name, is_last = f"decoder.layers.{index}", index == self.spec.decoder.num_layers - 1
-        without = ("qkv", "dense", "gate_up", "down")
-        layer = self.load(lambda: DecoderLayer(self.spec.decoder), name, without)
-        assert isinstance(layer, DecoderLayer), "what the builder makes"
-        mixed = self._attention(name, layer, flow, samples)
-        # Nothing reads what the last layer's vision expert makes of its rows, so those weights are not calibrated.
-        experts = [expert.name for expert in self.spec.decoder.experts if not (is_last and expert.name == "vision")]
-        for expert in set(layer.expert_names) - set(experts):
-            for linear in without[1:]:
-                self.quantizer.unused(f"{name}.{expert}.{linear}.weight")
-        for expert in experts:
-            self._add_output(flow, mixed, f"{name}.{expert}.dense.weight", expert)
-        mixed.close()
-        product = self.flow(flow.tokens, self.spec.decoder.mlp_width)
-        normed: Inputs = lambda rows: tuple(layer.mlp_norm(x) for x in flow.read(rows))  # noqa: E731
-        for expert in experts:
-            weights = self.quantizer.linear(f"{name}.{expert}.gate_up.weight", flow.tokens, expert, normed)
-            for piece in expert_chunks(flow.tokens, expert):
-                for x, weight, out in zip(normed(piece), weights, product.states, strict=True):
-                    out.write(piece, gated_product(x, weight))
-        for expert in experts:
-            self._add_output(flow, product, f"{name}.{expert}.down.weight", expert)
-        product.close()
-        return flow
-
-    def _attention(self, name: str, layer: DecoderLayer, flow: Flow, samples: Samples) -> Flow:
-        """QKV of every expert, then attention sample by sample: the rows before `dense`."""
-        normed: Inputs = lambda rows: tuple(layer.attention_norm(x) for x in flow.read(rows))  # noqa: E731
-        weights = {
-            expert: self.quantizer.linear(f"{name}.{expert}.qkv.weight", flow.tokens, expert, normed)
-            for expert in layer.expert_names
-        }
-        mixed = self.flow(flow.tokens, self.spec.decoder.num_heads * self.spec.decoder.head_dim)
-        for sample, step in enumerate(self.steps(samples)):
-            rows = flow.tokens.rows(sample)
-            is_vision = torch.from_numpy(flow.tokens.vision_mask[rows])
-            for stream, x in enumerate(normed(rows)):
-                qkv = x.new_empty(len(x), self.spec.decoder.qkv_width)
-                for expert in layer.expert_names:
-                    module: Expert = layer.get_submodule(expert)  # type: ignore[assignment]
-                    places = is_vision if expert == "vision" else ~is_vision
-                    qkv[places] = F.linear(x[places], weights[expert][stream], module.qkv.bias)
-                mixed.states[stream].write(rows, layer.attention(qkv[None], step, LayerCache())[0])
-        return mixed
-
-    def _add_output(self, flow: Flow, inner: Flow, target: str, expert: str) -> None:
-        """Quantize the linear that ends a branch and add its output to the expert's rows."""
-        weights = self.quantizer.linear(target, flow.tokens, expert, inner.read)
-        for piece in expert_chunks(flow.tokens, expert):
-            for x, weight, out in zip(inner.read(piece), weights, flow.states, strict=True):
-                out.add(piece, F.linear(x, weight))
-
-    def steps(self, samples: Samples) -> Iterator[Step]:
-        """Rotary tables and causal mask of every sample, one after the other."""
-        decoder = Decoder(replace(self.spec.decoder, num_layers=0))
-        decoder.inv_freq = self.checkpoint.inv_freq()
-        for sample in samples:
-            positions = torch.from_numpy(sample.positions)[None]
-            yield decoder.step(positions, None, causal_mask(torch.ones_like(positions)))
-
-    def head(self, flow: Flow) -> None:
-        """The head, calibrated on the normed rows of the language expert: no other row is ever asked for logits."""
-        norm = self.load(lambda: RmsNorm(self.spec.decoder.hidden, self.spec.decoder.norm_eps), "decoder.norm")
-        self.quantizer.linear(
-            "lm_head.weight", flow.tokens, "language", lambda rows: tuple(norm(x) for x in flow.read(rows))
-        )
+    def _multiplied(self, inputs: Streams, weights: Weights, expert: str | None) -> Streams:
+        assert self.product is not None, "the callers check"
+        bias = self.product.biases[expert]
+        pairs = zip(inputs, weights, strict=True)
+        return tuple(_through(self.after, F.linear(x, weight, bias)) for x, weight in pairs)
 
 
-def expert_chunks(tokens: Tokens, expert: str) -> Iterable[Ints]:
-    """All rows of an expert, held-out ones too, in pieces."""
-    return chunks(np.flatnonzero(tokens.vision_mask == (expert == "vision")))
+def _rows_of(tokens: Tokens, expert: str | None) -> Ints:
+    """Row numbers of an expert, held-out ones too."""
+    every = np.arange(tokens.count)
+    return every if expert is None else every[tokens.vision_mask == (expert == "vision")]
 
 
-def gated_product(x: Tensor, gate_up: Tensor) -> Tensor:
-    """silu(gate(x)) * up(x), gate and up in one matrix: [rows, in] -> [rows, mlp]."""
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.silu(gate) * up
+def _through(modules: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """An argument of a layer that every sample has its own of."""
+
+    make: Callable[[int], Any]
+
+
+class RowWise(nn.Module):
+    """Stands for a module that changes rows one by one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: Rows) -> Rows:
+        """The module waits."""
+        return rows.then(self.module)
+
+
+class Mixing(nn.Module):
+    """Stands for a module that mixes rows."""
+
+    def __init__(self, mixer: RowMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, rows: Rows, *arguments: PerSample) -> Rows:
+        """Sample by sample, at once."""
+        return rows.mixed(self.mixer, lambda sample: tuple(argument.make(sample) for argument in arguments))
+
+
+class Multiplying(nn.Module):
+    """Stands for a product that all rows pass through."""
+
+    def __init__(self, quantizer: Quantizer, target: str, module: nn.Linear | BlockConv) -> None:
+        super().__init__()
+        self.product = Product(quantizer, {None: target}, {None: module.bias}, len(module.weight))
+        self.arrange = module.arrange if isinstance(module, BlockConv) else None
+
+    def forward(self, rows: Rows) -> Rows:
+        """The product waits; its inputs are arranged at once."""
+        return (rows if self.arrange is None else rows.mixed(self.arrange)).times(self.product)
+
+
+def over_rows(module: nn.Module, name: str, quantizer: Quantizer) -> nn.Module:
+    """A module of the reference whose forward pass takes Rows: its parts are replaced by what stands for them.
+
+    name: the module's own, which the names of its parameters begin with.
+    """
+    if isinstance(module, PRODUCTS):
+        return Multiplying(quantizer, f"{name}.weight", module)
+    if isinstance(module, RowMixer):
+        return Mixing(module)
+    if not any(isinstance(part, (*PRODUCTS, RowMixer)) for part in module.modules()):
+        return RowWise(module)
+    for part, child in module.named_children():
+        setattr(module, part, over_rows(child, f"{name}.{part}", quantizer))
+    return module

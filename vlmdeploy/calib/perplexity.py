@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.flow import Flow, Runner, Weights
+from vlmdeploy.calib.flow import Flow, Weights
 from vlmdeploy.calib.statistics import Inputs
+from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import RmsNorm
 from vlmdeploy.progress import Progress
@@ -33,7 +34,7 @@ def answer_perplexities(
     checkpoint: Checkpoint, samples: tuple[CalibrationSample, ...], pool: Pool, progress: Progress
 ) -> list[float]:
     """The perplexity of every sample's answer; Inf for a sample without one."""
-    runner = Runner(checkpoint, FloatWeights(checkpoint), pool)
+    runner = UnitRunner(checkpoint, FloatWeights(checkpoint), pool)
     flow = hidden_states(runner, samples, progress)
     norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
     head = checkpoint.parameter("lm_head.weight")
@@ -50,7 +51,7 @@ def answer_perplexities(
     return scores
 
 
-def hidden_states(runner: Runner, samples: tuple[CalibrationSample, ...], progress: Progress) -> Flow:
+def hidden_states(runner: UnitRunner, samples: tuple[CalibrationSample, ...], progress: Progress) -> Flow:
     """The rows that leave the last decoder layer."""
     spec, pictures, tokens = runner.spec, pictures_of(samples), prompt_tokens(samples)
     total = spec.vision.num_layers + spec.decoder.num_layers
@@ -58,7 +59,7 @@ def hidden_states(runner: Runner, samples: tuple[CalibrationSample, ...], progre
     for index in range(spec.vision.num_layers):
         progress("perplexity", index, total)
         flow = runner.vision_layer(index, flow)
-    images = runner.connector(flow, pictures)
+    images = runner.connector(flow)
     flow = runner.embed_prompts(samples, tokens, images, pictures)
     images.close()
     for index in range(spec.decoder.num_layers):

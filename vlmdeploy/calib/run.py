@@ -26,7 +26,7 @@ from vlmdeploy.calib.checkpoint_writer import (
     unit_tensors,
 )
 from vlmdeploy.calib.coverage import Coverage, check_coverage
-from vlmdeploy.calib.flow import Flow, Runner, Weights
+from vlmdeploy.calib.flow import Flow, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
@@ -39,6 +39,7 @@ from vlmdeploy.calib.state import (
     unfinished_settings,
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
+from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
@@ -211,7 +212,7 @@ class Run:
         self._reports: list[LinearReport] = []
         self._statistics = Statistics(self.processes, self.options.hessian)
         pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
-        self._runner = Runner(self.checkpoint, self, pool, 2 if self.options.asymmetric else 1)
+        self._runner = UnitRunner(self.checkpoint, self, pool, 2 if self.options.asymmetric else 1)
         spec = self.checkpoint.spec
         self.units = [
             "vision.embed",
@@ -267,7 +268,7 @@ class Run:
         if kind == "vision.layers":
             return runner.vision_layer(int(number), flow)
         if unit == "connector":
-            return runner.connector(flow, calibration.pictures)
+            return runner.connector(flow)
         if unit == "prompts":
             rows = runner.embed_prompts(calibration.samples, calibration.tokens, flow, calibration.pictures)
             flow.close()

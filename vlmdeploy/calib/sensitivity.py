@@ -18,12 +18,14 @@ from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.flow import Flow, Runner, Weights
+from vlmdeploy.calib.flow import Flow, Weights
 from vlmdeploy.calib.solver import judged_rows
 from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
+from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.model.connector import Connector, DownsampleConv
+from vlmdeploy.model.connector import Connector
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
+from vlmdeploy.model.products import PRODUCTS
 from vlmdeploy.model.vision import VisionLayer
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.gptq import GptqOptions, best_loops, factorize, quantize_gptq
@@ -78,7 +80,7 @@ class GradientMeter:
         handles = [
             child.register_full_backward_hook(self._noted(f"{prefix}.{name}.weight"))
             for name, child in module.named_modules()
-            if isinstance(child, nn.Linear | DownsampleConv)
+            if isinstance(child, PRODUCTS)
         ]
         try:
             yield
@@ -105,7 +107,7 @@ class BackwardPass:
     inputs: for each decoder layer and each encoder layer the rows that entered it, kept from the forward pass.
     """
 
-    runner: Runner
+    runner: UnitRunner
     samples: tuple[CalibrationSample, ...]
     pictures: Pictures
     meter: GradientMeter
@@ -144,8 +146,9 @@ class BackwardPass:
         layer = self.runner.load(lambda: DecoderLayer(spec), name)
         assert isinstance(layer, DecoderLayer), "what the builder makes"
         with self.meter.watching(layer, name):
-            for sample, step in enumerate(self.runner.steps(self.samples)):
-                rows = inputs.tokens.rows(sample)
+            step_of = self.runner.steps(self.samples)
+            for sample in range(len(self.samples)):
+                rows, step = inputs.tokens.rows(sample), step_of(sample)
                 mask = torch.from_numpy(inputs.tokens.vision_mask[rows])[None]
                 routed = Step(step.cos, step.sin, mask if bool(mask.any()) else None, step.attention_mask)
                 self._through(_one_prompt(layer, routed), inputs, gradient, rows)
@@ -198,7 +201,7 @@ def _one_picture(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def measure_costs(
-    runner: Runner, meter: ErrorMeter, samples: tuple[CalibrationSample, ...], seed: int, progress: Progress
+    runner: UnitRunner, meter: ErrorMeter, samples: tuple[CalibrationSample, ...], seed: int, progress: Progress
 ) -> dict[str, dict[Grid, float]]:
     """For every linear that the meter asks about and every grid, the estimated KL divergence per answer token.
 
@@ -213,7 +216,7 @@ def measure_costs(
         vision_inputs.append(_copy(runner, flow))
         flow = runner.vision_layer(index, flow)
     features = _copy(runner, flow)
-    images = runner.connector(flow, pictures)
+    images = runner.connector(flow)
     flow = runner.embed_prompts(samples, tokens, images, pictures)
     images.close()
     for index in range(spec.decoder.num_layers):
@@ -231,7 +234,7 @@ def measure_costs(
     return _costs(meter, gradients, answers)
 
 
-def _copy(runner: Runner, flow: Flow) -> Flow:
+def _copy(runner: UnitRunner, flow: Flow) -> Flow:
     copied = runner.flow(flow.tokens, flow.states[0].width)
     for piece in chunks(np.arange(flow.tokens.count)):
         copied.states[0].write(piece, flow.states[0].read(piece))

@@ -271,7 +271,8 @@ def _rounded_floats(reader: WeightReader) -> Iterable[str]:
     """Parts that a quantized checkpoint holds as floats and the user asked for as integers."""
     if reader.checkpoint.is_quantized:
         targets = [target for target, precision in reader.plan.by_target.items() if precision.bits]
-        parts = sorted({target.split(".")[0] for target in targets if reader.checkpoint.stored_grid(target) is None})
+        checkpoint = reader.checkpoint
+        parts = sorted({checkpoint.rules[target].part for target in targets if checkpoint.stored_grid(target) is None})
         if parts:
             yield f"{', '.join(parts)}: held as floats by the checkpoint, rounded to nearest as asked"
 

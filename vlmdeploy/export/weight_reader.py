@@ -58,7 +58,7 @@ class WeightReader:
             halves = rows.astype(np.float16)
         if not np.isfinite(halves).all():
             raise ExportError(
-                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {in_fp32(target)}'
+                f'"{target}" holds a value of {np.abs(rows).max():.3g}, beyond fp16 (65504): {self.in_fp32(target)}'
             )
         return halves
 
@@ -74,7 +74,7 @@ class WeightReader:
                 return self.checkpoint.quantized_rows(target, start, stop)
             return quantize_rtn(self.rows(target, start, stop), grid)
         except QuantizationError as error:
-            raise QuantizationError(f'"{target}": {error}: {in_fp32(target)}') from error
+            raise QuantizationError(f'"{target}": {error}: {self.in_fp32(target)}') from error
 
     def effective_rows(self, target: str, start: int, stop: int) -> Floats:
         """The float32 values that the stored rows stand for."""
@@ -101,9 +101,12 @@ class WeightReader:
         size = max(1, BLOCK_BYTES // (4 * width))
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
+    def in_fp32(self, target: str) -> str:
+        """What the user can do about a value of this parameter that a narrow type cannot hold."""
+        return in_fp32(self.checkpoint.rules[target].part)
 
-def in_fp32(target: str) -> str:
+
+def in_fp32(part: str) -> str:
     """What the user can do about a value that a narrow type cannot hold."""
-    part = target.split(".")[0]
     option = "--target ort-fp32" if part == "decoder" else f"--{part.replace('_', '-')} fp32"
     return f"keep that part in fp32 with {option}"

@@ -4,14 +4,14 @@ Routing changes the four projections only; the norms and the attention are share
 Source: the authors' code of CogVLM and CogVLM2; docs/families/cogvlm.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmdeploy.model.products import Gate, RowMixer
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
@@ -30,23 +30,8 @@ class RmsNorm(nn.Module):
         return (wide * scale * self.weight.float()).to(x.dtype)
 
 
-class Projections(Protocol):
-    """The linears of a layer, as rows pass through them."""
-
-    @property
-    def qkv(self) -> Callable[[Tensor], Tensor]:
-        """Queries, keys and values."""
-
-    @property
-    def dense(self) -> Callable[[Tensor], Tensor]:
-        """The output of the attention."""
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """The whole MLP, [..., hidden] -> the same shape."""
-
-
 class Expert(nn.Module):
-    """One weight set of a layer."""
+    """The matrices of one weight set of a layer."""
 
     def __init__(self, spec: DecoderSpec, expert: ExpertSpec) -> None:
         super().__init__()
@@ -55,11 +40,6 @@ class Expert(nn.Module):
         self.dense = nn.Linear(attention_width, spec.hidden, bias=False)
         self.gate_up = nn.Linear(spec.hidden, 2 * spec.mlp_width, bias=False)
         self.down = nn.Linear(spec.mlp_width, spec.hidden, bias=False)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """down(silu(gate(x)) * up(x)), [..., hidden] -> the same shape."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
 
 
 @dataclass
@@ -109,47 +89,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP; each token's projections come from its expert."""
+class CausalAttention(RowMixer):
+    """Attention of new positions to the cache and to themselves, from packed queries, keys and values."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.attention_norm = RmsNorm(spec.hidden, spec.norm_eps)
-        self.mlp_norm = RmsNorm(spec.hidden, spec.norm_eps)
-        self.expert_names = tuple(expert.name for expert in spec.experts)
-        for expert in spec.experts:
-            self.add_module(expert.name, Expert(spec, expert))
 
-    def route(self, x: Tensor, step: Step, apply: Callable[[Projections, Tensor], Tensor]) -> Tensor:
-        """Apply the vision expert where the mask is True and the language expert elsewhere. x [batch, seq, width]."""
-        language: Expert = self.get_submodule("language")  # type: ignore[assignment]
-        if step.vision_mask is None:
-            return apply(language, x)
-        vision: Expert = self.get_submodule("vision")  # type: ignore[assignment]
-        text_rows = apply(language, x[~step.vision_mask])
-        image_rows = apply(vision, x[step.vision_mask])
-        result = text_rows.new_empty(*x.shape[:2], text_rows.shape[-1])
-        result[~step.vision_mask] = text_rows
-        result[step.vision_mask] = image_rows
-        return result
+    def shape(self, rows: int, width: int) -> tuple[int, int]:
+        """As wide as all query heads."""
+        return rows, self.spec.num_heads * self.spec.head_dim
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """[batch, seq, hidden] -> the same shape; appends to the cache."""
-        return self.mlp_half(self.attention_half(x, step, cache), step)
-
-    def attention_half(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """The residual stream after attention, [batch, seq, hidden]; appends to the cache."""
-        qkv = self.route(self.attention_norm(x), step, lambda expert, rows: expert.qkv(rows))
-        mixed = self.attention(qkv, step, cache)
-        return x + self.route(mixed, step, lambda expert, rows: expert.dense(rows))
-
-    def mlp_half(self, x: Tensor, step: Step) -> Tensor:
-        """The residual stream after the MLP, [batch, seq, hidden]."""
-        return x + self.route(self.mlp_norm(x), step, lambda expert, rows: expert.mlp(rows))
-
-    def attention(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """Causal attention over cache and new positions: [batch, seq, qkv] -> [batch, seq, heads * head_dim]."""
+    def forward(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """[batch, seq, qkv] -> [batch, seq, heads * head_dim]; appends to the cache."""
         spec = self.spec
         heads = qkv.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
@@ -158,6 +110,68 @@ class DecoderLayer(nn.Module):
             rotate(q, step.cos, step.sin), key, value, attn_mask=step.attention_mask, enable_gqa=True
         )
         return mixed.transpose(1, 2).flatten(2)
+
+
+class LayerWiring:
+    """How a decoder layer is put together: pre-norm attention and MLP, every row multiplied by its expert's matrices.
+
+    It stands here once. The reference does it with tensors, calibration with rows on disk, training with language and
+    vision rows apart; each says in its own class what the parts do to its kind of rows.
+    """
+
+    attention_norm: Any
+    attention: Any
+    mlp_norm: Any
+    gate: Any
+
+    def forward(self, x: Any, step: Any, cache: Any) -> Any:
+        """[batch, seq, hidden] -> the same shape; appends to the cache."""
+        return self.mlp_half(self.attention_half(x, step, cache), step)
+
+    def attention_half(self, x: Any, step: Any, cache: Any) -> Any:
+        """The residual stream after attention, [batch, seq, hidden]; appends to the cache."""
+        qkv = self.routed("qkv", self.attention_norm(x), step)
+        return x + self.routed("dense", self.attention(qkv, step, cache), step)
+
+    def mlp_half(self, x: Any, step: Any) -> Any:
+        """The residual stream after the MLP, [batch, seq, hidden]."""
+        gated = self.gate(self.routed("gate_up", self.mlp_norm(x), step))
+        return x + self.routed("down", gated, step)
+
+    def routed(self, name: str, x: Any, step: Any) -> Any:
+        """Every row times the matrix of that name of its expert: [batch, seq, in] -> [batch, seq, out]."""
+        raise NotImplementedError
+
+
+class LayerParts(LayerWiring, nn.Module):
+    """The parts of a layer, whose parameters carry the names of the spec."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.attention = CausalAttention(spec)
+        self.mlp_norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.gate = Gate()
+        self.expert_names = tuple(expert.name for expert in spec.experts)
+        for expert in spec.experts:
+            self.add_module(expert.name, Expert(spec, expert))
+
+
+class DecoderLayer(LayerParts):
+    """One layer of the reference: rows are picked by the mask, multiplied, and put back."""
+
+    def routed(self, name: str, x: Tensor, step: Step) -> Tensor:
+        """The vision expert's matrix where the mask is True, the language expert's elsewhere."""
+        language = self.get_submodule(f"language.{name}")
+        if step.vision_mask is None:
+            return language(x)
+        vision = self.get_submodule(f"vision.{name}")
+        text_rows = language(x[~step.vision_mask])
+        image_rows = vision(x[step.vision_mask])
+        result = text_rows.new_empty(*x.shape[:2], text_rows.shape[-1])
+        result[~step.vision_mask] = text_rows
+        result[step.vision_mask] = image_rows
+        return result
 
 
 class Decoder(nn.Module):

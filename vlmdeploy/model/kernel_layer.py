@@ -4,13 +4,9 @@ A quantized checkpoint loaded this way holds no float copy of its decoder linear
 and cache are those of `DecoderLayer`; the kernels are in `vlmdeploy.kernels`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.kernels.launch import (
@@ -24,12 +20,11 @@ from vlmdeploy.kernels.launch import (
 )
 from vlmdeploy.kernels.packing import BITS, EXPERTS, PackedExperts, check_layout, pack_codes, pack_scales
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.model.decoder import DecoderLayer, Projections, Step
+from vlmdeploy.model.decoder import DecoderLayer, Step
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.conversions import widen
 from vlmdeploy.spec.decoder import DecoderSpec
-
-LINEARS = ("qkv", "dense", "gate_up", "down")
+from vlmdeploy.spec.matrices import DECODER_NAMES
 
 
 class RoutedLinear(nn.Module):
@@ -48,27 +43,6 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """[..., in] -> [..., out], each row by its expert."""
         return routed_linear(x, route, RoutedWeights(self.codes, self.scales, self.bias, self.group_size))
-
-
-@dataclass(frozen=True)
-class RoutedProjections:
-    """The linears of a layer, bound to the route of a pass."""
-
-    linears: nn.ModuleDict
-    route: Route
-
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, [..., hidden] -> [..., qkv]."""
-        return self.linears["qkv"](x, self.route)
-
-    def dense(self, x: Tensor) -> Tensor:
-        """The output of the attention, [..., heads * head_dim] -> [..., hidden]."""
-        return self.linears["dense"](x, self.route)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """down(silu(gate(x)) * up(x)), [..., hidden] -> the same shape."""
-        gate, up = self.linears["gate_up"](x, self.route).chunk(2, -1)
-        return self.linears["down"](F.silu(gate) * up, self.route)
 
 
 class PassRoutes:
@@ -97,9 +71,9 @@ class RoutedLayer(DecoderLayer):
         self.linears = nn.ModuleDict()
         self.routes = routes
 
-    def route(self, x: Tensor, step: Step, apply: Callable[[Projections, Tensor], Tensor]) -> Tensor:
-        """Apply the projections to all rows at once, each by its expert. x [batch, seq, width]."""
-        return apply(RoutedProjections(self.linears, self.routes.of(step, x)), x)
+    def routed(self, name: str, x: Tensor, step: Step) -> Tensor:
+        """All rows in one launch, each by its expert."""
+        return self.linears[name](x, self.routes.of(step, x))
 
 
 def check_routable(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
@@ -119,7 +93,7 @@ def check_routable(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> N
 
 
 def _linears(checkpoint: Checkpoint) -> list[tuple[int, str]]:
-    return [(layer, name) for layer in range(checkpoint.spec.decoder.num_layers) for name in LINEARS]
+    return [(layer, name) for layer in range(checkpoint.spec.decoder.num_layers) for name in DECODER_NAMES]
 
 
 def _target(layer: int, expert: str, name: str, part: str = "weight") -> str:

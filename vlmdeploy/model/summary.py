@@ -17,7 +17,7 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
     parameters = dict.fromkeys(PARTS, 0)
     for target, rule in checkpoint.rules.items():
         if target != "decoder.inv_freq":
-            parameters[target.split(".")[0]] += prod(rule.shape)
+            parameters[rule.part] += prod(rule.shape)
     summary = {
         "family": spec.family,
         "parameters": {**parameters, "total": sum(parameters.values())},

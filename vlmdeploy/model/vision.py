@@ -5,11 +5,9 @@ Source: EVA2-CLIP-E as CogVLM's authors use it (63 of 64 layers, no final norm);
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from vlmdeploy.model.products import Attention, Elementwise, WithoutFirst
 from vlmdeploy.spec.vision import VisionSpec
-
-ACTIVATIONS = {"gelu": F.gelu}
 
 
 class VisionLayer(nn.Module):
@@ -17,26 +15,19 @@ class VisionLayer(nn.Module):
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.spec = spec
         self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.attention = Attention(spec.num_heads, spec.head_dim)
         self.dense = nn.Linear(spec.width, spec.width)
         self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.fc1 = nn.Linear(spec.width, spec.mlp_width)
+        self.activation = Elementwise(spec.activation)
         self.fc2 = nn.Linear(spec.mlp_width, spec.width)
         self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[images, 1 + patches, width] -> the same shape."""
-        x = x + self.attention_norm(self.attention(x))
-        mlp = self.fc2(ACTIVATIONS[self.spec.activation](self.fc1(x)))
-        return x + self.mlp_norm(mlp)
-
-    def attention(self, x: Tensor) -> Tensor:
-        """Unmasked multi-head attention, [images, 1 + patches, width] -> the same shape."""
-        heads = (3, self.spec.num_heads, self.spec.head_dim)
-        q, k, v = self.qkv(x).unflatten(-1, heads).permute(2, 0, 3, 1, 4)  # each [images, heads, seq, head_dim]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.dense(mixed.transpose(1, 2).flatten(2))
+        x = x + self.attention_norm(self.dense(self.attention(self.qkv(x))))
+        return x + self.mlp_norm(self.fc2(self.activation(self.fc1(x))))
 
 
 class VisionEncoder(nn.Module):
@@ -49,6 +40,7 @@ class VisionEncoder(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(spec.width))
         self.positions = nn.Parameter(torch.empty(spec.num_patches + 1, spec.width))
         self.layers = nn.ModuleList(VisionLayer(spec) for _ in range(spec.num_layers))
+        self.patches = WithoutFirst()
 
     def embed(self, images: Tensor) -> Tensor:
         """Patches with the class token first and positions added: [images, 3, S, S] -> [images, 1 + patches, width]."""
@@ -61,4 +53,4 @@ class VisionEncoder(nn.Module):
         x = self.embed(images)
         for layer in self.layers:
             x = layer(x)
-        return x[:, 1:]
+        return self.patches(x)

@@ -50,10 +50,9 @@ def _room_bytes(device: PlanDevice, swap_bytes: int) -> int:
 def _layer_bytes(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> list[int]:
     """Bytes of every layer of the decoder graphs; the head goes with the last one."""
     layers: dict[tuple[str, int], int] = {}
-    for matrix in stored_matrices(geometry, precision, storage):
-        if matrix.graph != "vision":
-            is_head = matrix.part == "lm_head"
-            index = geometry.decoder.num_layers - 1 if is_head else int(matrix.target.split(".")[2])
-            size = storage.matrix_bytes(matrix.rows, matrix.width, matrix.precision)
-            layers[matrix.graph, index] = layers.get((matrix.graph, index), 0) + size
+    for stored in stored_matrices(geometry, precision, storage):
+        if stored.graph != "vision":
+            index = geometry.decoder.num_layers - 1 if stored.matrix.layer is None else stored.matrix.layer
+            size = storage.matrix_bytes(stored.rows, stored.width, stored.precision)
+            layers[stored.graph, index] = layers.get((stored.graph, index), 0) + size
     return list(layers.values())

@@ -13,7 +13,7 @@ from vlmdeploy.plan.options import CHUNK_ROWS, PlanOptions
 from vlmdeploy.plan.planned_model import PlannedModel
 from vlmdeploy.plan.speed import Range
 from vlmdeploy.quant.precision import TARGETS, is_tensorrt
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import least_context
 
 MAX_CHANGES = 5
@@ -137,7 +137,7 @@ def _tried(model: PlannedModel, base: Plan, options: PlanOptions, steps: list[_S
 
 def _cost(model: PlannedModel, before: dict[str, str], after: dict[str, str]) -> Range:
     """Expected loss in points; codes that a checkpoint holds already cost nothing more."""
-    held = {item.part for item in linears(model.geometry) if model.stored and item.target in model.stored.by_target}
+    held = {item.part for item in matrices(model.geometry) if model.stored and item.target in model.stored.by_target}
     low = high = 0.0
     for parts, costs in COSTS.items():
         changed = [after[part] for part in parts if after[part] != before[part] and part not in held]

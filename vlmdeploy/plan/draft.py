@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.export.graphs.ort_dialect import matmul_block
 from vlmdeploy.export.graphs.trt_dialect import check_grid
+from vlmdeploy.export.weight_reader import in_fp32
 from vlmdeploy.plan.build import Build, plan_build
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.memory import PhaseMemory, Setting, phase_memory
@@ -112,13 +113,14 @@ def planned_precision(model: PlannedModel, target: str, options: PlanOptions) ->
 
 def _check_grids(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> None:
     """Raise the error of an export where the dialect has no product for a matrix's groups."""
-    for matrix in stored_matrices(geometry, precision, storage):
-        if matrix.precision.grid is None:
+    for stored in stored_matrices(geometry, precision, storage):
+        matrix, grid = stored.matrix, stored.precision.grid
+        if grid is None:
             continue
         if storage.dialect == "trt":
-            check_grid(matrix.target, matrix.width, matrix.precision.grid)
+            check_grid(matrix.target, matrix.in_width, grid)
         else:
-            matmul_block(matrix.target, matrix.precision.grid)
+            matmul_block(matrix.target, in_fp32(matrix.part), grid)
 
 
 def _setting(geometry: Geometry, storage: Storage, options: PlanOptions) -> Setting:

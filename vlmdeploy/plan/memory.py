@@ -19,7 +19,6 @@ from vlmdeploy.quant.conversions import field_bits
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.runtime.backends.ort import CHUNK_ROWS
 from vlmdeploy.runtime.backends.trt import RESERVE_BYTES
-from vlmdeploy.spec.connector import GatedMlp
 from vlmdeploy.spec.model import Geometry
 
 PHASES = ("vision", "prefill", "decode")
@@ -131,13 +130,16 @@ def _packed_bytes(matrix: StoredMatrix, storage: Storage) -> int:
 
 def _vision_work(geometry: Geometry) -> int:
     """What the encoder works in, fp32: thirteen widths for each row in attention, which stores no scores, and two and a
-    quarter of the MLP's beside them; or the connector's MLP, where that is more. Both counts were measured."""
+    quarter of the MLP's beside them; or two and a half times the connector's widest product, where that is more.
+
+    Both counts were measured.
+    """
     vision = geometry.vision
     rows = vision.num_patches + 1
     encoder = rows * (13 * vision.width + 9 * vision.mlp_width // 4)
-    gates = [step.mlp_width for step in geometry.connector.steps if isinstance(step, GatedMlp)]
-    gated = geometry.connector.rows(vision) * 5 * max(gates, default=0)
-    return 4 * max(encoder, gated)
+    widths = [matrix.out_width for step in geometry.connector.steps for matrix in step.matrices()]
+    connector = geometry.connector.rows(vision) * 5 * max(widths, default=0) // 2
+    return 4 * max(encoder, connector)
 
 
 def _prompt_work(geometry: Geometry, setting: Setting) -> int:

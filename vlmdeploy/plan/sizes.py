@@ -14,9 +14,8 @@ from vlmdeploy.export.graphs.trt_dialect import kernel_width
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size
 from vlmdeploy.quant.precision import Precision, PrecisionPlan
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT
-from vlmdeploy.spec.connector import BoundaryRows, Downsample, Norm
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
-from vlmdeploy.spec.matrices import Linear, linears
+from vlmdeploy.spec.matrices import Matrix, matrices
 from vlmdeploy.spec.model import Geometry
 
 WEIGHT_PARTS = ("vision", "connector", "language_experts", "vision_experts", "embedding", "lm_head", "other")
@@ -64,50 +63,52 @@ class Storage:
 class StoredMatrix:
     """One matrix as a bundle ships it: which part and graph it belongs to, and its rows there."""
 
-    target: str
+    matrix: Matrix
     part: str  # of WEIGHT_PARTS
     graph: str
     rows: int
-    width: int
     precision: Precision
+
+    @property
+    def width(self) -> int:
+        """Inputs of a row."""
+        return self.matrix.in_width
 
 
 def stored_matrices(geometry: Geometry, plan: PrecisionPlan, storage: Storage) -> Iterator[StoredMatrix]:
     """Every matrix of the graphs. Heads are padded where the dialect pads them; of the vision expert's last layer only
     keys and values are shipped."""
-    for linear in linears(geometry):
-        rows = _rows(geometry, linear, storage)
+    for matrix in matrices(geometry):
+        rows = _rows(geometry, matrix, storage)
         if rows:
-            part, graph = _place(linear)
-            yield StoredMatrix(linear.target, part, graph, rows, linear.in_width, plan[linear.target])
+            part, graph = _place(matrix)
+            yield StoredMatrix(matrix, part, graph, rows, plan[matrix.target])
 
 
-def _place(linear: Linear) -> tuple[str, str]:
-    """Part and graph of a linear."""
-    if linear.part != "decoder":
-        return linear.part, "decoder_text" if linear.part == "lm_head" else "vision"
-    expert = linear.target.split(".")[3]
-    return f"{expert}_experts", "decoder_vision" if expert == "vision" else "decoder_text"
+def _place(matrix: Matrix) -> tuple[str, str]:
+    """Part and graph of a matrix."""
+    if matrix.expert is None:
+        return matrix.part, "decoder_text" if matrix.part == "lm_head" else "vision"
+    return f"{matrix.expert}_experts", GRAPH_OF_EXPERT[matrix.expert]
 
 
-def _rows(geometry: Geometry, linear: Linear, storage: Storage) -> int:
+def _rows(geometry: Geometry, matrix: Matrix, storage: Storage) -> int:
     """Output rows as shipped; 0 for a matrix that is not."""
-    vision, heads = geometry.vision, HeadLayout(geometry.decoder)
-    if linear.part == "vision" and linear.target.endswith(".qkv.weight"):
+    vision, decoder = geometry.vision, geometry.decoder
+    if not matrix.is_read:
+        return 0
+    if matrix.name != "qkv":
+        return matrix.out_width
+    if matrix.part == "vision":
         return 3 * vision.num_heads * (kernel_width(vision.head_dim) if storage.dialect == "trt" else vision.head_dim)
-    if linear.part != "decoder":
-        return linear.out_width
-    _, _, index, expert, name, _ = linear.target.split(".")
-    is_cut = expert == "vision" and int(index) == geometry.decoder.num_layers - 1
-    if name == "qkv":
-        counted = 2 * heads.decoder.num_kv_heads if is_cut else heads.decoder.num_heads + 2 * heads.decoder.num_kv_heads
-        return counted * heads.padded
-    return 0 if is_cut else linear.out_width
+    has_queries = matrix.expert == "language" or matrix.layer != decoder.num_layers - 1
+    return (has_queries * decoder.num_heads + 2 * decoder.num_kv_heads) * HeadLayout(decoder).padded
 
 
 def small_bytes(geometry: Geometry, storage: Storage) -> dict[str, int]:
     """Bytes of everything in a graph that is no matrix of a product: norms, biases, patches, positions; by graph."""
-    sizes = {"vision": 4 * (_vision_values(geometry, storage) + _connector_values(geometry))}
+    connector = sum(step.small_values() for step in geometry.connector.steps)
+    sizes = {"vision": 4 * (_vision_values(geometry, storage) + connector)}
     for expert in geometry.decoder.experts:
         values = _decoder_values(geometry.decoder, expert)
         if storage.dialect == "trt":  # cosines and sines of every slot
@@ -122,16 +123,6 @@ def _vision_values(geometry: Geometry, storage: Storage) -> int:
     per_layer = 3 * vision.num_heads * head + vision.width + vision.mlp_width + vision.width + 4 * vision.width
     patches = 3 * vision.patch_px**2 * vision.width + vision.width
     return patches + (vision.num_patches + 2) * vision.width + vision.num_layers * per_layer
-
-
-def _connector_values(geometry: Geometry) -> int:
-    values = 0
-    for step in geometry.connector.steps:
-        if isinstance(step, Downsample):
-            values += step.out_width
-        elif isinstance(step, Norm | BoundaryRows):
-            values += 2 * step.width
-    return values
 
 
 def _decoder_values(decoder: DecoderSpec, expert: ExpertSpec) -> int:

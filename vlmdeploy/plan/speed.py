@@ -11,7 +11,7 @@ from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.memory import Setting
 from vlmdeploy.plan.sizes import Storage, kv_bytes_per_token, weight_sizes
 from vlmdeploy.quant.precision import PrecisionPlan
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import Geometry
 
 Range = tuple[float, float]
@@ -91,8 +91,8 @@ def encoder_flop(geometry: Geometry) -> float:
     """Operations of encoder and connector for one picture, a multiply-add being two."""
     vision = geometry.vision
     patches, rows = vision.num_patches + 1, geometry.connector.rows(vision)
-    encoder = sum(2 * item.out_width * item.in_width for item in linears(geometry) if item.part == "vision")
-    connector = sum(2 * item.out_width * item.in_width for item in linears(geometry) if item.part == "connector")
+    encoder = sum(2 * item.values for item in matrices(geometry) if item.part == "vision")
+    connector = sum(2 * item.values for item in matrices(geometry) if item.part == "connector")
     attention = 4 * patches**2 * vision.width * vision.num_layers
     return float(patches * encoder + rows * connector + attention)
 
@@ -104,12 +104,11 @@ def prompt_flop(geometry: Geometry, setting: Setting) -> float:
     expert_rows = max(0, rows - 1) if len(decoder.experts) == 2 and setting.images else 0
     text_rows = rows + setting.text_tokens - expert_rows
     flop = 0.0
-    for item in linears(geometry):
+    for item in matrices(geometry):
         if item.part == "lm_head":
-            flop += 2 * item.out_width * item.in_width  # of the last row only
+            flop += 2 * item.values  # of the last row only
         elif item.part == "decoder":
-            of_expert = expert_rows if item.target.split(".")[3] == "vision" else text_rows
-            flop += 2 * item.out_width * item.in_width * of_expert
+            flop += 2 * item.values * (expert_rows if item.expert == "vision" else text_rows)
     tokens = rows + setting.text_tokens
     return flop + 2 * tokens**2 * decoder.num_heads * decoder.head_dim * decoder.num_layers
 
@@ -117,8 +116,8 @@ def prompt_flop(geometry: Geometry, setting: Setting) -> float:
 def token_flop(geometry: Geometry, setting: Setting) -> float:
     """Operations of decoding the first token after the prompt: the language expert, the head and attention."""
     decoder = geometry.decoder
-    names = [item for item in linears(geometry) if item.part == "lm_head" or ".language." in item.target]
-    products = sum(2 * item.out_width * item.in_width for item in names)
+    read = [item for item in matrices(geometry) if item.part == "lm_head" or item.expert == "language"]
+    products = sum(2 * item.values for item in read)
     attention = 4 * _prompt_tokens(geometry, setting) * decoder.num_heads * decoder.head_dim * decoder.num_layers
     return float(products + attention)
 

@@ -12,11 +12,10 @@ from vlmdeploy.bundle import dialect_of
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import ExportError
 from vlmdeploy.quant.grid import Grid
-from vlmdeploy.spec.matrices import Linear, linears
+from vlmdeploy.spec.matrices import PARTS, Matrix, embedding, matrices
 from vlmdeploy.spec.model import Geometry
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int3")
-PARTS = ("vision", "connector", "decoder", "lm_head", "embedding")
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 GROUP_SIZES = (128, 64, 32, 16)
 DEFAULT_GROUP = 128
@@ -110,7 +109,7 @@ def plan_precision(
         raise ExportError(f"group size {group} is not supported; known: {', '.join(map(str, GROUP_SIZES))} and -1")
     plan = PrecisionPlan(parts, {}, {}, ())
     for part in PARTS:
-        members = [linear for linear in _matrices(spec) if linear.part == part]
+        members = [linear for linear in (*matrices(spec), embedding(spec)) if linear.part == part]
         is_row_wise = parts[part] == "int8" and is_tensorrt(target) and part != "embedding"
         plan = _plan_part(plan, part, members, WHOLE_WIDTH if is_row_wise else group, symmetric)
     return plan if stored is None else with_stored(plan, spec, stored, frozenset(overrides))
@@ -127,7 +126,7 @@ def _target_parts(spec: Geometry, target: str, stored: Stored | None) -> dict[st
     parts = dict(TARGETS[target])
     for part in ("vision", "connector"):
         if stored is not None and is_tensorrt(target):
-            held = {stored.by_target.get(linear.target) for linear in linears(spec) if linear.part == part}
+            held = {stored.by_target.get(linear.target) for linear in matrices(spec) if linear.part == part}
             if any(precision is not None and precision.type == "int4" for precision in held):
                 parts[part] = "int4"
     return parts
@@ -141,7 +140,7 @@ def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: froz
     what was calibrated.
     """
     for part in PARTS:
-        targets = [linear.target for linear in _matrices(spec) if linear.part == part]
+        targets = [linear.target for linear in (*matrices(spec), embedding(spec)) if linear.part == part]
         held = {target: stored.by_target.get(target) for target in targets}
         if plan.parts[part] not in BITS:
             continue
@@ -153,7 +152,7 @@ def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: froz
             plan = replace(
                 plan, by_target=chosen, parts={**plan.parts, part: kind}, group_sizes={**plan.group_sizes, part: 0}
             )
-    kept = [linear.target for linear in linears(spec) if _is_left_in_float(plan, linear)]
+    kept = [linear.target for linear in matrices(spec) if _is_left_in_float(plan, linear)]
     return replace(plan, kept_in_float=tuple(kept))
 
 
@@ -178,7 +177,7 @@ def _with_codes(plan: PrecisionPlan, part: str, held: Mapping[str, Precision | N
     )
 
 
-def _is_left_in_float(plan: PrecisionPlan, linear: Linear) -> bool:
+def _is_left_in_float(plan: PrecisionPlan, linear: Matrix) -> bool:
     """Whether a linear is float although its part holds codes."""
     return plan.parts[linear.part].startswith("int") and not plan[linear.target].bits
 
@@ -205,7 +204,7 @@ def _with_override(
             f'override "{text}": expected PATTERN=TYPE or PATTERN=TYPE:GROUP, TYPE {", ".join(PRECISIONS)}'
         )
     chosen, pattern = dict(plan.by_target), match["pattern"]
-    found = [linear for linear in linears(spec) if _matches(pattern, linear.target, names)]
+    found = [linear for linear in matrices(spec) if _matches(pattern, linear.target, names)]
     if not found:
         raise ExportError(f'override "{text}": no linear is named so; see `vlmdeploy inspect` for names')
     for linear in found:
@@ -214,7 +213,7 @@ def _with_override(
     return replace(plan, by_target=chosen, kept_in_float=kept)
 
 
-def _override_precision(text: str, match: re.Match[str], linear: Linear, plan: PrecisionPlan) -> Precision:
+def _override_precision(text: str, match: re.Match[str], linear: Matrix, plan: PrecisionPlan) -> Precision:
     if match["type"] not in BITS:
         return Precision(match["type"])
     old = plan.by_target[linear.target]
@@ -232,12 +231,7 @@ def _matches(pattern: str, target: str, names: Mapping[str, tuple[str, ...]]) ->
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern) for name in candidates)
 
 
-def _matrices(spec: Geometry) -> Iterator[Linear]:
-    yield from linears(spec)
-    yield Linear("embedding.weight", "embedding", spec.decoder.vocab_size, spec.decoder.hidden)
-
-
-def _plan_part(plan: PrecisionPlan, part: str, members: list[Linear], group: int, symmetric: bool) -> PrecisionPlan:
+def _plan_part(plan: PrecisionPlan, part: str, members: list[Matrix], group: int, symmetric: bool) -> PrecisionPlan:
     wanted = plan.parts[part]
     size = common_group({linear.in_width for linear in members}, group) if wanted in BITS else 0
     chosen, kept = dict(plan.by_target), list(plan.kept_in_float)
@@ -265,9 +259,9 @@ def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
 
 def encoder_warning(plan: PrecisionPlan, spec: Geometry) -> Iterator[str]:
     """The size of an encoder that stays in fp16, where that is a matter of gigabytes."""
-    widths = [linear for linear in linears(spec) if linear.part in ("vision", "connector")]
+    widths = [linear for linear in matrices(spec) if linear.part in ("vision", "connector")]
     halves = [linear for linear in widths if plan[linear.target].type == "fp16"]
-    size = sum(2 * linear.out_width * linear.in_width for linear in halves)
+    size = sum(2 * linear.values for linear in halves)
     if size >= LARGE_BYTES:
         yield (
             f"vision encoder and connector stay in fp16, {gigabytes(size)}: `quantize --vision int4 --connector "

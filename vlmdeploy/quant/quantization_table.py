@@ -1,11 +1,12 @@
 """A quantization report in tables, for people: coverage of the experts, errors by kind of linear, chosen widths."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from vlmdeploy.spec.matrices import places
 
 Rows = list[list[str]]
 COVERAGE_COLUMNS = ["expert", "calibration tokens", "samples", "held-out tokens", "wanted tokens"]
@@ -24,9 +25,9 @@ def coverage_rows(report: dict[str, Any]) -> Rows:
 def error_rows(report: dict[str, Any], each: bool) -> Rows:
     """One line for each linear, or for each kind of linear: the mean over layers."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    place_of = places([linear["name"] for linear in report["linears"]])
     for linear in report["linears"]:
-        name = linear["name"].removesuffix(".weight")
-        groups[name if each else re.sub(r"\.\d+\.", ".*.", name)].append(linear)
+        groups[linear["name"].removesuffix(".weight") if each else place_of[linear["name"]].kind].append(linear)
     return [[name, *_cells(linears)] for name, linears in groups.items()]
 
 

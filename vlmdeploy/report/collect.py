@@ -1,6 +1,5 @@
 """From evaluations to the report: every figure that its page shows is computed here, from answers and measurements."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,10 +35,10 @@ from vlmdeploy.report.shown_pictures import PictureFolder
 from vlmdeploy.report.wording import metric_name, task_name
 from vlmdeploy.score.answerers import Validation, agreement
 from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, paired_differences, score
+from vlmdeploy.spec.matrices import Place, places
 
 SHOWN_REGRESSIONS = 9
 SHOWN_BOXES = 4
-LAYER = re.compile(r"(vision|decoder)\.layers\.(\d+)\.(.+)")
 
 
 def model_result(
@@ -154,7 +153,8 @@ def layer_errors(folder: Path) -> LayerErrors | None:
     if not content:
         return None
     linears = [record_of(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]
-    cells = {_cell(linear.name): linear for linear in linears}
+    place_of = places([linear.name for linear in linears])
+    cells = {_cell(place_of[linear.name]): linear for linear in linears}
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     table = [[cells.get((row, column)) for column in columns] for row in rows]
@@ -167,14 +167,11 @@ def layer_errors(folder: Path) -> LayerErrors | None:
     )
 
 
-def _cell(name: str) -> tuple[str, str]:
-    """Row and column of a linear: "decoder.layers.3.language.qkv.weight" -> ("decoder 3", "language qkv")."""
-    short = name.removesuffix(".weight")
-    match = LAYER.fullmatch(short)
-    if match is not None:
-        return f"{match[1]} {match[2]}", match[3].replace(".", " ")
-    part, _, rest = short.partition(".")
-    return part.replace("_", " "), rest.replace(".", " ") or "all"
+def _cell(place: Place) -> tuple[str, str]:
+    """Row and column of a linear, such as "decoder 3" and "language qkv"."""
+    row = (place.part.replace("_", " "), None if place.layer is None else str(place.layer))
+    column = (place.expert, place.name.replace(".", " "))
+    return " ".join(filter(None, row)), " ".join(filter(None, column)) or "all"
 
 
 def _error(linear: LinearReport | None) -> float | None:

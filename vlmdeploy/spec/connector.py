@@ -1,39 +1,103 @@
-"""The connector as data: the steps from patch features to rows of the decoder."""
+"""The connector as data: the steps from patch features to rows of the decoder.
+
+Each step says about itself how many rows it gives, which matrices it holds and how many small values. A new kind of
+step is a subclass of ConnectorStep in a file of its own; the files of the same name in `model` and `export.graphs`
+compute it and write it as a graph.
+"""
 
 from dataclasses import dataclass
+from importlib import import_module
+from math import isqrt
+from types import ModuleType
 
 from vlmdeploy.spec.vision import ActivationName, VisionSpec
 
 
 @dataclass(frozen=True)
-class Downsample:
-    """Convolution with kernel and stride 2 over the patch grid, with bias: [patches, in] -> [patches / 4, out]."""
+class StepMatrix:
+    """A matrix [out, in] of a step. name: inside the step, "" where it holds one only. fed_by: the module of the step
+    that makes its inputs, "" for what enters the step."""
+
+    name: str
+    out_width: int
+    in_width: int
+    fed_by: str = ""
+
+
+class ConnectorStep:
+    """What every step offers; by itself it changes rows one by one and holds nothing."""
+
+    name: str
+
+    def rows(self, before: int) -> int:
+        """How many rows of an image leave the step when so many enter."""
+        return before
+
+    def matrices(self) -> tuple[StepMatrix, ...]:
+        """The matrices that may be quantized, in the order of the forward pass."""
+        return ()
+
+    def small_values(self) -> int:
+        """How many values it holds beside its matrices: biases, norms, learned rows."""
+        return 0
+
+    def counterpart(self, package: str) -> ModuleType:
+        """The module of another package that knows this step: it has the same name as the step's own module."""
+        return import_module(type(self).__module__.replace(".spec.", f".{package}."))
+
+
+@dataclass(frozen=True)
+class Downsample(ConnectorStep):
+    """Convolution with kernel and stride 2 over the patch grid, with bias: [patches, in] -> [patches / 4, out].
+
+    An odd last row and column are lost.
+    """
 
     in_width: int
     out_width: int
     name: str = "conv"
 
+    def rows(self, before: int) -> int:
+        """A quarter."""
+        return (isqrt(before) // 2) ** 2
+
+    def matrices(self) -> tuple[StepMatrix, ...]:
+        """The kernel, as a product of blocks of four neighbours."""
+        return (StepMatrix("", self.out_width, 4 * self.in_width, "arrange"),)
+
+    def small_values(self) -> int:
+        """The bias."""
+        return self.out_width
+
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(ConnectorStep):
     """Linear without bias: [rows, in] -> [rows, out]."""
 
     in_width: int
     out_width: int
     name: str = "linear"
 
+    def matrices(self) -> tuple[StepMatrix, ...]:
+        """The one."""
+        return (StepMatrix("", self.out_width, self.in_width),)
+
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(ConnectorStep):
     """Layer norm over the last axis, with weight and bias."""
 
     width: int
     eps: float
     name: str = "norm"
 
+    def small_values(self) -> int:
+        """Weight and bias."""
+        return 2 * self.width
+
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(ConnectorStep):
     """Elementwise function."""
 
     function: ActivationName = "gelu"
@@ -41,7 +105,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class GatedMlp:
+class GatedMlp(ConnectorStep):
     """down(silu(gate(x)) * up(x)), without biases; gate and up are one matrix, gate rows first."""
 
     in_width: int
@@ -49,16 +113,28 @@ class GatedMlp:
     out_width: int
     name: str = "mlp"
 
+    def matrices(self) -> tuple[StepMatrix, ...]:
+        """Gate and up, then down."""
+        return (
+            StepMatrix("gate_up", 2 * self.mlp_width, self.in_width),
+            StepMatrix("down", self.out_width, self.mlp_width, "gate"),
+        )
+
 
 @dataclass(frozen=True)
-class BoundaryRows:
+class BoundaryRows(ConnectorStep):
     """A learned row before and one after the rows of an image."""
 
     width: int
     name: str = "boundary"
 
+    def rows(self, before: int) -> int:
+        """Two more."""
+        return before + 2
 
-ConnectorStep = Downsample | Projection | Norm | Activation | GatedMlp | BoundaryRows
+    def small_values(self) -> int:
+        """Both rows."""
+        return 2 * self.width
 
 
 @dataclass(frozen=True)
@@ -69,10 +145,16 @@ class ConnectorSpec:
 
     def rows(self, vision: VisionSpec) -> int:
         """Decoder rows of one image, boundary rows included."""
-        grid, extra = vision.grid, 0
+        rows = vision.num_patches
         for step in self.steps:
-            if isinstance(step, Downsample):
-                grid //= 2
-            elif isinstance(step, BoundaryRows):
-                extra += 2
-        return grid**2 + extra
+            rows = step.rows(rows)
+        return rows
+
+    def multiplied_rows(self, vision: VisionSpec) -> int:
+        """Rows of one image that leave the last step with matrices: as many as pass through those matrices."""
+        rows = multiplied = vision.num_patches
+        for step in self.steps:
+            rows = step.rows(rows)
+            if step.matrices():
+                multiplied = rows
+        return multiplied

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+ExpertName = Literal["language", "vision"]
+
 
 @dataclass(frozen=True)
 class ExpertSpec:
     """One weight set of every decoder layer. `token_type` says which positions may use it."""
 
-    name: Literal["language", "vision"]
+    name: ExpertName
     qkv_bias: bool = False
 
 

@@ -1,58 +1,123 @@
-"""Every matrix of a model: the one list from which precision, sizes, coverage and reports derive."""
+"""Every matrix of a model: the one list from which precision, sizes, coverage, costs and reports derive.
 
-from collections.abc import Iterator
+A matrix is told by its fields; its name, that of our parameter, is made of them and taken apart nowhere.
+"""
+
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from vlmdeploy.spec.connector import Downsample, GatedMlp, Projection
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertName
 from vlmdeploy.spec.model import Geometry
+from vlmdeploy.spec.vision import VisionSpec
+
+Part = Literal["vision", "connector", "decoder", "lm_head", "embedding"]
+PARTS: tuple[str, ...] = ("vision", "connector", "decoder", "lm_head", "embedding")
+VISION_NAMES = ("qkv", "dense", "fc1", "fc2")
+DECODER_NAMES = ("qkv", "dense", "gate_up", "down")  # of each expert
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One matrix product of the model: our parameter name, the part it belongs to, and its widths."""
+class Place:
+    """Where a matrix stands. layer: of the encoder or the decoder, else None. expert: in a decoder layer, else None.
+    name: in its layer, or in the connector; "" where the part holds one only."""
 
-    target: str
-    part: str
+    part: Part
+    layer: int | None
+    expert: ExpertName | None
+    name: str
+
+    @property
+    def target(self) -> str:
+        """The name of our parameter, such as "decoder.layers.3.language.qkv.weight"."""
+        return self._name(str(self.layer), "weight")
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with those of other layers, such as "decoder.layers.*.language.qkv"."""
+        return self._name("*")
+
+    def _name(self, layer: str, *ending: str) -> str:
+        layers = () if self.layer is None else ("layers", layer)
+        return ".".join(word for word in (self.part, *layers, self.expert, self.name, *ending) if word)
+
+
+@dataclass(frozen=True)
+class Matrix(Place):
+    """A weight matrix [out, in].
+
+    fed_by: the module of its layer or connector step that makes its inputs; "" for what enters the layer or step,
+    "middle" for the residual stream between the halves of a layer. is_read: whether anything reads its output; of the
+    last layer's vision expert only keys and values are read.
+    """
+
     out_width: int
     in_width: int
+    fed_by: str = ""
+    is_read: bool = True
+
+    @property
+    def values(self) -> int:
+        """How many weights it holds."""
+        return self.out_width * self.in_width
 
 
-def linears(spec: Geometry) -> Iterator[Linear]:
-    """Every matrix that may be quantized, in the order of the forward pass."""
-    yield from _vision_linears(spec)
-    yield from _connector_linears(spec)
-    yield from _decoder_linears(spec)
-    yield Linear("lm_head.weight", "lm_head", spec.decoder.vocab_size, spec.decoder.hidden)
-
-
-def _vision_linears(spec: Geometry) -> Iterator[Linear]:
-    vision = spec.vision
-    for index in range(vision.num_layers):
-        layer = f"vision.layers.{index}"
-        yield Linear(f"{layer}.qkv.weight", "vision", 3 * vision.width, vision.width)
-        yield Linear(f"{layer}.dense.weight", "vision", vision.width, vision.width)
-        yield Linear(f"{layer}.fc1.weight", "vision", vision.mlp_width, vision.width)
-        yield Linear(f"{layer}.fc2.weight", "vision", vision.width, vision.mlp_width)
-
-
-def _connector_linears(spec: Geometry) -> Iterator[Linear]:
+def matrices(spec: Geometry) -> Iterator[Matrix]:
+    """Every matrix that inputs are multiplied with, and that may be quantized, in the order of the forward pass."""
+    for index in range(spec.vision.num_layers):
+        yield from vision_matrices(spec.vision, index)
     for step in spec.connector.steps:
-        name = f"connector.{step.name}"
-        if isinstance(step, Downsample):
-            yield Linear(f"{name}.weight", "connector", step.out_width, 4 * step.in_width)
-        elif isinstance(step, Projection):
-            yield Linear(f"{name}.weight", "connector", step.out_width, step.in_width)
-        elif isinstance(step, GatedMlp):
-            yield Linear(f"{name}.gate_up.weight", "connector", 2 * step.mlp_width, step.in_width)
-            yield Linear(f"{name}.down.weight", "connector", step.out_width, step.mlp_width)
+        for inner in step.matrices():
+            name = ".".join(word for word in (step.name, inner.name) if word)
+            yield Matrix("connector", None, None, name, inner.out_width, inner.in_width, inner.fed_by)
+    for index in range(spec.decoder.num_layers):
+        yield from decoder_matrices(spec.decoder, index)
+    yield Matrix("lm_head", None, None, "", spec.decoder.vocab_size, spec.decoder.hidden, "decoder.norm")
 
 
-def _decoder_linears(spec: Geometry) -> Iterator[Linear]:
-    decoder = spec.decoder
-    for index in range(decoder.num_layers):
-        for expert in decoder.experts:
-            name = f"decoder.layers.{index}.{expert.name}"
-            yield Linear(f"{name}.qkv.weight", "decoder", decoder.qkv_width, decoder.hidden)
-            yield Linear(f"{name}.dense.weight", "decoder", decoder.hidden, decoder.num_heads * decoder.head_dim)
-            yield Linear(f"{name}.gate_up.weight", "decoder", 2 * decoder.mlp_width, decoder.hidden)
-            yield Linear(f"{name}.down.weight", "decoder", decoder.hidden, decoder.mlp_width)
+def vision_matrices(vision: VisionSpec, layer: int) -> Iterator[Matrix]:
+    """Those of one encoder layer."""
+    width, mlp_width = vision.width, vision.mlp_width
+    shapes = ((3 * width, width), (width, width), (mlp_width, width), (width, mlp_width))
+    sources = ("", "attention", "middle", "activation")
+    for name, shape, source in zip(VISION_NAMES, shapes, sources, strict=True):
+        yield Matrix("vision", layer, None, name, *shape, source)
+
+
+def decoder_matrices(decoder: DecoderSpec, layer: int) -> Iterator[Matrix]:
+    """Those of one decoder layer, expert by expert."""
+    hidden, mlp_width = decoder.hidden, decoder.mlp_width
+    shapes = (
+        (decoder.qkv_width, hidden),
+        (hidden, decoder.num_heads * decoder.head_dim),
+        (2 * mlp_width, hidden),
+        (hidden, mlp_width),
+    )
+    sources = ("attention_norm", "attention", "mlp_norm", "gate")
+    for expert in decoder.experts:
+        is_cut = expert.name == "vision" and layer == decoder.num_layers - 1
+        for name, shape, source in zip(DECODER_NAMES, shapes, sources, strict=True):
+            yield Matrix("decoder", layer, expert.name, name, *shape, source, name == "qkv" or not is_cut)
+
+
+def embedding(spec: Geometry) -> Matrix:
+    """The embedding table, whose rows are looked up: no inputs are multiplied with it."""
+    return Matrix("embedding", None, None, "", spec.decoder.vocab_size, spec.decoder.hidden)
+
+
+def places(names: Collection[str]) -> dict[str, Place]:
+    """Where matrices of these names stand, by name, for a report that tells names and no geometry.
+
+    They are looked up among the names that so many layers could have; what is found nowhere is the connector's.
+    """
+    candidates = [Place("lm_head", None, None, ""), Place("embedding", None, None, "")]
+    for layer in range(len(names)):
+        candidates += [Place("vision", layer, None, name) for name in VISION_NAMES]
+        for expert in ("language", "vision"):
+            candidates += [Place("decoder", layer, expert, name) for name in DECODER_NAMES]
+    known = {place.target: place for place in candidates}
+    return {name: known.get(name) or _connector_place(name) for name in names}
+
+
+def _connector_place(name: str) -> Place:
+    return Place("connector", None, None, name.removeprefix("connector.").removesuffix(".weight"))

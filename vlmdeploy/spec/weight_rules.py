@@ -28,3 +28,8 @@ class WeightRule:
     sources: tuple[Source, ...]
     op: RuleOp = "stack"
     optional: bool = False
+
+    @property
+    def part(self) -> str:
+        """The part of the model that holds the parameter: the first word of its name."""
+        return self.target.partition(".")[0]

@@ -6,6 +6,7 @@ and vision positions are two tensors from embedding to last layer. The results e
 each pair alone (a test holds that).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.model.decoder import DecoderLayer, Expert, RmsNorm
-from vlmdeploy.model.vision import VisionEncoder, VisionLayer
+from vlmdeploy.model.decoder import DecoderLayer, LayerWiring, RmsNorm
+from vlmdeploy.model.products import Attention
+from vlmdeploy.model.vision import VisionEncoder
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.spec.decoder import DecoderSpec
 
 TEXT_POSITION = 4  # BOS 0, begin 1, every patch 2, end 3
 
@@ -52,19 +55,20 @@ class Fixed:
     text_bias: Tensor
 
 
-def patch_features(encoder: VisionEncoder, images: Tensor) -> Tensor:
-    """VisionEncoder.forward with plain matrix products for attention, whose backward is faster on a CPU."""
-    x = encoder.embed(images)
+class PlainAttention(Attention):
+    """Attention of the encoder in plain matrix products, whose backward is faster on a CPU."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """See Attention."""
+        q, k, v = self.heads(qkv)
+        mixed = (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def use_plain_attention(encoder: VisionEncoder) -> None:
+    """Let the layers of an encoder attend by PlainAttention."""
     for layer in encoder.layers:
-        x = _vision_layer(layer, x)  # type: ignore[arg-type]
-    return x[:, 1:]
-
-
-def _vision_layer(layer: VisionLayer, x: Tensor) -> Tensor:
-    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.spec.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed = (q * layer.spec.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    x = x + layer.attention_norm(layer.dense(mixed.transpose(1, 2).flatten(2)))
-    return x + layer.mlp_norm(layer.fc2(F.gelu(layer.fc1(x))))
+        layer.attention = PlainAttention(encoder.spec.num_heads, encoder.spec.head_dim)
 
 
 def text_states(model: VisionLanguageModel, features: Tensor, text: TextRows) -> Tensor:
@@ -74,10 +78,11 @@ def text_states(model: VisionLanguageModel, features: Tensor, text: TextRows) ->
     vision, end = rows.split((rows.shape[1] - 1, 1), 1)  # begin of image and patches; end of image
     language = torch.cat((start, end, model.embedding(text.ids)), 1)
     fixed = _fixed(model, text, rows.shape[1] + 1)
-    layers: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
-    for layer in layers[:-1]:
-        language, vision = _layer(layer, language, vision, fixed)
-    return unit_rms(_last_layer(layers[-1], language, vision, fixed), model.decoder.norm)
+    x, layers = ByExpert(language, vision), list(model.decoder.layers)
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, DecoderLayer), "what the model is made of"
+        x = TrainingLayer(layer, is_last=index == len(layers) - 1).forward(x, fixed, None)
+    return unit_rms(x.language, model.decoder.norm)
 
 
 def head_logits(model: VisionLanguageModel, hidden: Tensor) -> Tensor:
@@ -108,51 +113,92 @@ def _text_bias(text: TextRows) -> Tensor:
     return torch.zeros(seen.shape, device=own.device).masked_fill(~seen, -torch.inf).unsqueeze(1)
 
 
-def _layer(layer: DecoderLayer, language: Tensor, vision: Tensor, fixed: Fixed) -> tuple[Tensor, Tensor]:
-    prefix_qkv, text_qkv = _qkv(layer, language, vision)
-    q, k, v = _heads(layer, prefix_qkv, fixed.prefix_turns)
-    texts = _text_attention(_heads(layer, text_qkv, fixed.text_turns), k, v, fixed.text_bias)
-    scores = q @ k.transpose(-1, -2)
-    mixed = (scores + fixed.prefix_bias.to(scores.dtype)).softmax(-1).to(v.dtype) @ v
-    start, patches, end = mixed.transpose(1, 2).flatten(2).split((1, vision.shape[1], 1), 1)
-    language = _after_attention(layer, "language", language, torch.cat((start, end, texts), 1))
-    return language, _after_attention(layer, "vision", vision, patches)
+@dataclass(frozen=True)
+class ByExpert:
+    """The rows of each expert. language [batch, rows, width]: BOS, end of image, texts; vision [batch, rows, width]:
+    begin of image and patches, None where nothing reads them any more."""
+
+    language: Tensor
+    vision: Tensor | None
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> "ByExpert":
+        """Something done to the rows of each expert, which is named."""
+        vision = None if self.vision is None else function("vision", self.vision)
+        return ByExpert(function("language", self.language), vision)
+
+    def __add__(self, other: "ByExpert") -> "ByExpert":
+        """The sums of the rows that `other` has, which are the last ones."""
+        language = self.language[:, -other.language.shape[1] :] + other.language
+        if self.vision is None or other.vision is None:
+            return ByExpert(language, None)
+        return ByExpert(language, self.vision + other.vision)
 
 
-def _last_layer(layer: DecoderLayer, language: Tensor, vision: Tensor, fixed: Fixed) -> Tensor:
-    """What _layer does to the texts: nothing reads the other rows after it."""
-    prefix_qkv, text_qkv = _qkv(layer, language, vision)
-    _, k, v = _heads(layer, prefix_qkv, fixed.prefix_turns)
-    texts = _text_attention(_heads(layer, text_qkv, fixed.text_turns), k, v, fixed.text_bias)
-    return _after_attention(layer, "language", language[:, 2:], texts)
+@dataclass(frozen=True)
+class TrainingLayer(LayerWiring):
+    """A layer of the model over rows that are apart by expert. Of the last layer only the texts' rows go on.
+
+    The gain of a norm, and the scale of the scores, are inside the matrix that follows.
+    """
+
+    layer: DecoderLayer
+    is_last: bool
+
+    def attention_norm(self, x: ByExpert) -> ByExpert:
+        """Without the gain."""
+        return x.map(lambda _, rows: unit_rms(rows, self.layer.attention_norm))
+
+    def mlp_norm(self, x: ByExpert) -> ByExpert:
+        """Without the gain."""
+        return x.map(lambda _, rows: unit_rms(rows, self.layer.mlp_norm))
+
+    def gate(self, x: ByExpert) -> ByExpert:
+        """See Gate."""
+        return x.map(lambda _, rows: self.layer.gate(rows))
+
+    def routed(self, name: str, x: ByExpert, step: Fixed) -> ByExpert:
+        """See LayerWiring."""
+        return x.map(lambda expert, rows: F.linear(rows, self._weight(expert, name)))
+
+    def _weight(self, expert: str, name: str) -> Tensor:
+        linear = self.layer.get_submodule(f"{expert}.{name}")
+        assert isinstance(linear, nn.Linear), "what an expert is made of"
+        if name == "qkv":
+            return _qkv_weight(self.layer, linear.weight)
+        return linear.weight * _gain(self.layer.mlp_norm) if name == "gate_up" else linear.weight
+
+    def attention(self, qkv: ByExpert, fixed: Fixed, cache: None) -> ByExpert:
+        """Of the rows before the texts among each other, and of the texts to them and to their own pair."""
+        spec = self.layer.attention.spec
+        start, end, text = qkv.language.split((1, 1, qkv.language.shape[1] - 2), 1)
+        assert qkv.vision is not None, "the last layer reads them too"
+        q, k, v = _heads(spec, torch.cat((start, qkv.vision, end), 1), fixed.prefix_turns)
+        texts = _text_attention(_heads(spec, text, fixed.text_turns), k, v, fixed.text_bias)
+        if self.is_last:
+            return ByExpert(texts, None)
+        scores = q @ k.transpose(-1, -2)
+        mixed = (scores + fixed.prefix_bias.to(scores.dtype)).softmax(-1).to(v.dtype) @ v
+        start, patches, end = mixed.transpose(1, 2).flatten(2).split((1, qkv.vision.shape[1], 1), 1)
+        return ByExpert(torch.cat((start, end, texts), 1), patches)
 
 
-def _qkv(layer: DecoderLayer, language: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries, keys and values of the rows before the texts, in the order of the prompt, and of the texts."""
-    texts = language.shape[1] - 2
-    from_language = F.linear(unit_rms(language, layer.attention_norm), _qkv_weight(layer, "language"))
-    from_vision = F.linear(unit_rms(vision, layer.attention_norm), _qkv_weight(layer, "vision"))
-    start, end, text = from_language.split((1, 1, texts), 1)
-    return torch.cat((start, from_vision, end), 1), text
-
-
-def _qkv_weight(layer: DecoderLayer, name: str) -> Tensor:
+def _qkv_weight(layer: DecoderLayer, stored: Tensor) -> Tensor:
     """The packed projection, made to take unit_rms: the norm's gain and the scale of the scores are inside.
 
     The channels of a query or key head are reordered so that the two of a rotary pair are neighbours.
     """
-    spec = layer.spec
-    weight = _expert(layer, name).qkv.weight * _gain(layer.attention_norm)
+    spec = layer.attention.spec
+    weight = stored * _gain(layer.attention_norm)
     rotated = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
     pairs = weight[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     queries, keys = pairs.split((spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim))
     return torch.cat((queries * spec.head_dim**-0.5, keys, weight[rotated:]))
 
 
-def _heads(layer: DecoderLayer, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(spec: DecoderSpec, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated keys, values: [batch, heads, rows, head_dim] each."""
-    heads = (layer.spec.num_heads, layer.spec.num_kv_heads, layer.spec.num_kv_heads)
-    turned, v = qkv.unflatten(-1, (-1, layer.spec.head_dim)).split((heads[0] + heads[1], heads[2]), 2)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    turned, v = qkv.unflatten(-1, (-1, spec.head_dim)).split((heads[0] + heads[1], heads[2]), 2)
     turned = torch.view_as_real(torch.view_as_complex(turned.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
     q, k = turned.to(qkv.dtype).split(heads[:2], 2)
     if heads[0] != heads[1]:
@@ -176,19 +222,6 @@ def _with_previous(rows: Tensor, chunk: int) -> Tensor:
     """[batch, heads, text, head_dim] -> [batch, heads, chunks, 2 chunk, head_dim]: each chunk after the one before."""
     own = rows.unflatten(2, (-1, chunk))
     return torch.cat((F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), own), 3)
-
-
-def _after_attention(layer: DecoderLayer, name: str, x: Tensor, mixed: Tensor) -> Tensor:
-    expert = _expert(layer, name)
-    x = x + expert.dense(mixed)
-    normed = unit_rms(x, layer.mlp_norm)
-    gate, up = F.linear(normed, expert.gate_up.weight * _gain(layer.mlp_norm)).chunk(2, -1)
-    return x + expert.down(F.silu(gate) * up)
-
-
-def _expert(layer: DecoderLayer, name: str) -> Expert:
-    expert: Expert = layer.get_submodule(name)  # type: ignore[assignment]
-    return expert
 
 
 def _gain(norm: nn.Module) -> Tensor:

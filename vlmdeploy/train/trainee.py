@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.train.batches import Batch
-from vlmdeploy.train.forward import TextRows, head_logits, patch_features, text_states
+from vlmdeploy.train.forward import TextRows, head_logits, text_states, use_plain_attention
 
 BOX_WEIGHT = 3.0  # in the patch losses
 BOX_BETA = 0.05  # errors below this share of the image side count squared
@@ -40,11 +41,12 @@ class Trainee(nn.Module):
             torch.manual_seed(seed)
             self.model = VisionLanguageModel(spec)
             initialize(self.model)
+            use_plain_attention(self.model.vision)
             self.head = DenseHead(spec.vision.width, num_patch_classes)
 
     def losses(self, batch: Batch, dense_weight: float) -> Losses:
         """The losses of a batch; without texts the patch losses are all there is."""
-        features = patch_features(self.model.vision, batch.images)
+        features = self.model.vision(batch.images)
         dense, accuracy = self.head(features, batch)
         if batch.text is None:
             return Losses(dense_weight * dense, torch.zeros(()), dense, accuracy)
@@ -90,6 +92,8 @@ def initialize(model: VisionLanguageModel) -> None:
     The encoder's norms sit on the branch outputs, so their weights say how much a fresh layer adds: half.
     """
     depth_scale = (2 * model.spec.decoder.num_layers) ** -0.5
+    decoder = [matrix for matrix in matrices(model.spec) if matrix.part == "decoder"]
+    branch_ends = {matrix.target for matrix in decoder if matrix.name in ("dense", "down")}
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.constant_(parameter, 0.5 if name.startswith("vision.") else 1.0)
@@ -102,5 +106,5 @@ def initialize(model: VisionLanguageModel) -> None:
         elif name == "lm_head.weight":
             nn.init.normal_(parameter, std=0.02)
         else:
-            ends_branch = name.startswith("decoder.") and (".dense." in name or ".down." in name)
-            nn.init.normal_(parameter, std=(depth_scale if ends_branch else 1.0) / math.sqrt(parameter[0].numel()))
+            scale = depth_scale if name in branch_ends else 1.0
+            nn.init.normal_(parameter, std=scale / math.sqrt(parameter[0].numel()))

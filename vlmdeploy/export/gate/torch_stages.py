@@ -90,7 +90,8 @@ class TorchStages:
         """
         with torch.device("meta"):
             module = build()
-        names = [name for name in module.state_dict() if not only or name.split(".")[-2] in only]
+        endings = tuple(f"{part}.{kind}" for part in only for kind in ("weight", "bias"))
+        names = [name for name in module.state_dict() if not only or name.endswith(endings)]
         state = {name: self.reader.effective(f"{prefix}.{name}") for name in names}
         module.load_state_dict(state, assign=True, strict=not only)
         return module

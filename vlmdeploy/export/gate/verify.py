@@ -22,7 +22,7 @@ from vlmdeploy.layout import Ints
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress
-from vlmdeploy.quant.precision import PARTS, plan_precision
+from vlmdeploy.quant.precision import plan_precision
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.generate import Prompt
@@ -30,6 +30,7 @@ from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.parity import Gate
 from vlmdeploy.runtime.replay import Record, check_decode_loop, kept_rows
 from vlmdeploy.runtime.session import Session
+from vlmdeploy.spec.matrices import PARTS
 from vlmdeploy.spec.model import ModelSpec, with_settings
 
 WHOLE_MODEL_BYTES = 1 << 30  # float32 weights up to here are also compared from end to end

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmdeploy.export.graphs.builder import GraphBuilder
+from vlmdeploy.export.graphs.connector import gated_mlp
 from vlmdeploy.export.graphs.head_layout import HeadLayout
-from vlmdeploy.export.graphs.vision import gated_mlp
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, ROUTED_GRAPH
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 

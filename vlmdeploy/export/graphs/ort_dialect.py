@@ -13,7 +13,7 @@ from onnx import TensorProto
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.export.graphs.builder import GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
-from vlmdeploy.export.weight_reader import Ints, in_fp32
+from vlmdeploy.export.weight_reader import Ints
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
 
@@ -50,7 +50,10 @@ class OrtGraph(GraphBuilder):
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], dict[str, int]]:
         """Codes [out, blocks, bytes], scales [out, blocks] and zero points ("": the middle) as MatMulNBits wants them,
         and its sizes. A 3-bit code takes a 4-bit field."""
-        bits, block_size = field_bits(grid.bits), min(matmul_block(weight, grid), self.largest_block)
+        bits, block_size = (
+            field_bits(grid.bits),
+            min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block),
+        )
         width = self.weights.matrix_shape(weight)[1]
         blocks = width // block_size
         scales = np.empty((len(order), blocks), self.scale_type)
@@ -176,9 +179,9 @@ class OrtCudaGraph(OrtGraph):
         super().cached_keys_and_values(heads, index, self.cast(both, f"{name}.qkv.half", "fp16"), name)
 
 
-def matmul_block(weight: str, grid: Grid) -> int:
+def matmul_block(weight: str, way_out: str, grid: Grid) -> int:
     """Inputs that share a scale of MatMulNBits. Raises QuantizationError, with the weight's name, where none can."""
     try:
         return matmul_block_size(grid.group_size)
     except QuantizationError as error:
-        raise QuantizationError(f'"{weight}": {error}: {in_fp32(weight)}') from error
+        raise QuantizationError(f'"{weight}": {error}: {way_out}') from error

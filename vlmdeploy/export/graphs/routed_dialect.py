@@ -28,7 +28,7 @@ from vlmdeploy.kernels.packing import BITS, EXPERTS, check_layout, pack_codes, p
 from vlmdeploy.quant.conversions import widen
 from vlmdeploy.quant.grid import Codes, Grid
 from vlmdeploy.quant.precision import Precision, PrecisionPlan
-from vlmdeploy.spec.matrices import Linear, linears
+from vlmdeploy.spec.matrices import Matrix, matrices
 from vlmdeploy.spec.model import ModelSpec
 
 ROUTED = ".routed."
@@ -112,13 +112,13 @@ def check_routed(spec: ModelSpec, plan: PrecisionPlan) -> None:
             f"--routed-plugin on: {spec.family} has {len(spec.decoder.experts)} expert, expected language and vision "
             "experts: leave the option out"
         )
-    for linear in linears(spec):
+    for linear in matrices(spec):
         if linear.part == "decoder":
             _check_linear(linear, plan[linear.target])
     _check_equal_groups(spec, plan)
 
 
-def _check_linear(linear: Linear, precision: Precision) -> None:
+def _check_linear(linear: Matrix, precision: Precision) -> None:
     name = f'--routed-plugin on: "{linear.target}"'
     if precision.grid is None:
         advice = "export with --target trt-int4" if precision.type == "fp16" else "no group fits its width, see --group"
@@ -132,9 +132,10 @@ def _check_linear(linear: Linear, precision: Precision) -> None:
 
 def _check_equal_groups(spec: ModelSpec, plan: PrecisionPlan) -> None:
     """Both experts of a linear must have groups of one size."""
-    for linear in linears(spec):
-        if ".vision." in linear.target and linear.part == "decoder":
-            other = linear.target.replace(".vision.", ".language.")
+    language = {(item.layer, item.name): item for item in matrices(spec) if item.expert == "language"}
+    for linear in matrices(spec):
+        if linear.expert == "vision":
+            other = language[linear.layer, linear.name].target
             found, expected = plan[linear.target].group_size, plan[other].group_size
             if found != expected:
                 raise ExportError(

@@ -17,14 +17,15 @@ from tests.comparison import SAME_ROW_FP32, assert_close
 from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, read_pixels
-from vlmdeploy.calib.flow import Runner, Weights
+from vlmdeploy.calib.flow import Weights
 from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.statistics import Inputs
+from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, dequantize, quantize_rtn
-from vlmdeploy.spec.matrices import linears
+from vlmdeploy.spec.matrices import matrices
 
 Samples = tuple[CalibrationSample, ...]
 MODELS = {
@@ -54,9 +55,13 @@ class Recorder:
     unused_targets: list[str] = field(default_factory=list)
     experts: dict[str, str | None] = field(default_factory=dict)
     inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    spill: Path | None = None
+    spilled: set[str] = field(default_factory=set)  # files seen there
 
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
         self.targets.append(target)
+        if self.spill is not None:
+            self.spilled |= {path.name for path in self.spill.iterdir()}
         self.experts[target] = expert
         calibration, held_out = (tokens.select(expert, held_out=held) for held in (False, True))
         self.inputs[target] = inputs(np.sort(np.concatenate((calibration, held_out))))
@@ -81,7 +86,7 @@ class Case:
 
     def stream(self, recorder: Recorder, memory_bytes: int = MEMORY, streams: int = 1) -> Tensor:
         """The rows that leave the last layer."""
-        runner = Runner(self.checkpoint, recorder, Pool(self.folder / "spill", memory_bytes), streams)
+        runner = UnitRunner(self.checkpoint, recorder, Pool(self.folder / "spill", memory_bytes), streams)
         flow = hidden_states(runner, self.samples, lambda *shown: None)
         runner.head(flow)
         return flow.states[0].read(np.arange(flow.tokens.count))
@@ -167,7 +172,7 @@ def test_every_linear_is_given_what_enters_it_in_the_whole_model(case: Case) -> 
 def test_every_linear_is_asked_for_once(mixed: Case) -> None:
     recorder = Recorder(mixed.checkpoint)
     mixed.stream(recorder)
-    expected = [linear.target for linear in linears(mixed.checkpoint.spec)]
+    expected = [linear.target for linear in matrices(mixed.checkpoint.spec)]
     assert sorted(recorder.targets + recorder.unused_targets) == sorted(expected)
 
 
@@ -213,15 +218,15 @@ def test_held_out_rows_flow_through_the_layers_too(tiny: TinyCheckpoint, tmp_pat
 
 
 def test_spilled_activations_are_the_same_bits(mixed: Case) -> None:
-    in_memory, spilled = Recorder(mixed.checkpoint), Recorder(mixed.checkpoint)
+    in_memory, spilled = Recorder(mixed.checkpoint), Recorder(mixed.checkpoint, spill=mixed.folder / "spill")
     first, second = mixed.stream(in_memory), mixed.stream(spilled, memory_bytes=3000)
     assert torch.equal(first, second)
     assert all(torch.equal(spilled.inputs[target][0], x[0]) for target, x in in_memory.inputs.items())
-    assert sorted(path.name for path in (mixed.folder / "spill").iterdir()) != []
+    assert len(spilled.spilled) > 2
 
 
 def test_spill_files_are_deleted_when_closed(mixed: Case) -> None:
-    runner = Runner(mixed.checkpoint, Recorder(mixed.checkpoint), Pool(mixed.folder / "spill", 0))
+    runner = UnitRunner(mixed.checkpoint, Recorder(mixed.checkpoint), Pool(mixed.folder / "spill", 0))
     hidden_states(runner, mixed.samples, lambda *shown: None).close()
     assert list((mixed.folder / "spill").iterdir()) == []
 
@@ -229,7 +234,7 @@ def test_spill_files_are_deleted_when_closed(mixed: Case) -> None:
 def test_memory_is_given_back_when_closed(mixed: Case) -> None:
     pool = Pool(mixed.folder / "spill", MEMORY)
     hidden_states(
-        Runner(mixed.checkpoint, Recorder(mixed.checkpoint), pool), mixed.samples, lambda *shown: None
+        UnitRunner(mixed.checkpoint, Recorder(mixed.checkpoint), pool), mixed.samples, lambda *shown: None
     ).close()
     assert pool.used_bytes == 0
 
@@ -257,7 +262,7 @@ def test_later_stages_see_what_went_through_quantized_linears(mixed: Case) -> No
     mixed.stream(recorder, streams=2)
     model = mixed.model
     _, of_floats = reference(model, mixed.samples)
-    for linear in linears(mixed.checkpoint.spec):
+    for linear in matrices(mixed.checkpoint.spec):
         values = rounded(mixed.checkpoint.parameter(linear.target).flatten(1))
         fill_parameter(model, linear.target, values.reshape(mixed.checkpoint.shape(linear.target)))
     _, of_codes = reference(model, mixed.samples)

@@ -1,0 +1,34 @@
+"""A toy family: CogVLM with the toy step before the boundary rows."""
+
+from dataclasses import replace
+
+from tests.toy_package.spec.smooth import Smooth
+from vlmdeploy.families import cogvlm
+from vlmdeploy.records import Config
+from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.weight_rules import Source, WeightRule
+
+NAME = "toyvlm"
+RELEASED: Config = cogvlm.RELEASED | {"architectures": ["ToyVLM"]}
+
+
+def detect(config: Config, tensor_names: frozenset[str]) -> bool:
+    """By its architecture."""
+    return config.get("architectures") == ["ToyVLM"]
+
+
+def spec(config: Config, generation_config: Config) -> ModelSpec:
+    """CogVLM's, with one step more."""
+    plain = replace(cogvlm.spec(config, generation_config), family=NAME)
+    *steps, boundary = plain.connector.steps
+    return replace(plain, connector=replace(plain.connector, steps=(*steps, Smooth(plain.decoder.hidden), boundary)))
+
+
+def weights(spec: ModelSpec) -> tuple[WeightRule, ...]:
+    """CogVLM's, and those of the step."""
+    shapes = {"weight": (spec.decoder.hidden,) * 2, "bias": (spec.decoder.hidden,)}
+    own = (
+        WeightRule(f"connector.smooth.linear.{name}", shape, (Source(f"model.vision.smooth.{name}", shape),))
+        for name, shape in shapes.items()
+    )
+    return (*cogvlm.weights(spec), *own)

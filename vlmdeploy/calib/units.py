@@ -1,0 +1,149 @@
+"""The model's units (encoder layers, connector, decoder layers, head), each run over all calibration tokens while its
+linears are quantized stage by stage: a linear's Hessian is made of inputs that went through everything quantized before
+it, then it is quantized, and then its tokens pass through the quantized weights.
+
+Under asymmetric calibration a second stream passes through the float weights beside the first. How a layer is put
+together is the reference's own forward pass, run over `Rows`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, read_pixels
+from vlmdeploy.calib.flow import Flow, PerSample, Product, Quantizer, Rows, over_rows
+from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.connector import build_step
+from vlmdeploy.model.decoder import Decoder, LayerCache, LayerParts, RmsNorm, Step, causal_mask
+from vlmdeploy.model.products import PRODUCTS, WithoutFirst
+from vlmdeploy.model.vision import VisionEncoder, VisionLayer
+from vlmdeploy.spec.decoder import DecoderSpec
+from vlmdeploy.spec.matrices import decoder_matrices
+from vlmdeploy.spec.model import ModelSpec
+
+Samples = tuple[CalibrationSample, ...]
+
+
+class CalibratedLayer(LayerParts):
+    """A decoder layer over Rows: every expert's matrix is quantized from the rows of its own tokens."""
+
+    def __init__(self, spec: DecoderSpec, index: int, quantizer: Quantizer) -> None:
+        super().__init__(spec)
+        self.quantizer = quantizer
+        self.matrices = tuple(decoder_matrices(spec, index))
+
+    def routed(self, name: str, x: Rows, step: PerSample) -> Rows:
+        """The product waits. What nothing reads is only rounded, as soon as keys and values are there."""
+        if name == "dense":
+            for matrix in self.matrices:
+                if not matrix.is_read:
+                    self.quantizer.unused(matrix.target)
+        read = [matrix.expert for matrix in self.matrices if matrix.name == name and matrix.is_read]
+        return x.times(Product.of_experts({expert: self.get_submodule(f"{expert}.{name}") for expert in read}))
+
+
+@dataclass(frozen=True)
+class UnitRunner:
+    """Runs units; `streams` is 1, or 2 under asymmetric calibration."""
+
+    checkpoint: Checkpoint
+    quantizer: Quantizer
+    pool: Pool
+    streams: int = 1
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's geometry."""
+        return self.checkpoint.spec
+
+    def flow(self, tokens: Tokens, width: int) -> Flow:
+        """Rows of zeros for each stream."""
+        return Flow.zeros(self.pool, tokens, width, self.streams)
+
+    def load(self, build: Callable[[], nn.Module], name: str, has_products: bool = True) -> nn.Module:
+        """A module with the checkpoint's float weights; without those of its products unless it `has_products`."""
+        with torch.device("meta"):
+            module = build()
+        parts = [(part, child) for part, child in module.named_modules() if isinstance(child, PRODUCTS)]
+        left_out = set() if has_products else {f"{part}.weight".removeprefix(".") for part, _ in parts}
+        names = module.state_dict().keys() - left_out
+        module.load_state_dict(
+            {part: self.checkpoint.parameter(f"{name}.{part}") for part in names}, strict=False, assign=True
+        )
+        return module
+
+    def over_rows(self, build: Callable[[], nn.Module], name: str) -> nn.Module:
+        """A module that takes Rows; its products ask for their weights when they are due."""
+        return over_rows(self.load(build, name, has_products=False), name, self.quantizer)
+
+    def embed_pictures(self, pictures: Pictures) -> Flow:
+        """What enters the encoder's first layer: a class token and the patches of every picture."""
+        encoder = self.load(lambda: VisionEncoder(replace(self.spec.vision, num_layers=0)), "vision")
+        assert isinstance(encoder, VisionEncoder), "what the builder makes"
+        flow = self.flow(pictures.tokens(self.spec.vision.num_patches + 1), self.spec.vision.width)
+        for index, path in enumerate(pictures.paths):
+            embedded = encoder.embed(torch.from_numpy(read_pixels(path, self.spec))[None])[0]
+            flow.write(flow.tokens.rows(index), (embedded,) * self.streams)
+        return flow
+
+    def vision_layer(self, index: int, flow: Flow) -> Flow:
+        """One encoder layer; the flow is changed."""
+        layer = self.over_rows(lambda: VisionLayer(self.spec.vision), f"vision.layers.{index}")
+        return self._stored(layer(Rows(self.pool, flow)))
+
+    def connector(self, flow: Flow) -> Flow:
+        """Encoder output to decoder rows, boundary rows included: a new flow; the old one is closed."""
+        rows = Rows(self.pool, flow).mixed(WithoutFirst())
+        flow.close()
+        for step in self.spec.connector.steps:
+            module = self.over_rows(lambda step=step: build_step(step), f"connector.{step.name}")  # type: ignore[misc]
+            rows = module(rows)
+        return self._stored(rows)
+
+    def embed_prompts(self, samples: Samples, tokens: Tokens, images: Flow, pictures: Pictures) -> Flow:
+        """What enters decoder layer 0: embeddings, and each picture's rows where the type is 1."""
+        flow = self.flow(tokens, self.spec.decoder.hidden)
+        number_of = {path: index for index, path in enumerate(pictures.paths)}
+        table: dict[int, Tensor] = {}  # the rows of the embedding that occur
+        for index, sample in enumerate(samples):
+            rows, is_text = tokens.rows(index), sample.types == 0
+            for token in sample.ids[is_text].tolist():
+                if token not in table:
+                    table[token] = self.checkpoint.rows("embedding.weight", token, token + 1)
+            text = torch.cat([table[token] for token in sample.ids[is_text].tolist()])
+            flow.write(rows[is_text], (text,) * self.streams)
+            if sample.image is not None:
+                flow.write(rows[~is_text], images.read(images.tokens.rows(number_of[sample.image])))
+        return flow
+
+    def decoder_layer(self, index: int, flow: Flow, samples: Samples) -> Flow:
+        """One decoder layer; the flow is changed."""
+        layer = self.over_rows(
+            lambda: CalibratedLayer(self.spec.decoder, index, self.quantizer), f"decoder.layers.{index}"
+        )
+        step_of = self.steps(samples)
+        return self._stored(layer(Rows(self.pool, flow), PerSample(step_of), PerSample(lambda sample: LayerCache())))
+
+    def steps(self, samples: Samples) -> Callable[[int], Step]:
+        """Rotary tables and causal mask of each sample."""
+        decoder = Decoder(replace(self.spec.decoder, num_layers=0))
+        decoder.inv_freq = self.checkpoint.inv_freq()
+
+        def step_of(sample: int) -> Step:
+            positions = torch.from_numpy(samples[sample].positions)[None]
+            return decoder.step(positions, None, causal_mask(torch.ones_like(positions)))
+
+        return step_of
+
+    def head(self, flow: Flow) -> None:
+        """The head, calibrated on the normed rows of the language expert: no other row is ever asked for logits."""
+        norm = self.load(lambda: RmsNorm(self.spec.decoder.hidden, self.spec.decoder.norm_eps), "decoder.norm")
+        self.quantizer.linear(
+            "lm_head.weight", flow.tokens, "language", lambda rows: tuple(norm(x) for x in flow.read(rows))
+        )
+
+    def _stored(self, rows: Rows) -> Flow:
+        return rows.stored().flow
