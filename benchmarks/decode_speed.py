@@ -21,8 +21,8 @@ from export_memory import write_checkpoint
 import vlmdeploy
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
-from vlmdeploy.runtime.backends.door import slot_positions
-from vlmdeploy.runtime.generate import Prompt, make_prompt, prefill, prompt_rows
+from vlmdeploy.runtime.backends.lanes import slot_positions
+from vlmdeploy.runtime.generate import Prompt, Read, make_prompt, prompt_rows, read_prompts
 from vlmdeploy.runtime.session import Session
 
 READ_BYTES = 1 << 30
@@ -62,14 +62,15 @@ def time_prompt(session: Session, prompt: Prompt) -> dict[str, float]:
     """Milliseconds of each phase; of decoding, per token."""
     backend, embedding = session.backend, session.embedding
     positions = slot_positions(prompt.positions, len(prompt.ids) + NEW_TOKENS)
-    cache = backend.new_cache(positions)
+    lanes = backend.new_lanes(1, len(positions))
+    lanes.begin(0, positions)
     times = [time.perf_counter()]
     rows = prompt_rows(prompt, backend.encode_images, embedding)
     times.append(time.perf_counter())
-    prefill(prompt, rows, backend, cache, np.array([len(prompt.ids) - 1]))
+    read_prompts({0: Read(prompt, rows, np.array([len(prompt.ids) - 1]))}, lanes, backend)
     times.append(time.perf_counter())
     for token in prompt.ids[-NEW_TOKENS:]:
-        backend.decode(embedding[np.array([token])], cache)
+        backend.decode(embedding[np.array([token])], np.ones(1, np.bool_), lanes)
     times.append(time.perf_counter())
     vision, filled, decoded = (1000 * (stop - start) for start, stop in pairwise(times))
     return {"vision": vision, "prefill": filled, "decode": decoded / NEW_TOKENS}

@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import VlmdeployError
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend
-from vlmdeploy.runtime.generate import Prompt
+from vlmdeploy.runtime.generate import Prompt, Read, read_prompts
 from vlmdeploy.runtime.integrity import cache_folder, check_bundle
 from vlmdeploy.runtime.replay import read_record, sample_prompt
 from vlmdeploy.runtime.session import Session
@@ -89,13 +89,15 @@ def compare(session: Session, reference: Session, prompt: Prompt, num_tokens: in
 def decode_speed(session: Session, prompt: Prompt, num_tokens: int, bandwidth: float | None) -> dict[str, float]:
     """Median milliseconds of a token, and its weights' bytes per second as a fraction of the memory's."""
     positions = np.arange(len(prompt.ids) + num_tokens)
-    cache = session.backend.new_cache(positions)
-    text = session.embedding[prompt.ids]
-    session.backend.run_rows(np.zeros(len(text), np.bool_), text, cache, np.array([len(text) - 1]))
+    lanes = session.backend.new_lanes(1, len(positions))
+    lanes.begin(0, positions)
+    text, last = session.embedding[prompt.ids], np.array([len(prompt.ids) - 1])
+    words = replace(prompt, vision_mask=np.zeros(len(text), np.bool_))
+    read_prompts({0: Read(words, text, last)}, lanes, session.backend)
     times = []
     for _ in range(num_tokens):
         start = time.perf_counter()
-        session.backend.decode(text[:1], cache)
+        session.backend.decode(text[:1], np.ones(1, np.bool_), lanes)
         times.append(time.perf_counter() - start)
     seconds = float(np.median(times[min(4, num_tokens - 1) :]))
     size = session.manifest.memory_bytes["decode"]

@@ -36,8 +36,9 @@ from vlmdeploy.bench.measurement import EngineUsed, Measurement, MeasureOptions,
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, ConfigError, DataError, PromptError, VlmdeployError
 from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.layout import Bools
 from vlmdeploy.records import record_of
-from vlmdeploy.runtime.backends.door import Floats, KvCache
+from vlmdeploy.runtime.backends.lanes import Floats, Lanes
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
 
@@ -78,9 +79,9 @@ class CountingBackend(OrtBackend):
         self.encoded += len(pixels)
         return super().encode_images(pixels)
 
-    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+    def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
         self.decoded += 1
-        return super().decode(hidden, cache)
+        return super().decode(hidden, is_fed, lanes)
 
     def close(self) -> None:
         self.is_closed = True

@@ -156,9 +156,9 @@ def test_decode_that_forgets_its_place_is_found(ckpt: Path, tmp_path: Path, monk
     run = DecodeBinding.run
 
     def run_one_place_early(self: DecodeBinding, hidden: Any) -> Any:
-        self.cache.length -= 1
+        self.lanes.lengths -= 1
         logits = run(self, hidden)
-        self.cache.length += 1
+        self.lanes.lengths += 1
         return logits
 
     monkeypatch.setattr(DecodeBinding, "run", run_one_place_early)

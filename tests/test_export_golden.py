@@ -25,7 +25,7 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.precision import plan_precision
-from vlmdeploy.runtime.backends.door import slot_positions
+from vlmdeploy.runtime.backends.lanes import Call, slot_positions
 from vlmdeploy.runtime.backends.ort import CHUNK_ROWS, OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.session import Session
 from vlmdeploy.spec.matrices import PARTS
@@ -355,15 +355,16 @@ def test_cache_is_written_in_place(counted: tuple[Session, dict[str, CountingSes
     session, calls = counted
     backend = session.backend
     assert isinstance(backend, OrtBackend)
-    cache = backend.new_cache(slot_positions(np.arange(3), 5))
-    places = {array.ctypes.data for array in cache.arrays.values()}
+    lanes = backend.new_lanes(1, 5)
+    lanes.begin(0, slot_positions(np.arange(3), 5))
+    places = {array.ctypes.data for array in lanes.arrays.values()}
     rows = session.embedding[np.array([1, 5, 6, 7, 8])]
-    backend.run_rows(np.zeros(3, np.bool_), rows[:3], cache, np.array([2]))
+    backend.run(Call.of_one(rows[:3], np.zeros(3, np.bool_), np.array([2])), lanes)
     for row in (3, 4):
-        backend.decode(rows[row : row + 1], cache)
-        filled = [np.abs(array[0, :, : row + 1]).sum(-1) > 0 for array in cache.arrays.values()]
+        backend.decode(rows[row : row + 1], np.ones(1, np.bool_), lanes)
+        filled = [np.abs(array[0, :, : row + 1]).sum(-1) > 0 for array in lanes.arrays.values()]
         assert all(part.all() for part in filled) and all(
-            (a[0, :, row + 1 :] == 0).all() for a in cache.arrays.values()
+            (a[0, :, row + 1 :] == 0).all() for a in lanes.arrays.values()
         )
     outputs = calls["decoder_text"].output_places
     assert len(outputs) == 3 and all(places < written and len(written) == len(places) + 1 for written in outputs)

@@ -16,11 +16,10 @@ from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import PluginUse, read_manifest
 from vlmdeploy.errors import BackendError, PromptError
 from vlmdeploy.export.engines.parts import EnginePart
-from vlmdeploy.runtime.backends.choose import trt_backend_of
-from vlmdeploy.runtime.backends.ort_routed import RoutedOrtBackend
+from vlmdeploy.runtime.backends.lanes import Call, Lanes
+from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, needed_bytes
-from vlmdeploy.runtime.backends.trt_routed import RoutedTrtBackend
-from vlmdeploy.runtime.batch import Call, Lanes, prefill_steps, row_positions, starts_of
+from vlmdeploy.runtime.generate import GenerateLoop, Request, make_prompt, prefill_steps
 from vlmdeploy.runtime.sampling import SamplingOptions
 from vlmdeploy.runtime.session import Session, open_bundle
 
@@ -58,7 +57,7 @@ def built(routed: Path, tmp_path: Path) -> Path:
 
 def open_fake(folder: Path, residency: str = "all") -> tuple[Session, FakeDevice]:
     manifest, device = read_manifest(folder), FakeDevice()
-    backend = RoutedTrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
+    backend = TrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
     return Session(folder, manifest, backend), device
 
 
@@ -129,7 +128,7 @@ def test_bundle_without_the_plugin_takes_batches_one_by_one(segmented: Path) -> 
 
 
 def test_more_prompts_than_one_call_takes_are_answered_in_groups(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RoutedOrtBackend, "most_prompts", 3)
+    monkeypatch.setattr("vlmdeploy.runtime.backends.ort.MOST_LANES", 3)
     with open_bundle(routed, provider="cpu", threads=1) as session:
         assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(session)
         assert session.generate_ids_batch([]) == []
@@ -158,13 +157,13 @@ def test_drawn_texts_of_a_batch_are_those_of_each_alone(routed: Path) -> None:
 
 def test_picture_of_several_prompts_is_encoded_once(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
-    encode = RoutedOrtBackend.encode_images
+    encode = OrtBackend.encode_images
 
-    def counted(backend: RoutedOrtBackend, pixels: Any) -> Any:
+    def counted(backend: OrtBackend, pixels: Any) -> Any:
         encoded.append(len(pixels))
         return encode(backend, pixels)
 
-    monkeypatch.setattr(RoutedOrtBackend, "encode_images", counted)
+    monkeypatch.setattr(OrtBackend, "encode_images", counted)
     (ids, pixels), _, _, other = questions()
     with open_bundle(routed, provider="cpu", threads=1) as session:
         first, second, third = lists(session.generate_ids_batch([(ids, pixels), other, (ids, pixels)], NEW_TOKENS))
@@ -199,7 +198,7 @@ def test_wrong_conversation_of_a_batch_is_named(routed: Path) -> None:
 
 
 def test_wrong_prompt_of_a_batch_is_told_before_anything_runs(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RoutedOrtBackend, "encode_images", None)
+    monkeypatch.setattr(OrtBackend, "encode_images", None)
     with open_bundle(routed, provider="cpu", threads=1) as session, pytest.raises(PromptError, match=r"0\.\.258"):
         session.generate_ids_batch([*questions(), (np.array([1, 999]), None)])
 
@@ -238,7 +237,7 @@ def test_graph_is_captured_anew_after_its_engine_was_unloaded(built: Path) -> No
 def test_pictures_of_a_batch_are_encoded_with_nothing_else_resident(built: Path) -> None:
     session, _ = open_fake(built, "phase")
     backend = session.backend
-    assert isinstance(backend, RoutedTrtBackend)
+    assert isinstance(backend, TrtBackend)
     session.generate_ids_batch(questions()[1:3], 2)
     (_, pixels), *_ = questions()
     run, resident = backend._run, []
@@ -257,25 +256,26 @@ def test_pictures_of_a_batch_are_encoded_with_nothing_else_resident(built: Path)
 def test_graph_that_may_be_running_is_waited_for_before_it_goes(built: Path) -> None:
     session, device = open_fake(built)
     backend = session.backend
-    assert isinstance(backend, RoutedTrtBackend)
+    assert isinstance(backend, TrtBackend)
     session.generate_ids_batch(questions()[1:3], 3)
     rows, mask = session.embedding[np.array([1, 5])], np.zeros(2, np.bool_)
-    lanes = backend.new_lanes([np.arange(4)])
-    backend.run_rows(mask, rows, lanes, np.zeros(0, np.int64))  # whose logits nobody waits for
-    backend.decode(rows[:1], lanes)
+    lanes = backend.new_lanes(1, 4)
+    lanes.begin(0, np.arange(4))
+    backend.run(Call.of_one(rows, mask, np.zeros(0, np.int64)), lanes)  # whose logits nobody waits for
+    backend.decode(rows[:1], np.ones(1, np.bool_), lanes)
     assert device.log.count("discard") == 1
 
 
 def test_graphs_of_one_phase_are_in_memory_at_a_time(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In ONNX Runtime, over two batches with pictures."""
     loaded: list[tuple[str, list[str]]] = []
-    load = RoutedOrtBackend._load_file
+    load = OrtBackend._load_file
 
-    def noted(backend: RoutedOrtBackend, graph: str) -> Any:
+    def noted(backend: OrtBackend, graph: str) -> Any:
         loaded.append((graph, list(backend._sessions)))
         return load(backend, graph)
 
-    monkeypatch.setattr(RoutedOrtBackend, "_load_file", noted)
+    monkeypatch.setattr(OrtBackend, "_load_file", noted)
     with open_bundle(routed, provider="cpu", threads=1, residency="phase") as session:
         for batch in (questions()[:2], questions()[2:]):
             session.generate_ids_batch(batch, 2)
@@ -293,7 +293,7 @@ def test_memory_of_every_lane_is_planned(built: Path) -> None:
     for short, is_enough in ((0, True), (1, False)):
         device = FakeDevice(memory_bytes=needed - short)
         with contextlib.nullcontext() if is_enough else pytest.raises(BackendError, match="of GPU memory"):
-            RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+            TrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("library", ["", "engines/libvlmdeploy_routed.so"])
@@ -303,13 +303,11 @@ def test_plugin_library_of_the_bundle_is_registered_first(
     manifest, device, loaded = read_manifest(built), FakeDevice(), []
     monkeypatch.setattr("vlmdeploy.runtime.backends.trt.load_plugin_library", lambda path, _: loaded.append(path))
     manifest = replace(manifest, plugin=PluginUse(1, library))
-    RoutedTrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+    TrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
     assert loaded == ([built / library] if library else [])
 
 
-def test_backend_is_chosen_by_the_bundle(routed: Path, segmented: Path) -> None:
-    assert trt_backend_of(read_manifest(routed)) is RoutedTrtBackend
-    assert trt_backend_of(read_manifest(segmented)) is TrtBackend
+def test_engines_are_wanted_where_no_provider_is_named(routed: Path) -> None:
     with pytest.raises(BackendError, match="has no engines yet"):
         open_bundle(routed)
 
@@ -324,39 +322,94 @@ def test_closed_engines_hold_nothing(built: Path) -> None:
 def test_lanes_of_an_older_batch_are_refused(built: Path) -> None:
     session, _ = open_fake(built)
     backend = session.backend
-    assert isinstance(backend, RoutedTrtBackend)
-    old = backend.new_lanes([np.arange(9)])
-    backend.new_lanes([np.arange(9)])
-    call = Call(
-        np.zeros((1, 1, 64), np.float32), np.zeros((1, 1), np.bool_), np.ones(1, np.int64), np.zeros(1, np.int64)
-    )
+    assert isinstance(backend, TrtBackend)
+    old = backend.new_lanes(1, 9)
+    backend.new_lanes(1, 9)
     with pytest.raises(BackendError, match="given up"):
-        backend.run_call(call, old)
+        backend.decode(np.zeros((1, 64), np.float32), np.ones(1, np.bool_), old)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 8, 100])
 @pytest.mark.parametrize("lengths", [(1,), (8,), (9, 8, 1), (3, 25, 16, 17), (100, 1)])
 def test_steps_read_every_position_once_and_end_together(lengths: tuple[int, ...], chunk_rows: int) -> None:
-    steps = prefill_steps(lengths, chunk_rows)
+    steps = prefill_steps(dict(enumerate(lengths)), chunk_rows)
     for lane, length in enumerate(lengths):
-        read = [step[lane] for step in steps]
+        read = [step[lane] for step in steps if lane in step]
         assert [place for start, stop in read for place in range(start, stop)] == list(range(length))
-        assert read[-1][1] == length, "all end in the last call"
-        begun = [stop - start for start, stop in read if stop > start]
-        assert begun[1:] == [chunk_rows] * (len(begun) - 1), "only the first call of a lane may be short"
+        assert lane in steps[-1], "all end in the last call"
+        counts = [stop - start for start, stop in read]
+        assert counts[1:] == [chunk_rows] * (len(counts) - 1), "only the first call of a lane may be short"
 
 
 def test_padding_stays_inside_each_lane() -> None:
     lengths, slots = (3, 25, 16, 17), 25
-    for step in prefill_steps(lengths, 8):
-        counts = np.array([stop - start for start, stop in step])
-        starts = np.array([start if stop > start else 0 for start, stop in step])
-        assert (starts + counts.max() <= slots).all()
+    for step in prefill_steps(dict(enumerate(lengths)), 8):
+        rows = max(stop - start for start, stop in step.values())
+        assert all(step.get(lane, (0, 0))[0] + rows <= slots for lane in range(len(lengths)))
 
 
 def test_rows_get_the_positions_of_their_slots() -> None:
-    lanes = Lanes.of([np.array([0, 1, 1, 2]), np.array([0, 1])])
-    lanes.lengths[:] = (2, 2)
-    counts = np.array([2, 0])
-    assert starts_of(lanes, counts).tolist() == [2, 0]
-    assert row_positions(lanes, counts, 3).tolist() == [[1, 2, 0], [0, 0, 0]]
+    lanes = Lanes(3, 4)
+    lanes.begin(0, np.array([0, 1, 1, 2]))
+    lanes.begin(1, np.array([0, 1, 2]))
+    lanes.append(np.array([2, 3, 0]))
+    assert lanes.starts(2).tolist() == [2, 2, 0], "a full lane is not read again"
+    assert lanes.row_positions(np.array([2, 0, 0]), 3).tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 0]]
+    assert lanes.is_open.tolist() == [True, True, False] and lanes.is_full.tolist() == [False, True, False]
+    assert lanes.most_rows([2]) == 2, "padding of the first lane ends with its slots"
+    assert lanes.most_rows([0]) == 4
+
+
+def loop_over(session: Session, count: int) -> GenerateLoop:
+    backend = session.backend
+    lanes = backend.new_lanes(count, session.manifest.context_tokens)
+    return GenerateLoop(backend, session.embedding, backend.encode_images, session.manifest.tokens.stop_ids, lanes)
+
+
+def request_of(session: Session, question: Question, new_tokens: int = NEW_TOKENS) -> Request:
+    manifest = session.manifest
+    prompt = make_prompt(*question, manifest.tokens, manifest.embedding.vocab_size, manifest.image.size_px)
+    return Request(prompt, lambda logits, _: int(logits.argmax()), new_tokens)
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 256])
+def test_lane_is_begun_and_ended_between_any_two_tokens(routed: Path, chunk_rows: int) -> None:
+    """A prompt joins while others are answered, one is given up, another takes its lane: nobody notices."""
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        session.backend.chunk_rows = chunk_rows
+        expected, requests = alone(session), [request_of(session, question) for question in questions()]
+        loop = loop_over(session, 3)
+        answers: dict[int, list[int]] = {number: [] for number in range(4)}
+        held = {0: 1, 2: 0}  # which question each lane holds
+        loop.begin({lane: requests[number] for lane, number in held.items()})
+        for step in range(4 * NEW_TOKENS):
+            if step == 3:
+                held[1] = 3
+                loop.begin({1: requests[3]})
+            if step == 5:
+                loop.end(0)
+                del held[0]
+            if step == 6:
+                held[0] = 2
+                loop.begin({0: requests[2]})
+            for lane, token in loop.step().items():
+                answers[held[lane]].append(token)
+    assert answers[1] == expected[1][:5], "until it was given up"
+    assert [answers[number] for number in (0, 2, 3)] == [expected[number] for number in (0, 2, 3)]
+    assert len(expected[1]) > 5, "the seed's answer is longer"
+
+
+def test_prompt_as_long_as_its_lane_joins_others(routed: Path) -> None:
+    """Its lane is full before its only token is chosen: the others' next call has no room for its padding."""
+    with open_bundle(routed, provider="cpu", threads=1) as session:
+        long = (np.arange(128) % 250 + 3, None)
+        expected, (question, *_) = alone(session)[0], questions()
+        loop = loop_over(session, 2)
+        loop.begin({0: request_of(session, question)})
+        found = [loop.step()[0]]
+        loop.begin({1: request_of(session, long, 1)})
+        joined = loop.step()
+        found.append(joined.pop(0))
+        assert set(joined) == {1}
+        found += [tokens[0] for tokens in loop]
+    assert found == expected

@@ -7,6 +7,7 @@ there; what a real engine computes is not tested here.
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import Manifest, hash_file, read_manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.runtime.backends.lanes import Call
 from vlmdeploy.runtime.backends.ort import OrtBackend
-from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes, pieces
+from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
+from vlmdeploy.runtime.generate import pieces_of
 from vlmdeploy.runtime.session import Session
 
 CHUNK_ROWS, LOGIT_ROWS = 7, 3
@@ -197,10 +200,10 @@ def test_buffers_are_allocated_once_and_as_planned(rtx: Path) -> None:
 def test_cache_of_an_older_prompt_is_refused(rtx: Path) -> None:
     session, _ = open_fake(rtx)
     backend = session.backend
-    old = backend.new_cache(np.arange(8))
-    backend.new_cache(np.arange(8))
+    old = backend.new_lanes(1, 8)
+    backend.new_lanes(1, 8)
     with pytest.raises(BackendError, match="given up when a new prompt was begun"):
-        backend.run_rows(np.zeros(1, np.bool_), session.embedding[np.array([1])], old, np.array([0]))
+        backend.run(Call.of_one(session.embedding[np.array([1])], np.zeros(1, np.bool_), np.array([0])), old)
 
 
 def test_finished_kernels_are_kept_in_the_users_cache(
@@ -248,11 +251,12 @@ def test_unwritable_cache_is_a_warning(
     (8, [7], [(0, 7), (7, 8)]),
     (6, [0, 1, 2, 3, 4, 5], [(0, 3), (3, 6)]),
     (20, [0, 1, 2, 19], [(0, 7), (7, 14), (14, 20)]),
-    (9, [1, 3, 5, 6, 8], [(0, 6), (6, 9)]),
+    (9, [1, 3, 5, 6, 8], [(0, 6), (6, 7), (7, 9)]),
     (1, [0], [(0, 1)]),
 ])  # fmt: skip
 def test_pieces_respect_both_limits(num_rows: int, asked: list[int], expected: list[tuple[int, int]]) -> None:
-    assert pieces(num_rows, np.array(asked, np.int64), 7, 3) == expected
+    backend: Any = SimpleNamespace(chunk_rows=7, most_logits=3, mixes_experts=False)
+    assert pieces_of(np.zeros(num_rows, np.bool_), backend, np.array(asked, np.int64)) == expected
 
 
 def refusal(folder: Path, device: FakeDevice, name: str = "tensorrt_rtx", version: str = "1.7.1") -> str:

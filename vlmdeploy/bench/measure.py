@@ -35,8 +35,6 @@ from vlmdeploy.errors import BackendError, VlmdeployError
 from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
-from vlmdeploy.runtime.backends.ort import OrtBackend
-from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.session import Session
 
@@ -100,7 +98,7 @@ def _run(subject: Subject, options: MeasureOptions, picture: Picture, watch: Pha
     start = watch.now()
     backend = subject.open_it()
     try:
-        device = device_memory(backend, subject.engine.provider)
+        device = device_memory(backend)
         watch.device_use = device.in_use
         question = Question(Session(subject.folder, subject.manifest, backend), options, picture)
         _load_graphs(backend, subject.manifest, options)
@@ -164,11 +162,7 @@ def _load_graphs(backend: Backend, manifest: Manifest, options: MeasureOptions) 
     """Load what stays loaded; in phases every graph comes when it is needed."""
     if options.residency == "phase":
         return
-    for graph in [manifest.token_graph] if options.text_only else list(manifest.graphs):
-        if isinstance(backend, OrtBackend):
-            backend.session(graph)
-        elif isinstance(backend, TrtBackend):
-            backend.engines(graph)
+    backend.warm_up([manifest.token_graph] if options.text_only else list(manifest.graphs))
 
 
 def disk_use(folder: Path, manifest: Manifest) -> DiskUse:

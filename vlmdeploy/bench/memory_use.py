@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmdeploy.errors import BackendError
-from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import Backend
-from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
 from vlmdeploy.runtime.memory import sizes_in
 
 OWN_PROCESS = Path("/proc/self")
@@ -22,6 +20,10 @@ BY_KERNEL = "resident memory of the process, highest in each phase (VmHWM, reset
 BY_SAMPLES = (
     "resident memory of the process, sampled every 2 ms because VmHWM cannot be reset here ({reason}): "
     "shorter peaks are missed"
+)
+BY_DEVICE = (
+    "CUDA memory taken since the context was made, read after every call (from the free memory, so other programs that "
+    "take or give back some at the same time count too)"
 )
 
 
@@ -113,24 +115,12 @@ class DeviceMemory:
     in_use: Callable[[], int] | None = None
 
 
-def device_memory(backend: Backend, provider: str) -> DeviceMemory:
+def device_memory(backend: Backend) -> DeviceMemory:
     """The meter of a backend that was just opened and has loaded nothing; none where no GPU is used."""
-    if isinstance(backend, TrtBackend):
-        planned = sum(buffer_bytes(backend.manifest, backend.chunk_rows, backend.logit_rows).values())
-        return _device_memory(backend.device, planned, planned)
-    if provider != "cuda":
-        return DeviceMemory("none: no GPU is used")
     try:
-        return _device_memory(CudaDevice(), 0, None)
+        use = backend.device_use()
     except BackendError as error:
         return DeviceMemory(f"not measured: {error}")
-
-
-def _device_memory(device: CudaDevice, held: int, planned: int | None) -> DeviceMemory:
-    """held: what the backend has taken until now."""
-    before = device.free_bytes()
-    method = (
-        "CUDA memory taken since the context was made, read after every call (from the free memory, so other programs "
-        "that take or give back some at the same time count too)"
-    )
-    return DeviceMemory(method, device.name, planned, lambda: held + before - device.free_bytes())
+    if use is None:
+        return DeviceMemory("none: no GPU is used")
+    return DeviceMemory(BY_DEVICE, use.gpu, use.planned_bytes, use.in_use)

@@ -7,6 +7,7 @@ before the real one and notes which call came when. The answer goes on past stop
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,8 @@ from vlmdeploy.bench.phase_watch import PhaseWatch
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import ConfigError, PromptError
 from vlmdeploy.layout import Bools, Ints
-from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache
+from vlmdeploy.runtime.backends.door import Backend
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.chat import prompt_ids, read_messages
 from vlmdeploy.runtime.image import ImageSource, load_image, preprocess
 from vlmdeploy.runtime.session import Session
@@ -45,12 +47,14 @@ class MeasuredBackend:
     """Stands before a backend during one answer and notes when phases and tokens began."""
 
     def __init__(self, backend: Backend, watch: PhaseWatch) -> None:
-        self.chunk_rows = backend.chunk_rows
-        self.mixes_experts = backend.mixes_experts
         self.begun: dict[str, float] = {}
         self.decode_begun: list[float] = []
         self._backend = backend
         self._watch = watch
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not measured is the backend's own."""
+        return getattr(self._backend, name)
 
     def _begin(self, phase: str) -> None:
         if phase not in self.begun:
@@ -64,30 +68,18 @@ class MeasuredBackend:
         self._watch.look()
         return rows
 
-    def new_cache(self, positions: Ints) -> KvCache:
-        """See Backend."""
-        return self._backend.new_cache(positions)
-
-    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+    def run(self, call: Call, lanes: Lanes) -> Floats:
         """See Backend."""
         self._begin("prefill")
-        logits = self._backend.run_rows(vision_mask, hidden, cache, logit_rows)
+        logits = self._backend.run(call, lanes)
         self._watch.look()
         return logits
 
-    def end_prefill(self) -> None:
-        """See Backend."""
-        self._backend.end_prefill()
-
-    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+    def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
         """See Backend."""
         self._begin("decode")
         self.decode_begun.append(self._watch.now())
-        return self._backend.decode(hidden, cache)
-
-    def close(self) -> None:
-        """See Backend."""
-        self._backend.close()
+        return self._backend.decode(hidden, is_fed, lanes)
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ class Question:
         start = watch.now()
         ids, pixels = self._ids(), self._pixels()
         ready = watch.now()
-        session = Session(self._folder, self._manifest, measured)
+        session = Session(self._folder, self._manifest, cast(Backend, measured))
         opened = watch.now()
         session.generate_ids(ids, pixels, self._new_tokens + 1)
         edges = np.diff([*measured.decode_begun, watch.now()])

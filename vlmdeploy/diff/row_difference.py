@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 
 Wide = NDArray[np.float64]
 BLOCK_VALUES = 1 << 20  # values that are widened to float64 at once

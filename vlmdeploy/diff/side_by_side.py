@@ -21,7 +21,7 @@ from vlmdeploy.diff.verdict import ModelDiff, StageDifference, checked_tolerance
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.layout import Ints
 from vlmdeploy.progress import Progress, no_progress
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.generate import Prompt
 
 CONFIG_NAME = "config.json"

@@ -17,8 +17,8 @@ from vlmdeploy.export.engines.build import ENGINES
 from vlmdeploy.export.gate.sample import InputRules
 from vlmdeploy.export.gate.taps import edit_graph, session_of
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backends.choose import ort_backend_of
-from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, Floats
+from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT
+from vlmdeploy.runtime.backends.lanes import Call, Floats
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.embedding import EmbeddingTable
@@ -93,17 +93,18 @@ class StagedBundle:
             return self._session(graph, parts.cut(source, wanted, index))
 
         manifest = replace(self._manifest, cache=replace(self._manifest.cache, num_layers=1))
-        backend = ort_backend_of(manifest)(self._folder, manifest, self._threads, load_graph=load)
+        backend = OrtBackend(self._folder, manifest, self._threads, load_graph=load)
         return [self._run_pieces(backend, stage, x, prompt) for x in inputs]
 
     def _run_pieces(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:
         """Rows [seq, hidden] through the layer, piece by piece; those that no graph computes are NaN."""
-        cache, result = backend.new_cache(prompt.positions), np.full_like(x, np.nan)
+        lanes, result = backend.new_lanes(1, len(x)), np.full_like(x, np.nan)
+        lanes.begin(0, prompt.positions)
         for start, stop in pieces_of(prompt.vision_mask, backend):
             mask, rows = prompt.vision_mask[start:stop], x[start:stop]
             value = self._graphs[backend.graph_of(mask)].values.get(stage)
             wanted = (value,) if value else ()
-            outputs = backend.run_graph(mask, rows, cache, np.arange(len(rows)), wanted)
+            outputs = backend.run_graph(Call.of_one(rows, mask, np.arange(len(rows))), lanes, wanted)
             if value:
                 result[start:stop] = outputs[value]
         return result

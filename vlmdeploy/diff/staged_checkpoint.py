@@ -19,7 +19,7 @@ from vlmdeploy.layout import Ints
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.quant.precision import PrecisionPlan
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.generate import Prompt
 from vlmdeploy.spec.model import ModelSpec

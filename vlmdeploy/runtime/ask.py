@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmdeploy.errors import DataError, PromptError
+from vlmdeploy.runtime.answer import Answer
 from vlmdeploy.runtime.boxes import draw_boxes
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.runtime.sampling import SamplingOptions
-from vlmdeploy.runtime.session import Answer, Session
+from vlmdeploy.runtime.session import Session
 
 
 def ask(

@@ -1,10 +1,11 @@
-"""The generate loop: a prompt becomes segments of equal expert, the segments fill the cache, tokens follow one by one.
+"""The generate loop: prompts fill the lanes of one KV cache, then tokens follow, one for each lane at a time.
 
-The loop knows the bundle's manifest and a backend; which engine runs and how a token is chosen are handed in.
+A single prompt is one lane. The loop knows a backend and how each lane's tokens are chosen; a lane can be begun or
+ended between any two tokens.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +13,13 @@ import numpy as np
 from vlmdeploy.bundle import TokenRules
 from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import Bools, Ints, position_ids, segments_of, token_types_of, vision_expert_mask
-from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache
+from vlmdeploy.runtime.backends.door import Backend
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable
 
+NOTHING: Ints = np.zeros(0, np.int64)
 ChooseToken = Callable[[Floats, Ints], int]
+Ranges = Mapping[int, tuple[int, int]]  # of each lane that a call reads: first and past-the-last position of its prompt
 
 
 @dataclass(frozen=True)
@@ -63,42 +67,187 @@ def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embed
     return rows
 
 
-def prefill(prompt: Prompt, rows: Floats, backend: Backend, cache: KvCache, wanted: Ints) -> Floats:
-    """Run the prompt piece by piece; logits [len(wanted), vocab] of the wanted positions (ascending, language)."""
-    logits = []
-    for start, stop in pieces_of(prompt.vision_mask, backend):
-        asked = wanted[(wanted >= start) & (wanted < stop)] - start
-        logits.append(backend.run_rows(prompt.vision_mask[start:stop], rows[start:stop], cache, asked))
-    return np.concatenate(logits)
+@dataclass(frozen=True)
+class Read:
+    """A prompt that is to be read into a lane: its rows float32 [seq, hidden], and the positions whose logits are
+    wanted, ascending and on the language expert, int64 [wanted]."""
+
+    prompt: Prompt
+    rows: Floats
+    wanted: Ints
 
 
-def pieces_of(vision_mask: Bools, backend: Backend) -> list[tuple[int, int]]:
-    """First and past-the-last position of each call that reads a prompt, bool [seq]: segments of equal expert, or
-    whatever comes next where the backend mixes experts."""
-    if not backend.mixes_experts:
-        return [(segment.start, segment.stop) for segment in segments_of(vision_mask, backend.chunk_rows)]
-    starts = range(0, len(vision_mask), backend.chunk_rows)
-    return [(start, min(start + backend.chunk_rows, len(vision_mask))) for start in starts]
+def read_prompts(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> dict[int, Floats]:
+    """Fill lanes, which are open and empty, with prompts; of each the logits [wanted, vocab] of the wanted positions.
+
+    Several lanes at a time need a backend that mixes experts. Other open lanes keep what they hold.
+    """
+    found: dict[int, list[Floats]] = {lane: [] for lane in reads}
+    for ranges in prompt_calls(reads, lanes, backend):
+        call, asked = _call(reads, ranges, lanes.count)
+        logits, first = backend.run(call, lanes), 0
+        for lane, count in asked.items():
+            found[lane].append(logits[first : first + count])
+            first += count
+    return {lane: np.concatenate(parts) for lane, parts in found.items()}
 
 
-def decode(
-    first_logits: Floats,
-    prompt: Prompt,
-    backend: Backend,
-    cache: KvCache,
-    embedding: EmbeddingTable,
-    choose: ChooseToken,
-    stop_ids: tuple[int, ...],
-    timings: Timings,
-) -> Iterator[int]:
-    """Token ids one by one until a stop id (included) or a full cache. The cache holds the prompt."""
-    ids, logits = prompt.ids, first_logits
-    while True:
-        token = choose(logits, ids)
-        yield token
-        if token in stop_ids or cache.length >= cache.capacity:
-            return
-        ids = np.append(ids, token)
+def prompt_calls(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> list[Ranges]:
+    """What each call reads of each prompt: segments of equal expert, or whatever comes next where experts mix."""
+    chunk_rows = min(backend.chunk_rows, lanes.most_rows(reads))
+    if len(reads) > 1:
+        assert backend.mixes_experts, "prompts side by side change experts at different places"
+        return prefill_steps({lane: len(read.prompt.ids) for lane, read in reads.items()}, chunk_rows)
+    ((lane, read),) = reads.items()
+    return [{lane: piece} for piece in pieces_of(read.prompt.vision_mask, backend, read.wanted, chunk_rows)]
+
+
+def pieces_of(
+    vision_mask: Bools, backend: Backend, wanted: Ints = NOTHING, chunk_rows: int | None = None
+) -> list[tuple[int, int]]:
+    """First and past-the-last position of each call that reads one prompt, bool [seq]: at most `chunk_rows` rows
+    (default: the backend's), of which at most `most_logits` are wanted."""
+    chunk_rows = chunk_rows or backend.chunk_rows
+    if backend.mixes_experts:
+        starts = range(0, len(vision_mask), chunk_rows)
+        chunks = [(start, min(start + chunk_rows, len(vision_mask))) for start in starts]
+    else:
+        chunks = [(segment.start, segment.stop) for segment in segments_of(vision_mask, chunk_rows)]
+    return [piece for start, stop in chunks for piece in _asking_few(start, stop, wanted, backend.most_logits)]
+
+
+def _asking_few(start: int, stop: int, wanted: Ints, most: int) -> Iterator[tuple[int, int]]:
+    """A chunk, cut so that no piece holds more than `most` wanted positions."""
+    inside = wanted[(wanted >= start) & (wanted < stop)]
+    for cut in inside[most::most].tolist():
+        yield start, cut
+        start = cut
+    yield start, stop
+
+
+def prefill_steps(lengths: Mapping[int, int], chunk_rows: int) -> list[Ranges]:
+    """What each call reads of prompts side by side. Shorter ones begin later, so that all end in the same call; only
+    the first call of a lane may be short: padding never reaches beyond what the lane holds in the end."""
+    steps: list[Ranges] = []
+    for left in reversed(range(max(-(-length // chunk_rows) for length in lengths.values()))):
+        stops = {lane: length - left * chunk_rows for lane, length in lengths.items()}
+        steps.append({lane: (max(0, stop - chunk_rows), stop) for lane, stop in stops.items() if stop > 0})
+    return steps
+
+
+def _call(reads: Mapping[int, Read], ranges: Ranges, num_lanes: int) -> tuple[Call, dict[int, int]]:
+    """The call that reads these ranges, and how many logits of each lane it gives, in their order."""
+    num_rows = max(stop - start for start, stop in ranges.values())
+    width = next(iter(reads.values())).rows.shape[1]
+    hidden = np.zeros((num_lanes, num_rows, width), np.float32)
+    vision_mask, counts = np.zeros((num_lanes, num_rows), np.bool_), np.zeros(num_lanes, np.int64)
+    logit_rows, asked = [NOTHING], {}
+    for lane, (start, stop) in ranges.items():
+        read, counts[lane] = reads[lane], stop - start
+        hidden[lane, : stop - start] = read.rows[start:stop]
+        vision_mask[lane, : stop - start] = read.prompt.vision_mask[start:stop]
+        inside = read.wanted[(read.wanted >= start) & (read.wanted < stop)] - start
+        logit_rows.append(lane * num_rows + inside)
+        asked[lane] = len(inside)
+    return Call(hidden, vision_mask, counts, np.concatenate(logit_rows)), asked
+
+
+@dataclass
+class Answering:
+    """One lane's answer in the making. ids int64: the prompt's and those chosen. logits [vocab]: of the next token,
+    None until the last one chosen was decoded."""
+
+    prompt: Prompt
+    choose: ChooseToken
+    ids: Ints
+    logits: Floats | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, how its tokens are chosen, and the most of them."""
+
+    prompt: Prompt
+    choose: ChooseToken
+    new_tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """The slots of the cache that it takes; the last token needs none."""
+        return len(self.prompt.ids) + self.new_tokens - 1
+
+
+class GenerateLoop:
+    """Answers requests side by side, one token of each at a time. Not for use by several threads at once."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        embedding: EmbeddingTable,
+        encode_images: Callable[[Floats], Floats],
+        stop_ids: Sequence[int],
+        lanes: Lanes,
+        timings: Timings | None = None,
+    ) -> None:
+        self.backend = backend
+        self.embedding = embedding
+        self.encode_images = encode_images
+        self.stop_ids = stop_ids
+        self.lanes = lanes
+        self.timings = timings or Timings()
+        self._answering: dict[int, Answering] = {}  # by lane
+
+    def begin(self, requests: Mapping[int, Request]) -> None:
+        """Read prompts into closed lanes; those that are open wait meanwhile, and go on as if nothing had been."""
         start = time.perf_counter()
-        logits = backend.decode(embedding[ids[-1:]], cache)
-        timings.decode_ms.append(1000 * (time.perf_counter() - start))
+        reads = {}
+        for lane, request in requests.items():
+            assert lane not in self._answering, "a lane that is closed"
+            rows = prompt_rows(request.prompt, self.encode_images, self.embedding)
+            reads[lane] = Read(request.prompt, rows, np.array([len(request.prompt.ids) - 1]))
+        encoded = time.perf_counter()
+        for lane, request in requests.items():
+            self.lanes.begin(lane, slot_positions(request.prompt.positions, request.capacity))
+        for lane, logits in read_prompts(reads, self.lanes, self.backend).items():
+            prompt = requests[lane].prompt
+            self._answering[lane] = Answering(prompt, requests[lane].choose, prompt.ids, logits[0])
+        self.backend.end_prefill()
+        self.timings.vision_ms += 1000 * (encoded - start)
+        self.timings.prefill_ms += 1000 * (time.perf_counter() - encoded)
+
+    def end(self, lane: int) -> None:
+        """Give a lane up; it may begin another request."""
+        self.lanes.end(lane)
+        del self._answering[lane]
+
+    def step(self) -> dict[int, int]:
+        """The next token of every open lane. A stop id, which is given too, or a full lane ends the lane."""
+        self._decode()
+        tokens = {}
+        for lane, one in list(self._answering.items()):
+            assert one.logits is not None, "every lane was decoded"
+            token = tokens[lane] = one.choose(one.logits, one.ids)
+            one.logits = None
+            if token in self.stop_ids or self.lanes.is_full[lane]:
+                self.end(lane)
+            else:
+                one.ids = np.append(one.ids, token)
+        return tokens
+
+    def _decode(self) -> None:
+        """Logits of the next token in all lanes that lack them."""
+        is_fed, last = np.zeros(self.lanes.count, np.bool_), np.zeros(self.lanes.count, np.int64)
+        for lane, one in self._answering.items():
+            is_fed[lane], last[lane] = one.logits is None, one.ids[-1]
+        if not is_fed.any():
+            return
+        start = time.perf_counter()
+        logits = self.backend.decode(self.embedding[last], is_fed, self.lanes)
+        for lane in np.flatnonzero(is_fed).tolist():
+            self._answering[lane].logits = logits[lane]
+        self.timings.decode_ms.append(1000 * (time.perf_counter() - start))
+
+    def __iter__(self) -> Iterator[dict[int, int]]:
+        """Steps until no lane is open."""
+        while self._answering:
+            yield self.step()

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlmdeploy.bundle import StageVerdict
 from vlmdeploy.errors import ParityError
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 
 
 @dataclass(frozen=True)

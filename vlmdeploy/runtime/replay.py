@@ -18,7 +18,7 @@ from vlmdeploy.errors import BundleError, ParityError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.choose import open_backend
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
 from vlmdeploy.runtime.integrity import check_bundle

@@ -6,9 +6,8 @@ for piece in session.generate([{"role": "user", "content": "..."}]): ...
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,35 +18,28 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
+from vlmdeploy.runtime.answer import Answer, Running
 from vlmdeploy.runtime.backends.choose import open_backend
-from vlmdeploy.runtime.backends.door import Backend, Floats, KvCache, slot_positions
-from vlmdeploy.runtime.batch import BatchBackend, answer_together
-from vlmdeploy.runtime.boxes import Box, parse_boxes
-from vlmdeploy.runtime.chat import Conversation, Message, StreamDecoder, Tokenizer, prompt_ids, read_messages
+from vlmdeploy.runtime.backends.door import Backend
+from vlmdeploy.runtime.backends.lanes import Floats
+from vlmdeploy.runtime.chat import Conversation, Message, Tokenizer, prompt_ids, read_messages
 from vlmdeploy.runtime.embedding import EmbeddingTable
-from vlmdeploy.runtime.generate import Prompt, Timings, decode, make_prompt, prefill, prompt_rows
+from vlmdeploy.runtime.generate import (
+    GenerateLoop,
+    Prompt,
+    Read,
+    Request,
+    Timings,
+    make_prompt,
+    prompt_rows,
+    read_prompts,
+)
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
+from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
 TOKENIZER_NAME = "tokenizer.json"
 KEPT_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer. `boxes` are in pixels of the upright picture; `ids` include the stop id."""
-
-    text: str
-    ids: tuple[int, ...]
-    boxes: tuple[Box, ...]
-    timings_ms: dict[str, float]
-    prompt_tokens: int
-    new_tokens: int
-
-    def as_json(self) -> dict[str, Any]:
-        """The document that `run --json` prints."""
-        return asdict(self)
 
 
 class Session:
@@ -108,7 +100,7 @@ class Session:
         running = self.start(messages, options, template)
         return running.finish("".join(running.pieces()))
 
-    def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> "Running":
+    def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Running:
         """Check and prepare everything of an answer; nothing runs before its pieces are asked for."""
         tokenizer, timings = self.tokenizer, Timings()
         conversation = read_messages(messages, self.manifest.tokens.max_images)
@@ -117,7 +109,8 @@ class Session:
         pixels, size = self._pictures(conversation)
         timings.preprocess_ms = 1000 * (time.perf_counter() - start)
         prompt = self._prompt(ids, pixels)
-        return Running(self, prompt, options, size, timings)
+        tokens = self._tokens(prompt, options, timings)
+        return Running(prompt, options, size, timings, tokenizer, self.manifest.tokens.stop_ids, tokens)
 
     def generate_ids(
         self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, max_new_tokens: int = 16
@@ -147,7 +140,7 @@ class Session:
     @property
     def prompts_at_once(self) -> int:
         """How many prompts `generate_ids_batch` runs side by side: one, unless the bundle has the routed plugin."""
-        return self.backend.most_prompts if isinstance(self.backend, BatchBackend) else 1
+        return self.backend.most_lanes
 
     def generate_ids_batch(
         self, prompts: Sequence[tuple[NDArray[Any], NDArray[Any] | None]], max_new_tokens: int = 16
@@ -171,18 +164,28 @@ class Session:
         return made
 
     def _batched(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
-        """Token ids of each answer, a stop id included."""
-        backend = self.backend
-        if not isinstance(backend, BatchBackend):
-            return [list(self._tokens(prompt, options, Timings())) for prompt in prompts]
-        answers = []
-        for start in range(0, len(prompts), backend.most_prompts):
-            group = prompts[start : start + backend.most_prompts]
-            rows = [prompt_rows(prompt, self._encode_images, self.embedding) for prompt in group]
-            choose, limits = [Sampler(options) for _ in group], [self._limit(prompt, options) for prompt in group]
-            stop_ids = self.manifest.tokens.stop_ids
-            answers += answer_together(group, rows, backend, self.embedding, choose, limits, stop_ids)
+        """Token ids of each answer, a stop id included: as many prompts side by side as the backend takes."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        for first in range(0, len(prompts), self.backend.most_lanes):
+            for tokens in self._steps(prompts[first : first + self.backend.most_lanes], options, Timings()):
+                for lane, token in tokens.items():
+                    answers[first + lane].append(token)
         return answers
+
+    def _tokens(self, prompt: Prompt, options: SamplingOptions, timings: Timings) -> Iterator[int]:
+        """Token ids of one answer, one by one."""
+        return (tokens[0] for tokens in self._steps([prompt], options, timings))
+
+    def _steps(self, prompts: Sequence[Prompt], options: SamplingOptions, timings: Timings) -> Iterator[dict[int, int]]:
+        """The next token of every answer that goes on, by the prompt's place."""
+        requests = {
+            lane: Request(prompt, Sampler(options), self._limit(prompt, options)) for lane, prompt in enumerate(prompts)
+        }
+        lanes = self.backend.new_lanes(len(prompts), max(request.capacity for request in requests.values()))
+        stop_ids = self.manifest.tokens.stop_ids
+        loop = GenerateLoop(self.backend, self.embedding, self._encode_images, stop_ids, lanes, timings)
+        loop.begin(requests)
+        yield from loop
 
     def _limit(self, prompt: Prompt, options: SamplingOptions) -> int:
         """The most new tokens that the options and the context allow."""
@@ -199,7 +202,9 @@ class Session:
         wanted = first + np.flatnonzero(~prompt.vision_mask[first:])
         result = np.full((len(prompt.ids) - first, self.manifest.embedding.vocab_size), np.nan, np.float32)
         rows = prompt_rows(prompt, self._encode_images, self.embedding)
-        result[wanted - first] = prefill(prompt, rows, self.backend, self._cache(prompt, 0), wanted)
+        lanes = self.backend.new_lanes(1, len(prompt.ids))
+        lanes.begin(0, prompt.positions)
+        result[wanted - first] = read_prompts({0: Read(prompt, rows, wanted)}, lanes, self.backend)[0]
         self.backend.end_prefill()
         return result
 
@@ -233,23 +238,6 @@ class Session:
             )
         return prompt
 
-    def _cache(self, prompt: Prompt, new_tokens: int) -> KvCache:
-        capacity = len(prompt.ids) + new_tokens
-        return self.backend.new_cache(slot_positions(prompt.positions, capacity))
-
-    def _tokens(self, prompt: Prompt, options: SamplingOptions, timings: Timings) -> Iterator[int]:
-        """Token ids of the answer, one by one."""
-        cache = self._cache(prompt, self._limit(prompt, options) - 1)
-        start = time.perf_counter()
-        rows = prompt_rows(prompt, self._encode_images, self.embedding)
-        encoded = time.perf_counter()
-        logits = prefill(prompt, rows, self.backend, cache, np.array([len(prompt.ids) - 1]))[0]
-        self.backend.end_prefill()
-        timings.vision_ms = 1000 * (encoded - start)
-        timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
-        stop_ids = self.manifest.tokens.stop_ids
-        yield from decode(logits, prompt, self.backend, cache, self.embedding, Sampler(options), stop_ids, timings)
-
 
 @contextmanager
 def _naming(place: str) -> Iterator[None]:
@@ -266,51 +254,6 @@ def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDAr
         return np.asarray(values, kind)
     except (ValueError, TypeError) as error:
         raise PromptError(f"{name} cannot be read as an array of numbers: {error}") from error
-
-
-class Running:
-    """One answer in the making."""
-
-    def __init__(
-        self, session: Session, prompt: Prompt, options: SamplingOptions, image_size: tuple[int, int], timings: Timings
-    ) -> None:
-        self.ids: list[int] = []
-        self.prompt = prompt
-        self._session = session
-        self._options = options
-        self._image_size = image_size
-        self._timings = timings
-
-    def pieces(self) -> Iterator[str]:
-        """Text as it becomes certain, cut before a stop string."""
-        return self._pieces_of(self._session._tokens(self.prompt, self._options, self._timings))
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        """The whole text of an answer whose ids are known."""
-        return "".join(self._pieces_of(ids))
-
-    def _pieces_of(self, tokens: Iterable[int]) -> Iterator[str]:
-        decoder, stop = StreamDecoder(self._session.tokenizer), StopStrings(self._options.stop)
-        for token in tokens:
-            self.ids.append(token)
-            if token in self._session.manifest.tokens.stop_ids:
-                break
-            if piece := stop.add(decoder.add(token)):
-                yield piece
-            if stop.stopped:
-                return
-        if piece := stop.add(decoder.finish()) + stop.finish():
-            yield piece
-
-    def finish(self, text: str) -> Answer:
-        """The answer after all pieces were taken."""
-        timings, decoded = self._timings, self._timings.decode_ms
-        phases = {
-            "preprocess": timings.preprocess_ms, "vision": timings.vision_ms, "prefill": timings.prefill_ms,
-            "decode_per_token": sum(decoded) / len(decoded) if decoded else 0.0,
-        }  # fmt: skip
-        boxes = parse_boxes(text, *self._image_size) if self.prompt.pixels is not None else ()
-        return Answer(text, tuple(self.ids), boxes, phases, len(self.prompt.ids), len(self.ids))
 
 
 def open_bundle(

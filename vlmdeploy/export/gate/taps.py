@@ -20,11 +20,9 @@ from vlmdeploy.export.gate.sample import Sample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
-from vlmdeploy.runtime.backends.choose import ort_backend_of
-from vlmdeploy.runtime.backends.door import Floats, slot_positions
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
 from vlmdeploy.runtime.backends.ort import (
     PROVIDERS,
-    HostCache,
     OrtBackend,
     import_onnxruntime,
     session_options,
@@ -75,17 +73,18 @@ class TappedRun:
         self.vision_mask = np.zeros(total, np.bool_)
         self.vision_mask[: len(prompt.ids)] = prompt.vision_mask
         logits: list[Floats] = []
-        cache = backend.new_cache(self.positions)
+        lanes = backend.new_lanes(1, total)
+        lanes.begin(0, self.positions)
         for start, stop in _calls(self.sample, backend.mixes_experts):
-            logits += self._run_rows(backend, cache, rows, start, stop, taps)
+            logits += self._run_rows(backend, lanes, rows, start, stop, taps)
         self.logits = np.concatenate(logits)
-        self.keys = [cache.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
-        self.values = [cache.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+        self.keys = [lanes.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+        self.values = [lanes.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
 
     def _run_rows(
         self,
         backend: OrtBackend,
-        cache: HostCache,
+        lanes: Lanes,
         rows: Floats,
         start: int,
         stop: int,
@@ -95,7 +94,8 @@ class TappedRun:
         mask = self.vision_mask[start:stop]
         names = taps[backend.graph_of(mask)]
         asked = () if mask.all() else ("logits",)
-        outputs = backend.run_graph(mask, rows[start:stop], cache, np.flatnonzero(~mask), (*names.values(), *asked))
+        call = Call.of_one(rows[start:stop], mask, np.flatnonzero(~mask))
+        outputs = backend.run_graph(call, lanes, (*names.values(), *asked))
         for stage, name in names.items():
             whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
             whole[start:stop] = outputs[name]
@@ -148,7 +148,7 @@ def tapped_backend(
         return session_of(ort, model, path, threads, manifest.dialect)
 
     cache_type = "fp32" if exact else None
-    return ort_backend_of(manifest)(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
+    return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
 
 
 def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:

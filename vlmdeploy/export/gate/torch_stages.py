@@ -17,7 +17,7 @@ from vlmdeploy.model.batch import derive_layout
 from vlmdeploy.model.connector import build_step
 from vlmdeploy.model.decoder import Decoder, DecoderLayer, LayerCache, RmsNorm, Step, causal_mask
 from vlmdeploy.model.vision import VisionEncoder, VisionLayer
-from vlmdeploy.runtime.backends.door import Floats
+from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.spec.connector import ConnectorStep
 from vlmdeploy.spec.model import ModelSpec
 

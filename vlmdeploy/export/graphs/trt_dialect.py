@@ -18,7 +18,7 @@ from vlmdeploy.export.graphs.head_layout import HEAD_MULTIPLE, HeadLayout, head_
 from vlmdeploy.export.weight_reader import Ints, WeightReader
 from vlmdeploy.quant.conversions import dequantize_linear
 from vlmdeploy.quant.grid import Grid, Quantized
-from vlmdeploy.runtime.backends.door import rope_table
+from vlmdeploy.runtime.backends.lanes import rope_table
 
 CODE_TYPES = {"INT4": TensorProto.INT4, "INT8": TensorProto.INT8}  # 3-bit codes fit INT4
 OPSET = 24  # the first with TensorScatter

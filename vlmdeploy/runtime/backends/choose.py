@@ -6,9 +6,7 @@ from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.ort import PROVIDERS, OrtBackend
-from vlmdeploy.runtime.backends.ort_routed import RoutedOrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend
-from vlmdeploy.runtime.backends.trt_routed import RoutedTrtBackend
 
 
 def open_backend(
@@ -29,21 +27,11 @@ def open_backend(
                 "runs its graphs in ONNX Runtime"
             )
         if provider is None:
-            return trt_backend_of(manifest)(folder, manifest, residency)
-        return ort_backend_of(manifest)(folder, manifest, threads, residency, provider)
+            return TrtBackend(folder, manifest, residency)
+        return OrtBackend(folder, manifest, threads, residency, provider)
     if provider not in (None, manifest.provider):
         raise BackendError(
             f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
             f"--provider {provider}"
         )
     return OrtBackend(folder, manifest, threads, residency, manifest.provider)
-
-
-def ort_backend_of(manifest: Manifest) -> type[OrtBackend]:
-    """What runs a bundle's graphs in ONNX Runtime: segments of equal expert, or a routed decoder."""
-    return RoutedOrtBackend if manifest.is_routed else OrtBackend
-
-
-def trt_backend_of(manifest: Manifest) -> type[TrtBackend]:
-    """What runs a bundle's engines."""
-    return RoutedTrtBackend if manifest.is_routed else TrtBackend

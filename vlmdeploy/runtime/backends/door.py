@@ -1,19 +1,18 @@
-"""The narrow door between the generate loop and whatever executes the graphs.
+"""The door between the generate loop and whatever executes the graphs. It is complete: nobody on this side asks what
+kind of backend stands behind it.
 
-The loop encodes images, runs segments of equal expert over one KV cache and asks for logits of single rows; everything
-but speed is the same behind every backend.
+The loop encodes images, runs rows of one or several prompts over one KV cache and asks for logits of single rows;
+everything but speed is the same behind every backend.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vlmdeploy.bundle import CacheShape
-from vlmdeploy.layout import Bools, Ints
-
-Floats = NDArray[np.float32]
+from vlmdeploy.layout import Bools
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 ROUTED_GRAPH = "decoder"  # both experts in one graph
@@ -21,63 +20,63 @@ PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
-class KvCache(Protocol):
-    """The KV cache of one prompt, written in place."""
-
-    @property
-    def length(self) -> int:
-        """How many positions are filled."""
-
-    @property
-    def capacity(self) -> int:
-        """How many there are."""
-
-
 @dataclass(frozen=True)
-class RopeTable:
-    """Cosines and sines of every cache slot's position, float32 [capacity, head_dim / 2]."""
+class DeviceUse:
+    """Memory of the GPU that a backend uses. planned_bytes: buffers and KV cache that it holds from the start, None
+    where the engine does not tell; in_use: bytes taken now."""
 
-    cos: Floats
-    sin: Floats
+    gpu: str
+    planned_bytes: int | None
+    in_use: Callable[[], int]
 
 
 class Backend(Protocol):
-    """What a backend offers. chunk_rows: how long the pieces are in which a prompt is best read. mixes_experts: whether
-    one call takes rows of both experts."""
+    """What a backend offers.
+
+    chunk_rows: how long the pieces are in which a prompt is best read. most_logits: rows of one call that may ask for
+    logits. most_lanes: prompts side by side in one call. mixes_experts: whether one call takes rows of both experts.
+    """
 
     chunk_rows: int
-    mixes_experts: bool
+
+    @property
+    def most_logits(self) -> int:
+        """See above."""
+
+    @property
+    def most_lanes(self) -> int:
+        """See above."""
+
+    @property
+    def mixes_experts(self) -> bool:
+        """See above."""
 
     def encode_images(self, pixels: Floats) -> Floats:
         """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""
 
-    def new_cache(self, positions: Ints) -> KvCache:
-        """An empty cache with one slot for each position id, int64 [capacity]."""
+    def new_lanes(self, count: int, slots: int) -> Lanes:
+        """A KV cache of closed lanes, each with room for so many positions. The one made before may become invalid."""
 
-    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
-        """Run rows [rows, hidden] and append them to the cache; logits [asked, vocab] of the rows asked for.
+    def run(self, call: Call, lanes: Lanes) -> Floats:
+        """Run the rows, append the real ones to their lanes; logits [asked, vocab] of the rows asked for.
 
-        vision_mask bool [rows]: which use the vision expert; all or none unless the backend mixes experts. logit_rows
-        counts from the first row and names rows of the language expert only.
+        Without `mixes_experts` all rows of a call use the same expert.
         """
 
-    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
-        """Run one new token's row [1, hidden] on the language expert; logits [vocab], valid until the next call."""
+    def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
+        """Append one new token's row [lanes, hidden] to the lanes that `is_fed`, on the language expert.
+
+        Returns logits [lanes, vocab], valid until the next call; those of other lanes mean nothing.
+        """
+
+    def end_prefill(self) -> None:
+        """The prompts are in the cache: what only a prompt needs may be released (phase residency)."""
+
+    def warm_up(self, graphs: Sequence[str]) -> None:
+        """Load these graphs now; the others are loaded when they are first needed."""
+
+    def device_use(self) -> DeviceUse | None:
+        """The memory of its GPU, None where it uses none. Raises BackendError where it cannot be read."""
 
     def close(self) -> None:
         """Give everything back."""
-
-    def end_prefill(self) -> None:
-        """The prompt is in the cache: what only a prompt needs may be released (phase residency)."""
-
-
-def rope_table(shape: CacheShape, positions: Ints) -> RopeTable:
-    """Angles position * inv_freq in float32 for each slot. positions int64 [capacity]."""
-    angles = positions.astype(np.float32)[:, None] * np.array(shape.inv_freq, np.float32)
-    return RopeTable(np.cos(angles), np.sin(angles))
-
-
-def slot_positions(prompt_positions: Ints, capacity: int) -> Ints:
-    """Position ids of all cache slots: the prompt's, then one more for each new token."""
-    new = int(prompt_positions[-1]) + 1 + np.arange(capacity - len(prompt_positions))
-    return np.concatenate((prompt_positions, new))

@@ -4,136 +4,108 @@ Past and present of a layer are bound to the same buffer, which GroupQueryAttent
 token costs one session call; its bindings are made once.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Bools, Ints, expert_of
-from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache, rope_table
+from vlmdeploy.runtime.backends.cuda_device import CudaDevice
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, ROUTED_GRAPH, DeviceUse
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, rope_table
 from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
 CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
+MOST_LANES = 4  # of one call of a routed decoder
 
 
-class HostCache(KvCache, Protocol):
-    """A cache whose keys and values, [batch, kv_heads, slots, head_dim] by name ("key.0"), can be read on the host."""
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays themselves."""
-
-
-def kv_arrays(manifest: Manifest, batch: int, slots: int, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
-    """Empty keys and values of every layer, [batch, kv_heads, slots, head_dim] each."""
-    shape = manifest.cache
-    dims = (batch, shape.kv_heads, slots, shape.head_dim)
-    return {f"{part}.{layer}": np.zeros(dims, kind) for layer in range(shape.num_layers) for part in ("key", "value")}
-
-
-def bind_cache(binding: Any, values: dict[str, Any]) -> None:
-    """Bind past and present of every layer to the same memory."""
-    for name, value in values.items():
-        binding.bind_ortvalue_input(f"past_{name}", value)
-        binding.bind_ortvalue_output(f"present_{name}", value)
-
-
-class OrtCache:
-    """Keys and values of every layer, [1, kv_heads, slots, head_dim] each, and the positions of the slots in use, in
-    the memory of `device`; on a CPU `arrays` are views of them.
-
-    `counters` is what a call must be told beside its rows, which depends on the dialect of the graphs.
-    """
+class OrtLanes(Lanes):
+    """Lanes with their memory on `device`: keys and values of every layer, [lanes, kv_heads, slots, head_dim] each by
+    name ("key.0"). On a CPU `arrays` are views of them."""
 
     def __init__(
-        self,
-        ort: ModuleType,
-        manifest: Manifest,
-        positions: Ints,
-        slots: int,
-        kind: type[np.floating[Any]],
-        device: str,
+        self, ort: ModuleType, manifest: Manifest, count: int, slots: int, kind: type[np.floating[Any]], device: str
     ) -> None:
-        self.length = 0
-        self.capacity = len(positions)
-        self.positions = positions
-        self.dialect = manifest.dialect
+        super().__init__(count, slots)
         self.device = device
-        self.arrays = kv_arrays(manifest, 1, slots, kind)
-        rope = rope_table(manifest.cache, positions)
-        tables = {"cos": rope.cos, "sin": rope.sin} if self.dialect == "ort" else {}
-        on_device = ort.OrtValue.ortvalue_from_numpy
-        self.values = {name: on_device(array, device, 0) for name, array in self.arrays.items()}
-        self.tables = {name: on_device(table, device, 0) for name, table in tables.items()}
+        self._on_device = ort.OrtValue.ortvalue_from_numpy
+        shape = manifest.cache
+        self._rope_shape = shape if manifest.dialect == "ort" else None  # the other dialect holds its tables itself
+        dims = (count, shape.kv_heads, slots, shape.head_dim)
+        names = [f"{part}.{layer}" for layer in range(shape.num_layers) for part in ("key", "value")]
+        self.arrays = {name: np.zeros(dims, kind) for name in names}
+        self.values = {name: self._on_device(array, device, 0) for name, array in self.arrays.items()}
+        self.tables: dict[str, Any] = {}
+
+    def begin(self, lane: int, positions: Ints) -> None:
+        """See Lanes."""
+        super().begin(lane, positions)
+        if self._rope_shape is not None:
+            assert self.count == 1, "graphs of this dialect take one lane"
+            rope = rope_table(self._rope_shape, positions)
+            self.tables = {name: self._on_device(getattr(rope, name), self.device, 0) for name in ("cos", "sin")}
 
     def bind(self, binding: Any) -> None:
-        """Bind tables, past and present of an io-binding to this cache."""
+        """Bind tables, past and present of an io-binding to this memory."""
         for name, value in self.tables.items():
             binding.bind_ortvalue_input(name, value)
-        bind_cache(binding, self.values)
-
-    def counters(self, rows: int) -> dict[str, NDArray[Any]]:
-        """The inputs that say where the next rows go."""
-        total = self.length + rows
-        if self.dialect == "ort":
-            return {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
-        return {
-            "position_ids": self.positions[None, self.length : total],
-            "write_index": np.array([self.length], np.int64),
-            "lengths": np.array([total], np.int64),
-        }
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
 
 
 class DecodeBinding:
-    """One token's bindings: buffers that are filled anew for each step and bound once."""
+    """The bindings of one token in each lane: buffers that are filled anew for each step and bound once."""
 
-    def __init__(self, ort: ModuleType, session: Any, cache: OrtCache, hidden: int, vocab_size: int) -> None:
-        self.cache = cache
-        self.hidden = np.zeros((1, hidden), np.float32)
-        self.logits = np.zeros((1, vocab_size), np.float32)
-        self.counters = {name: np.ascontiguousarray(value) for name, value in cache.counters(1).items()}
+    def __init__(
+        self, ort: ModuleType, session: Any, inputs: Sequence[str], lanes: OrtLanes, call: Call, vocab_size: int
+    ) -> None:
+        self.lanes = lanes
+        self._tables = lanes.tables
         self._session = session
+        values = lanes.inputs(call)
+        self._arrays = {name: np.ascontiguousarray(values[name]) for name in inputs if name in values}
+        self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._arrays.items()}
         self._binding = session.io_binding()
-        cache.bind(self._binding)
-        inputs: dict[str, NDArray[Any]] = {
-            "hidden": self.hidden, "logit_rows": np.zeros(1, np.int64), **self.counters
-        }  # fmt: skip
-        self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        self._buffers["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
-        self._inputs = list(inputs)
+        lanes.bind(self._binding)
         self._bind_inputs()
-        self._binding.bind_ortvalue_output("logits", self._buffers["logits"])
+        self.logits = np.zeros((lanes.count, vocab_size), np.float32)
+        self._logits = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        self._binding.bind_ortvalue_output("logits", self._logits)
+
+    def fits(self, lanes: OrtLanes) -> bool:
+        """Whether it is bound to these lanes as they are now."""
+        return lanes is self.lanes and lanes.tables is self._tables
 
     def _bind_inputs(self) -> None:
-        for name in self._inputs:
-            self._binding.bind_ortvalue_input(name, self._buffers[name])
+        for name, buffer in self._buffers.items():
+            self._binding.bind_ortvalue_input(name, buffer)
 
-    def run(self, hidden: Floats) -> Floats:
-        """Append one row; logits [vocab], valid until the next call."""
-        self.hidden[:] = hidden
-        for name, value in self.cache.counters(1).items():
-            self.counters[name][...] = value
-        if self.cache.device != "cpu":
+    def run(self, call: Call) -> Floats:
+        """Append a row to each lane that is fed; logits [lanes, vocab], valid until the next call."""
+        values = self.lanes.inputs(call)
+        for name, array in self._arrays.items():
+            array[...] = values[name]
+        if self.lanes.device != "cpu":
             self._bind_inputs()  # there binding is what copies them
         self._session.run_with_iobinding(self._binding)
-        self.cache.length += 1
-        logits: Floats = self.logits[0]
-        return logits
+        self.lanes.append(call.counts)
+        return self.logits
 
 
 class OrtBackend:
-    """Executes a bundle's graphs with ONNX Runtime."""
+    """Executes a bundle's graphs with ONNX Runtime. In a routed one the plugin's operations are run by their function
+    bodies: slow, and exact; so it is verified where there is no TensorRT, and its engine compared with it."""
 
-    chunk_rows = CHUNK_ROWS
-    mixes_experts = False
+    most_logits = sys.maxsize
 
     def __init__(
         self,
@@ -148,6 +120,9 @@ class OrtBackend:
         """`load_graph` makes the session of a graph, its cache of any length and of `cache_type` (default: the
         bundle's): verification hands in one that edits the graphs in memory."""
         self.ort = import_onnxruntime()
+        self.chunk_rows = CHUNK_ROWS
+        self.mixes_experts = manifest.is_routed
+        self.most_lanes = MOST_LANES if manifest.is_routed else 1
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
@@ -185,59 +160,63 @@ class OrtBackend:
             self.drop("vision")
         return rows
 
-    def new_cache(self, positions: Ints) -> HostCache:
+    def new_lanes(self, count: int, slots: int) -> OrtLanes:
         """See Backend."""
         if self.provider != "cpu":
             self.session(self.manifest.token_graph)  # which tells what is missing, where memory of a device only fails
-        slots = self.manifest.context_tokens if self._has_fixed_cache else len(positions)
-        return OrtCache(self.ort, self.manifest, positions, slots, self._cache_type, self.provider)
+        slots = self.manifest.context_tokens if self._has_fixed_cache else slots
+        return OrtLanes(self.ort, self.manifest, count, slots, self._cache_type, self.provider)
 
-    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
+    def run(self, call: Call, lanes: Lanes) -> Floats:
         """See Backend."""
-        outputs = self.run_graph(vision_mask, hidden, cache, logit_rows, () if vision_mask.all() else ("logits",))
-        return outputs.get("logits", np.zeros((0, self.manifest.embedding.vocab_size), np.float32))
+        graph = self.graph_of(call.vision_mask)
+        has_head = graph == self.manifest.token_graph
+        outputs = self.run_graph(call, lanes, ("logits",) if has_head else ())
+        return outputs["logits"] if has_head else np.zeros((0, self.manifest.embedding.vocab_size), np.float32)
 
     def graph_of(self, vision_mask: Bools) -> str:
         """The decoder graph that takes rows of these experts."""
-        return GRAPH_OF_EXPERT[expert_of(vision_mask)]
+        return ROUTED_GRAPH if self.manifest.is_routed else GRAPH_OF_EXPERT[expert_of(vision_mask.reshape(-1))]
 
-    def run_graph(
-        self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints, outputs: tuple[str, ...]
-    ) -> dict[str, Floats]:
-        """One call of the decoder graph of the rows' expert; the named outputs beside the cache."""
-        assert isinstance(cache, OrtCache), "a cache made by this backend"
-        inputs: dict[str, NDArray[Any]] = {"hidden": hidden, **cache.counters(len(hidden)), "logit_rows": logit_rows}
-        found = self._run_bound(self.graph_of(vision_mask), cache.bind, inputs, outputs)
-        cache.length += len(hidden)
-        return found
-
-    def _run_bound(
-        self,
-        graph: str,
-        bind_cache: Callable[[Any], None],
-        inputs: dict[str, NDArray[Any]],
-        outputs: tuple[str, ...],
-    ) -> dict[str, Floats]:
-        """One call of a decoder graph over a bound cache, with those of the inputs that it takes; the named outputs."""
-        session = self.session(graph)
+    def run_graph(self, call: Call, lanes: Lanes, outputs: tuple[str, ...]) -> dict[str, Floats]:
+        """One call of the decoder graph of its rows; the named outputs beside the cache, [lanes * rows, ...]."""
+        assert isinstance(lanes, OrtLanes), "lanes made by this backend"
+        graph = self.graph_of(call.vision_mask)
+        session, values = self.session(graph), lanes.inputs(call)
         binding = session.io_binding()
-        bind_cache(binding)
+        lanes.bind(binding)
         for info in self.manifest.graphs[graph].inputs:
-            if info.name in inputs:
-                binding.bind_cpu_input(info.name, np.ascontiguousarray(inputs[info.name]))
+            if info.name in values:
+                binding.bind_cpu_input(info.name, np.ascontiguousarray(values[info.name]))
         for name in outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        values = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
-        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+        lanes.append(call.counts)
+        found = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
+        return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
 
-    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
+    def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
         """See Backend."""
-        assert isinstance(cache, OrtCache), "a cache made by this backend"
-        if self._decode is None or self._decode.cache is not cache:
-            info = self.manifest.embedding
-            self._decode = DecodeBinding(self.ort, self.session("decoder_text"), cache, info.hidden, info.vocab_size)
-        return self._decode.run(hidden)
+        assert isinstance(lanes, OrtLanes), "lanes made by this backend"
+        call = Call.of_tokens(hidden, is_fed)
+        if self._decode is None or not self._decode.fits(lanes):
+            graph, vocab_size = self.manifest.token_graph, self.manifest.embedding.vocab_size
+            inputs = [info.name for info in self.manifest.graphs[graph].inputs]
+            self._decode = DecodeBinding(self.ort, self.session(graph), inputs, lanes, call, vocab_size)
+        return self._decode.run(call)
+
+    def warm_up(self, graphs: Sequence[str]) -> None:
+        """See Backend."""
+        for graph in graphs:
+            self.session(graph)
+
+    def device_use(self) -> DeviceUse | None:
+        """See Backend."""
+        if self.provider != "cuda":
+            return None
+        device = CudaDevice()
+        before = device.free_bytes()
+        return DeviceUse(device.name, None, lambda: before - device.free_bytes())
 
     def close(self) -> None:
         """See Backend."""

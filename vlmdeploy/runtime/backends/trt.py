@@ -1,4 +1,5 @@
-"""The TensorRT backend: the bundle's engines over one KV cache on the device.
+"""The TensorRT backend: the bundle's engines over one KV cache on the device. Calls of a routed decoder take rows of
+both experts and of several prompts; its inputs have a batch axis.
 
 Buffers are allocated once. Keys and values are written in place: past and present of a layer are one address. A decoded
 token is one launch of a captured CUDA graph. With residency "phase" the engines that only a prompt needs are unloaded
@@ -6,7 +7,7 @@ when it is read, and loaded again for the next one.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import EngineInfo, Manifest
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import BackendError
-from vlmdeploy.layout import Bools, Ints, expert_of
+from vlmdeploy.layout import Bools, expert_of
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
-from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, Floats, KvCache
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, ROUTED_GRAPH, DeviceUse
+from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
@@ -28,19 +30,8 @@ logger = logging.getLogger("vlmdeploy")
 RESERVE_BYTES = 300 << 20  # CUDA context, libraries and kernels
 
 
-@dataclass
-class TrtCache:
-    """The KV cache of one prompt; only the newest one of a backend is valid, all use the same memory."""
-
-    length: int
-    capacity: int
-    positions: Ints
-
-
 class TrtBackend:
     """Executes a bundle's engines with TensorRT or TensorRT-RTX."""
-
-    mixes_experts = False
 
     def __init__(
         self,
@@ -63,22 +54,23 @@ class TrtBackend:
         if manifest.plugin is not None and manifest.plugin.library:
             load_plugin_library(folder / manifest.plugin.library, self.library)  # before an engine that needs it
         self.device = device or CudaDevice()
+        self.mixes_experts = manifest.is_routed
         self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
-        self.logit_rows = min(engine.logit_rows for engine in manifest.engines.values())
+        self.most_logits = min(engine.logit_rows for engine in manifest.engines.values())
+        self.most_lanes = min(engine.batch for engine in manifest.engines.values())
         for info in manifest.engines.values():
             check_engine(f"{folder / info.file}", info, self.library, self.device.compute_capability)
         check_memory(folder, manifest, residency, self.device.free_bytes())
         self._logger = self.library.logger(_tell)
         self._runtime = self.library.module.Runtime(self._logger)
         self._engines: dict[str, list[Engine]] = {}
-        self.batch = min(engine.batch for engine in manifest.engines.values())
-        sizes = buffer_bytes(manifest, self.chunk_rows, self.logit_rows, self.batch)
+        sizes = buffer_bytes(manifest, self.chunk_rows, self.most_logits, self.most_lanes)
         self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
         self._scratch = self.device.allocate(0)
         self._graph: Any = None
+        self._graph_lanes = 0  # lanes of a call that the captured graph serves
         self._can_capture: bool | None = None  # not asked yet
-        self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
-        self._newest: KvCache | None = None
+        self._newest: Lanes | None = None
 
     def engines(self, graph: str) -> list[Engine]:
         """The engines of a graph in the order of their layers, loaded on first use."""
@@ -129,29 +121,22 @@ class TrtBackend:
             self.drop("vision")
         return rows
 
-    def new_cache(self, positions: Ints) -> KvCache:
-        """See Backend. The cache made before is no longer valid."""
-        cache = TrtCache(0, len(positions), positions)
-        self._newest = cache
-        return cache
+    def new_lanes(self, count: int, slots: int) -> Lanes:
+        """See Backend. The lanes made before are no longer valid: all use the same memory."""
+        assert count <= self.most_lanes and slots <= self.manifest.context_tokens, "what the engines were built for"
+        self._newest = Lanes(count, self.manifest.context_tokens)
+        return self._newest
 
-    def run_rows(self, vision_mask: Bools, hidden: Floats, cache: KvCache, logit_rows: Ints) -> Floats:
-        """See Backend. Runs pieces that the engines take: rows of one call, and logits of one call, are limited."""
-        logits = np.empty((len(logit_rows), self.manifest.embedding.vocab_size), np.float32)
-        for start, stop in pieces(len(hidden), logit_rows, self.chunk_rows, self.logit_rows):
-            asked = (logit_rows >= start) & (logit_rows < stop)
-            mask, rows = vision_mask[start:stop], hidden[start:stop]
-            logits[asked] = self._run_piece(mask, rows, cache, logit_rows[asked] - start)
-        return logits
-
-    def _run_piece(self, vision_mask: Bools, hidden: Floats, cache: KvCache, asked: Ints) -> Floats:
-        """One call of a decoder; logits [asked, vocab]."""
-        valid = self._valid(cache)
-        inputs = self._inputs(hidden, valid, asked)
+    def run(self, call: Call, lanes: Lanes) -> Floats:
+        """See Backend."""
+        inputs = self._inputs(call, lanes)
         self._upload(inputs)
-        self._run(GRAPH_OF_EXPERT[expert_of(vision_mask)], PROMPT, self._shapes(inputs))
-        valid.length += len(hidden)
-        return self._download_logits(len(asked))
+        self._run(self._graph_of(call.vision_mask), PROMPT, self._shapes(inputs))
+        lanes.append(call.counts)
+        return self._download_logits(len(call.logit_rows))
+
+    def _graph_of(self, vision_mask: Bools) -> str:
+        return ROUTED_GRAPH if self.mixes_experts else GRAPH_OF_EXPERT[expert_of(vision_mask.reshape(-1))]
 
     def _download_logits(self, count: int) -> Floats:
         logits = np.empty((count, self.manifest.embedding.vocab_size), np.float32)
@@ -159,33 +144,38 @@ class TrtBackend:
             self.device.download(self._buffers["logits"], logits)
         return logits
 
-    def _inputs(self, hidden: Floats, cache: TrtCache, asked: Ints) -> dict[str, NDArray[Any]]:
-        """What one call of a decoder is told, by name of the graph's input."""
-        total = cache.length + len(hidden)
-        return {
-            "hidden": hidden,
-            "position_ids": cache.positions[None, cache.length : total],
-            "write_index": np.array([cache.length], np.int64),
-            "lengths": np.array([total], np.int64),
-            "logit_rows": at_least_one(asked),
-        }
+    def _inputs(self, call: Call, lanes: Lanes) -> dict[str, NDArray[Any]]:
+        """What one call of a decoder is told, by name of the graph's input. An engine gives at least one row of
+        logits."""
+        if lanes is not self._newest:
+            raise BackendError("this KV cache was given up when a new prompt was begun")
+        inputs = {name: value for name, value in lanes.inputs(call).items() if name in self._buffers}
+        return inputs if len(call.logit_rows) else inputs | {"logit_rows": np.zeros(1, np.int64)}
 
     def _upload(self, inputs: dict[str, NDArray[Any]]) -> None:
         for name, value in inputs.items():
             self.device.upload(value, self._buffers[name])
 
     def _shapes(self, inputs: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs whose shape varies."""
-        return {name: inputs[name].shape for name in ("hidden", "position_ids", "logit_rows")}
+        """Shapes of the inputs whose shape varies: in a routed decoder all that have a batch axis, the cache too."""
+        if not self.mixes_experts:
+            return {name: inputs[name].shape for name in ("hidden", "position_ids", "logit_rows")}
+        shape, lanes = self.manifest.cache, len(inputs["write_index"])
+        past = (lanes, shape.kv_heads, self.manifest.context_tokens, shape.head_dim)
+        names = [f"past_{kind}.{layer}" for layer in range(shape.num_layers) for kind in ("key", "value")]
+        return {name: value.shape for name, value in inputs.items()} | dict.fromkeys(names, past)
 
-    def decode(self, hidden: Floats, cache: KvCache) -> Floats:
-        """See Backend."""
-        valid = self._valid(cache)
-        self._run_token(self._inputs(hidden, valid, np.zeros(1, np.int64)))
-        valid.length += 1
-        self.device.download(self._buffers["logits"], self._logits)
-        logits: Floats = self._logits[0]
-        return logits
+    def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
+        """See Backend. A graph captured for another number of lanes does not serve."""
+        call = Call.of_tokens(hidden, is_fed)
+        inputs = self._inputs(call, lanes)
+        if lanes.count != self._graph_lanes:
+            self.device.synchronize()
+            self._forget_graph()
+            self._graph_lanes = lanes.count
+        self._run_token(inputs)
+        lanes.append(call.counts)
+        return self._download_logits(lanes.count)
 
     def _run_token(self, inputs: dict[str, NDArray[Any]]) -> None:
         """Run one row of each prompt, from the second time on by launching a captured graph."""
@@ -234,14 +224,16 @@ class TrtBackend:
         """Where a tensor of an engine lives."""
         return self._buffers[buffer_of(name, info)].address
 
-    def _valid(self, cache: KvCache) -> TrtCache:
-        self._check_newest(cache)
-        assert isinstance(cache, TrtCache), "a cache made by this backend"
-        return cache
+    def warm_up(self, graphs: Sequence[str]) -> None:
+        """See Backend."""
+        for graph in graphs:
+            self.engines(graph)
 
-    def _check_newest(self, cache: KvCache) -> None:
-        if cache is not self._newest:
-            raise BackendError("this KV cache was given up when a new prompt was begun")
+    def device_use(self) -> DeviceUse:
+        """See Backend."""
+        planned = sum(buffer.size for buffer in self._buffers.values())
+        before = planned + self.device.free_bytes()
+        return DeviceUse(self.device.name, planned, lambda: before - self.device.free_bytes())
 
     def end_prefill(self) -> None:
         """Unload what only a prompt needs, when only the current phase shall be resident."""
@@ -277,24 +269,6 @@ def buffer_of(name: str, info: EngineInfo) -> str:
         is_input = name == f"layer.{info.layers[0] - 1}.out"
         return f"between.{(info.part - is_input) % 2}"
     return name
-
-
-def pieces(num_rows: int, asked: Ints, chunk_rows: int, logit_rows: int) -> list[tuple[int, int]]:
-    """Row ranges that cover a segment, each at most `chunk_rows` long and with at most `logit_rows` asked rows."""
-    result, start = [], 0
-    while start < num_rows:
-        inside = asked[asked >= start]
-        stop = min(start + chunk_rows, num_rows)
-        if len(inside) > logit_rows:
-            stop = min(stop, int(inside[logit_rows]))
-        result.append((start, stop))
-        start = stop
-    return result
-
-
-def at_least_one(asked: Ints) -> Ints:
-    """An engine gives at least one row of logits."""
-    return asked if len(asked) else np.zeros(1, np.int64)
 
 
 def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int, batch: int = 1) -> dict[str, int]:

@@ -1,0 +1,150 @@
+"""Prompts side by side in the KV cache, and one call of a decoder over them. One prompt is a single lane.
+
+A lane is one prompt's part of the cache. Every call runs the same number of rows in each lane; what a lane lacks is
+padding behind its real rows. Padding is written behind what an open lane holds, where the next call overwrites it, and
+is never read; a closed lane holds nothing that counts.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmdeploy.bundle import CacheShape
+from vlmdeploy.layout import Bools, Ints
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a decoder: the same number of rows of every lane, what a lane lacks padded at its end.
+
+    hidden float32 [lanes, rows, hidden], vision_mask bool [lanes, rows], counts int64 [lanes]: real rows of each lane;
+    logit_rows int64 [asked]: counted over lanes * rows, rows of the language expert only.
+    """
+
+    hidden: Floats
+    vision_mask: Bools
+    counts: Ints
+    logit_rows: Ints
+
+    @classmethod
+    def of_one(cls, hidden: Floats, vision_mask: Bools, logit_rows: Ints) -> "Call":
+        """Rows [rows, hidden] of a single lane."""
+        return cls(hidden[None], vision_mask[None], np.array([len(hidden)]), logit_rows)
+
+    @classmethod
+    def of_tokens(cls, hidden: Floats, is_fed: Bools) -> "Call":
+        """One new token's row [lanes, hidden] of the lanes that `is_fed`; the logits of all lanes."""
+        lanes = np.arange(len(hidden))
+        return cls(hidden[:, None], np.zeros((len(hidden), 1), np.bool_), is_fed.astype(np.int64), lanes)
+
+
+class Lanes:
+    """The bookkeeping of the lanes of a KV cache; a backend adds their memory.
+
+    positions int64 [lanes, slots]: the position id of every slot; lengths int64 [lanes]: how many slots are filled;
+    capacities int64 [lanes]: how many a lane's prompt may fill, 0 for a lane that is closed.
+    """
+
+    def __init__(self, count: int, slots: int) -> None:
+        self.positions = np.zeros((count, slots), np.int64)
+        self.lengths = np.zeros(count, np.int64)
+        self.capacities = np.zeros(count, np.int64)
+
+    @property
+    def count(self) -> int:
+        """How many lanes there are."""
+        return len(self.lengths)
+
+    @property
+    def slots(self) -> int:
+        """How many positions each can hold."""
+        return self.positions.shape[1]
+
+    @property
+    def is_open(self) -> Bools:
+        """Which lanes hold a prompt, bool [lanes]."""
+        return self.capacities > 0
+
+    @property
+    def is_full(self) -> Bools:
+        """Which open lanes have no slot left, bool [lanes]."""
+        return self.is_open & (self.lengths >= self.capacities)
+
+    def begin(self, lane: int, positions: Ints) -> None:
+        """Empty a lane and open it for a prompt with one slot for each position id, int64 [capacity]."""
+        assert len(positions) <= self.slots, "a lane of so many slots"
+        self.positions[lane, : len(positions)] = positions
+        self.lengths[lane], self.capacities[lane] = 0, len(positions)
+
+    def end(self, lane: int) -> None:
+        """Close a lane."""
+        self.lengths[lane] = self.capacities[lane] = 0
+
+    def most_rows(self, lanes: Collection[int]) -> int:
+        """The longest call with rows of these lanes that leaves room for the padding of the others. A full one has no
+        room and needs none: nothing will read it again."""
+        waiting = self.is_open & ~self.is_full
+        waiting[list(lanes)] = False
+        return int((self.slots - self.lengths[waiting]).min(initial=self.slots))
+
+    def starts(self, num_rows: int) -> Ints:
+        """The slot of each lane's first row in a call, int64 [lanes]: behind what it holds."""
+        return np.minimum(self.lengths, self.slots - num_rows)
+
+    def row_positions(self, counts: Ints, num_rows: int) -> Ints:
+        """Position ids of a call's rows, int64 [lanes, rows]; 0 for padding."""
+        positions = np.zeros((self.count, num_rows), np.int64)
+        for lane, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            positions[lane, :count] = self.positions[lane, start : start + count]
+        return positions
+
+    def inputs(self, call: Call) -> dict[str, NDArray[Any]]:
+        """What decoder graphs are told of a call, by name: a graph takes those that its dialect knows."""
+        lanes, num_rows, width = call.hidden.shape
+        return {
+            "hidden": call.hidden.reshape(lanes * num_rows, width),
+            "experts": call.vision_mask.reshape(-1).astype(np.int32),
+            "logit_rows": call.logit_rows,
+            **self.counters(call.counts, num_rows),
+        }
+
+    def counters(self, counts: Ints, num_rows: int) -> dict[str, NDArray[Any]]:
+        """Of these inputs, those that say where the rows go."""
+        starts = self.starts(num_rows)
+        totals = starts + num_rows
+        return {
+            "position_ids": self.row_positions(counts, num_rows),
+            "write_index": starts,
+            "lengths": totals,
+            "seqlens_k": (totals - 1).astype(np.int32),
+            "total_sequence_length": np.array(totals.max(), np.int32),
+        }
+
+    def append(self, counts: Ints) -> None:
+        """The real rows of a call are in the cache now."""
+        self.lengths += counts
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of every cache slot's position, float32 [capacity, head_dim / 2]."""
+
+    cos: Floats
+    sin: Floats
+
+
+def rope_table(shape: CacheShape, positions: Ints) -> RopeTable:
+    """Angles position * inv_freq in float32 for each slot. positions int64 [capacity]."""
+    angles = positions.astype(np.float32)[:, None] * np.array(shape.inv_freq, np.float32)
+    return RopeTable(np.cos(angles), np.sin(angles))
+
+
+def slot_positions(prompt_positions: Ints, capacity: int) -> Ints:
+    """Position ids of all slots of a lane: the prompt's, then one more for each new token."""
+    new = int(prompt_positions[-1]) + 1 + np.arange(capacity - len(prompt_positions))
+    return np.concatenate((prompt_positions, new))
