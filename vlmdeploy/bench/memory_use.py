@@ -12,7 +12,7 @@ from pathlib import Path
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import Backend
-from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
+from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.memory import sizes_in
 
 OWN_PROCESS = Path("/proc/self")
@@ -116,8 +116,7 @@ class DeviceMemory:
 def device_memory(backend: Backend, provider: str) -> DeviceMemory:
     """The meter of a backend that was just opened and has loaded nothing; none where no GPU is used."""
     if isinstance(backend, TrtBackend):
-        planned = sum(buffer_bytes(backend.manifest, backend.chunk_rows, backend.logit_rows).values())
-        return _device_memory(backend.device, planned, planned)
+        return _device_memory(backend.device, backend.planned_bytes, backend.planned_bytes)
     if provider != "cuda":
         return DeviceMemory("none: no GPU is used")
     try:

@@ -80,6 +80,11 @@ class TrtBackend:
         self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
         self._newest: KvCache | None = None
 
+    @property
+    def planned_bytes(self) -> int:
+        """Buffers and KV cache, which are held from the start."""
+        return sum(buffer.size for buffer in self._buffers.values())
+
     def engines(self, graph: str) -> list[Engine]:
         """The engines of a graph in the order of their layers, loaded on first use."""
         if graph not in self._engines:
