@@ -130,23 +130,29 @@ def _last_layer(layer: DecoderLayer, language: Tensor, vision: Tensor, fixed: Fi
 def _qkv(layer: DecoderLayer, language: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
     """Queries, keys and values of the rows before the texts, in the order of the prompt, and of the texts."""
     texts = language.shape[1] - 2
-    from_language = F.linear(unit_rms(language, layer.attention_norm), _qkv_weight(layer, "language"))
-    from_vision = F.linear(unit_rms(vision, layer.attention_norm), _qkv_weight(layer, "vision"))
+    from_language = _projected(layer, "language", language)
+    from_vision = _projected(layer, "vision", vision)
     start, end, text = from_language.split((1, 1, texts), 1)
     return torch.cat((start, from_vision, end), 1), text
 
 
-def _qkv_weight(layer: DecoderLayer, name: str) -> Tensor:
-    """The packed projection, made to take unit_rms: the norm's gain and the scale of the scores are inside.
+def _projected(layer: DecoderLayer, name: str, rows: Tensor) -> Tensor:
+    """Queries, keys and values of one expert's rows; the norm's gain and the scale of the scores are in the weight."""
+    qkv = _expert(layer, name).qkv
+    weight = _for_rotation(layer, qkv.weight * _gain(layer.attention_norm))
+    bias = None if qkv.bias is None else _for_rotation(layer, qkv.bias)
+    return F.linear(unit_rms(rows, layer.attention_norm), weight, bias)
 
-    The channels of a query or key head are reordered so that the two of a rotary pair are neighbours.
+
+def _for_rotation(layer: DecoderLayer, values: Tensor) -> Tensor:
+    """Weight or bias [out, ...] of a packed projection with the scale of the scores in the queries, and the channels of
+    a query or key head reordered so that the two of a rotary pair are neighbours.
     """
     spec = layer.spec
-    weight = _expert(layer, name).qkv.weight * _gain(layer.attention_norm)
     rotated = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    pairs = weight[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    pairs = values[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     queries, keys = pairs.split((spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim))
-    return torch.cat((queries * spec.head_dim**-0.5, keys, weight[rotated:]))
+    return torch.cat((queries * spec.head_dim**-0.5, keys, values[rotated:]))
 
 
 def _heads(layer: DecoderLayer, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
