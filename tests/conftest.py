@@ -3,6 +3,8 @@ run without."""
 
 import os
 import signal
+import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
+
+# What no test may depend on is odd in every run, so that a test which does falls here and not on another machine only:
+# the terminal's width, the language, the time zone, how long temporary paths are. What the package caches lies there
+# too, not in the home of whoever runs the tests.
+DEEP = f"{'a-deep-temporary-folder-' * 6}{os.getuid()}"
+temporary = Path(tempfile.gettempdir())
+if temporary.name != DEEP:  # workers of pytest-xdist inherit it
+    temporary /= DEEP
+    temporary.mkdir(exist_ok=True)
+    tempfile.tempdir = str(temporary)
+os.environ |= {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(temporary / "cache")}
+os.environ |= {"COLUMNS": "40", "LC_ALL": "C", "TZ": "Asia/Kathmandu"}
+time.tzset()
 
 # Triton decides when it is imported whether kernels are compiled or interpreted; here they are interpreted, on any
 # machine. What compiles them is a process of its own, which sets this itself.

@@ -89,7 +89,9 @@ def started(ckpt: Path, data: Path, out: Path, kill_at: int = 0) -> Any:
     out.parent.mkdir(exist_ok=True)
     arguments = ["quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST]
     child = children.Process(target=command, args=([str(argument) for argument in arguments], out, kill_at))
-    child.start()
+    with pytest.MonkeyPatch.context() as patch:  # the server's socket lies there, and its path has 107 bytes at most
+        patch.setattr("tempfile.tempdir", "/tmp")
+        child.start()
     return child
 
 

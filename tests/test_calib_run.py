@@ -378,7 +378,7 @@ def test_budget_that_cannot_be_is_one_line(
 def test_senseless_size_is_told_before_any_work(tmp_path: Path, option: str, value: str) -> None:
     """Not a number and infinity came far: they were errors of Python when every cost had been measured."""
     error = refusal(tmp_path / "no checkpoint", tmp_path / "no data", tmp_path / "out", option, value)
-    assert f'{option} "{value[:80]}": expected a size such as 9.0GB' in error and len(error) < 200
+    assert f'{option} "{value[:80]}": expected a size such as 9.0GB' in error and "9" * 100 not in error
 
 
 def test_budget_where_no_group_fits_leaves_that_linear_as_planned(ckpt: Path, data: Path, tmp_path: Path) -> None:

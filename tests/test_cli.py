@@ -3,6 +3,7 @@ no torch. Results go to stdout, everything else to stderr; an error is one line.
 """
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from tests.tiny_bundle import (
 )
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.cli import error_line, main
+from vlmdeploy.cli.console import print_rows
 from vlmdeploy.runtime.sampling import SamplingOptions
 
 COMMANDS = sorted(main.commands)
@@ -105,6 +107,25 @@ def test_module_is_the_command(bundle: Path) -> None:
     done = run_process("-m", "vlmdeploy", "inspect", bundle, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["target"] == "ort-int4"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_headline_is_one_line_and_cells_are_whole(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headline was the table's title and wrapped with it, so a long path cut its verdict in two. A word wider than
+    its column lost its end.
+    """
+    headline, cell = f"/{'folder' * 20}: agrees in all 3 comparisons", "x" * 300
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", shown := stream())
+    print_rows(headline, ["stage", "where"], [["vision", cell]])
+    first, *table = shown.getvalue().splitlines()
+    assert first == headline and sum(line.count("x") for line in table) == len(cell)
+    assert stream is Terminal or any(cell in line for line in table), "a row of a file or a pipe is one line"
 
 
 # Exit status and the one line of an error
@@ -212,10 +233,12 @@ def test_export_options_reach_the_bundle(ckpt: Path, tmp_path: Path) -> None:
 def test_verify_with_and_without_the_checkpoint(ckpt: Path, bundle: Path) -> None:
     for options, num_stages in (([], 2), (["--ckpt", ckpt], 30)):
         result = run_cli("verify", bundle, *options, "--threads", 1)
-        assert result.exit_code == 0 and "agrees in all" in result.stdout and "logits" in result.stdout
+        assert result.exit_code == 0 and "logits" in result.stdout
         document = only_json_document(run_cli("verify", bundle, *options, "--threads", 1, "--json"))
         assert document["passed"] is True and len(document["stages"]) >= num_stages
         assert {"stage", "check", "max_error", "tolerance"} <= set(document["stages"][0])
+        verdict = f"{bundle}: agrees in all {len(document['stages'])} comparisons"
+        assert result.stdout.splitlines()[0] == verdict, "a line of its own, however long the path is"
 
 
 def test_verify_refuses_an_altered_bundle(bundle: Path, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
         (changed(image=7), '"image" is 7, expected a string'),
         (changed(image="images/none.png"), "images/none.png: no such file"),
         (changed(image="images"), "images: no such file"),
+        (changed(image="images/" * 20 + "none.png"), "images/none.png: no such file"),
         (changed(image="x" * 5000), "x" * 80 + "...: File name too long"),
         (changed(image="data:image/png;base64," + "A" * 9000), "AAA... is a data URL, expected the path of a file"),
         (changed(messages=[{"role": "x" * 5000, "content": ""}]), "message 0 has the role 'xxx"),

@@ -1,5 +1,6 @@
 """Agreement: the planner's bytes are the bytes that an export writes, tensor by tensor; and the published budget."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +137,17 @@ def test_unknown_family_lists_those_there_are() -> None:
     assert family_names() == ["cogvlm", "cogvlm2", "glm4v"]
 
 
-def test_config_without_weights_needs_the_family(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "ckpt", "cogvlm2")
-    expected = checkpoint_model(folder).geometry
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match=r"does not tell .* say which with --family cogvlm\|cogvlm2"):
+@pytest.mark.parametrize("family", ["cogvlm", "cogvlm2"])
+def test_config_without_weights_tells_the_family_or_it_is_asked_for(tmp_path: Path, family: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path, family, heads=8, kv_heads=8)
+    expected = checkpoint_model(folder).geometry.decoder
+    (folder / "model.safetensors").unlink()
+    assert checkpoint_model(folder).geometry.decoder == expected
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 5, "num_multi_query_heads": None}))
+    with pytest.raises(ConfigError, match=r"does not tell cogvlm from .* say which with --family cogvlm\|cogvlm2"):
         checkpoint_model(folder)
-    assert checkpoint_model(folder, "cogvlm2").geometry == expected
+    assert checkpoint_model(folder, family).geometry.decoder == expected
 
 
 @pytest.mark.parametrize("name", ["CogVLM2", "cogvlm-2", "GLM-4V", "glm_4v"])

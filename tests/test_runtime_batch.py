@@ -13,6 +13,7 @@ import pytest
 from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
 from tests.tiny_bundle import export, picture, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
+from vlmdeploy.bench.memory_use import device_memory
 from vlmdeploy.bundle import PluginUse, read_manifest
 from vlmdeploy.errors import BackendError, PromptError
 from vlmdeploy.export.engines.parts import EnginePart
@@ -211,6 +212,15 @@ def test_engines_answer_as_the_graphs_do(built: Path, routed: Path, residency: s
         assert lists(session.generate_ids_batch(questions(), NEW_TOKENS)) == alone(reference)
         for ids, pixels in questions():
             np.testing.assert_allclose(session.logits(ids, pixels), reference.logits(ids, pixels), atol=2e-3)
+
+
+def test_planned_memory_is_that_of_a_whole_batch(built: Path) -> None:
+    """It was counted for one prompt, so a benchmark told too little memory of engines that were built for several."""
+    session, device = open_fake(built)
+    found = device_memory(session.backend)
+    empty_scratch = 1
+    assert found.planned_bytes == device.used_bytes() - empty_scratch
+    assert found.in_use is not None and found.in_use() == found.planned_bytes
 
 
 def test_tokens_of_a_batch_are_launches_of_one_captured_graph(built: Path) -> None:

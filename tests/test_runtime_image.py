@@ -201,6 +201,13 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_long_path_is_named_to_its_end(tmp_path: Path) -> None:
+    """The name was cut after 200 characters, so the file's own name was missing where folders are deep."""
+    path = tmp_path / ("folder" * 20) / ("folder" * 20) / "gone.png"
+    with pytest.raises(DataError, match=f"^{path}: no such file"):
+        load_image(path)
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

@@ -83,7 +83,8 @@ def test_a_row_without_answer_is_told_with_its_file_and_name_before_a_model_is_o
     rows = [{"index": 7, "question": "Q" * 500, "A": "x", "B": "y", "answer": answer} for answer in ("A", "")]
     path = write_tsv(tmp_path / "MMBench.tsv", rows[0], rows[1] | {"index": 8})
     line = only_error_line(run_cli("validate", "--bundle", tmp_path, "--data", path))
-    assert 'MMBench.tsv: question "8" (' in line and "QQQ...'): has no reference answer" in line and len(line) < 300
+    assert 'MMBench.tsv: question "8" (' in line and "QQQ...'): has no reference answer" in line
+    assert "Q" * 100 not in line
 
 
 def test_a_device_that_is_not_there_is_one_line(ckpt: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

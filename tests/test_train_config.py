@@ -31,6 +31,45 @@ def test_digits_recipe_is_read() -> None:
     assert config.tokenizer_path == DIGITS / "tokenizer.json"
 
 
+IDS = "bos_token_id = 1\neos_token_id = 2\npad_token_id = 0\n"
+OTHER_IDS = "bos_token_id = 301\neos_token_id = 302\npad_token_id = 303\n"
+KV_HEADS = "num_multi_query_heads = 2\n"
+RELEASED_IDS = "bos_token_id = 128000\neos_token_id = 128001\npad_token_id = 128002\n"
+
+
+@pytest.mark.parametrize(
+    ("ids", "family"),
+    [
+        (IDS, "cogvlm"), (IDS + KV_HEADS, "cogvlm2"), (OTHER_IDS + KV_HEADS, "cogvlm2"),
+        (OTHER_IDS + 'family = "cogvlm"\n', "cogvlm"), (OTHER_IDS + KV_HEADS + 'family = "cogvlm2"\n', "cogvlm2"),
+        (RELEASED_IDS + KV_HEADS, "cogvlm2"),
+    ],
+)  # fmt: skip
+def test_model_is_of_the_family_that_its_keys_tell(tmp_path: Path, ids: str, family: str) -> None:
+    """Without tensors every recipe was read as CogVLM's: one of CogVLM2 trained another model than it described."""
+    config = load_config(write_recipe(tmp_path, (IDS, ids), ("vocab_size = 320", "vocab_size = 128256")))
+    assert config.spec.family == family
+    assert "family" not in config.model_config, "config.json holds the published keys"
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (OTHER_IDS, "\"family\" is missing, expected 'cogvlm' or 'cogvlm2'"),
+        (OTHER_IDS + 'family = "glm4v"\n', "\"family\" is 'glm4v', expected 'cogvlm' or 'cogvlm2'"),
+        (OTHER_IDS + "family = [2]\n", "\"family\" is [2], expected 'cogvlm' or 'cogvlm2'"),
+        (KV_HEADS + 'family = "cogvlm"\n', "\"family\" is 'cogvlm', expected 'cogvlm2'"),
+        (IDS + 'family = "cogvlm2"\n', "\"family\" is 'cogvlm2', expected 'cogvlm'"),
+        (RELEASED_IDS + 'family = "cogvlm"\n', "\"family\" is 'cogvlm', expected 'cogvlm2'"),
+    ],
+)
+def test_family_that_the_keys_leave_open_or_exclude_is_asked_for(tmp_path: Path, ids: str, message: str) -> None:
+    path = write_recipe(tmp_path, (IDS, ids))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: [model]: {message} (what the other keys fit; ")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

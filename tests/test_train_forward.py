@@ -18,9 +18,10 @@ CHUNK, ROW = 8, 24
 LENGTHS = ((8, 5, 3, 7), (1, 2, 8, 8, 4), (6,))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
-    tiny = TinyCheckpoint("cogvlm")
+@pytest.fixture(scope="module", params=["cogvlm", "cogvlm2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
+    """CogVLM2 has grouped heads, and a bias on the vision expert's QKV, which training once left out."""
+    tiny = TinyCheckpoint(request.param)
     return load_model(write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny.config(), tiny.tensors()))
 
 

@@ -170,6 +170,14 @@ def test_run_lowers_the_loss_and_writes_a_checkpoint_that_answers(recipe: Path) 
     assert answers(out) == ["0", "1"]
 
 
+def test_trained_cogvlm2_is_read_back_as_one(recipe: Path) -> None:
+    change(recipe, "images = 320", "images = 8")
+    change(recipe, "num_attention_heads = 2", 'num_attention_heads = 2\nnum_multi_query_heads = 1\nfamily = "cogvlm2"')
+    train(recipe)
+    config = json.loads((recipe.with_name("out") / "config.json").read_text())
+    assert load_model(recipe.with_name("out")).spec.family == "cogvlm2" and "family" not in config
+
+
 @pytest.mark.slow
 def test_killed_run_continues_exactly_where_it_was(recipe: Path) -> None:
     whole = train(recipe, "whole")

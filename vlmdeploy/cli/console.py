@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 ReportProgress = Callable[[str, int, int], None]
+UNWRAPPED = 2**20  # columns; more than any row has
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -34,14 +35,22 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; plain text when stdout is not a terminal."""
-    table = Table(title=Text(_showable(title)), title_justify="left")
+def print_headline(text: str) -> None:
+    """What a command found, on stdout: whole lines, never wrapped or cut, however long the paths in them are."""
+    print(_showable(text))
+
+
+def print_rows(headline: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A headline and a table below it, on stdout: a terminal wraps long cells, nothing cuts them; in a file or a pipe
+    each row is one line of plain text.
+    """
+    print_headline(headline)
+    table = Table()
     for column in columns:
-        table.add_column(Text(column))
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(_showable(cell)) for cell in row))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else UNWRAPPED, highlight=False).print(table)
 
 
 def warn(message: str) -> None:

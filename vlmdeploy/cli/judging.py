@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vlmdeploy.cli.console import print_json, print_rows, progress_bar
+from vlmdeploy.cli.console import print_headline, print_json, print_rows, progress_bar
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -168,7 +168,7 @@ def diff(
         print_json(found.as_json())
     else:
         print_rows(f"A: {a}, B: {b}", found.columns(), found.rows())
-        click.echo("\n".join(found.verdict()))
+        print_headline("\n".join(found.verdict()))
     if fail and not found.agrees:
         raise click.exceptions.Exit(1)
 

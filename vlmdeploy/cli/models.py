@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from vlmdeploy.cli.console import print_json, print_rows, progress_bar, warn
+from vlmdeploy.cli.console import print_headline, print_json, print_rows, progress_bar, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -38,7 +38,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
-        click.echo(f"{out}: {result.message}")
+        print_headline(f"{out}: {result.message}")
 
 
 @main.command()

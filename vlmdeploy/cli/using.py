@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import vlmdeploy
-from vlmdeploy.cli.console import print_json, print_rows, warn
+from vlmdeploy.cli.console import print_headline, print_json, print_rows, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -70,7 +70,7 @@ def plan(
     if as_json:
         print_json(plan_json(made))
         return
-    print(headline(made))
+    print_headline(headline(made))
     for table in plan_tables(made):
         print_rows(table.title, table.columns, table.rows)
     print_rows("what this rests on", [""], [[line] for line in made.assumptions])

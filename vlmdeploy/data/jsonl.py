@@ -6,6 +6,7 @@ Only messages and task are needed, and to calibrate only messages: kind defaults
 last message. Tasks of benchmarks may also have "answers", a list where several are right, and "options", {"A": "cat"}.
 """
 
+import errno
 import json
 import string
 import sys
@@ -175,9 +176,10 @@ def _image(row: Row, folder: Path, where: str) -> Path | None:
     try:
         is_file = (folder / name).is_file()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise DataError(f"{where}: picture {folder / short}: {error.strerror}") from error
+        shown = short if error.errno == errno.ENAMETOOLONG else name
+        raise DataError(f"{where}: picture {folder / shown}: {error.strerror}") from error
     if not is_file:
-        raise DataError(f"{where}: picture {folder / short}: no such file")
+        raise DataError(f"{where}: picture {folder / name}: no such file")
     return folder / name
 
 

@@ -19,15 +19,23 @@ def all_families() -> tuple[Family, ...]:
 
 def find_family(config: Config, tensor_names: frozenset[str]) -> Family:
     """The family that reads a checkpoint with this config.json and these tensors; ConfigError if there is none."""
+    matches = possible_families(config, tensor_names)
+    assert len(matches) == 1, f"families that claim the same checkpoint: {[family.NAME for family in matches]}"
+    return matches[0]
+
+
+def possible_families(config: Config, tensor_names: frozenset[str] | None) -> tuple[Family, ...]:
+    """The families that may read a checkpoint with this config.json: several where its tensors are not known (None) and
+    would tell. Raises ConfigError if there is none.
+    """
     if "vision_config" not in config:
         kind = config.get("model_type") or config.get("architectures")
         raise ConfigError(
             f'config.json: no "vision_config" (model type {kind!r}): a text-only model; expected a vision-language one'
         )
-    matches = [family for family in all_families() if family.detect(config, tensor_names)]
-    if len(matches) == 1:
-        return matches[0]
-    assert not matches, f"families that claim the same checkpoint: {[family.NAME for family in matches]}"
+    matches = tuple(family for family in all_families() if family.detect(config, tensor_names))
+    if matches:
+        return matches
     known = ", ".join(family.NAME for family in all_families())
     raise ConfigError(
         f"config.json: architecture {config.get('architectures')!r} (model_type {config.get('model_type')!r}) "

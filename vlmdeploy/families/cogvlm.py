@@ -28,6 +28,7 @@ from vlmdeploy.spec.weight_rules import Source, WeightRule
 NAME = "cogvlm"
 ARCHITECTURE = "CogVLMForCausalLM"
 DOWNSAMPLE_TENSOR = "model.vision.conv.weight"  # what tells CogVLM2 from CogVLM; the architecture string is the same
+KV_HEADS_KEY = "num_multi_query_heads"  # of CogVLM2's code alone, whose released config.json leaves it out
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONNECTOR_NORM_EPS = 1e-5  # the framework's default, not the encoder's 1e-6
@@ -42,17 +43,6 @@ RELEASED: Config = {  # chat-v1.1; base-490 and grounding-generalist have the sa
 }  # fmt: skip
 
 
-def detect(config: Config, tensor_names: frozenset[str]) -> bool:
-    """The CogVLM architecture string, and no downsampling convolution."""
-    return is_cogvlm(config) and DOWNSAMPLE_TENSOR not in tensor_names
-
-
-def is_cogvlm(config: Config) -> bool:
-    """Whether config.json names the architecture that CogVLM and CogVLM2 share."""
-    architectures = config.get("architectures")
-    return isinstance(architectures, list) and architectures[:1] == [ARCHITECTURE]
-
-
 @dataclass(frozen=True)
 class TokenDefaults:
     """Special ids for a config that does not give them."""
@@ -62,13 +52,43 @@ class TokenDefaults:
     stop_ids: tuple[int, ...]
 
 
+TOKENS = TokenDefaults(bos_id=1, pad_id=0, stop_ids=(2,))
+COGVLM2_TOKENS = TokenDefaults(bos_id=128000, pad_id=128002, stop_ids=(128001, 128009))
+
+
+def detect(config: Config, tensor_names: frozenset[str] | None) -> bool:
+    """The CogVLM architecture string, and no downsampling convolution."""
+    return is_cogvlm(config) and is_cogvlm2(config, tensor_names) is not True
+
+
+def is_cogvlm(config: Config) -> bool:
+    """Whether config.json names the architecture that CogVLM and CogVLM2 share."""
+    architectures = config.get("architectures")
+    return isinstance(architectures, list) and architectures[:1] == [ARCHITECTURE]
+
+
+def is_cogvlm2(config: Config, tensor_names: frozenset[str] | None) -> bool | None:
+    """Whether a checkpoint of that architecture is CogVLM2's: its tensors tell; where they are not known (None), a key
+    that only CogVLM2 has, or the special ids of a released model. None: it may be either.
+    """
+    if tensor_names is not None:
+        return DOWNSAMPLE_TENSOR in tensor_names
+    if config.get(KV_HEADS_KEY) is not None or _has_ids(config, COGVLM2_TOKENS):
+        return True
+    return False if _has_ids(config, TOKENS) else None
+
+
+def _has_ids(config: Config, tokens: TokenDefaults) -> bool:
+    return (config.get("bos_token_id"), config.get("pad_token_id")) == (tokens.bos_id, tokens.pad_id)
+
+
 def spec(config: Config, generation_config: Config) -> ModelSpec:
     """Geometry and rules of a CogVLM checkpoint."""
     reader = ConfigReader(config)
     num_heads = reader.count("num_attention_heads")
     experts = (ExpertSpec("language"), ExpertSpec("vision"))
     decoder = read_decoder(reader, num_kv_heads=num_heads, rope=RopeSpec(10000.0), experts=experts)
-    return build_spec(NAME, reader, generation_config, decoder, downsample=False, defaults=TokenDefaults(1, 0, (2,)))
+    return build_spec(NAME, reader, generation_config, decoder, downsample=False, defaults=TOKENS)
 
 
 def weights(spec: ModelSpec) -> tuple[WeightRule, ...]:

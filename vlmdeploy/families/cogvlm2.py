@@ -9,11 +9,12 @@ from dataclasses import replace
 from vlmdeploy.bundle import TokenRules
 from vlmdeploy.families.cogvlm import (
     ARCHITECTURE,
-    DOWNSAMPLE_TENSOR,
+    COGVLM2_TOKENS,
+    KV_HEADS_KEY,
     VISION_CONFIG,
-    TokenDefaults,
     build_spec,
     is_cogvlm,
+    is_cogvlm2,
     read_decoder,
     weights,
 )
@@ -33,26 +34,25 @@ RELEASED: Config = {  # llama3-chat-19B, English and Chinese
     "rms_norm_eps": 1e-5, "template_version": "chat", "bos_token_id": 128000, "pad_token_id": 128002,
     "eos_token_id": [128001, 128009], "vision_config": VISION_CONFIG | {"image_size": 1344, "num_positions": 9217},
 }  # fmt: skip
-TOKENS = TokenDefaults(bos_id=128000, pad_id=128002, stop_ids=(128001, 128009))
 
 
-def detect(config: Config, tensor_names: frozenset[str]) -> bool:
+def detect(config: Config, tensor_names: frozenset[str] | None) -> bool:
     """The CogVLM architecture string together with the downsampling convolution."""
-    return is_cogvlm(config) and DOWNSAMPLE_TENSOR in tensor_names
+    return is_cogvlm(config) and is_cogvlm2(config, tensor_names) is not False
 
 
 def spec(config: Config, generation_config: Config) -> ModelSpec:
     """Geometry and rules of a CogVLM2 checkpoint."""
     reader = ConfigReader(config)
     experts = (ExpertSpec("language"), ExpertSpec("vision", qkv_bias=True))
-    num_kv_heads = reader.count("num_multi_query_heads", NUM_KV_HEADS)
+    num_kv_heads = reader.count(KV_HEADS_KEY, NUM_KV_HEADS)
     decoder = read_decoder(reader, num_kv_heads, RopeSpec(ROPE_BASE), experts)
-    whole = build_spec(NAME, reader, generation_config, decoder, downsample=True, defaults=TOKENS)
+    whole = build_spec(NAME, reader, generation_config, decoder, downsample=True, defaults=COGVLM2_TOKENS)
     return replace(whole, tokens=_with_end_of_turn(whole.tokens))
 
 
 def _with_end_of_turn(tokens: TokenRules) -> TokenRules:
     """Early uploads list only end_of_text as a stop id; the model also ends with eot_id."""
-    if tokens.stop_ids == TOKENS.stop_ids[:1]:
-        return replace(tokens, stop_ids=TOKENS.stop_ids)
+    if tokens.stop_ids == COGVLM2_TOKENS.stop_ids[:1]:
+        return replace(tokens, stop_ids=COGVLM2_TOKENS.stop_ids)
     return tokens

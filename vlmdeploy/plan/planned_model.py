@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.weight_reader import stored_precisions
-from vlmdeploy.families import all_families, find_family
+from vlmdeploy.families import all_families, possible_families
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.precision import Stored
 from vlmdeploy.records import read_object
@@ -116,17 +116,19 @@ def _config_model(folder: Path, family: str | None) -> PlannedModel:
             f"{folder}: config.json is of a quantized checkpoint without its weights, and only they tell what is in "
             "which bits"
         )
-    names = index.get("weight_map", {})
-    if family is None and not (isinstance(names, dict) and names):
-        raise ConfigError(
-            f"{folder}: holds no weights and no {INDEX_NAME} that lists any, and config.json alone does not tell "
-            f"CogVLM from CogVLM2: say which with --family {'|'.join(item.NAME for item in all_families())}"
-        )
+    names = index.get("weight_map")
+    listed = frozenset(names) if isinstance(names, dict) and names else None
     try:
-        module = find_family(config, frozenset(names)) if family is None else _family(family)
-        return PlannedModel(str(folder), module.spec(config, {}))
+        possible = possible_families(config, listed) if family is None else (_family(family),)
+        if len(possible) == 1:
+            return PlannedModel(str(folder), possible[0].spec(config, {}))
     except ConfigError as error:
         raise ConfigError(f"{folder}/{error}" if str(error).startswith("config.json") else str(error)) from error
+    known = [item.NAME for item in possible]
+    raise ConfigError(
+        f"{folder}: holds no weights and no {INDEX_NAME} that lists any, and config.json alone does not tell "
+        f"{' from '.join(known)}: say which with --family {'|'.join(known)}"
+    )
 
 
 def _family(name: str) -> Family:

@@ -34,6 +34,7 @@ class StoredImage(Protocol):
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredImage
 
 MAX_PIXELS = 200_000_000
+LONGEST_PATH = 4096  # Linux opens none that is longer
 # Pillow knows more formats, but some start other programs (EPS) or hold drawings whose size is a matter of taste.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 EXPECTED = "expected a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
@@ -82,15 +83,16 @@ def preprocess(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.float3
 
 
 def _name(source: ImageSource) -> str:
-    """How messages call a source; a path that is really pasted data is cut."""
+    """How messages call a source: a path as it is, and the beginning of what is too long to be one, of pasted data."""
     if isinstance(source, bytes):
         return f"picture of {len(source)} bytes"
     if _is_url(source, "data:"):
         return "picture in a data URL"
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)[:200]
+        path = os.fspath(source)
+        return path if len(path) <= LONGEST_PATH else path[:200]
     if isinstance(source, StoredImage):
-        return str(source)[:200]
+        return str(source)
     raise DataError(f"picture is a {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
 
 

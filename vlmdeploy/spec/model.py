@@ -51,8 +51,8 @@ class Family(Protocol):
     NAME: str
     RELEASED: Config  # config.json of the checkpoint that the family is best known for, as far as sizes depend on it
 
-    def detect(self, config: Config, tensor_names: frozenset[str]) -> bool:
-        """Whether this family reads the checkpoint."""
+    def detect(self, config: Config, tensor_names: frozenset[str] | None) -> bool:
+        """Whether this family reads the checkpoint; without its tensors (None), whether it may."""
 
     def spec(self, config: Config, generation_config: Config) -> ModelSpec:
         """The checkpoint's geometry and rules; raises ConfigError and names the key."""

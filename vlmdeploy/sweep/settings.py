@@ -48,7 +48,7 @@ def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) ->
     for key in compared:
         if before.get(key) != now[key]:
             raise ConfigError(
-                f"{shared.out}: holds a sweep whose {key} is {before.get(key)!r:.120}, now it is {now[key]!r:.120}: "
+                f"{shared.out}: holds a sweep whose {key} is {before.get(key)!r}, now it is {now[key]!r}: "
                 "choose another --out"
             )
     known = before.get("points", {})

@@ -1,5 +1,6 @@
 """A training run's TOML file as typed dataclasses. Every key is known, has its type and a sensible value, or a
-ConfigError names the file and the key. What the model looks like is the table [model]: it becomes config.json."""
+ConfigError names the file and the key. What the model looks like is the table [model]: it becomes config.json, all but
+`family`, which is asked for where config.json does not tell."""
 
 import tomllib
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.families import find_family
+from vlmdeploy.families import possible_families
 from vlmdeploy.records import Config, record_of
-from vlmdeploy.spec.model import ModelSpec
+from vlmdeploy.spec.model import Family, ModelSpec
+
+FAMILY = "family"  # a key of [model]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class TrainConfig:
         """The Python file with the data class."""
         return self.path.parent / self.recipe.data
 
+    @property
+    def model_config(self) -> Config:
+        """config.json of the checkpoint."""
+        return {key: value for key, value in self.recipe.model.items() if key != FAMILY}
+
 
 def load_config(path: Path) -> TrainConfig:
     """Read and check a training recipe; raises ConfigError."""
@@ -126,9 +134,19 @@ def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, A
 
 def _read_spec(path: Path, model: Config) -> ModelSpec:
     try:
-        return find_family(model, frozenset()).spec(model, {})
+        possible = possible_families(model, None)
+        return _chosen_family(possible, model.get(FAMILY)).spec(model, {})
     except ConfigError as error:
         raise ConfigError(f"{path}: [model]: {error}") from error
+
+
+def _chosen_family(possible: tuple[Family, ...], named: Any) -> Family:
+    chosen = [family for family in possible if named in (None, family.NAME)]
+    if len(chosen) == 1:
+        return chosen[0]
+    found = "missing" if named is None else repr(named)
+    expected = " or ".join(repr(family.NAME) for family in possible)
+    raise ConfigError(f'"{FAMILY}" is {found}, expected {expected} (what the other keys fit; see docs/families)')
 
 
 def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:

@@ -158,14 +158,16 @@ class TrainingLayer(LayerWiring):
 
     def routed(self, name: str, x: ByExpert, step: Fixed) -> ByExpert:
         """See LayerWiring."""
-        return x.map(lambda expert, rows: F.linear(rows, self._weight(expert, name)))
+        return x.map(lambda expert, rows: F.linear(rows, *self._parameters(expert, name)))
 
-    def _weight(self, expert: str, name: str) -> Tensor:
+    def _parameters(self, expert: str, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
         linear = self.layer.get_submodule(f"{expert}.{name}")
         assert isinstance(linear, nn.Linear), "what an expert is made of"
         if name == "qkv":
-            return _qkv_weight(self.layer, linear.weight)
-        return linear.weight * _gain(self.layer.mlp_norm) if name == "gate_up" else linear.weight
+            spec, weight = self.layer.attention.spec, linear.weight * _gain(self.layer.attention_norm)
+            return _for_rotation(spec, weight), None if linear.bias is None else _for_rotation(spec, linear.bias)
+        return linear.weight * _gain(self.layer.mlp_norm) if name == "gate_up" else linear.weight, linear.bias
 
     def attention(self, qkv: ByExpert, fixed: Fixed, cache: None) -> ByExpert:
         """Of the rows before the texts among each other, and of the texts to them and to their own pair."""
@@ -182,17 +184,14 @@ class TrainingLayer(LayerWiring):
         return ByExpert(torch.cat((start, end, texts), 1), patches)
 
 
-def _qkv_weight(layer: DecoderLayer, stored: Tensor) -> Tensor:
-    """The packed projection, made to take unit_rms: the norm's gain and the scale of the scores are inside.
-
-    The channels of a query or key head are reordered so that the two of a rotary pair are neighbours.
+def _for_rotation(spec: DecoderSpec, values: Tensor) -> Tensor:
+    """Weight or bias [out, ...] of a packed projection with the scale of the scores in the queries, and the channels of
+    a query or key head reordered so that the two of a rotary pair are neighbours.
     """
-    spec = layer.attention.spec
-    weight = stored * _gain(layer.attention_norm)
     rotated = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    pairs = weight[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    pairs = values[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     queries, keys = pairs.split((spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim))
-    return torch.cat((queries * spec.head_dim**-0.5, keys, weight[rotated:]))
+    return torch.cat((queries * spec.head_dim**-0.5, keys, values[rotated:]))
 
 
 def _heads(spec: DecoderSpec, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

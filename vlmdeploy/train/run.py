@@ -149,7 +149,7 @@ def trained_model(config: TrainConfig, source: Source, folder: Path) -> VisionLa
 
 def write_checkpoint(config: TrainConfig, model: VisionLanguageModel, record: dict[str, Any], folder: Path) -> None:
     """Weights in bfloat16, configs, tokenizer and the record, into an existing folder."""
-    save_checkpoint(model, {**config.recipe.model, "torch_dtype": "bfloat16"}, folder, torch.bfloat16)
+    save_checkpoint(model, {**config.model_config, "torch_dtype": "bfloat16"}, folder, torch.bfloat16)
     tokens = config.spec.tokens
     stops = list(tokens.stop_ids)
     generation = {

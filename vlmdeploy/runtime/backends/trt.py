@@ -72,6 +72,11 @@ class TrtBackend:
         self._can_capture: bool | None = None  # not asked yet
         self._newest: Lanes | None = None
 
+    @property
+    def planned_bytes(self) -> int:
+        """Buffers and KV cache, which are held from the start."""
+        return sum(buffer.size for buffer in self._buffers.values())
+
     def engines(self, graph: str) -> list[Engine]:
         """The engines of a graph in the order of their layers, loaded on first use."""
         if graph not in self._engines:
