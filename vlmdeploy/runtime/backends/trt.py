@@ -205,7 +205,10 @@ class TrtBackend:
             (engine, engine.context(ONE_TOKEN, self._scratch, self.device))
             for engine in self.engines(self.manifest.token_graph)
         ]
-        self._can_capture = all(context.is_stream_capturable(self.device.stream) for _, context in runs)
+        # TensorRT cannot be asked: it captures whatever has neither loops nor branches, as our graphs.
+        self._can_capture = not self.library.is_rtx or all(
+            context.is_stream_capturable(self.device.stream) for _, context in runs
+        )
         if not self._can_capture:
             logger.warning("TensorRT cannot be captured in a CUDA graph here: tokens are slower, not other ones")
             return None
