@@ -8,7 +8,7 @@ when it is read, and loaded again for the next one.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger("vlmdeploy")
 
@@ -69,13 +72,13 @@ class TrtBackend:
             check_engine(f"{folder / info.file}", info, self.library, self.device.compute_capability)
         check_memory(folder, manifest, residency, self.device.free_bytes())
         self._logger = self.library.logger(_tell)
-        self._runtime = self.library.module.Runtime(self._logger)
+        self._runtime: trt.Runtime = self.library.module.Runtime(self._logger)
         self._engines: dict[str, list[Engine]] = {}
         self.batch = min(engine.batch for engine in manifest.engines.values())
         sizes = buffer_bytes(manifest, self.chunk_rows, self.logit_rows, self.batch)
         self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
         self._scratch = self.device.allocate(0)
-        self._graph: Any = None
+        self._graph: object = None
         self._can_capture: bool | None = None  # not asked yet
         self._logits = np.zeros((1, manifest.embedding.vocab_size), np.float32)
         self._newest: KvCache | None = None
@@ -198,7 +201,7 @@ class TrtBackend:
         if self._can_capture is None or self._can_capture:
             self._graph = self._captured()
 
-    def _captured(self) -> Any:
+    def _captured(self) -> object:
         """One decoded token as a CUDA graph: every address and shape stays the same."""
         self.device.synchronize()
         runs = [
