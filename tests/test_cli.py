@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -30,7 +30,10 @@ from tests.tiny_bundle import (
     write_text_checkpoint,
 )
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.cli import error_line, main
+from vlmdeploy.calib.statistics import HessianKind
+from vlmdeploy.cli import error_line, main, options
+from vlmdeploy.data.questions import RULES, PromptStyle
+from vlmdeploy.quant.precision import PRECISIONS, TARGETS
 from vlmdeploy.runtime.sampling import SamplingOptions
 
 COMMANDS = sorted(main.commands)
@@ -94,6 +97,15 @@ def test_every_option_is_explained_and_every_command_has_json(command: str) -> N
     assert all(option.help for option in options)
     assert "--json" in [name for option in options for name in option.opts]
     assert main.commands[command].help
+
+
+def test_choices_are_what_the_packages_know() -> None:
+    """They stand in the options again, because importing the packages would make --help slow."""
+    assert options.RULES == RULES
+    assert set(options.TARGET.choices) == set(TARGETS)
+    assert set(options.PRECISION.choices) < set(PRECISIONS)
+    assert tuple(options.HESSIAN.choices) == get_args(HessianKind)
+    assert tuple(options.PROMPT.choices) == get_args(PromptStyle)
 
 
 def test_version_and_help_flags() -> None:
@@ -210,10 +222,10 @@ def test_export_options_reach_the_bundle(ckpt: Path, tmp_path: Path) -> None:
 
 
 def test_verify_with_and_without_the_checkpoint(ckpt: Path, bundle: Path) -> None:
-    for options, num_stages in (([], 2), (["--ckpt", ckpt], 30)):
-        result = run_cli("verify", bundle, *options, "--threads", 1)
+    for more, num_stages in (([], 2), (["--ckpt", ckpt], 30)):
+        result = run_cli("verify", bundle, *more, "--threads", 1)
         assert result.exit_code == 0 and "agrees in all" in result.stdout and "logits" in result.stdout
-        document = only_json_document(run_cli("verify", bundle, *options, "--threads", 1, "--json"))
+        document = only_json_document(run_cli("verify", bundle, *more, "--threads", 1, "--json"))
         assert document["passed"] is True and len(document["stages"]) >= num_stages
         assert {"stage", "check", "max_error", "tolerance"} <= set(document["stages"][0])
 

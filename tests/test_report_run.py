@@ -39,6 +39,7 @@ from tests.tiny_bundle import (
 )
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bench.measurement import Measurement, MeasureOptions
+from vlmdeploy.cli.options import report_options
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import BackendError, ConfigError, ExportError
@@ -48,7 +49,7 @@ from vlmdeploy.report.distributions import Floats, GivenAnswer, ReferenceFile
 from vlmdeploy.report.document import ModelResult, Report, read_report_json
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, samples_hash
 from vlmdeploy.report.opened_models import OpenedBundle, OpenedCheckpoint, OpenOptions, subject_of
-from vlmdeploy.report.run import ReportOptions, make_report, model_names, read_report_options
+from vlmdeploy.report.run import ReportOptions, make_report, model_names
 from vlmdeploy.report.shown_pictures import PictureFolder
 from vlmdeploy.runtime.chat import Turn
 from vlmdeploy.score import intervals
@@ -124,8 +125,8 @@ def unwritten(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count
 
 def options_for(bundles: tuple[Path, ...], data: Path, **options: Any) -> ReportOptions:
     """Short answers, one thread, and an output beside the data."""
-    defaults: dict[str, Any] = {"ref": None, "max_new_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}
-    return read_report_options(bundles, data, **{"out": data.parent / "out"} | defaults | options)
+    defaults = {"out": data.parent / "out", "max_new_tokens": 4, "new_tokens": 2, "repeats": 1, "threads": 1}
+    return report_options({"bundles": bundles, "data": data, **defaults, **options})
 
 
 def report_of(models: Models, data: Path, **options: Any) -> Report:
@@ -450,7 +451,7 @@ def test_changed_questions_are_asked_anew(
 @pytest.mark.parametrize(
     "changed",
     [
-        {"max_new_tokens": 3}, {"new_tokens": 3}, {"repeat": 2}, {"threads": 2}, {"provider": "cpu"},
+        {"max_new_tokens": 3}, {"new_tokens": 3}, {"repeats": 2}, {"threads": 2}, {"provider": "cpu"},
         {"residency": "phase"}, {"template": "vqa"}, {"per_task": 1}, {"ref": "ckpt"},
     ],
     ids=str,
