@@ -49,8 +49,8 @@ from vlmdeploy.report.distributions import Floats, GivenAnswer, ReferenceFile
 from vlmdeploy.report.document import ModelResult, Report, read_report_json
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, samples_hash
 from vlmdeploy.report.opened_models import OpenedBundle, OpenedCheckpoint, OpenOptions, subject_of
+from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.report.run import ReportOptions, make_report, model_names
-from vlmdeploy.report.shown_pictures import PictureFolder
 from vlmdeploy.runtime.chat import Turn
 from vlmdeploy.score import intervals
 

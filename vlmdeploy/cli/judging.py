@@ -86,7 +86,7 @@ def validate(
 def report(out: Path, as_json: bool, **options: Any) -> None:
     """What compression cost and what it bought: bundles beside each other, as a page, tables and plots."""
     from vlmdeploy.calib.request import use_threads
-    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.report.overview import terminal_table
     from vlmdeploy.report.run import make_report
 
     use_threads(options["threads"])
@@ -95,7 +95,7 @@ def report(out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json({"report": str(out), **asdict(made)})
     else:
-        print_rows(f"{out / 'report.html'}: {made.title}", SUMMARY_COLUMNS, summary_rows(made))
+        print_rows(f"{out / 'report.html'}: {made.title}", *terminal_table(made))
 
 
 @main.command()

@@ -210,7 +210,7 @@ def sweep(
 ) -> None:
     """Quantize, export, score and measure every point of a grid, and report them together."""
     from vlmdeploy.calib.request import use_threads
-    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
+    from vlmdeploy.report.overview import terminal_table
     from vlmdeploy.sweep.run import SweepOptions, run_sweep, sweep_json
 
     use_threads(options["threads"])
@@ -225,4 +225,4 @@ def sweep(
         print_json({"report": str(out / "report"), **sweep_json(result)})
     else:
         title = f"{out / 'report' / 'report.html'}: {len(result.points)} points, {len(result.failures)} failed"
-        print_rows(title, SUMMARY_COLUMNS, summary_rows(result.report))
+        print_rows(title, *terminal_table(result.report))

@@ -14,6 +14,7 @@ from vlmdeploy.quant.quantization_report import REPORT_NAME, LinearReport, read_
 from vlmdeploy.report.compared import (
     DRIFT_EDGES,
     LEAST_FALL,
+    Fall,
     drift,
     drift_counts,
     falls_of,
@@ -32,10 +33,10 @@ from vlmdeploy.report.document import (
     Subject,
 )
 from vlmdeploy.report.evaluation import Evaluation
-from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.report.wording import metric_name, task_name
 from vlmdeploy.score.answerers import Validation, agreement
-from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, paired_differences, score
+from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, measure, paired_differences, score
 
 SHOWN_REGRESSIONS = 9
 SHOWN_BOXES = 4
@@ -73,26 +74,25 @@ def model_result(
 def _compared(
     alone: ModelResult, reference: list[Prediction], predictions: list[Prediction], pictures: PictureFolder
 ) -> ModelResult:
-    falls = falls_of(reference, predictions)
-    deepest = worst(falls, [prediction.sample.task for prediction in predictions], SHOWN_REGRESSIONS)
+    tasks = [prediction.sample.task for prediction in predictions]
+    before, after = ([measure(prediction) for prediction in each] for each in (reference, predictions))
+    falls = falls_of(before, after)
     return replace(
         alone,
         differences=paired_differences(reference, predictions),
-        flips=flips_of(reference, predictions),
+        flips=flips_of(tasks, before, after),
         equal_answers=agreement(Validation({}, tuple(reference)), Validation({}, tuple(predictions))),
         grounding=_grounding(reference, predictions, pictures),
         regressions=tuple(
-            _regression(reference[fall.place], predictions[fall.place], fall.metric, fall.before, fall.after, pictures)
-            for fall in deepest
+            _regression(reference[fall.place], predictions[fall.place], fall, pictures)
+            for fall in worst(falls, tasks, SHOWN_REGRESSIONS)
         ),
         num_regressions=sum(fall.size >= LEAST_FALL for fall in falls),
-        num_improvements=sum(fall.size >= LEAST_FALL for fall in falls_of(predictions, reference)),
+        num_improvements=sum(fall.size >= LEAST_FALL for fall in falls_of(after, before)),
     )
 
 
-def _regression(
-    before: Prediction, after: Prediction, metric: str, value: float, fallen: float, pictures: PictureFolder
-) -> Regression:
+def _regression(before: Prediction, after: Prediction, fall: Fall, pictures: PictureFolder) -> Regression:
     sample = before.sample
     return Regression(
         task=sample.task,
@@ -102,9 +102,9 @@ def _regression(
         expected=_expected(sample),
         reference_answer=before.text,
         answer=after.text,
-        metric=metric,
-        before=value,
-        after=fallen,
+        metric=fall.metric,
+        before=fall.before,
+        after=fall.after,
     )
 
 

@@ -25,7 +25,7 @@ from vlmdeploy.report.evaluation import Store
 from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.report.files import write_report
 from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, is_bundle, subject_of
-from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.score.metrics import check_scorable
 
 EVALUATIONS = "evaluations"

@@ -25,6 +25,7 @@ METRICS = {
 }
 MANY_NAMES = 4
 NAME_LENGTH = 40  # of a model in a sentence
+POINTS = "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: "
 SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
 
 
@@ -168,8 +169,8 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
     pieces: list[Piece] = []
     for task, metric in told:
         pieces += ["; "] if pieces else []
-        pieces += [f"{task_name(task)} ", *_difference(("models", place, "differences", task, metric))]
-        pieces += [f": {verdicts[task]}"]
+        found = difference(("models", place, "differences", task, metric), POINTS)
+        pieces += [f"{task_name(task)} ", *found, f": {verdicts[task]}"]
     untold = [task_name(task).lower() for task, metric in main if (task, metric) not in told]
     if untold:
         is_second = told == main[:1] and verdicts[main[0][0]] == "no loss seen"
@@ -177,9 +178,10 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
     return pieces
 
 
-def _difference(key: Key) -> list[Piece]:
+def difference(key: Key, opening: str = " (") -> list[Piece]:
+    """A paired difference and its interval, which stand at that place."""
     value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
-    return [value, "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ", low, " to ", high, ")"]
+    return [value, opening, low, " to ", high, ")"]
 
 
 def _size(report: Report, place: int) -> list[Piece]:
