@@ -48,7 +48,7 @@ from vlmdeploy.report.collect import frontier, model_result
 from vlmdeploy.report.distributions import Floats, GivenAnswer, ReferenceFile
 from vlmdeploy.report.document import ModelResult, Report, read_report_json
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, samples_hash
-from vlmdeploy.report.opened_models import OpenedBundle, OpenedCheckpoint, OpenOptions, subject_of
+from vlmdeploy.report.opened_models import OpenedModel, OpenOptions, subject_of
 from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.report.run import ReportOptions, make_report, model_names
 from vlmdeploy.runtime.chat import Turn
@@ -101,7 +101,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """Counts what is opened; measurements are made up."""
     counts = Counts()
 
-    def counted(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
+    def counted(path: Path, options: OpenOptions) -> OpenedModel:
         counts.opened.append(path.name)
         return opened_models.open_model(path, options)
 
@@ -377,7 +377,7 @@ def test_report_that_goes_on_has_the_numbers_of_one_that_never_stopped(
     whole = report_of(models, data, out=data.parent / "whole")
     broken = opened_models.open_model
 
-    def fails_at_int4(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
+    def fails_at_int4(path: Path, options: OpenOptions) -> OpenedModel:
         if path == models.int4:
             raise BackendError("no memory")
         return broken(path, options)
@@ -503,7 +503,7 @@ def test_distributions_of_other_questions_are_never_compared_with(
     others = write_rows(tmp_path / "others", [*ROWS[2:]])
     broken = opened_models.open_model
 
-    def fails_at_bundles(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
+    def fails_at_bundles(path: Path, options: OpenOptions) -> OpenedModel:
         if path != models.ckpt:
             raise BackendError("killed")
         return broken(path, options)
