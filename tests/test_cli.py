@@ -42,20 +42,17 @@ PHASES = {"preprocess", "vision", "prefill", "decode_per_token"}
 HEAVY = ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "numpy", "PIL")
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_checkpoint(tmp_path_factory.mktemp("cli") / "ckpt", seed=5)
+pytestmark = pytest.mark.usefixtures("own_hash_cache")
 
 
 @pytest.fixture(scope="module")
-def bundle(ckpt: Path) -> Path:
-    """An int4 bundle that answers. Shared: copy it before changing it."""
-    return export(ckpt, ckpt.parent / "bundle", "ort-int4")
+def ckpt(answering_bundle: Path) -> Path:
+    return answering_bundle.with_name("ckpt")
 
 
-@pytest.fixture(autouse=True)
-def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def bundle(answering_bundle: Path) -> Path:
+    return answering_bundle
 
 
 @pytest.fixture

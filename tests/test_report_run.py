@@ -144,6 +144,17 @@ def stop_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(run, "write_report", stop)
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
+    """Some models cannot be opened."""
+
+    def open_others(path: Path, options: OpenOptions) -> OpenedModel:
+        if is_refused(path):
+            raise BackendError("no memory")
+        return opened_models.open_model(path, options)
+
+    monkeypatch.setattr(evaluator, "open_model", open_others)
+
+
 def kept_times(folder: Path) -> dict[str, int]:
     """When each kept evaluation was written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
@@ -375,15 +386,8 @@ def test_report_that_goes_on_has_the_numbers_of_one_that_never_stopped(
     models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = report_of(models, data, out=data.parent / "whole")
-    broken = opened_models.open_model
-
-    def fails_at_int4(path: Path, options: OpenOptions) -> OpenedModel:
-        if path == models.int4:
-            raise BackendError("no memory")
-        return broken(path, options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluator, "open_model", fails_at_int4)
+        refuse(patched, lambda path: path == models.int4)
         with pytest.raises(BackendError, match="no memory"):
             report_of(models, data)
     unwritten.opened.clear()
@@ -501,16 +505,9 @@ def test_distributions_of_other_questions_are_never_compared_with(
     """A run with other data that was killed while it wrote left its distributions under the name of those before."""
     whole = report_of(models, data, out=tmp_path / "whole")
     others = write_rows(tmp_path / "others", [*ROWS[2:]])
-    broken = opened_models.open_model
-
-    def fails_at_bundles(path: Path, options: OpenOptions) -> OpenedModel:
-        if path != models.ckpt:
-            raise BackendError("killed")
-        return broken(path, options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluator, "open_model", fails_at_bundles)
-        with pytest.raises(BackendError, match="killed"):
+        refuse(patched, lambda path: path != models.ckpt)
+        with pytest.raises(BackendError, match="no memory"):
             report_of(models, data)
         patched.setattr(evaluator, "write_file", lambda path, write: raise_killed())
         with pytest.raises(BackendError, match="killed"):
