@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmdeploy.bench.measurement import Measurement
 from vlmdeploy.bundle import from_json
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.quant.quantization_report import REPORT_NAME, LinearReport, read_report
@@ -189,21 +190,16 @@ def _ratio(linear: LinearReport | None) -> float | None:
 
 def frontier(results: Sequence[ModelResult]) -> Frontier | None:
     """Accuracy against latency and memory, of the models that were measured; None where none was."""
-    measured = [result for result in results if result.measurement is not None]
+    measured = [(result, result.measurement) for result in results if result.measurement is not None]
     if not measured:
         return None
     tasks = [task for task in TASK_METRICS if task in results[0].tasks]
     metrics = tuple(f"{task_name(task)} {metric_name(TASK_METRICS[task][0])}" for task in tasks)
-    points = [_point(result, tasks) for result in measured]
-    measurement = measured[0].measurement
-    assert measurement is not None, "only measured ones are here"
-    judged = tuple(_judged(point, points) for point in points)
-    return Frontier(metrics, measurement.new_tokens, judged)
+    points = [_point(result, measurement, tasks) for result, measurement in measured]
+    return Frontier(metrics, measured[0][1].new_tokens, tuple(_judged(point, points) for point in points))
 
 
-def _point(result: ModelResult, tasks: Sequence[str]) -> Point:
-    measurement = result.measurement
-    assert measurement is not None, "only measured ones come here"
+def _point(result: ModelResult, measurement: Measurement, tasks: Sequence[str]) -> Point:
     accuracy = float(np.mean([result.tasks[task][TASK_METRICS[task][0]].value for task in tasks]))
     latency = measurement.first_token.p50 + measurement.new_tokens * measurement.decode_per_token.p50
     return Point(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)
