@@ -34,8 +34,8 @@ from vlmdeploy.calib.run import Calibration, Run, RunOptions
 from vlmdeploy.calib.solver import GptqSolver, Problem, Solver, measured_report
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import draw_samples
-from vlmdeploy.data.jsonl import read_samples
 from vlmdeploy.data.samples import Picture
+from vlmdeploy.data.source import open_source
 from vlmdeploy.model.batch import derive_layout
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import Cache
@@ -212,7 +212,7 @@ def _batches_of_equal_length(samples: Sequence[CalibrationSample]) -> Iterator[l
 def read_prompts(data: Path, count: int, seed: int) -> tuple[CalibrationSample, ...]:
     """Samples of a data folder as prompts with answers."""
     spec, tokenizer = Checkpoint(CKPT).spec, Tokenizer(import_tokenizer(CKPT / "tokenizer.json"))
-    drawn = draw_samples(list(read_samples(data)), count, seed)
+    drawn = draw_samples(list(open_source(data).samples()), count, seed)
     return tuple(read_calibration_sample(sample, spec, tokenizer, None) for sample in drawn)
 
 

@@ -67,6 +67,28 @@ def written_report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return written
 
 
+@pytest.fixture(scope="session")
+def answering_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int4 bundle with a tokenizer, beside its checkpoint "ckpt". Copy it before changing it."""
+    from tests.tiny_bundle import export, write_text_checkpoint
+
+    folder = tmp_path_factory.mktemp("answering")
+    return export(write_text_checkpoint(folder / "ckpt", seed=5), folder / "bundle", "ort-int4")
+
+
+@pytest.fixture
+def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of hashes of a test that neither reads nor writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vlmdeploy" / "hashes.json"
+
+
+@pytest.fixture
+def as_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No comparison from end to end, as for a model that does not fit in memory: the stages must find everything."""
+    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
+
+
 @pytest.fixture
 def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[["Edit"], None]:
     """Edit the written files of an export just before they are verified."""

@@ -131,9 +131,6 @@ class FakeContext:
         self.addresses[name] = address
         return name in self.engine.names
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.engine.is_capturable and stream == self.device.stream
-
     def execute_async_v3(self, stream: int) -> bool:
         if stream != self.device.stream:
             return False
@@ -162,6 +159,13 @@ class FakeContext:
             feeds[name] = content.view(kind).reshape(shape).copy()
         for name, output in zip(self.engine.outputs, self.engine.session.run(None, feeds), strict=True):
             self.device.view(addresses[name], output.nbytes)[:] = output.reshape(-1).view(np.uint8)
+
+
+class FakeRtxContext(FakeContext):
+    """Says whether it can be captured, which only TensorRT-RTX does."""
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.is_capturable and stream == self.device.stream
 
 
 class FakeEngine:
@@ -207,7 +211,9 @@ class FakeEngine:
     def create_execution_context(self, config: "FakeConfig") -> FakeContext:
         assert config.strategy == "user managed"
         self.kernels = getattr(config, "kernels", None)
-        return FakeContext(self, self.device)
+        return (
+            FakeRtxContext(self, self.device) if isinstance(config, FakeRtxConfig) else FakeContext(self, self.device)
+        )
 
     def takes(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a profile allows a shape, as the engine was built."""

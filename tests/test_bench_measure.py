@@ -48,11 +48,12 @@ ENGINE = EngineUsed("onnxruntime", "1", "cpu", 1, "all")
 SHORT = MeasureOptions(new_tokens=3, repeats=2, warmup=1, threads=1)
 
 
+pytestmark = pytest.mark.usefixtures("own_hash_cache")
+
+
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int4 bundle that answers. Shared: copy it before changing it."""
-    folder = tmp_path_factory.mktemp("measure")
-    return export(write_text_checkpoint(folder / "ckpt", seed=5), folder / "bundle", "ort-int4")
+def bundle(answering_bundle: Path) -> Path:
+    return answering_bundle
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,6 @@ def ids_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle without a tokenizer."""
     folder = tmp_path_factory.mktemp("ids_only")
     return export(write_tiny_checkpoint(folder / "ckpt", "cogvlm"), folder / "bundle")
-
-
-@pytest.fixture(autouse=True)
-def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 class CountingBackend(OrtBackend):

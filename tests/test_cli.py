@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -31,8 +31,11 @@ from tests.tiny_bundle import (
     write_text_checkpoint,
 )
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.cli import error_line, main
+from vlmdeploy.calib.statistics import HessianKind
+from vlmdeploy.cli import error_line, main, options
 from vlmdeploy.cli.console import print_rows
+from vlmdeploy.data.questions import RULES, PromptStyle
+from vlmdeploy.quant.precision import PRECISIONS, TARGETS
 from vlmdeploy.runtime.sampling import SamplingOptions
 
 COMMANDS = sorted(main.commands)
@@ -41,20 +44,17 @@ PHASES = {"preprocess", "vision", "prefill", "decode_per_token"}
 HEAVY = ("torch", "onnx", "onnxruntime", "safetensors", "tokenizers", "numpy", "PIL")
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_checkpoint(tmp_path_factory.mktemp("cli") / "ckpt", seed=5)
+pytestmark = pytest.mark.usefixtures("own_hash_cache")
 
 
 @pytest.fixture(scope="module")
-def bundle(ckpt: Path) -> Path:
-    """An int4 bundle that answers. Shared: copy it before changing it."""
-    return export(ckpt, ckpt.parent / "bundle", "ort-int4")
+def ckpt(answering_bundle: Path) -> Path:
+    return answering_bundle.with_name("ckpt")
 
 
-@pytest.fixture(autouse=True)
-def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def bundle(answering_bundle: Path) -> Path:
+    return answering_bundle
 
 
 @pytest.fixture
@@ -96,6 +96,15 @@ def test_every_option_is_explained_and_every_command_has_json(command: str) -> N
     assert all(option.help for option in options)
     assert "--json" in [name for option in options for name in option.opts]
     assert main.commands[command].help
+
+
+def test_choices_are_what_the_packages_know() -> None:
+    """They stand in the options again, because importing the packages would make --help slow."""
+    assert options.RULES == RULES
+    assert set(options.TARGET.choices) == set(TARGETS)
+    assert set(options.PRECISION.choices) < set(PRECISIONS)
+    assert tuple(options.HESSIAN.choices) == get_args(HessianKind)
+    assert tuple(options.PROMPT.choices) == get_args(PromptStyle)
 
 
 def test_version_and_help_flags() -> None:
@@ -231,10 +240,10 @@ def test_export_options_reach_the_bundle(ckpt: Path, tmp_path: Path) -> None:
 
 
 def test_verify_with_and_without_the_checkpoint(ckpt: Path, bundle: Path) -> None:
-    for options, num_stages in (([], 2), (["--ckpt", ckpt], 30)):
-        result = run_cli("verify", bundle, *options, "--threads", 1)
+    for more, num_stages in (([], 2), (["--ckpt", ckpt], 30)):
+        result = run_cli("verify", bundle, *more, "--threads", 1)
         assert result.exit_code == 0 and "logits" in result.stdout
-        document = only_json_document(run_cli("verify", bundle, *options, "--threads", 1, "--json"))
+        document = only_json_document(run_cli("verify", bundle, *more, "--threads", 1, "--json"))
         assert document["passed"] is True and len(document["stages"]) >= num_stages
         assert {"stage", "check", "max_error", "tolerance"} <= set(document["stages"][0])
         verdict = f"{bundle}: agrees in all {len(document['stages'])} comparisons"

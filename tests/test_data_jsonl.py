@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmdeploy.data.jsonl import read_items, read_samples
+from vlmdeploy.data.jsonl import read_items
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Turn
@@ -23,6 +24,10 @@ ROW = {
     "answer": "3",
     "boxes": [[1, 2, 3.5, 4]],
 }
+
+
+def read_samples(data: str | Path, default_task: str | None = None) -> Iterator[Sample]:
+    return (read() for read in read_items(data, default_task))
 
 
 def write(folder: Path, *rows: object) -> Path:

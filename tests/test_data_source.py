@@ -68,7 +68,7 @@ def test_a_folder_of_pictures_is_asked_one_question(tmp_path: Path) -> None:
     source = open_source(tmp_path, "Describe it.")
     assert source.kind == "pictures with one prompt" and "Describe it." in source.description
     expected = [Sample(tmp_path / name, (Turn("Describe it."),), "caption", "caption", None) for name in sorted(names)]
-    assert list(source.samples()) == expected == list(image_folder.read_samples(tmp_path, "Describe it."))
+    assert list(source.samples()) == expected == [read() for read in image_folder.read_items(tmp_path, "Describe it.")]
 
 
 def test_a_folder_of_pictures_needs_a_prompt(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ SIZES: dict[str, Any] = {"layers": 3, "vision_layers": 2}
 ISOLATED = DiffOptions(isolate=True, threads=1)
 SMALL_HEADS: dict[str, Any] = {"hidden": 80, "heads": 4, "mlp": 96, "vision_width": 32, "vision_mlp": 64}  # of 20
 
+pytestmark = pytest.mark.usefixtures("own_hash_cache")
+
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,11 +48,6 @@ def fp32(ckpt: Path) -> Path:
 @pytest.fixture(scope="module")
 def int4(ckpt: Path) -> Path:
     return export(ckpt, ckpt.parent / "int4", "ort-int4")
-
-
-@pytest.fixture(autouse=True)
-def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def scaled(name: str) -> Callable[[Tensors], None]:

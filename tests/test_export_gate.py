@@ -34,12 +34,6 @@ def bundle(ckpt: Path, tmp_path: Path) -> Path:
     return export(ckpt, tmp_path / "bundle", "ort-int4")
 
 
-@pytest.fixture
-def as_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No comparison from end to end, as for a model that does not fit in memory: the stages must find everything."""
-    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
-
-
 def flip_embedding(folder: Path) -> None:
     """One bit in every row of the fp16 table: doubles or halves a value of each."""
     rows = np.fromfile(folder / "embedding.bin", np.uint16).reshape(-1, SIZES["hidden"])

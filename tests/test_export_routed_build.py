@@ -7,7 +7,7 @@ of the graph can be built is tested in test_export_engines.py, the plugin in tes
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import onnx
@@ -50,7 +50,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
         asked.append(request)
         request.plan.write_text(f"plan of {request.part.name}")
 
-    library = TensorrtLibrary("tensorrt", SimpleNamespace(), "11.4.0")
+    library = TensorrtLibrary("tensorrt", ModuleType("tensorrt"), "11.4.0")
     monkeypatch.setattr("vlmdeploy.export.engines.build.compile_engine", compile_engine)
     monkeypatch.setattr("vlmdeploy.export.engines.build.import_tensorrt", lambda name: library)
     monkeypatch.setattr("vlmdeploy.export.engines.build.cuda_runtime", lambda: None)
@@ -213,6 +213,6 @@ def test_builder_takes_the_bodies_out_and_brings_the_form_that_was_asked_for(
     monkeypatch.setattr(f"{place}.load_plugin_library", lambda path, _, sm: used.append((str(path), sm)))
     monkeypatch.setattr(f"{place}.register_routed_plugins", lambda _, sm: used.append(("kernels", sm)))
     model = onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)
-    use_plugin(TensorrtLibrary("tensorrt", SimpleNamespace(), "11.4.0"), RoutedPlugin(library, 87), model)
+    use_plugin(TensorrtLibrary("tensorrt", ModuleType("tensorrt"), "11.4.0"), RoutedPlugin(library, 87), model)
     assert used == [("kernels" if library is None else "libvlmdeploy_routed.so", 87)]
     assert [function.name for function in model.functions] == ["TRT_Attention"]

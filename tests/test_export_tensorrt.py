@@ -261,16 +261,11 @@ SABOTAGES: dict[str, tuple[Edit, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("as_large_model")
 @pytest.mark.parametrize(("edit", "stage"), SABOTAGES.values(), ids=SABOTAGES.keys())
 def test_gate_names_the_first_stage_that_differs(
-    edit: Edit,
-    stage: str,
-    ckpt: Path,
-    tmp_path: Path,
-    sabotage: Callable[[Edit], None],
-    monkeypatch: pytest.MonkeyPatch,
+    edit: Edit, stage: str, ckpt: Path, tmp_path: Path, sabotage: Callable[[Edit], None]
 ) -> None:
-    monkeypatch.setattr("vlmdeploy.export.gate.verify.WHOLE_MODEL_BYTES", 0)
     sabotage(edit)
     with pytest.raises(ParityError, match=rf": {stage}"):
         export(ckpt, tmp_path / "bundle", "trt-int4")

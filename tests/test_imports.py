@@ -73,7 +73,7 @@ OURS: dict[str, set[str]] = {
 # Part -> other people's packages: at the top of a module, and (after the bar) only inside functions.
 THEIRS: dict[str, str] = {
     "layout": "numpy |",
-    "runtime": "numpy PIL tokenizers | onnxruntime cuda",
+    "runtime": "numpy PIL tokenizers | onnxruntime cuda tensorrt",
     "bench": "numpy PIL | onnxruntime cuda pynvml",
     "data": "numpy PIL |",
     "quant": "numpy torch safetensors numba |",
@@ -86,7 +86,7 @@ THEIRS: dict[str, str] = {
     "report": "numpy torch PIL | jinja2 markupsafe matplotlib openpyxl",
     "sweep": "numpy | ray",
     "train": "numpy torch safetensors tokenizers |",
-    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime",
+    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime tensorrt",
     "plan": "numpy | jinja2",
     "diff": "numpy torch safetensors onnx PIL | onnxruntime matplotlib",
     "cli/console.py": "rich |",

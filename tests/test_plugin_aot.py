@@ -151,7 +151,7 @@ def test_library_without_python_plugins_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_rtx_has_no_plugins() -> None:
-    library = TensorrtLibrary("tensorrt_rtx", SimpleNamespace(), "1.7.1")
+    library = TensorrtLibrary("tensorrt_rtx", ModuleType("tensorrt_rtx"), "1.7.1")
     with pytest.raises(BackendError, match=r"TensorRT-RTX 1\.7\.1 has no plugins"):
         register_routed_plugins(library, 86)
 

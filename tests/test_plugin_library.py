@@ -57,7 +57,7 @@ class Registry:
 
 
 def tensorrt(registry: Registry, version: str = "11.4.0", name: Any = "tensorrt") -> TensorrtLibrary:
-    return TensorrtLibrary(name, SimpleNamespace(get_plugin_registry=lambda: registry), version)
+    return TensorrtLibrary(name, SimpleNamespace(get_plugin_registry=lambda: registry), version)  # type: ignore[arg-type]
 
 
 def test_library_is_registered_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

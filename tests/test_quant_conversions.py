@@ -1,6 +1,6 @@
 """Agreement tests: each layout, read by the engine or library it is for, gives the values that `dequantize` gives.
 
-ONNX Runtime runs MatMulNBits and DequantizeLinear; the `gguf` package reads Q4_0 and Q8_0.
+ONNX Runtime runs MatMulNBits and DequantizeLinear.
 """
 
 from typing import Any
@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from gguf import GGMLQuantizationType
-from gguf import quants as gguf_quants
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -18,14 +16,11 @@ from vlmdeploy.quant.conversions import (
     DequantizeLinear,
     MatMulNBits,
     dequantize_linear,
-    gguf_q4_0,
-    gguf_q8_0,
     matmul_nbits,
     repeat_scales,
-    tensorrt_int4,
     widen,
 )
-from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize, unpack_nibbles
+from vlmdeploy.quant.grid import Floats, Grid, Quantized, dequantize
 from vlmdeploy.runtime.backends.ort import import_onnxruntime
 
 MATMUL_RELATIVE = 2e-6  # float32 sums of 384 products in another order, relative to the largest result
@@ -66,17 +61,13 @@ def run_matmul(layout: MatMulNBits, x: Floats) -> NDArray[Any]:
     return run_node(node, [onnx.numpy_helper.from_array(value, name) for name, value in tensors.items()], {"x": x})
 
 
-def run_dequantize(layout: DequantizeLinear) -> NDArray[Any]:
+def run_dequantize(layout: DequantizeLinear, block_size: int) -> NDArray[Any]:
     data_type = TensorProto.DataType.Value(layout.data_type)
     tensors = [
         helper.make_tensor("codes", data_type, layout.shape, layout.codes.tobytes(), raw=True),
         onnx.numpy_helper.from_array(layout.scales, "scales"),
     ]
-    if layout.zero_points is not None:
-        zeros = layout.zero_points.tobytes()
-        tensors.append(helper.make_tensor("zeros", data_type, layout.scales.shape, zeros, raw=True))
-    names = [tensor.name for tensor in tensors]
-    node = helper.make_node("DequantizeLinear", names, ["y"], axis=layout.axis, block_size=layout.block_size)
+    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["y"], axis=0, block_size=block_size)
     return run_node(node, tensors, {})
 
 
@@ -104,14 +95,6 @@ def test_three_bit_codes_move_into_four_bit_fields(symmetric: bool) -> None:
     quantized = quantized_matrix(Grid(3, 32, symmetric))
     layout = matmul_nbits(quantized)
     assert layout.bits == 4
-    assert_matmul_agrees(quantized, layout)
-
-
-@both_symmetries
-def test_matmulnbits_of_four_bit_codes_in_eight_bit_fields(symmetric: bool) -> None:
-    quantized = quantized_matrix(Grid(4, 32, symmetric))
-    layout = matmul_nbits(quantized, container_bits=8)
-    assert layout.codes.shape == (OUT, IN // 32, 32)
     assert_matmul_agrees(quantized, layout)
 
 
@@ -143,86 +126,19 @@ def test_groups_too_small_for_matmulnbits_are_an_error() -> None:
         matmul_nbits(quantized_matrix(Grid(4, 24)))
 
 
-def test_codes_do_not_go_into_narrower_or_unknown_fields() -> None:
+def test_codes_are_not_made_narrower_nor_groups_larger() -> None:
     with pytest.raises(QuantizationError, match="codes of 4 bits cannot be widened to 2 bits"):
-        matmul_nbits(quantized_matrix(Grid(4, 32)), container_bits=2)
-    with pytest.raises(QuantizationError, match="fields of 3 bits; it knows 2, 4, 8"):
-        matmul_nbits(quantized_matrix(Grid(3, 32)), container_bits=3)
-
-
-@both_symmetries
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_dequantizelinear_gives_exactly_the_values(bits: int, axis: int, signed: bool, symmetric: bool) -> None:
-    quantized = quantized_matrix(Grid(bits, 32, symmetric))
-    layout = dequantize_linear(quantized, axis, signed)
-    expected = dequantize(quantized)
-    assert layout.data_type == ("INT" if signed else "UINT") + ("8" if bits == 8 else "4")
-    assert (layout.zero_points is None) == (symmetric and signed)
-    assert (run_dequantize(layout) == (expected.T if axis == 0 else expected)).all()
-
-
-def test_dequantizelinear_is_signed_where_that_saves_the_zero_points() -> None:
-    assert dequantize_linear(quantized_matrix(Grid(4, 32)), 0).data_type == "INT4"
-    assert dequantize_linear(quantized_matrix(Grid(4, 32, symmetric=False)), 0).data_type == "UINT4"
-
-
-def test_odd_number_of_four_bit_zero_points_is_padded() -> None:
-    quantized = quantized_matrix(Grid(4, 128, symmetric=False), num_out=3)
-    layout = dequantize_linear(quantized, 1)
-    assert layout.scales.size == 9
-    assert (run_dequantize(layout) == dequantize(quantized)).all()
-
-
-def test_dequantizelinear_axis_is_that_of_a_matrix() -> None:
-    with pytest.raises(QuantizationError, match="along axis 2"):
-        dequantize_linear(quantized_matrix(Grid(4, 32)), 2)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tensorrt_weights_are_signed_nibbles_along_the_outputs(bits: int) -> None:
-    quantized = quantized_matrix(Grid(bits, 64))
-    layout = tensorrt_int4(quantized)
-    assert layout.codes.shape == (IN, OUT // 2)
-    assert layout.scales.dtype == np.float16
-    nibbles = unpack_nibbles(layout.codes).astype(np.int8)
-    signed = np.where(nibbles > 7, nibbles - 16, nibbles)
-    values = signed * layout.scales.astype(np.float32).repeat(layout.block_size, 0)
-    assert (dequantize(quantized) == values.T).all()
-
-
-def test_tensorrt_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(QuantizationError, match="TensorRT's INT4 weights cannot hold zero points"):
-        tensorrt_int4(quantized_matrix(Grid(4, 64, symmetric=False)))
-    with pytest.raises(QuantizationError, match="codes of 8 bits cannot be widened to 4 bits"):
-        tensorrt_int4(quantized_matrix(Grid(8, 64)))
-    with pytest.raises(QuantizationError, match="two outputs per byte, but there are 3"):
-        tensorrt_int4(quantized_matrix(Grid(4, 64), num_out=3))
-
-
-@pytest.mark.parametrize("group_size", [32, 96, 128])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gguf_q4_0_is_read_exactly(bits: int, group_size: int) -> None:
-    quantized = quantized_matrix(Grid(bits, group_size))
-    values = gguf_quants.dequantize(gguf_q4_0(quantized), GGMLQuantizationType.Q4_0)
-    assert (values == dequantize(quantized)).all()
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_gguf_q8_0_is_read_exactly(bits: int) -> None:
-    quantized = quantized_matrix(Grid(bits, 64))
-    values = gguf_quants.dequantize(gguf_q8_0(quantized), GGMLQuantizationType.Q8_0)
-    assert (values == dequantize(quantized)).all()
-
-
-def test_gguf_refuses_asymmetric_codes_and_small_groups() -> None:
-    with pytest.raises(QuantizationError, match="Q4_0 cannot hold zero points"):
-        gguf_q4_0(quantized_matrix(Grid(4, 32, symmetric=False)))
-    with pytest.raises(QuantizationError, match="Q8_0 cannot hold zero points"):
-        gguf_q8_0(quantized_matrix(Grid(8, 32, symmetric=False)))
+        widen(quantized_matrix(Grid(4, 32)), 2)
     with pytest.raises(QuantizationError, match="groups of 16 cannot be split into groups of 32"):
-        gguf_q4_0(quantized_matrix(Grid(4, 16)))
+        repeat_scales(quantized_matrix(Grid(4, 16)), 32)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_dequantizelinear_gives_exactly_the_values(bits: int) -> None:
+    quantized = quantized_matrix(Grid(bits, 32))
+    layout = dequantize_linear(quantized)
+    assert layout.data_type == ("INT8" if bits == 8 else "INT4")
+    assert (run_dequantize(layout, 32) == dequantize(quantized).T).all()
 
 
 @both_symmetries

@@ -34,7 +34,7 @@ from vlmdeploy.report.document import Point
 from vlmdeploy.runtime.boxes import Box
 from vlmdeploy.runtime.chat import Turn
 from vlmdeploy.score.answerers import Question, QuestionMaker
-from vlmdeploy.score.metrics import Prediction
+from vlmdeploy.score.metrics import Prediction, measure
 
 SIZE_PX = (100, 50)
 
@@ -65,18 +65,21 @@ def test_mcnemar_by_hand() -> None:
 def test_flips_count_both_ways_and_only_shares() -> None:
     before = [answer("7"), answer("7"), answer("1"), answer("1"), answer("7", task="caption")]
     after = [answer("1"), answer("7"), answer("7"), answer("2"), answer("7 7", task="caption")]
-    flips = flips_of(before, after)
+    tasks = [answer.sample.task for answer in before]
+    flips = flips_of(tasks, list(map(measure, before)), list(map(measure, after)))
     assert (flips["vqa"]["exact_match"].lost, flips["vqa"]["exact_match"].gained) == (1, 1)
     assert flips["vqa"]["exact_match"].p_value == 1.0
     assert set(flips["caption"]) == {"exact_match"}, "token_f1 is no share"
 
 
 def test_fall_is_that_of_the_worst_metric() -> None:
-    falls = falls_of([box_answer("[[100,100,500,500]]")], [box_answer("[[100,100,500,400]]")])
+    before, after, gone = (
+        measure(box_answer(text)) for text in ("[[100,100,500,500]]", "[[100,100,500,400]]", "no box")
+    )
+    falls = falls_of([before, before], [after, gone])
     assert (falls[0].metric, falls[0].before) == ("mean_iou", 1.0)
     assert falls[0].after == pytest.approx(0.75)
-    gone = falls_of([box_answer("[[100,100,500,500]]")], [box_answer("no box")])
-    assert (gone[0].metric, gone[0].size) == ("acc@0.5", 1.0)
+    assert (falls[1].metric, falls[1].size) == ("acc@0.5", 1.0)
 
 
 def test_worst_takes_tasks_by_turns_and_leaves_small_falls_out() -> None:

@@ -16,7 +16,7 @@ from tests.report_example import EVIL, REPORTS, example_report, missing_parts_re
 from vlmdeploy.errors import DataError
 from vlmdeploy.report.numbers import FORMS, Document, key_text, printable, short_label
 from vlmdeploy.report.page import render_page
-from vlmdeploy.report.pictures import embed_picture, rectangle
+from vlmdeploy.report.pictures import PictureFolder, embed_picture, rectangle
 from vlmdeploy.report.wording import model_sentence, verdict
 from vlmdeploy.score.metrics import Score
 
@@ -191,8 +191,7 @@ def test_boxes_are_drawn_where_they_are(rendered: Render) -> None:
 
 
 def test_box_with_swapped_corners_is_drawn() -> None:
-    box = rectangle("model", (50.0, 80.0, 10.0, 20.0))
-    assert (box.x, box.y, box.width, box.height) == (10.0, 20.0, 40.0, 60.0)
+    assert rectangle((50.0, 80.0, 10.0, 20.0)) == {"x": 10.0, "y": 20.0, "width": 40.0, "height": 60.0}
 
 
 @pytest.mark.parametrize("picture", ["/etc/passwd", "../secret.png", "pictures/../../secret.png", ""])
@@ -215,10 +214,12 @@ def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (3000, 1500), "#805030").save(tmp_path / "large.png")
-    embedded = embed_picture(tmp_path, "large.png")
+    shown = PictureFolder(tmp_path).add(tmp_path / "large.png")
+    embedded = embed_picture(tmp_path, shown.name)
     assert embedded.url.startswith("data:image/jpeg;base64,")
     assert len(embedded.url) < 20_000
-    assert (embedded.width_px, embedded.height_px) == (3000, 1500)  # boxes are in these pixels
+    assert (embedded.width_px, embedded.height_px) == (640, 320)
+    assert shown.scaled((0, 0, 3000, 1500)) == (0, 0, 640, 320)  # boxes are in these pixels
 
 
 ASCII = str.maketrans({"\N{MINUS SIGN}": "-", "\N{NO-BREAK SPACE}": " ", "\N{MULTIPLICATION SIGN}": "x"})

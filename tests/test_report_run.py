@@ -39,6 +39,7 @@ from tests.tiny_bundle import (
 )
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bench.measurement import Measurement, MeasureOptions
+from vlmdeploy.cli.options import report_options
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import BackendError, ConfigError, ExportError
@@ -47,9 +48,9 @@ from vlmdeploy.report.collect import frontier, model_result
 from vlmdeploy.report.distributions import Floats, GivenAnswer, ReferenceFile
 from vlmdeploy.report.document import ModelResult, Report, read_report_json
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, samples_hash
-from vlmdeploy.report.opened_models import OpenedBundle, OpenedCheckpoint, OpenOptions, subject_of
-from vlmdeploy.report.run import ReportOptions, make_report, model_names, read_report_options
-from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.report.opened_models import OpenedModel, OpenOptions, subject_of
+from vlmdeploy.report.pictures import PictureFolder
+from vlmdeploy.report.run import ReportOptions, make_report, model_names
 from vlmdeploy.runtime.chat import Turn
 from vlmdeploy.score import intervals
 
@@ -100,7 +101,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """Counts what is opened; measurements are made up."""
     counts = Counts()
 
-    def counted(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
+    def counted(path: Path, options: OpenOptions) -> OpenedModel:
         counts.opened.append(path.name)
         return opened_models.open_model(path, options)
 
@@ -124,8 +125,8 @@ def unwritten(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count
 
 def options_for(bundles: tuple[Path, ...], data: Path, **options: Any) -> ReportOptions:
     """Short answers, one thread, and an output beside the data."""
-    defaults: dict[str, Any] = {"ref": None, "max_new_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}
-    return read_report_options(bundles, data, **{"out": data.parent / "out"} | defaults | options)
+    defaults = {"out": data.parent / "out", "max_new_tokens": 4, "new_tokens": 2, "repeats": 1, "threads": 1}
+    return report_options({"bundles": bundles, "data": data, **defaults, **options})
 
 
 def report_of(models: Models, data: Path, **options: Any) -> Report:
@@ -141,6 +142,17 @@ def stop_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(run, "write_report", stop)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
+    """Some models cannot be opened."""
+
+    def open_others(path: Path, options: OpenOptions) -> OpenedModel:
+        if is_refused(path):
+            raise BackendError("no memory")
+        return opened_models.open_model(path, options)
+
+    monkeypatch.setattr(evaluator, "open_model", open_others)
 
 
 def kept_times(folder: Path) -> dict[str, int]:
@@ -374,15 +386,8 @@ def test_report_that_goes_on_has_the_numbers_of_one_that_never_stopped(
     models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = report_of(models, data, out=data.parent / "whole")
-    broken = opened_models.open_model
-
-    def fails_at_int4(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
-        if path == models.int4:
-            raise BackendError("no memory")
-        return broken(path, options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluator, "open_model", fails_at_int4)
+        refuse(patched, lambda path: path == models.int4)
         with pytest.raises(BackendError, match="no memory"):
             report_of(models, data)
     unwritten.opened.clear()
@@ -450,7 +455,7 @@ def test_changed_questions_are_asked_anew(
 @pytest.mark.parametrize(
     "changed",
     [
-        {"max_new_tokens": 3}, {"new_tokens": 3}, {"repeat": 2}, {"threads": 2}, {"provider": "cpu"},
+        {"max_new_tokens": 3}, {"new_tokens": 3}, {"repeats": 2}, {"threads": 2}, {"provider": "cpu"},
         {"residency": "phase"}, {"template": "vqa"}, {"per_task": 1}, {"ref": "ckpt"},
     ],
     ids=str,
@@ -500,16 +505,9 @@ def test_distributions_of_other_questions_are_never_compared_with(
     """A run with other data that was killed while it wrote left its distributions under the name of those before."""
     whole = report_of(models, data, out=tmp_path / "whole")
     others = write_rows(tmp_path / "others", [*ROWS[2:]])
-    broken = opened_models.open_model
-
-    def fails_at_bundles(path: Path, options: OpenOptions) -> OpenedBundle | OpenedCheckpoint:
-        if path != models.ckpt:
-            raise BackendError("killed")
-        return broken(path, options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluator, "open_model", fails_at_bundles)
-        with pytest.raises(BackendError, match="killed"):
+        refuse(patched, lambda path: path != models.ckpt)
+        with pytest.raises(BackendError, match="no memory"):
             report_of(models, data)
         patched.setattr(evaluator, "write_file", lambda path, write: raise_killed())
         with pytest.raises(BackendError, match="killed"):

@@ -19,13 +19,11 @@ import vlmdeploy
 from tests.tiny_bundle import (
     content_of,
     edit_manifest,
-    export,
     flip_byte,
     picture,
     run_process,
     sign_again,
     without,
-    write_text_checkpoint,
 )
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
@@ -47,11 +45,12 @@ TORCH_FREE = (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("own_hash_cache")
+
+
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int4 bundle with a tokenizer. Shared: copy it before changing it."""
-    folder = tmp_path_factory.mktemp("session")
-    return export(write_text_checkpoint(folder / "ckpt", seed=5), folder / "bundle", "ort-int4")
+def bundle(answering_bundle: Path) -> Path:
+    return answering_bundle
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +61,6 @@ def session(bundle: Path) -> Session:
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture(autouse=True)
-def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Tests neither read nor write the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "vlmdeploy" / "hashes.json"
 
 
 def user(text: str, *images: Any) -> dict[str, Any]:

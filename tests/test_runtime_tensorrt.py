@@ -232,6 +232,7 @@ def test_tensorrt_runs_without_what_only_rtx_has(rtx: Path, tmp_path: Path, monk
     session, (ids, pixels) = Session(rtx, manifest, backend), questions()[0]
     assert np.array_equal(session.generate_ids(ids, pixels, 3), reference(rtx).generate_ids(ids, pixels, 3))
     assert not (tmp_path / "cache").exists()
+    assert "launch" in device.log, "a captured graph, though TensorRT cannot be asked whether it may be one"
 
 
 def test_unwritable_cache_is_a_warning(

@@ -31,7 +31,9 @@ from vlmdeploy.errors import BackendError, ConfigError, DataError, ExportError, 
 from vlmdeploy.report import evaluator
 from vlmdeploy.report import run as report_run
 from vlmdeploy.report.document import read_report_json
-from vlmdeploy.report.run import make_report, read_report_options
+from vlmdeploy.report.evaluator import Measured
+from vlmdeploy.report.opened_models import OpenOptions
+from vlmdeploy.report.run import ReportOptions, make_report
 from vlmdeploy.score import intervals
 from vlmdeploy.sweep import runners
 from vlmdeploy.sweep.grid import Point
@@ -105,9 +107,8 @@ def options_for(ckpt: Path, data: Path, out: Path, grid: str, **options: Any) ->
     path = out.with_name(f"{out.name}.toml")
     path.write_text(grid)
     tokenizer = options.pop("tokenizer", None)
-    asked = read_report_options(
-        (), data, out, ckpt, tokenizer=tokenizer, max_new_tokens=3, new_tokens=2, repeat=1, threads=1
-    )
+    opened = OpenOptions(tokenizer=tokenizer, max_new_tokens=3, threads=1)
+    asked = ReportOptions((), data, out, ckpt, asked=opened, measured=Measured(new_tokens=2, repeats=1))
     calibration = {"samples": 512, "tokens": None, "tokenizer": tokenizer}
     defaults: dict[str, Any] = {"calibration": calibration, "threads": 1}
     return SweepOptions(ckpt, path, out, asked, **defaults | options)
@@ -132,7 +133,8 @@ def test_a_sweep_reports_what_exporting_and_asking_by_hand_do(
     result = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
     assert (named(result), result.failures, here.done) == (["ckpt", *NAMES], (), NAMES)
     bundle = export(ckpt, tmp_path / NAMES[0], precisions={"decoder": "int4"}, target="ort-int4", group=16)
-    asked = read_report_options((bundle,), data, tmp_path / "by_hand", ckpt, max_new_tokens=3, threads=1)
+    opened = OpenOptions(max_new_tokens=3, threads=1)
+    asked = ReportOptions((bundle,), data, tmp_path / "by_hand", ckpt, asked=opened)
     by_hand, swept = make_report(asked).models[1], result.report.models[1]
     assert (swept.agreement, swept.text_only) == (by_hand.agreement, by_hand.text_only)
     assert (swept.tasks, swept.equal_answers, swept.regressions) == (
@@ -385,7 +387,7 @@ def test_command_lists_points_and_warns_of_failures(ckpt: Path, data: Path, tmp_
 
 
 def a_task(tmp_path: Path) -> Task:
-    report = read_report_options((), tmp_path / "data", tmp_path / "report", tmp_path / "ckpt")
+    report = ReportOptions((), tmp_path / "data", tmp_path / "report", tmp_path / "ckpt")
     return Task("point", Point("a"), Shared(tmp_path / "ckpt", None, tmp_path, report, {}, 1))
 
 

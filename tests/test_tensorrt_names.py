@@ -1,67 +1,51 @@
-"""Contract: every name of TensorRT that our source uses is in the releases that we support, and is called as they say.
+"""Contract: every name of TensorRT that our source uses is in the releases that we support, and is used as they say.
 
-TensorRT for Jetson and datacenter GPUs does not install here, its Python bindings do: they are imported over stubs of
-its libraries. TensorRT-RTX is imported as it is. What a name does is not tested here.
+mypy reads our modules with stubs that stubgen makes of the bindings, once of each library. TensorRT for Jetson and
+datacenter GPUs does not install here, its bindings do, over stubs of its libraries; TensorRT-RTX is imported as it is.
+What a name does is not tested here.
 """
 
-import ast
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import vlmdeploy
-from tests.interface_uses import Origins, Reader, Use, misfit
-from tests.library_interface import Interface, parse_interface, parse_signature
 from tests.stub_libraries import COMPILER, build_stubs
 from tests.tiny_bundle import run_process
 from vlmdeploy.export.engines.compiler import KEPT_SEVERITIES
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 SOURCE = Path(vlmdeploy.__file__).parent
-DOOR = "trt_library"  # the module of ours that every object of TensorRT comes through
-MODULES = ("self.module", "library.module", "self.library.module", "importlib.import_module(name)")
-# What our source annotates `Any`: arguments, attributes and results of functions, each with its class.
-ANYS = {
-    "module": "",
-    "logger": "ILogger",
-    "severity": "ILogger.Severity",
-    "monitor": "IProgressMonitor",
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "config": "IBuilderConfig",
-    "_profile": "IOptimizationProfile",
-    "runtime": "Runtime",
-    "context": "IExecutionContext",
-    "self._contexts": "IExecutionContext",
-    "self._kernels": "IRuntimeCache",
-    "layer": "ILayer",
-    "_config": "IRuntimeConfig",
-    "runtime_config": "IRuntimeConfig",
-    "self._configs": "IRuntimeConfig",
-    "self._graph": None,  # a captured CUDA graph
-    "_captured": None,
-    "plugin_registry": "IPluginRegistry",
-    "plugin": None,  # `tensorrt.plugin`: tests/test_plugin_aot.py runs what we use of it
-    "_plugin_module": None,
-}
-ORIGINS = Origins(MODULES, ANYS)
-# What TensorRT-RTX alone has, and the function of ours that may use it: none of them is entered with TensorRT.
+LIBRARY = re.compile(r"TensorrtLibrary|import_tensorrt")  # what an object of TensorRT comes from
+# A module in a variable has no type: in what mypy reads, a name of it is one of the imported `trt`.
+HELD_MODULE = re.compile(r"\b(self\.)?(library\.)?module\.(?=[A-Z]|get_)")
+MYPY = (
+    "--strict", "--config-file=", "--cache-dir=cache", "--follow-imports=skip", "--ignore-missing-imports",
+    "--explicit-package-bases", "--show-error-context", "--hide-error-codes", "--disallow-any-explicit",
+    "--allow-subclassing-any", "--allow-untyped-calls", "--no-warn-return-any", "--no-warn-unused-ignores",
+)  # fmt: skip
+# What TensorRT-RTX alone has, by the function of ours that uses it: none of them does so with TensorRT.
 RTX_ONLY = {
-    "ComputeCapability": "_set_compute_capabilities",
-    "ComputeCapability.__members__": "_set_compute_capabilities",
-    "IBuilderConfig.num_compute_capabilities": "_set_compute_capabilities",
-    "IBuilderConfig.set_compute_capability": "_set_compute_capabilities",
-    "IRuntimeConfig.create_runtime_cache": "_finish_kernels",
-    "IRuntimeConfig.set_runtime_cache": "_finish_kernels",
-    "IRuntimeCache.deserialize": "_finish_kernels",
-    "IRuntimeCache.serialize": "keep_kernels",
-    "BuilderFlag.REQUIRE_USER_ALLOCATION": "prepare",
-    "DynamicShapesKernelSpecializationStrategy": "_finish_kernels",
-    "DynamicShapesKernelSpecializationStrategy.EAGER": "_finish_kernels",
-    "DynamicShapesKernelSpecializationStrategy.LAZY": "_finish_kernels",
-    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": "_finish_kernels",
+    "_captured": ['"IExecutionContext" has no attribute "is_stream_capturable"'],
+    "_finish_kernels": [
+        'Module has no attribute "DynamicShapesKernelSpecializationStrategy"',
+        '"IRuntimeConfig" has no attribute "dynamic_shapes_kernel_specialization_strategy"',
+        '"IRuntimeConfig" has no attribute "create_runtime_cache"',
+        '"IRuntimeConfig" has no attribute "set_runtime_cache"',
+    ],
+    "__init__": ['Name "trt.IRuntimeCache" is not defined'],
+    "prepare": ['"type[BuilderFlag]" has no attribute "REQUIRE_USER_ALLOCATION"'],
+    "_set_compute_capabilities": [
+        'Module has no attribute "ComputeCapability"',
+        '"IBuilderConfig" has no attribute "num_compute_capabilities"',
+        '"IBuilderConfig" has no attribute "set_compute_capability"',
+    ],
 }
 
 
@@ -73,130 +57,132 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return build_stubs(tmp_path_factory.mktemp("stubs"))
 
 
-def interface_of(module: str, **environment: str) -> Interface:
-    """What a module offers, from a process of its own: nothing of it is loaded here."""
-    done = run_process("-m", "tests.library_interface", module, **environment)
+def interface_of(module: str, folder: Path, **environment: str) -> str:
+    """The types of a compiled module, as mypy reads them. pybind11 takes and gives more than stubgen writes."""
+    arguments = ("--inspect-mode", "-m", module, "-o", folder)
+    environment |= {"TMPDIR": "/tmp"}  # a socket of stubgen lies there, and its path has 107 bytes at most
+    done = run_process("-c", "from mypy.stubgen import main; main()", *arguments, **environment)
     assert done.returncode == 0, f"{module} cannot be read, is the extra `dev` installed? {done.stderr}"
-    return parse_interface(done.stdout)
+    text = folder.joinpath(*module.split(".")).with_suffix(".pyi").read_text()
+    text = re.sub(r"^bool: DataType\n", "", text, flags=re.MULTILINE)  # hides the type
+    text = re.sub(r"(?<!class )\bDims\b", "tuple[int, ...]", text).replace("typing.SupportsInt", "int")
+    text = text.replace("class IHostMemory:", "class IHostMemory(typing_extensions.Buffer):")
+    ours = r"^    (?=def (log|phase_start|phase_finish|step_complete)\()"  # what the library calls
+    text = re.sub(ours, "    @abc.abstractmethod\n    ", text, flags=re.MULTILINE)
+    return "import abc\n" + text.replace("channel_axis: int)", "channel_axis: int = ...)")  # behind a default
 
 
 @pytest.fixture(scope="module")
-def tensorrt(stubs: dict[str, str]) -> Interface:
-    return interface_of("tensorrt_bindings", **stubs)
+def tensorrt(stubs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return interface_of("tensorrt_bindings.tensorrt", tmp_path_factory.mktemp("tensorrt"), **stubs)
 
 
 @pytest.fixture(scope="module")
-def rtx() -> Interface:
+def rtx(tmp_path_factory: pytest.TempPathFactory) -> str:
     pytest.importorskip("tensorrt_rtx", reason="pip install vlmdeploy[rtx]")
-    return interface_of("tensorrt_rtx")
+    return interface_of("tensorrt_rtx_bindings.tensorrt_rtx", tmp_path_factory.mktemp("rtx"))
+
+
+def problems(interface: str, sources: Mapping[str, str], folder: Path) -> list[tuple[str, str, str]]:
+    """(file, function, what is wrong there) of all that mypy reports in the sources, in their order."""
+    (folder / "tensorrt.pyi").write_text(interface)
+    for name, text in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(HELD_MODULE.sub("trt.", text))
+    done = subprocess.run([sys.executable, "-m", "mypy", *MYPY, *sources], cwd=folder, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found, function = [], ""
+    for line in done.stdout.splitlines():
+        if place := re.search(r': note: (?:In (?:member|function) "(\w+)"|In class|At top level)', line):
+            function = place[1] or ""
+        elif (error := re.fullmatch(r"(\S+\.py):\d+: error: (.*)", line)) and error[1] in sources:
+            found.append((error[1], function, error[2]))
+    return found
 
 
 @pytest.fixture(scope="module")
-def either(tensorrt: Interface, rtx: Interface) -> Interface:
-    """What one of the two has."""
-    owners = tensorrt.classes | rtx.classes
-    classes = {owner: tensorrt.classes.get(owner, {}) | rtx.classes.get(owner, {}) for owner in owners}
-    return Interface(f"{tensorrt.version} or {rtx.version}", classes)
+def sources() -> dict[str, str]:
+    """Every file of ours that could hold an object of TensorRT."""
+    texts = {str(path.relative_to(SOURCE)): path.read_text() for path in sorted(SOURCE.rglob("*.py"))}
+    return {f"vlmdeploy/{name}": text for name, text in texts.items() if LIBRARY.search(text)}
 
 
-def read(source: str, where: str, interface: Interface) -> Reader:
-    reader = Reader(where, interface, ORIGINS)
-    reader.visit(ast.parse(source))
-    return reader
+def test_rtx_has_every_name(sources: dict[str, str], rtx: str, tmp_path: Path) -> None:
+    assert problems(rtx, sources, tmp_path) == []
 
 
-@pytest.fixture(scope="module")
-def readers(either: Interface) -> list[Reader]:
-    """One for each file of ours that could hold an object of TensorRT."""
-    paths = [path for path in sorted(SOURCE.rglob("*.py")) if DOOR in path.read_text() or path.stem == DOOR]
-    return [read(path.read_text(), str(path.relative_to(SOURCE)), either) for path in paths]
+def test_tensorrt_has_every_name_that_is_not_of_rtx_alone(
+    sources: dict[str, str], tensorrt: str, tmp_path: Path
+) -> None:
+    found = [(function, problem) for _, function, problem in problems(tensorrt, sources, tmp_path)]
+    assert sorted(found) == sorted((function, each) for function, several in RTX_ONLY.items() for each in several)
 
 
-@pytest.fixture(scope="module")
-def uses(readers: list[Reader]) -> list[Use]:
-    return [use for reader in readers for use in reader.uses]
+# The last name of every chain that our source goes along.
+LAST_NAMES = (
+    "log", "step_complete", "parse", "desc", "ATTENTION_INPUT", "causal_kind", "key_value_lengths", "LOWER_RIGHT",
+    "set_shape", "get_dimension_name", "build_serialized_network", "execute_async_v3", "USER_MANAGED",
+    "get_device_memory_size_for_profile_v2", "get_creator",
+)  # fmt: skip
 
 
-def misfits(uses: list[Use], interface: Interface) -> list[str]:
-    return sorted({problem for use in uses if (problem := misfit(use, interface))})
+def test_objects_have_types_along_every_chain(sources: dict[str, str], rtx: str, tmp_path: Path) -> None:
+    """Were the last name another one, mypy would say so."""
+    names = re.compile(rf"\b({'|'.join(LAST_NAMES)})\b")
+    renamed = {file: names.sub(r"no_\1", text) for file, text in sources.items()}
+    told = " ".join(problem for *_, problem in problems(rtx, renamed, tmp_path))
+    assert [name for name in LAST_NAMES if f'{name}"' not in told] == []
 
 
-def test_tensorrt_has_every_name_that_is_not_of_rtx_alone(uses: list[Use], tensorrt: Interface) -> None:
-    assert tensorrt.version.startswith("11.4."), "the release that JetPack 7.2.2 takes"
-    assert misfits([use for use in uses if use.full_name not in RTX_ONLY], tensorrt) == []
-
-
-def test_rtx_has_every_name(uses: list[Use], rtx: Interface) -> None:
-    assert rtx.version.startswith("1.7.")
-    assert misfits(uses, rtx) == []
-
-
-def test_what_rtx_alone_has_is_used_where_only_rtx_comes(uses: list[Use], tensorrt: Interface) -> None:
-    missing = {(use.full_name, use.function) for use in uses if tensorrt.member(use.owner, use.name) is None}
-    assert missing == set(RTX_ONLY.items())
-
-
-def test_both_call_what_we_use_by_the_same_signature(uses: list[Use], tensorrt: Interface, rtx: Interface) -> None:
+def test_both_say_the_same_of_what_we_call(sources: dict[str, str], tensorrt: str, rtx: str) -> None:
     """TensorRT may have more ways to call a method; those of RTX it has too, argument for argument."""
-    for use in uses:
-        ours, theirs = rtx.member(use.owner, use.name), tensorrt.member(use.owner, use.name)
-        if ours and theirs:
-            assert set(ours.signatures) <= set(theirs.signatures), use
-            assert (ours.kind, ours.is_settable) == (theirs.kind, theirs.is_settable), use
+    names = set(re.findall(r"\.(\w+)\(", "".join(sources.values())))
+    ours, theirs = members(rtx), members(tensorrt)
+    shared = [key for key in ours.keys() & theirs.keys() if key[1] in names]
+    assert len(shared) > 30
+    assert [(key, ours[key] - theirs[key]) for key in shared if not ours[key] <= theirs[key]] == []
 
 
-def test_everything_untyped_has_its_class_in_the_table(readers: list[Reader]) -> None:
-    assert [name for reader in readers for name in reader.unknown] == []
+def members(interface: str) -> dict[tuple[str, str], set[str]]:
+    """(class, method) -> its signatures."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for owner, body in re.findall(r"^class (\w+).*:\n((?:    .*\n|\n)*)", interface, re.MULTILINE):
+        for name, signature in re.findall(r"^    def (\w+)(.*)", body, re.MULTILINE):
+            found.setdefault((owner, name), set()).add(signature)
+    return found
 
 
-def test_uses_are_found_through_every_step_to_an_object(uses: list[Use]) -> None:
-    """The last name of every chain that our source goes along."""
-    assert {
-        "ILogger.log", "IProgressMonitor.step_complete", "OnnxParser.parse", "ParserError.desc",
-        "LayerType.ATTENTION_INPUT", "IAttention.key_value_lengths", "CausalMaskKind.LOWER_RIGHT",
-        "IOptimizationProfile.set_shape", "ITensor.get_dimension_name", "Builder.build_serialized_network",
-        "IExecutionContext.execute_async_v3", "ExecutionContextAllocationStrategy.USER_MANAGED",
-        "ICudaEngine.get_device_memory_size_for_profile_v2",
-    } <= {use.full_name for use in uses}  # fmt: skip
-
-
-# What must be reported -> the source that it is in.
+# What must be reported -> the statement that it is in, of a function that is given what there is.
 MISTAKES = {
-    "there is no Bulider": "library.module.Bulider(1)",
-    "there is no ICudaEngine.run": "engine = library.module.Runtime(1).deserialize_cuda_engine(b'')\nengine.run()",
-    "there is no INetworkDefinition.size": "if (made := library.module.Builder(1).create_network()): made.size",
-    "there is no ITensor.size": "def f(network: Any): [tensor.size for tensor in [network.get_input(i) for i in 'ab']]",
-    "there is no ILayer.attention": "def f(network: Any):\n for a in (network.get_layer(i) for i in 'a'): a.attention",
-    "there is no IExecutionContext.run": "self._contexts: dict[int, Any] = {}\nself._contexts[0].run()",
-    "there is no ILogger.write": "class Log(library.module.ILogger):\n def write(self, text): pass",
-    "ILogger.log is called": "class Log(library.module.ILogger):\n def log(self, text): pass",
-    "Builder.create_network is called": "def f(builder: Any): builder.create_network(flag=0)",
-    "IExecutionContext.set_input_shape is called": "def f(context: Any): context.set_input_shape('rows')",
-    "IExecutionContext.set_device_memory is called": "def f(context: Any): context.set_device_memory(1, 2, 3)",
-    "IExecutionContext.engine cannot be set": "def f(context: Any): context.engine = 1",
+    'Module has no attribute "Bulider"': "library.module.Bulider(1)",
+    '"ICudaEngine" has no attribute "run"': "runtime.deserialize_cuda_engine(b'').run()",
+    '"ITensor" has no attribute "size"': "[tensor.size for tensor in [network.get_input(i) for i in (0, 1)]]",
+    '"IExecutionContext" has no attribute "run"': "contexts[0].run()",
+    'Unexpected keyword argument "flag" for "create_network" of "Builder"': "builder.create_network(flag=0)",
+    'Too many arguments for "set_device_memory" of "IExecutionContext"': "contexts[0].set_device_memory(1, 2, 3)",
+    'Property "engine" defined in "IExecutionContext" is read-only': "contexts[0].engine = 1",
+    'No overload variant of "set_input_shape" of "IExecutionContext" matches': "contexts[0].set_input_shape('rows')",
+    'Explicit "Any" is not allowed': "def refit(refitter: Any) -> None: ...",
+    'Signature of "log" incompatible with supertype "tensorrt.ILogger"': (
+        "class Log(library.module.ILogger):\n        def log(self, text: str) -> None: ..."
+    ),
+    'Cannot instantiate abstract class "Log" with abstract attribute "log"': (
+        "class Log(library.module.ILogger):\n        def write(self, text: str) -> None: ...\n    Log()"
+    ),
 }
+GIVEN = """from typing import Any
+import tensorrt as trt
+def f(
+    builder: trt.Builder, network: trt.INetworkDefinition, runtime: trt.Runtime, contexts: list[trt.IExecutionContext]
+) -> None:
+    """
 
 
-@pytest.mark.parametrize("problem", MISTAKES)
-def test_name_or_call_that_does_not_exist_is_reported(problem: str, tensorrt: Interface) -> None:
-    found = misfits(read(MISTAKES[problem], "source.py", tensorrt).uses, tensorrt)
-    assert len(found) == 1 and found[0].startswith("source.py:") and problem in found[0], found
-
-
-def test_untyped_name_that_the_table_lacks_is_reported(tensorrt: Interface) -> None:
-    assert read("def refit(refitter: Any): ...", "source.py", tensorrt).unknown == ["source.py: refitter"]
-
-
-@pytest.mark.parametrize(("text", "positional", "keywords", "fits"), [
-    ("f(self: A) -> B", 1, (), True),
-    ("f(self: A) -> B", 2, (), False),
-    ("f(self: A, s: S = <S.STATIC: 0>, t: tuple[int, int] = (1, 2)) -> B", 1, ("t",), True),
-    ("f(self: A, s: S, t: T) -> B", 2, (), False),
-    ("f(self: A, s: S, t: T) -> B", 2, ("t",), True),
-    ("f(self: A, s: S) -> B", 2, ("s",), False),
-])  # fmt: skip
-def test_signature_tells_which_calls_fit(text: str, positional: int, keywords: tuple[str, ...], fits: bool) -> None:
-    assert parse_signature(text).takes(positional, keywords) == fits
+def test_name_or_call_that_does_not_exist_is_reported(tensorrt: str, tmp_path: Path) -> None:
+    sources = {f"mistake_{place}.py": f"{GIVEN}{text}\n" for place, text in enumerate(MISTAKES.values())}
+    found = {name: problem for name, _, problem in problems(tensorrt, sources, tmp_path)}
+    for name, mistake in zip(sources, MISTAKES, strict=True):
+        assert found[name].startswith(mistake)
 
 
 ADAPTERS = """
@@ -240,5 +226,5 @@ def test_tensorrt_gets_a_limit_of_scratch_and_nothing_of_rtx() -> None:
     module = SimpleNamespace(MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"))
     limits: list[tuple[str, int]] = []
     config = SimpleNamespace(set_memory_pool_limit=lambda *limit: limits.append(limit))
-    TensorrtLibrary("tensorrt", module, "11.4.0").prepare(config, ())
+    TensorrtLibrary("tensorrt", module, "11.4.0").prepare(config, ())  # type: ignore[arg-type]
     assert limits == [("workspace", 1 << 30)]

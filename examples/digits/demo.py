@@ -14,8 +14,10 @@ from scenes import DigitScenes, Scene
 
 import vlmdeploy
 from vlmdeploy.errors import VlmdeployError
-from vlmdeploy.runtime.ask import ask
+from vlmdeploy.runtime.answer import Answer
+from vlmdeploy.runtime.boxes import draw_boxes
 from vlmdeploy.runtime.sampling import SamplingOptions
+from vlmdeploy.runtime.session import Session
 
 SEED = 7
 
@@ -27,6 +29,11 @@ def draw_scene(seed: int) -> tuple[Image.Image, Scene]:
     scenes = [batch.scene(index) for index in range(32)]
     chosen = next(index for index, scene in enumerate(scenes) if len(set(scene.digits)) == len(scene.digits) >= 3)
     return Image.fromarray(batch.pixels[chosen]), scenes[chosen]
+
+
+def ask(session: Session, image: Path, question: str) -> Answer:
+    content = [{"type": "image", "image": str(image)}, {"type": "text", "text": question}]
+    return session.answer([{"role": "user", "content": content}], SamplingOptions())
 
 
 def main() -> int:
@@ -41,11 +48,12 @@ def main() -> int:
     try:
         session = vlmdeploy.open(options.bundle)
         question = f"Where is the {scene.digits[0]}?"
-        answer = ask(session, [str(image)], question, SamplingOptions(), None, painted, None)
-        largest = ask(session, [str(image)], "What is the largest digit?", SamplingOptions(), None, None, None)
+        answer = ask(session, image, question)
+        largest = ask(session, image, "What is the largest digit?")
     except VlmdeployError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    draw_boxes(picture, answer.boxes).save(painted)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer.text}  (true box in pixels: {list(scene.boxes[0])})")

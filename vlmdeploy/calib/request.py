@@ -258,7 +258,7 @@ def _across_perplexity(
     with TemporaryDirectory() as folder:
         pool = Pool(Path(folder), options.memory_bytes)
         scores = answer_perplexities(checkpoint, tuple(samples), pool, progress)
-    return [samples[index] for index in sorted(across_range(scores, options.samples).indexes)]
+    return [samples[index] for index in sorted(across_range(scores, options.samples))]
 
 
 def _share(samples: tuple[CalibrationSample, ...], processes: Processes) -> list[int]:

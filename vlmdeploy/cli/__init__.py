@@ -3,6 +3,5 @@ so that `--help` and `run` work where torch is not installed."""
 
 from vlmdeploy.cli import judging, models, using
 from vlmdeploy.cli.group import error_line, main
-from vlmdeploy.cli.options import RULES
 
-__all__ = ["RULES", "error_line", "judging", "main", "models", "using"]
+__all__ = ["error_line", "judging", "main", "models", "using"]

@@ -11,12 +11,13 @@ from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
     RESIDENCY,
-    PromptStyle,
     asking_options,
     force_option,
     json_option,
     provider_option,
     question_options,
+    report_options,
+    taken,
     threads_option,
 )
 
@@ -51,16 +52,10 @@ def validate(
     from_predictions: Path | None,
     compare: tuple[Path, ...],
     as_json: bool,
-    rule: str | None,
-    split: str | None,
-    prompt: PromptStyle,
-    first_picture: bool,
-    images: Path | None,
-    grounding_prompt: str | None,
     **options: Any,
 ) -> None:
     """Score a checkpoint, a bundle or a file of answers on a data set, with 95 % intervals."""
-    from vlmdeploy.data.questions import GROUNDING_PROMPT, QuestionOptions
+    from vlmdeploy.data.questions import QuestionOptions
     from vlmdeploy.score.scorecard import ScoreOptions, score_models
 
     given = tuple(model for model in (ckpt, bundle, from_predictions) if model is not None)
@@ -68,10 +63,9 @@ def validate(
         raise click.UsageError("give one of --ckpt and --bundle, or --from-predictions")
     if options["device"] != "cpu" and ckpt is None:
         raise click.UsageError("--device is for --ckpt; a bundle runs where its --provider says")
-    ask = GROUNDING_PROMPT if grounding_prompt is None else grounding_prompt
-    questions = QuestionOptions(rule, prompt, split, first_picture, images, ask)
+    chosen = ScoreOptions(questions=taken(QuestionOptions, options), **options)
     with progress_bar() as progress:
-        card = score_models((*given, *compare), ScoreOptions(questions=questions, **options), progress)
+        card = score_models((*given, *compare), chosen, progress)
     if as_json:
         print_json(card.as_json())
     else:
@@ -89,19 +83,19 @@ def validate(
 @threads_option
 @force_option
 @json_option
-def report(bundles: tuple[Path, ...], ref: Path | None, out: Path, as_json: bool, **options: Any) -> None:
+def report(out: Path, as_json: bool, **options: Any) -> None:
     """What compression cost and what it bought: bundles beside each other, as a page, tables and plots."""
     from vlmdeploy.calib.request import use_threads
-    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
-    from vlmdeploy.report.run import make_report, read_report_options
+    from vlmdeploy.report.overview import terminal_table
+    from vlmdeploy.report.run import make_report
 
     use_threads(options["threads"])
     with progress_bar() as progress:
-        made = make_report(read_report_options(bundles=bundles, ref=ref, out=out, **options), progress)
+        made = make_report(report_options({"out": out, **options}), progress)
     if as_json:
         print_json({"report": str(out), **asdict(made)})
     else:
-        print_rows(f"{out / 'report.html'}: {made.title}", SUMMARY_COLUMNS, summary_rows(made))
+        print_rows(f"{out / 'report.html'}: {made.title}", *terminal_table(made))
 
 
 @main.command()
@@ -133,7 +127,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 @click.argument("a", type=FOLDER)
 @click.argument("b", type=FOLDER)
 @click.option("--image", help="A picture: a path or a data URL.  [default: a drawn one, or none beside --prompt]")
-@click.option("--prompt", help="A question.  [default: drawn ids]")
+@click.option("--prompt", "text", help="A question.  [default: drawn ids]")
 @click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: names what is wrong itself.")
 @click.option("--tolerance", type=float, help="Relative error that passes.  [default: the gate's for these precisions]")
 @click.option("--plot", type=FOLDER, help="Draw the errors of all stages into this file (png, svg, pdf).")
@@ -141,19 +135,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 @click.option("--fail", is_flag=True, help="Exit with status 1 if a stage is beyond the tolerance.")
 @threads_option
 @json_option
-def diff(
-    a: Path,
-    b: Path,
-    image: str | None,
-    prompt: str | None,
-    isolate: bool,
-    tolerance: float | None,
-    plot: Path | None,
-    seed: int,
-    fail: bool,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+def diff(a: Path, b: Path, plot: Path | None, fail: bool, as_json: bool, **options: Any) -> None:
     """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
     from vlmdeploy.diff.plot import check_plot, write_plot
     from vlmdeploy.diff.side_by_side import DiffOptions, diff_models
@@ -161,7 +143,7 @@ def diff(
     if plot is not None:
         check_plot(plot)
     with progress_bar() as progress:
-        found = diff_models(a, b, DiffOptions(image, prompt, isolate, tolerance, threads, seed), progress)
+        found = diff_models(a, b, DiffOptions(**options), progress)
     if plot is not None:
         write_plot(found, plot)
     if as_json:

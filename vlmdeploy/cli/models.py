@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -11,7 +11,6 @@ from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
     HESSIAN,
-    PRECISION,
     PROVIDER,
     TARGET,
     asking_options,
@@ -19,9 +18,17 @@ from vlmdeploy.cli.options import (
     calibration_options,
     force_option,
     json_option,
+    precision_options,
+    report_options,
     routed_option,
     threads_option,
 )
+
+CONTEXT = "Longest prompt and answer.  [default: the checkpoint's]"
+TEMPLATE = "The prompt template used by default.  [default: the checkpoint's]"
+CALIBRATION = ("calib_prompt", "samples", "tokens", "skip_broken", "quality")  # of `export`, for quantize_options
+ENGINES = ("capabilities", "device_name", "chunk_rows", "max_memory")  # for read_build_options
+PARTS = ("vision", "connector", "lm_head", "embedding")  # for ExportOptions, as one dictionary
 
 
 @main.command()
@@ -52,9 +59,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Of the decoder's linears.")
 @click.option("--group", type=int, default=128, help="Inputs that share a scale; -1: all of them.")
 @click.option("--asymmetric", is_flag=True, help="Zero points for every group; not for TensorRT.")
-@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: int8]")
-@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: int8]")
-@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: int8]")
+@precision_options("vision connector lm-head", "int8")
 @click.option("--override", multiple=True, help="PATTERN=TYPE or PATTERN=TYPE:GROUP for single linears.")
 @click.option("--budget", help="Choose bits and groups by measured cost: 9.0GB in all, or average bits such as 4.25.")
 @click.option("--hessian", type=HESSIAN, default="routed", help="Whose tokens calibrate an expert; others to compare.")
@@ -103,14 +108,11 @@ def quantize(
 @click.option("--quant", type=click.Choice(["rtn"]), help="rtn: round to nearest, without any data.")
 @calibration_options
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
-@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
-@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
-@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
-@click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
+@precision_options("vision connector lm-head embedding", "the target's")
 @click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
 @click.option("--group", type=int, default=128, help="Weights that share a scale.")
-@click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the checkpoint's]")
-@click.option("--template", help="The prompt template used by default.  [default: the checkpoint's]")
+@click.option("--context", "context_tokens", type=click.IntRange(min=1), help=CONTEXT)
+@click.option("--template", "default_template", help=TEMPLATE)
 @click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
 @routed_option
 @build_options
@@ -124,26 +126,8 @@ def export(
     out: Path,
     calib: Path | None,
     quant: str | None,
-    tokenizer: Path | None,
-    vision: str | None,
-    connector: str | None,
-    lm_head: str | None,
-    embedding: str | None,
-    kv: str | None,
-    group: int,
-    context: int | None,
-    template: str | None,
-    provider: Literal["cpu", "cuda"],
-    routed_plugin: Literal["on", "off", "auto"],
-    seed: int,
-    threads: int | None,
-    force: bool,
     as_json: bool,
-    sm: tuple[str, ...],
-    device: str | None,
-    chunk_rows: int,
-    max_memory: str | None,
-    **calibration: Any,
+    **options: Any,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
     from vlmdeploy.calib.request import quantize_options
@@ -160,19 +144,14 @@ def export(
             f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn "
             "to round to nearest"
         )
-    chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
-    precisions = {part: precision for part, precision in chosen.items() if precision}
-    build = read_build_options(sm, chunk_rows, max_memory, device)
-    options = ExportOptions(
-        target, precisions, group, context, tokenizer, template, provider, force, seed, threads, build, kv,
-        routed_plugin,
-    )  # fmt: skip
+    data, engines, parts = ({name: options.pop(name) for name in names} for names in (CALIBRATION, ENGINES, PARTS))
+    precisions = {part: precision for part, precision in parts.items() if precision}
+    chosen = ExportOptions(target, precisions, build=read_build_options(**engines), **options)
     with progress_bar() as progress:
         if calib is None:
-            manifest, warnings = export_bundle(ckpt, out, options, progress)
+            manifest, warnings = export_bundle(ckpt, out, chosen, progress)
         else:
-            chosen_data = quantize_options(calib, **calibration)
-            manifest, warnings = export_calibrated(ckpt, out, options, chosen_data, progress)
+            manifest, warnings = export_calibrated(ckpt, out, chosen, quantize_options(calib, **data), progress)
     for message in warnings:
         warn(message)
     if as_json:
@@ -188,24 +167,14 @@ def export(
 @click.option("--batch", type=click.IntRange(min=1), default=1, help="Most prompts of one call of a routed decoder.")
 @build_options
 @json_option
-def build(
-    bundle: Path,
-    routed_plugin: Literal["on", "off", "auto"],
-    plugin_library: Path | None,
-    batch: int,
-    sm: tuple[str, ...],
-    device: str | None,
-    chunk_rows: int,
-    max_memory: str | None,
-    as_json: bool,
-) -> None:
+def build(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
     from vlmdeploy.export.engines.build import build_bundle, read_build_options
     from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
 
-    options = read_build_options(sm, chunk_rows, max_memory, device, batch, plugin_library, routed_plugin)
+    chosen = read_build_options(**options)
     with progress_bar() as progress:
-        manifest, is_new = build_bundle(bundle, options, progress)
+        manifest, is_new = build_bundle(bundle, chosen, progress)
     if as_json:
         print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
     else:
@@ -241,12 +210,11 @@ def sweep(
 ) -> None:
     """Quantize, export, score and measure every point of a grid, and report them together."""
     from vlmdeploy.calib.request import use_threads
-    from vlmdeploy.report.overview import SUMMARY_COLUMNS, summary_rows
-    from vlmdeploy.report.run import read_report_options
+    from vlmdeploy.report.overview import terminal_table
     from vlmdeploy.sweep.run import SweepOptions, run_sweep, sweep_json
 
     use_threads(options["threads"])
-    asked = read_report_options(bundles=(), ref=ckpt, out=out, **options)
+    asked = report_options({"bundles": (), "ref": ckpt, "out": out, **options})
     calibration = {"samples": samples, "tokens": tokens, "tokenizer": options["tokenizer"]}
     chosen = SweepOptions(ckpt, grid, out, asked, calib, calibration, options["threads"], ray, cpus)
     with progress_bar() as progress:
@@ -257,4 +225,4 @@ def sweep(
         print_json({"report": str(out / "report"), **sweep_json(result)})
     else:
         title = f"{out / 'report' / 'report.html'}: {len(result.points)} points, {len(result.failures)} failed"
-        print_rows(title, SUMMARY_COLUMNS, summary_rows(result.report))
+        print_rows(title, *terminal_table(result.report))

@@ -1,11 +1,19 @@
-"""Options that several commands share, and the values that they take."""
+"""Options that several commands share, and the values that they take.
+
+A command's parameters have the names that the fields of its dataclasses of options have; `taken` makes one of them.
+"""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from vlmdeploy.report.run import ReportOptions
+
+Kind = TypeVar("Kind")
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 TARGET = click.Choice(["ort-fp32", "ort-fp16", "ort-int8", "ort-int4", "rtx-int4", "trt-int4", "trt-fp16"])
@@ -13,9 +21,21 @@ HESSIAN = click.Choice(["routed", "pooled", "text-only"])
 PROVIDER = click.Choice(["cpu", "cuda"])
 RESIDENCY = click.Choice(["all", "phase"])
 RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
-PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
 PROMPT = click.Choice(["vlmevalkit", "cogvlm", "bare"])
 FOLDER = click.Path(path_type=Path)
+
+
+def taken(kind: type[Kind], options: dict[str, Any]) -> Kind:
+    """A dataclass made of those options that have the names of its fields; they are taken out. None: its default."""
+    given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def in_order(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with these options, the first on top in its help."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def json_option(command: Command) -> Command:
@@ -40,10 +60,21 @@ def threads_option(command: Command) -> Command:
     return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
 
 
+def precision_options(parts: str, default: str) -> Callable[[Command], Command]:
+    """A decorator that gives a command --vision, --connector and so on."""
+    words = {"vision": "vision encoder", "connector": "connector", "lm-head": "head", "embedding": "embedding table"}
+    options = [
+        click.option(f"--{part}", type=PRECISION, help=f"Precision of the {words[part]}.  [default: {default}]")
+        for part in parts.split()
+    ]
+    return lambda command: in_order(command, *options)
+
+
 def question_options(command: Command) -> Command:
     """The options that say how questions of VLMEvalKit tables and RefCOCO files are put and scored."""
     from_set = "Scoring rule of a VLMEvalKit TSV.  [default: by the data set's name, else by its columns]"
-    options = (
+    return in_order(
+        command,
         click.option("--rule", type=click.Choice(RULES), help=from_set),
         click.option("--split", help="Only the rows of this split.  [default: all]"),
         click.option(
@@ -53,32 +84,40 @@ def question_options(command: Command) -> Command:
         click.option("--images", type=FOLDER, help="Pictures named by path.  [default: beside the data]"),
         click.option("--grounding-prompt", help="How a RefCOCO phrase, <expr>, is asked for."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def asking_options(command: Command) -> Command:
     """The options of `report` and `sweep`: what is asked, and how it is measured."""
-    options = (
+    return in_order(
+        command,
+        question_options,
         click.option("--per-task", type=click.IntRange(min=1), help="Ask at most this many questions of each task."),
         click.option("--seed", type=click.IntRange(min=0), default=0, help="Which questions are drawn."),
         click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
         click.option("--tokenizer", type=FOLDER, help="Of the checkpoint.  [default: the one in its folder]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer."),
         click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens of the measured answers."),
-        click.option("--repeat", type=click.IntRange(min=1), default=5, help="Measured answers."),
+        click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Measured answers."),
         click.option("--residency", type=RESIDENCY, default="all", help="Of the measured bundles; see `run`."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return question_options(command)
+
+
+def report_options(given: dict[str, Any]) -> "ReportOptions":
+    """What `report` and `sweep` are given, as one object."""
+    from vlmdeploy.data.questions import QuestionOptions
+    from vlmdeploy.report.evaluator import Measured
+    from vlmdeploy.report.opened_models import OpenOptions
+    from vlmdeploy.report.run import ReportOptions
+
+    questions, asked, measured = taken(QuestionOptions, given), taken(OpenOptions, given), taken(Measured, given)
+    return ReportOptions(questions=questions, asked=asked, measured=measured, **given)
 
 
 def calibration_options(command: Command) -> Command:
     """The options that `quantize` and `export` share."""
     quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
-    options = (
+    return in_order(
+        command,
         click.option("--calib-prompt", help="The question for each picture, where --calib is a folder of pictures."),
         click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many samples."),
         click.option(
@@ -87,9 +126,6 @@ def calibration_options(command: Command) -> Command:
         click.option("--skip-broken", is_flag=True, help="Leave out and count samples that cannot be used."),
         click.option("--quality", type=click.Choice(["default", "high"]), default="default", help=quality),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def routed_option(command: Command) -> Command:
@@ -101,12 +137,12 @@ def routed_option(command: Command) -> Command:
 
 def build_options(command: Command) -> Command:
     """The options that `export` and `build` share: what engines are compiled for."""
-    options = (
-        click.option("--sm", multiple=True, help='Compute capability of an engine, "8.6"; none: a portable RTX plan.'),
-        click.option("--device", help="What the engines will run on, such as rtx-4060-ti-16 or agx-orin-64."),
+    capability = 'Compute capability of an engine, "8.6"; none: a portable RTX plan.'
+    device = "What the engines will run on, such as rtx-4060-ti-16 or agx-orin-64."
+    return in_order(
+        command,
+        click.option("--sm", "capabilities", multiple=True, help=capability),
+        click.option("--device", "device_name", help=device),
         click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one call."),
         click.option("--max-memory", help="Memory for building an engine, such as 12GB.  [default: what is free]"),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command

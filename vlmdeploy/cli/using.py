@@ -1,8 +1,9 @@
 """Commands that plan for a device, ask a bundle, and describe a folder: plan, run, inspect."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,14 +12,18 @@ from vlmdeploy.cli.console import print_headline, print_json, print_rows, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
-    PRECISION,
     PROVIDER,
     RESIDENCY,
     TARGET,
     json_option,
+    precision_options,
     provider_option,
     threads_option,
 )
+from vlmdeploy.errors import DataError, PromptError
+
+if TYPE_CHECKING:
+    from vlmdeploy.runtime.boxes import Box
 
 
 @main.command()
@@ -28,10 +33,7 @@ from vlmdeploy.cli.options import (
 @click.option("--power-mode", help="Of a Jetson, as nvpmodel names it.  [default: the fastest of its standard flash]")
 @click.option("--target", type=TARGET, help="[default: the one for the device]")
 @click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
-@click.option("--vision", type=PRECISION, help="Precision of the vision encoder.  [default: the target's]")
-@click.option("--connector", type=PRECISION, help="Precision of the connector.  [default: the target's]")
-@click.option("--lm-head", type=PRECISION, help="Precision of the head.  [default: the target's]")
-@click.option("--embedding", type=PRECISION, help="Precision of the embedding table.  [default: the target's]")
+@precision_options("vision connector lm-head embedding", "the target's")
 @click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), help="Of the decoder's codes.  [default: the target's]")
 @click.option("--group", type=int, help="Weights that share a scale.  [default: 128]")
@@ -98,31 +100,45 @@ def run(
     image: tuple[str, ...],
     prompt: str,
     template: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: tuple[str, ...],
     draw: Path | None,
     residency: str,
     provider: str | None,
     threads: int | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Ask a bundle one question, with or without a picture."""
-    from vlmdeploy.runtime.ask import ask
     from vlmdeploy.runtime.sampling import SamplingOptions
 
-    options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stop)
-    show = None if as_json else lambda piece: print(piece, end="", flush=True)
+    options = SamplingOptions(**sampling)
     with vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency) as session:
-        answer = ask(session, image, prompt, options, template, draw, show)
+        if draw is not None and not image:
+            raise PromptError("--draw paints boxes on the picture: give --image too")
+        content = [*({"type": "image", "image": each} for each in image), {"type": "text", "text": prompt}]
+        running = session.start([{"role": "user", "content": content}], options, template)
+        pieces = []
+        for piece in running.pieces():
+            pieces.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+        answer = running.finish("".join(pieces))
+    if draw is not None:
+        _draw(image[0], answer.boxes, draw)
     if as_json:
         print_json(answer.as_json())
     else:
         print()
+
+
+def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:
+    """Write the picture with the boxes painted on it. Raises DataError."""
+    from vlmdeploy.runtime.boxes import draw_boxes
+    from vlmdeploy.runtime.image import load_image
+
+    try:
+        draw_boxes(load_image(image), boxes).save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the picture cannot be written ({error})") from error
 
 
 @main.command()

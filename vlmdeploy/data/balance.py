@@ -91,16 +91,9 @@ def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int, limit: 
     return Balance(tuple(sorted(chosen)), vision, language)
 
 
-@dataclass(frozen=True)
-class RangeChoice:
-    """The chosen scores' places, lowest score first, and how many scores were no finite number."""
-
-    indexes: tuple[int, ...]
-    dropped: int
-
-
-def across_range(scores: Iterable[float], count: int) -> RangeChoice:
-    """At most `count` samples across the range of a score, such as perplexity; scores that are not finite are dropped.
+def across_range(scores: Iterable[float], count: int) -> tuple[int, ...]:
+    """The places of at most `count` samples across the range of a score, such as perplexity, lowest score first; scores
+    that are not finite are dropped.
 
     The finite scores, sorted, are cut into `count` equal parts, and the middle one of each part is taken, so that
     neither end, where the odd samples are, is taken for sure.
@@ -110,4 +103,4 @@ def across_range(scores: Iterable[float], count: int) -> RangeChoice:
     ranked = finite[np.argsort(values[finite], kind="stable")].tolist()
     parts = min(count, len(ranked))
     middles = [(2 * part + 1) * len(ranked) // (2 * parts) for part in range(parts)]
-    return RangeChoice(tuple(ranked[middle] for middle in middles), len(values) - len(finite))
+    return tuple(ranked[middle] for middle in middles)

@@ -20,9 +20,10 @@ def has_pictures(path: Path) -> bool:
 
 
 def read_items(path: Path, prompt: str) -> Iterator[Callable[[], Sample]]:
-    """For each picture, in sorted order, the function that gives its sample; DataError from that one: it is gone.
+    """For each picture, in sorted order, the function that gives its sample: the prompt, with the task "caption".
 
-    Hidden files and folders are left out. Raises DataError at once if the prompt is empty or there is no picture.
+    No picture is opened; hidden files and folders are left out. Raises DataError at once if the prompt is empty or
+    there is no picture; a function raises it where its picture is a link to nowhere.
     """
     if not prompt.strip():
         raise DataError(f"{path}: the prompt for its pictures is empty, expected a question or a request")
@@ -30,14 +31,6 @@ def read_items(path: Path, prompt: str) -> Iterator[Callable[[], Sample]]:
     if not pictures:
         raise DataError(f"{path}: holds no pictures, expected a folder of files that end in {', '.join(SUFFIXES)}")
     return (partial(_sample, picture, prompt) for picture in pictures)
-
-
-def read_samples(path: Path, prompt: str) -> Iterator[Sample]:
-    """The prompt about each picture, in sorted order: task "caption", without an answer. No picture is opened.
-
-    Raises DataError if the prompt is empty, there is no picture, or one is a link to nowhere.
-    """
-    return (read() for read in read_items(path, prompt))
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

@@ -40,20 +40,12 @@ def find_rows(data: str | Path) -> Path:
     return path
 
 
-def read_samples(data: str | Path, default_task: str | None = None) -> Iterator[Sample]:
-    """The samples of a JSONL file, or of a folder with data.jsonl, read one by one; empty lines are skipped.
-
-    Rows without a task get `default_task`, and are refused if that is None. Raises DataError at once if there is no
-    such file, and on the way, naming file and line, for a row that cannot be used or whose picture is missing; at the
-    end if there was no row.
-    """
-    return (read() for read in read_items(data, default_task))
-
-
 def read_items(data: str | Path, default_task: str | None = None) -> Iterator[Callable[[], Sample]]:
-    """For each row the function that makes it a sample; that one raises DataError, so that the next can still be read.
+    """For each row of a JSONL file, or of a folder with data.jsonl, the function that makes it a sample.
 
-    Otherwise as `read_samples`.
+    Empty lines are skipped. Rows without a task get `default_task`, and are refused if that is None. Raises DataError
+    at once if there is no such file, and at the end if there was no row. The functions raise it, naming file and line,
+    for a row that cannot be used or whose picture is missing, so that the next can still be read.
     """
     return _items(find_rows(data), default_task)
 

@@ -25,10 +25,7 @@ FOLDER_NAMES = (  # "formate" is how they are really called, and "muti" how some
     "llava_instruction_muti_conversations_formate",
     "llava_instruction_single_conversation_formate",
 )
-LABELS_NAMES: dict[Language, tuple[str, ...]] = {
-    "en": ("labels_en", "labels", "labels_zh"),
-    "zh": ("labels_zh", "labels", "labels_en"),
-}
+LABELS_NAMES = ("labels_en", "labels", "labels_zh")  # the first that is there
 LANGUAGE_OF: dict[str, Language] = {"labels_en": "en", "labels_zh": "zh"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 QUESTIONS: dict[Language, tuple[str, ...]] = {
@@ -49,8 +46,8 @@ def is_root(path: Path) -> bool:
     return bool(_folders(path))
 
 
-def label_folders(path: Path, language: Language = "en") -> list[Path]:
-    """The labels of each folder of the set, in sorted order: in this language if there are several.
+def label_folders(path: Path) -> list[Path]:
+    """The labels of each folder of the set, in sorted order: the English ones if there are several.
 
     Raises DataError if `path` is not such a set, or one of its folders has no labels.
     """
@@ -58,24 +55,17 @@ def label_folders(path: Path, language: Language = "en") -> list[Path]:
     if not folders:
         names = ", ".join(FOLDER_NAMES)
         raise DataError(f"{path}: is not a CogVLM-SFT-311K root, expected some of {names}, or images/ and labels_en/")
-    return [_labels(folder, language) for folder in folders]
+    return [_labels(folder) for folder in folders]
 
 
-def read_items(path: Path, language: Language = "en") -> Iterator[Callable[[], Sample]]:
+def read_items(path: Path) -> Iterator[Callable[[], Sample]]:
     """For each label file, in sorted order, the function that reads it; that one raises DataError if it is broken.
 
-    Hidden files are none of the set's. Raises DataError at once if folders or all label files are missing.
+    Samples have the task "caption", or "chat" with all turns. Hidden files are none of the set's. Raises DataError at
+    once if folders or all label files are missing.
     """
-    label_files = [(file, language) for labels in label_folders(path, language) for file in _label_files(labels)]
-    return (partial(_read_sample, file, LANGUAGE_OF.get(file.parent.name, asked)) for file, asked in label_files)
-
-
-def read_samples(path: Path, language: Language = "en") -> Iterator[Sample]:
-    """The samples of the set, folder by folder, read one by one: task "caption", or "chat" with all turns.
-
-    Raises DataError at once for missing folders, and on the way, naming the file, for one that cannot be used.
-    """
-    return (read() for read in read_items(path, language))
+    label_files = [file for labels in label_folders(path) for file in _label_files(labels)]
+    return (partial(_read_sample, file) for file in label_files)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -87,15 +77,15 @@ def _folders(path: Path) -> list[Path]:
 
 def _looks_like_one(folder: Path) -> bool:
     """Other sets have images/ and labels/ too, but not in JSON."""
-    labels = (folder / name for name in LABELS_NAMES["en"])
+    labels = (folder / name for name in LABELS_NAMES)
     return (folder / "images").is_dir() and any(any(path.glob("*.json")) for path in labels)
 
 
-def _labels(folder: Path, language: Language) -> Path:
-    for name in LABELS_NAMES[language]:
+def _labels(folder: Path) -> Path:
+    for name in LABELS_NAMES:
         if (folder / name).is_dir():
             return folder / name
-    raise DataError(f"{folder}: holds no labels, expected {', '.join(LABELS_NAMES[language])}: unpack it again")
+    raise DataError(f"{folder}: holds no labels, expected {', '.join(LABELS_NAMES)}: unpack it again")
 
 
 def _label_files(labels: Path) -> list[Path]:
@@ -105,7 +95,7 @@ def _label_files(labels: Path) -> list[Path]:
     return files
 
 
-def _read_sample(file: Path, language: Language) -> Sample:
+def _read_sample(file: Path) -> Sample:
     document = _read_json(file)
     keys = [key for key in ("captions", "conversations") if key in document]
     if len(keys) != 1:
@@ -115,7 +105,8 @@ def _read_sample(file: Path, language: Language) -> Sample:
         raise DataError(f'{file}: "{keys[0]}" is a {type(entries).__name__}, expected a list')
     image = _image(file)
     if keys[0] == "captions":
-        question = QUESTIONS[language][zlib.crc32(os.fsencode(file.stem)) % len(QUESTIONS[language])]
+        questions = QUESTIONS[LANGUAGE_OF.get(file.parent.name, "en")]
+        question = questions[zlib.crc32(os.fsencode(file.stem)) % len(questions)]
         return Sample(image, (Turn(question),), "caption", "caption", _caption(entries, file), key=_key(file))
     turns, answer = _conversation(entries, file)
     return Sample(image, turns, "chat", "chat", answer, key=_key(file))

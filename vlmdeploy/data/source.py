@@ -27,14 +27,6 @@ DEFAULT_TASK = "chat"  # of a JSONL row that names none: enough to calibrate wit
 MAX_REASONS = 3
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-OPTION_FLAGS = {
-    "rule": "--rule",
-    "prompt": "--prompt",
-    "split": "--split",
-    "first_picture": "--first-picture",
-    "images": "--images",
-    "grounding_prompt": "--grounding-prompt",
-}
 OPTIONS_OF: dict[Kind, frozenset[str]] = {
     "VLMEvalKit TSV": frozenset(("rule", "prompt", "split", "first_picture", "images")),
     "RefCOCO JSON": frozenset(("split", "images", "grounding_prompt")),
@@ -191,8 +183,9 @@ def _check_options(source: DataSource, options: QuestionOptions | None) -> None:
     """Raise DataError for an option of questions that this kind of data makes no use of."""
     used = OPTIONS_OF.get(source.kind, frozenset())
     plain = QuestionOptions()
-    for name, flag in OPTION_FLAGS.items():
-        if name not in used and getattr(options or plain, name) != getattr(plain, name):
+    for name, default in vars(plain).items():
+        if name not in used and getattr(options or plain, name) != default:
+            flag = f"--{name.replace('_', '-')}"
             raise DataError(f"{flag} is of no use here, this is a {source.description}: leave the option out")
 
 

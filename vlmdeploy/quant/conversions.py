@@ -1,23 +1,19 @@
-"""One `Quantized` laid out for each engine: ONNX Runtime's MatMulNBits, ONNX DequantizeLinear, TensorRT and GGUF.
+"""One `Quantized` laid out for each operator that reads codes: ONNX Runtime's MatMulNBits, ONNX's DequantizeLinear.
 
 All of it is exact: the same codes and the same fp16 scales in another order, never a second rounding. What a format
 cannot hold exactly raises QuantizationError. Writing graphs and files around these arrays is left to others.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, pack_nibbles
 
 CONTAINERS = (2, 4, 8)
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # the powers of two that every kernel of MatMulNBits knows
-GGUF_BLOCK = 32
-
-Halves = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -34,27 +30,16 @@ class MatMulNBits:
 
 @dataclass(frozen=True)
 class DequantizeLinear:
-    """Inputs of the operator, opset 21 or later. codes uint8: the bytes of the whole tensor in C order, two 4-bit codes
-    per byte, low nibble first. scales and zero_points follow the shape of the weight, one value per block along `axis`.
+    """A weight [in, out] for the operator along axis 0, opset 21 or later; all zero points are 0.
+
+    codes uint8: the bytes of the whole tensor in C order, two 4-bit codes per byte, low nibble first. scales [groups,
+    out].
     """
 
     codes: Codes
     shape: tuple[int, int]
-    data_type: Literal["INT4", "UINT4", "INT8", "UINT8"]
+    data_type: Literal["INT4", "INT8"]
     scales: Floats
-    zero_points: Codes | None  # packed as the codes; None where all are 0
-    axis: int
-    block_size: int
-
-
-@dataclass(frozen=True)
-class TensorrtInt4:
-    """A weight [in, out] of INT4 for DequantizeLinear along axis 0. codes uint8 [in, out / 2], low nibble first; scales
-    float16 [in / block_size, out]."""
-
-    codes: Codes
-    scales: Halves
-    block_size: int
 
 
 def widen(quantized: Quantized, bits: int) -> Quantized:
@@ -81,14 +66,12 @@ def repeat_scales(quantized: Quantized, group_size: int) -> Quantized:
     return Quantized(quantized.codes, scales, replace(grid, group_size=group_size), zeros)
 
 
-def matmul_nbits(quantized: Quantized, container_bits: int | None = None) -> MatMulNBits:
-    """For ONNX Runtime, in fields of `container_bits` (default: the narrowest of 2, 4 and 8 that holds the codes).
+def matmul_nbits(quantized: Quantized) -> MatMulNBits:
+    """For ONNX Runtime, in the narrowest fields that hold the codes.
 
     Groups that the operator does not know are split, e.g. a whole width of 11008 into blocks of 128.
     """
-    bits = container_bits or field_bits(quantized.grid.bits)
-    if bits not in CONTAINERS:
-        raise QuantizationError(f"MatMulNBits in fields of {bits} bits; it knows {', '.join(map(str, CONTAINERS))}")
+    bits = field_bits(quantized.grid.bits)
     held = repeat_scales(widen(quantized, bits), matmul_block_size(quantized.grid.group_size))
     num_out, groups = held.scales.shape
     return MatMulNBits(
@@ -129,93 +112,18 @@ def _padded(values: Codes, multiple: int) -> Codes:
     return np.pad(values, ((0, 0), (0, -values.shape[1] % multiple)))
 
 
-def dequantize_linear(quantized: Quantized, axis: int, signed: bool | None = None) -> DequantizeLinear:
-    """For ONNX's DequantizeLinear: weight [in, out] for axis 0, [out, in] for axis 1; blocks are groups.
+def dequantize_linear(quantized: Quantized) -> DequantizeLinear:
+    """For ONNX's DequantizeLinear, whose blocks are the groups: INT4 holds codes of up to 4 bits, INT8 wider ones.
 
-    signed (default: a symmetric grid) stores code - 2^(bits - 1), which needs no zero points if they are all in the
-    middle. Codes of up to 4 bits become INT4 or UINT4, wider ones INT8 or UINT8.
+    The grid is symmetric: code - 2^(bits - 1) is signed and needs no zero point.
     """
-    if axis not in (0, 1):
-        raise QuantizationError(f"DequantizeLinear along axis {axis} of a matrix; expected 0 or 1")
+    assert quantized.zeros is None, "the caller refuses asymmetric codes"
     bits = 4 if quantized.grid.bits <= 4 else 8
     held = widen(quantized, bits)
-    signed = held.zeros is None if signed is None else signed
-    codes, scales = _turned(held.codes, axis), _turned(held.scales, axis)
-    zeros = None if held.zeros is None and signed else _turned(_all_zeros(held), axis)
-    return DequantizeLinear(
-        codes=_packed_flat(codes, bits, signed),
-        shape=(codes.shape[0], codes.shape[1]),
-        data_type=_data_type(bits, signed),
-        scales=scales,
-        zero_points=None if zeros is None else _packed_flat(zeros, bits, signed),
-        axis=axis,
-        block_size=held.grid.group_size,
-    )
-
-
-def _data_type(bits: int, signed: bool) -> Literal["INT4", "UINT4", "INT8", "UINT8"]:
-    if bits == 4:
-        return "INT4" if signed else "UINT4"
-    return "INT8" if signed else "UINT8"
-
-
-def _turned(values: NDArray[Any], axis: int) -> NDArray[Any]:
-    """[out, ...] with the inputs along `axis`, contiguous."""
-    return np.ascontiguousarray(values.T if axis == 0 else values)
-
-
-def _all_zeros(quantized: Quantized) -> Codes:
-    if quantized.zeros is not None:
-        return quantized.zeros
-    return np.full(quantized.scales.shape, quantized.grid.zero_point, np.uint8)
-
-
-def _packed_flat(codes: Codes, bits: int, signed: bool) -> Codes:
-    """The bytes of a whole tensor: flattened in C order, an odd end padded. Signed is the highest bit flipped."""
-    flat = codes.reshape(-1)
-    if signed:
-        flat = flat ^ np.uint8(1 << (bits - 1))
-    return pack_bytes(np.pad(flat, (0, flat.size * bits % 8 // bits)), bits)
-
-
-def tensorrt_int4(quantized: Quantized) -> TensorrtInt4:
-    """For TensorRT's INT4 weights. Raises QuantizationError for codes it does not take: asymmetric or wider ones."""
-    _check_symmetric(quantized, "TensorRT's INT4 weights")
-    held = widen(quantized, 4)
-    if held.codes.shape[0] % 2:
-        raise QuantizationError(f"TensorRT packs two outputs per byte, but there are {held.codes.shape[0]}")
     signed = np.ascontiguousarray(held.codes.T) ^ np.uint8(held.grid.zero_point)
-    scales = np.ascontiguousarray(held.scales.T.astype(np.float16))
-    return TensorrtInt4(pack_nibbles(signed), scales, held.grid.group_size)
-
-
-def gguf_q4_0(quantized: Quantized) -> Codes:
-    """A GGUF tensor of type Q4_0: uint8 [out, in / 32 * 18], blocks of an fp16 scale and 16 bytes.
-
-    Byte i of a block holds code i in its low nibble and code i + 16 in its high one.
-    """
-    _check_symmetric(quantized, "Q4_0")
-    held = repeat_scales(widen(quantized, 4), GGUF_BLOCK)
-    blocks: Codes = held.codes.reshape(*held.scales.shape, 2, GGUF_BLOCK // 2)
-    return _gguf_blocks(held.scales, blocks[:, :, 0] | (blocks[:, :, 1] << np.uint8(4)))
-
-
-def gguf_q8_0(quantized: Quantized) -> Codes:
-    """A GGUF tensor of type Q8_0: uint8 [out, in / 32 * 34], blocks of an fp16 scale and 32 int8."""
-    _check_symmetric(quantized, "Q8_0")
-    held = repeat_scales(widen(quantized, 8), GGUF_BLOCK)
-    signed = held.codes ^ np.uint8(held.grid.zero_point)
-    return _gguf_blocks(held.scales, signed.reshape(*held.scales.shape, GGUF_BLOCK))
-
-
-def _gguf_blocks(scales: Floats, codes: Codes) -> Codes:
-    """scales [out, blocks] and bytes [out, blocks, n] -> uint8 [out, blocks * (2 + n)]."""
-    halves = np.ascontiguousarray(scales.astype("<f2")).view(np.uint8).reshape(*scales.shape, 2)
-    return np.concatenate((halves, codes), -1).reshape(len(scales), -1)
-
-
-def _check_symmetric(quantized: Quantized, target: str) -> None:
-    if quantized.zeros is not None and (quantized.zeros != quantized.grid.zero_point).any():
-        raise QuantizationError(
-            f"{target} cannot hold zero points, but these codes are asymmetric: quantize symmetrically"
-        )
+    return DequantizeLinear(
+        codes=pack_bytes(signed.reshape(-1), bits),
+        shape=(signed.shape[0], signed.shape[1]),
+        data_type="INT4" if bits == 4 else "INT8",
+        scales=np.ascontiguousarray(held.scales.T),
+    )

@@ -2,7 +2,7 @@
 
 Symmetric (the default): the zero point is 2^(bits - 1), the scale max|w| / ((2^bits - 1) / 2), as in GPTQ files.
 Asymmetric: scale and zero point span the group's own range; TensorRT does not take such codes. Scales are rounded to
-fp16 *before* codes are chosen, so that ONNX Runtime, TensorRT, GPTQ files and GGUF all hold the same result; see
+fp16 *before* codes are chosen, so that ONNX Runtime, TensorRT and GPTQ files all hold the same result; see
 docs/design/0002-one-grid.md.
 """
 

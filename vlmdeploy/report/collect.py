@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmdeploy.bench.measurement import Measurement
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.quant.quantization_report import REPORT_NAME, LinearReport, read_report
 from vlmdeploy.records import record_of
 from vlmdeploy.report.compared import (
     DRIFT_EDGES,
     LEAST_FALL,
+    Fall,
     drift,
     drift_counts,
     falls_of,
@@ -31,10 +33,10 @@ from vlmdeploy.report.document import (
     Subject,
 )
 from vlmdeploy.report.evaluation import Evaluation
-from vlmdeploy.report.shown_pictures import PictureFolder
+from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.report.wording import metric_name, task_name
 from vlmdeploy.score.answerers import Validation, agreement
-from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, paired_differences, score
+from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, measure, paired_differences, score
 from vlmdeploy.spec.matrices import Place, places
 
 SHOWN_REGRESSIONS = 9
@@ -72,26 +74,25 @@ def model_result(
 def _compared(
     alone: ModelResult, reference: list[Prediction], predictions: list[Prediction], pictures: PictureFolder
 ) -> ModelResult:
-    falls = falls_of(reference, predictions)
-    deepest = worst(falls, [prediction.sample.task for prediction in predictions], SHOWN_REGRESSIONS)
+    tasks = [prediction.sample.task for prediction in predictions]
+    before, after = ([measure(prediction) for prediction in each] for each in (reference, predictions))
+    falls = falls_of(before, after)
     return replace(
         alone,
         differences=paired_differences(reference, predictions),
-        flips=flips_of(reference, predictions),
+        flips=flips_of(tasks, before, after),
         equal_answers=agreement(Validation({}, tuple(reference)), Validation({}, tuple(predictions))),
         grounding=_grounding(reference, predictions, pictures),
         regressions=tuple(
-            _regression(reference[fall.place], predictions[fall.place], fall.metric, fall.before, fall.after, pictures)
-            for fall in deepest
+            _regression(reference[fall.place], predictions[fall.place], fall, pictures)
+            for fall in worst(falls, tasks, SHOWN_REGRESSIONS)
         ),
         num_regressions=sum(fall.size >= LEAST_FALL for fall in falls),
-        num_improvements=sum(fall.size >= LEAST_FALL for fall in falls_of(predictions, reference)),
+        num_improvements=sum(fall.size >= LEAST_FALL for fall in falls_of(after, before)),
     )
 
 
-def _regression(
-    before: Prediction, after: Prediction, metric: str, value: float, fallen: float, pictures: PictureFolder
-) -> Regression:
+def _regression(before: Prediction, after: Prediction, fall: Fall, pictures: PictureFolder) -> Regression:
     sample = before.sample
     return Regression(
         task=sample.task,
@@ -101,9 +102,9 @@ def _regression(
         expected=_expected(sample),
         reference_answer=before.text,
         answer=after.text,
-        metric=metric,
-        before=value,
-        after=fallen,
+        metric=fall.metric,
+        before=fall.before,
+        after=fall.after,
     )
 
 
@@ -186,21 +187,16 @@ def _ratio(linear: LinearReport | None) -> float | None:
 
 def frontier(results: Sequence[ModelResult]) -> Frontier | None:
     """Accuracy against latency and memory, of the models that were measured; None where none was."""
-    measured = [result for result in results if result.measurement is not None]
+    measured = [(result, result.measurement) for result in results if result.measurement is not None]
     if not measured:
         return None
     tasks = [task for task in TASK_METRICS if task in results[0].tasks]
     metrics = tuple(f"{task_name(task)} {metric_name(TASK_METRICS[task][0])}" for task in tasks)
-    points = [_point(result, tasks) for result in measured]
-    measurement = measured[0].measurement
-    assert measurement is not None, "only measured ones are here"
-    judged = tuple(_judged(point, points) for point in points)
-    return Frontier(metrics, measurement.new_tokens, judged)
+    points = [_point(result, measurement, tasks) for result, measurement in measured]
+    return Frontier(metrics, measured[0][1].new_tokens, tuple(_judged(point, points) for point in points))
 
 
-def _point(result: ModelResult, tasks: Sequence[str]) -> Point:
-    measurement = result.measurement
-    assert measurement is not None, "only measured ones come here"
+def _point(result: ModelResult, measurement: Measurement, tasks: Sequence[str]) -> Point:
     accuracy = float(np.mean([result.tasks[task][TASK_METRICS[task][0]].value for task in tasks]))
     latency = measurement.first_token.p50 + measurement.new_tokens * measurement.decode_per_token.p50
     return Point(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)

@@ -1,15 +1,16 @@
 """How a model's answers differ from the reference's: flips and their test, drifting boxes, the worst regressions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vlmdeploy.report.document import Flips
 from vlmdeploy.runtime.boxes import Box, parse_boxes
-from vlmdeploy.score.metrics import SHARES, TASK_METRICS, Prediction, measure
+from vlmdeploy.score.metrics import SHARES, TASK_METRICS, Prediction
 
+Measures = Mapping[str, float]  # of one answer, by metric
 LEAST_FALL = 0.1  # of a metric, for an answer to count as worse
 DRIFT_EDGES = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 1000.0)  # thousandths of the picture's side
 
@@ -30,15 +31,13 @@ def mcnemar_p(lost: int, gained: int) -> float:
     return min(1.0, 2 * math.exp(highest) * math.fsum(math.exp(each - highest) for each in logs))
 
 
-def flips_of(reference: Sequence[Prediction], model: Sequence[Prediction]) -> dict[str, dict[str, Flips]]:
-    """Questions lost and gained, by task and by each metric that is 0 or 1 for one answer."""
+def flips_of(
+    tasks: Sequence[str], reference: Sequence[Measures], model: Sequence[Measures]
+) -> dict[str, dict[str, Flips]]:
+    """Questions lost and gained, by task and by each metric that is 0 or 1 for one answer. tasks: of the questions."""
     found: dict[str, dict[str, Flips]] = {}
     for task, metrics in TASK_METRICS.items():
-        pairs = [
-            (measure(before), measure(after))
-            for before, after in zip(reference, model, strict=True)
-            if before.sample.task == task
-        ]
+        pairs = [(one, other) for each, one, other in zip(tasks, reference, model, strict=True) if each == task]
         for metric in metrics:
             if pairs and metric in SHARES:
                 lost = sum(before[metric] > after[metric] for before, after in pairs)
@@ -62,11 +61,10 @@ class Fall:
         return self.before - self.after
 
 
-def falls_of(reference: Sequence[Prediction], model: Sequence[Prediction]) -> list[Fall]:
+def falls_of(reference: Sequence[Measures], model: Sequence[Measures]) -> list[Fall]:
     """For every answer how its worst metric changed, in the order of the answers."""
     falls = []
-    for place, (one, other) in enumerate(zip(reference, model, strict=True)):
-        before, after = measure(one), measure(other)
+    for place, (before, after) in enumerate(zip(reference, model, strict=True)):
         metric = max(before, key=lambda name: before[name] - after[name])
         falls.append(Fall(place, metric, before[metric], after[metric]))
     return falls

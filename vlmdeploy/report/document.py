@@ -217,6 +217,11 @@ class Report:
     failures: tuple[Failure, ...] = ()
     format: str = FORMAT
 
+    @property
+    def measured(self) -> list[tuple[ModelResult, Measurement]]:
+        """The models that were measured, each with its measurement."""
+        return [(model, model.measurement) for model in self.models if model.measurement is not None]
+
 
 def read_report_json(path: Path) -> Report:
     """A report read back. Raises DataError for a file that is none."""

@@ -3,10 +3,10 @@
 Bundles run in the runtime, checkpoints in PyTorch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -14,11 +14,11 @@ import vlmdeploy
 from vlmdeploy.bundle import Manifest, has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
-from vlmdeploy.layout import token_types_of
+from vlmdeploy.layout import Ints, token_types_of
 from vlmdeploy.report.distributions import Floats, GivenAnswer
 from vlmdeploy.report.document import Subject
 from vlmdeploy.runtime.session import Session
-from vlmdeploy.score.answerers import BundleAnswerer, QuestionMaker
+from vlmdeploy.score.answerers import Answerer, BundleAnswerer, QuestionMaker
 from vlmdeploy.score.metrics import Prediction
 
 FINGERPRINT_ROWS = 64  # of the embedding table, to tell one model from another
@@ -37,27 +37,38 @@ class Identity:
     embedding: Floats
 
 
-class OpenedModel(Protocol):
-    """What the report asks of a model."""
+class OpenedModel(ABC):
+    """What the report asks of a model.
 
-    @property
-    def context_tokens(self) -> int:
-        """Longest prompt and answer."""
+    maker: how its prompts are made; context_tokens: the longest prompt and answer; vocab_size: of a distribution.
+    """
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries of a distribution."""
-
-    @property
-    def maker(self) -> QuestionMaker:
-        """How this model's prompts are made."""
+    path: Path
+    maker: QuestionMaker
+    context_tokens: int
+    vocab_size: int
+    _answerer: Answerer
 
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
         """One prediction for each sample, in their order."""
+        return self._answerer.answers(samples)
 
     def answer_logits(self, given: GivenAnswer) -> Floats:
         """Logits of every token of the answer, float32 [answer, vocab]. Raises BackendError where one is not finite."""
+        ids = np.concatenate((given.prompt, given.answer[:-1]))
+        logits = self._logits(ids, given.pixels, len(given.answer))
+        if not np.isfinite(logits).all():
+            question = given.sample.turns[-1].user
+            raise BackendError(
+                f"{self.path}: logits of the answer to {question[:80]!r} are not finite: nothing to compare"
+            )
+        return logits
 
+    @abstractmethod
+    def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
+        """Of the last positions, float32 [last, vocab]."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what it holds."""
 
@@ -73,45 +84,31 @@ class OpenOptions:
     max_new_tokens: int = 64
 
 
-def open_model(path: Path, options: OpenOptions) -> "OpenedBundle | OpenedCheckpoint":
+def open_model(path: Path, options: OpenOptions) -> OpenedModel:
     """Open a bundle or a checkpoint. Raises what opening it raises."""
     return OpenedBundle(path, options) if has_manifest(path) else OpenedCheckpoint(path, options)
 
 
-class OpenedBundle:
+class OpenedBundle(OpenedModel):
     """A bundle, opened by the runtime."""
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
         self.path = path
         self.session: Session = vlmdeploy.open(path, provider=options.provider, threads=options.threads)
-        self.maker = QuestionMaker(self.session.manifest, self.session.tokenizer, options.template)
+        manifest = self.session.manifest
+        self.context_tokens, self.vocab_size = manifest.context_tokens, manifest.embedding.vocab_size
+        self.maker = QuestionMaker(manifest, self.session.tokenizer, options.template)
         self._answerer = BundleAnswerer(self.session, options.max_new_tokens, options.template)
 
-    @property
-    def context_tokens(self) -> int:
-        """See OpenedModel."""
-        return self.session.manifest.context_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """See OpenedModel."""
-        return self.session.manifest.embedding.vocab_size
-
-    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """See OpenedModel."""
-        return self._answerer.answers(samples)
-
-    def answer_logits(self, given: GivenAnswer) -> Floats:
-        """See OpenedModel."""
-        ids = np.concatenate((given.prompt, given.answer[:-1]))
-        return _finite(self.session.logits(ids, given.pixels, last=len(given.answer)), given, self.path)
+    def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
+        return self.session.logits(ids, pixels, last=last)
 
     def close(self) -> None:
         """See OpenedModel."""
         self.session.close()
 
 
-class OpenedCheckpoint:
+class OpenedCheckpoint(OpenedModel):
     """A checkpoint in PyTorch, whole."""
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
@@ -122,45 +119,25 @@ class OpenedCheckpoint:
         tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(path, options.tokenizer)))
         self.path = path
         self.model = vlmdeploy.load_model(path)
+        decoder = self.model.spec.decoder
+        self.context_tokens, self.vocab_size = decoder.context_tokens, decoder.vocab_size
         self.maker = QuestionMaker(self.model.spec, tokenizer, options.template)
         self._answerer = TorchAnswerer(
             self.model, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template
         )
 
-    @property
-    def context_tokens(self) -> int:
-        """See OpenedModel."""
-        return self.model.spec.decoder.context_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """See OpenedModel."""
-        return self.model.spec.decoder.vocab_size
-
-    def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """See OpenedModel."""
-        return self._answerer.answers(samples)
-
-    def answer_logits(self, given: GivenAnswer) -> Floats:
-        """See OpenedModel."""
+    def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
         import torch
 
-        ids = np.concatenate((given.prompt, given.answer[:-1]))
-        types = token_types_of(ids, self.model.spec.tokens, has_image=given.pixels is not None)
-        images = None if given.pixels is None else torch.from_numpy(given.pixels)
+        types = token_types_of(ids, self.model.spec.tokens, has_image=pixels is not None)
+        images = None if pixels is None else torch.from_numpy(pixels)
         with torch.no_grad():
             logits = self.model(torch.from_numpy(ids)[None], images, token_type_ids=torch.from_numpy(types)[None])
-        return _finite(logits[0, -len(given.answer) :].numpy(), given, self.path)
+        last_logits: Floats = logits[0, -last:].numpy()
+        return last_logits
 
     def close(self) -> None:
         """See OpenedModel; PyTorch frees the weights with the object."""
-
-
-def _finite(logits: Floats, given: GivenAnswer, path: Path) -> Floats:
-    if not np.isfinite(logits).all():
-        question = given.sample.turns[-1].user
-        raise BackendError(f"{path}: logits of the answer to {question[:80]!r} are not finite: nothing to compare")
-    return logits
 
 
 def subject_of(path: Path, name: str) -> Subject:

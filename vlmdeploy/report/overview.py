@@ -1,35 +1,87 @@
-"""A report in one table, for the terminal."""
+"""The report in one table, a line for each model: the page, summary.md and the terminal show the same cells."""
 
-from vlmdeploy.byte_sizes import megabytes
-from vlmdeploy.report.document import ModelResult, Report
-from vlmdeploy.score.metrics import TASK_METRICS, Score
+from dataclasses import dataclass
 
-SUMMARY_COLUMNS = ["model", "accuracy, difference to the reference", "KL", "first token", "decoding", "peak", "on disk"]
+from vlmdeploy.report.document import Report
+from vlmdeploy.report.numbers import Document, Piece, Shown
+from vlmdeploy.report.wording import difference, main_metrics, metric_name, peak_key, task_name, verdict
 
-
-def summary_rows(report: Report) -> list[list[str]]:
-    """A line per model; accuracy by the first metric of each task."""
-    return [_row(result) for result in report.models]
+NOTHING = "\N{EN DASH}"
 
 
-def _row(result: ModelResult) -> list[str]:
-    measured = result.measurement
+@dataclass(frozen=True)
+class Cell:
+    """What one column shows of a model. difference: to the reference, with the verdict on it; missing: why not."""
+
+    value: Shown | None
+    missing: str = NOTHING
+    difference: tuple[Piece, ...] = ()
+    verdict: str = ""
+
+
+def columns(report: Report) -> list[tuple[str, str]]:
+    """(heading, metric or unit) of every column after the model's name; those of the tasks come first."""
+    tasks = [(task_name(task), metric_name(metric)) for task, metric in main_metrics(report.models[0])]
+    compared = [("Equal answers", ""), ("KL", "nats/token")] if report.models[1:] else []
+    costs = [("On disk", ""), ("First token", "ms, median"), ("Decode", "tokens/s"), ("Memory", "highest")]
+    return tasks + compared + costs
+
+
+def cells(report: Report, place: int) -> list[Cell]:
+    """What the columns show of a model."""
+    model, key = report.models[place], ("models", place)
+
+    def cell(form: str, *path: str, is_known: bool, missing: str = NOTHING) -> Cell:
+        return Cell(Shown(form, (*key, *path)) if is_known else None, missing)
+
+    compared = [
+        cell("share", "equal_answers", "value", is_known=model.equal_answers is not None),
+        cell("amount", "agreement", "kl", "value", is_known=model.agreement is not None),
+    ]
+    measured = [
+        cell("amount", "measurement", *path, is_known=model.measurement is not None, missing="not measured")
+        for path in (("first_token", "p50"), ("decode_tok_s",))
+    ]
+    peak = peak_key(report, place)
     return [
-        result.subject.name,
-        "; ".join(_accuracy(result, task) for task in result.tasks),
-        "" if result.agreement is None else f"{result.agreement.kl.value:.2e}",
-        "" if measured is None else f"{measured.first_token.p50:.0f} ms",
-        "" if measured is None else f"{measured.decode_tok_s:.1f} tokens/s",
-        "" if measured is None else megabytes(measured.memory.peak_bytes),
-        megabytes(result.subject.size_bytes),
+        *(_score(report, place, task, metric) for task, metric in main_metrics(report.models[0])),
+        *(compared if report.models[1:] else ()),
+        cell("size", "subject", "size_bytes", is_known=True),
+        *measured,
+        Cell(None if peak is None else Shown("size", peak), "not measured"),
     ]
 
 
-def _accuracy(result: ModelResult, task: str) -> str:
-    metric = TASK_METRICS[task][0]
-    value = f"{task} {100 * result.tasks[task][metric].value:.2f} %"
-    return value if result.differences is None else f"{value} ({_points(result.differences[task][metric])})"
+def _score(report: Report, place: int, task: str, metric: str) -> Cell:
+    model, key = report.models[place], ("models", place)
+    if metric not in model.tasks.get(task, {}):
+        return Cell(None, "not asked")
+    value = Shown("share", (*key, "tasks", task, metric, "value"))
+    found = (model.differences or {}).get(task, {}).get(metric)
+    if found is None:
+        return Cell(value)
+    return Cell(value, NOTHING, tuple(difference((*key, "differences", task, metric))), verdict(found))
 
 
-def _points(difference: Score) -> str:
-    return f"{100 * difference.value:+.2f}, {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
+def text_table(document: Document) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows as text, without the names of the models."""
+    report = document.report
+    headings = [f"{heading}, {unit}" if unit else heading for heading, unit in columns(report)]
+    return headings, [[_text(document, cell) for cell in cells(report, place)] for place in range(len(report.models))]
+
+
+def _text(document: Document, cell: Cell) -> str:
+    if cell.value is None:
+        return NOTHING
+    return document.sentence([cell.value, ", ", *cell.difference] if cell.difference else [cell.value])
+
+
+def terminal_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, narrow: all tasks in one column."""
+    headings, texts = text_table(Document(report))
+    tasks = [task_name(task) for task, _ in main_metrics(report.models[0])]
+    rows = []
+    for model, row in zip(report.models, texts, strict=True):
+        scores = "; ".join(f"{task} {score}" for task, score in zip(tasks, row, strict=False))
+        rows.append([model.subject.name, scores, *row[len(tasks) :]])
+    return ["model", "accuracy, difference to the reference", *headings[len(tasks) :]], rows

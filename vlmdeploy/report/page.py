@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmdeploy.report import wording
+from vlmdeploy.report import overview, wording
 from vlmdeploy.report.document import ModelResult
 from vlmdeploy.report.numbers import Document, Key, Piece, Shown, key_text, printable
 from vlmdeploy.report.pictures import Embedded, embed_picture, rectangle
 from vlmdeploy.report.plot_list import Plot
-from vlmdeploy.score.metrics import Score
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,14 +25,13 @@ def render_page(document: Document, plots: Mapping[str, tuple[Plot, str]], folde
     """The page. plots: by name, with their SVG. folder: where the pictures lie. Raises DataError if one is missing."""
     environment = _environment()
     page = _Page(document, plots, folder)
-    functions = ("number", "say", "plot", "picture", "has_plot", "plot_names", "peak", "place_of")
+    functions = ("number", "say", "plot", "picture", "has_plot", "plot_names", "place_of")
     names = {name: getattr(page, name) for name in functions}
     return environment.get_template("report.html").render(
         report=document.report,
         words=wording,
+        overview=overview,
         rectangle=rectangle,
-        main_metric=_main_metric,
-        kinds_of=wording.kinds_of,
         **names,
     )
 
@@ -68,10 +66,6 @@ def _shortened(text: str, length: int = MAX_TEXT) -> str:
     return text if len(text) <= length else f"{text[:length]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _main_metric(metrics: Mapping[str, Score]) -> str:
-    return next(iter(metrics))
-
-
 class _Page:
     """What the template calls."""
 
@@ -102,11 +96,6 @@ class _Page:
     def place_of(self, model: ModelResult) -> int:
         """Which of the report's models this one is."""
         return next(place for place, each in enumerate(self._document.report.models) if each is model)
-
-    def peak(self, place: int) -> "Markup | str":
-        """The highest memory of a model."""
-        key = wording.peak_key(self._document.report, place)
-        return "" if key is None else self.number("size", key)
 
     def plot(self, name: str) -> dict[str, Any]:
         """Title, message and SVG of a plot."""

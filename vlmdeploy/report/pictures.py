@@ -1,24 +1,58 @@
-"""Pictures inside the page: small copies as data URLs, and boxes drawn over them as vector graphics."""
+"""Pictures that a report shows: written once each, upright and small enough for a page, which holds them as data URLs
+and draws boxes over them as vector graphics."""
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
-from vlmdeploy.data.samples import PixelBox
+from vlmdeploy.data.samples import Picture, PixelBox
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.image import load_image
 
-MAX_SIDE_PX = 640
+LONGEST_SIDE_PX = 640
+FOLDER = "pictures"
 LOSSLESS_SIDE_PX = 256  # pictures no larger than this stay exact: every pixel of theirs is seen
 JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
+class ShownPicture:
+    """A picture's file in the report's folder, and how much smaller it is than the picture."""
+
+    name: str
+    scale: float
+
+    def scaled(self, box: PixelBox) -> PixelBox:
+        """A box of the upright picture in pixels of the shown one."""
+        x0, y0, x1, y1 = (edge * self.scale for edge in box)
+        return x0, y0, x1, y1
+
+
+@dataclass
+class PictureFolder:
+    """The report's folder of pictures; `add` writes a picture the first time it is asked for."""
+
+    folder: Path
+    shown: dict[Picture, ShownPicture] = field(default_factory=dict)
+
+    def add(self, picture: Picture) -> ShownPicture:
+        """The picture's file. Raises DataError if it cannot be read."""
+        if picture not in self.shown:
+            image = load_image(picture)
+            scale = min(1.0, LONGEST_SIDE_PX / max(image.size))
+            if scale < 1:
+                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            name = f"{FOLDER}/{len(self.shown) + 1}.png"
+            (self.folder / FOLDER).mkdir(exist_ok=True)
+            image.save(self.folder / name)
+            self.shown[picture] = ShownPicture(name, scale)
+        return self.shown[picture]
+
+
+@dataclass(frozen=True)
 class Embedded:
-    """A picture to be shown: width and height are those of the original, in which boxes are given."""
+    """A picture to be shown; boxes are given in its pixels."""
 
     url: str
     width_px: int
@@ -30,25 +64,12 @@ class Embedded:
         return max(self.width_px, self.height_px) <= LOSSLESS_SIDE_PX
 
 
-@dataclass(frozen=True)
-class Rectangle:
-    """A box on a picture, in its pixels; `kind` is its class in the style sheet."""
-
-    kind: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-
 def embed_picture(folder: Path, name: str) -> Embedded:
-    """A picture of the report's folder, at most MAX_SIDE_PX wide and high. Raises DataError if it is not there."""
+    """A picture of the report's folder. Raises DataError if it is not there."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts:
         raise DataError(f'{name!r}: expected the name of a picture inside the report, such as "pictures/0.png"')
     image = load_image(folder / name)
-    width_px, height_px = image.size
-    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
     is_small = max(image.size) <= LOSSLESS_SIDE_PX
     buffer = io.BytesIO()
     if is_small:
@@ -56,10 +77,10 @@ def embed_picture(folder: Path, name: str) -> Embedded:
     else:
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Embedded(f"data:image/{'png' if is_small else 'jpeg'};base64,{data}", width_px, height_px)
+    return Embedded(f"data:image/{'png' if is_small else 'jpeg'};base64,{data}", *image.size)
 
 
-def rectangle(kind: str, box: PixelBox) -> Rectangle:
-    """A box to draw; a model may have named its corners the other way round."""
+def rectangle(box: PixelBox) -> dict[str, float]:
+    """A box as SVG draws it; a model may have named its corners the other way round."""
     (left, right), (top, bottom) = sorted(box[0::2]), sorted(box[1::2])
-    return Rectangle(kind, left, top, right - left, bottom - top)
+    return {"x": left, "y": top, "width": right - left, "height": bottom - top}

@@ -28,7 +28,7 @@ from vlmdeploy.report.plot_style import (
     new_figure,
     place_labels,
 )
-from vlmdeploy.report.wording import main_metrics, metric_name, task_name, verdict
+from vlmdeploy.report.wording import main_metrics, memory_phases, metric_name, task_name, verdict
 from vlmdeploy.score.metrics import Score
 
 if TYPE_CHECKING:
@@ -234,12 +234,10 @@ def _thin_ticks(axes: "Axes", number: int) -> None:
 
 def draw_first_token(report: Report) -> "Figure":
     """Medians of preprocessing, vision and prefill, one after the other; the number is the median of their sum."""
-    models = [model for model in report.models if model.measurement is not None]
-    figure = new_figure(HALF_IN, 1.0 + ROW_IN * 1.15 * len(models))
+    figure = new_figure(HALF_IN, 1.0 + ROW_IN * 1.15 * len(report.measured))
     axes = _axes(figure)
-    for row, model in enumerate(models):
-        measurement, left = model.measurement, 0.0
-        assert measurement is not None, "filtered above"
+    for row, (_, measurement) in enumerate(report.measured):
+        left = 0.0
         for phase in ("preprocess", "vision", "prefill"):
             spread = getattr(measurement, phase)
             if spread is not None:
@@ -247,7 +245,7 @@ def draw_first_token(report: Report) -> "Figure":
                 left += spread.p50
         text, end = amount(measurement.first_token.p50), (left, row)
         axes.annotate(text, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED)
-    _model_rows(axes, models)
+    _model_rows(axes, [model for model, _ in report.measured])
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
     axes.set_xlabel("ms, medians")
     _legend(figure, [("bar", PHASE_COLOURS[phase], phase) for phase in ("preprocess", "vision", "prefill")])
@@ -256,21 +254,19 @@ def draw_first_token(report: Report) -> "Figure":
 
 def draw_memory(report: Report) -> "Figure":
     """The peak of each phase beside the others; the dark line is what the process held before opening the bundle."""
-    models = [model for model in report.models if model.measurement is not None and model.measurement.memory.phases]
-    measurements = [model.measurement for model in models if model.measurement is not None]
-    phases = list(dict.fromkeys(name for measurement in measurements for name in measurement.memory.phases))
-    figure = new_figure(HALF_IN, 1.0 + (0.16 + 0.085 * len(phases)) * len(models))
+    shown = [(model, each.memory) for model, each in report.measured if each.memory.phases]
+    phases = memory_phases(report)
+    figure = new_figure(HALF_IN, 1.0 + (0.16 + 0.085 * len(phases)) * len(shown))
     axes = _axes(figure)
-    unit, unit_name = _memory_unit(measurement.memory.peak_bytes for measurement in measurements)
+    unit, unit_name = _memory_unit(memory.peak_bytes for _, memory in shown)
     height, colours = 0.78 / len(phases), [PHASE_COLOURS.get(phase, PURPLE) for phase in phases]
-    for row, measurement in enumerate(measurements):
-        memory = measurement.memory
+    for row, (_, memory) in enumerate(shown):
         for number, (phase, colour) in enumerate(zip(phases, colours, strict=True)):
             if phase in memory.phases:
                 y, peak = row - 0.39 + height * (number + 0.5), memory.phases[phase].peak_bytes / unit
                 axes.barh(y, peak, height=height * 0.9, color=colour)
         axes.plot([memory.baseline_bytes / unit] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=1.2)
-    _model_rows(axes, models)
+    _model_rows(axes, [model for model, _ in shown])
     axes.set_xlim(left=0)
     axes.set_xlabel(f"resident memory at the peak, {unit_name}")
     entries = [("bar", colour, phase) for phase, colour in zip(phases, colours, strict=True)]

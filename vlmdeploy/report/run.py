@@ -15,7 +15,7 @@ import vlmdeploy
 from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
 from vlmdeploy.bench.machine import machine
 from vlmdeploy.bundle import has_manifest
-from vlmdeploy.data.questions import PromptStyle, QuestionOptions
+from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import ConfigError, DataError, ExportError
@@ -26,8 +26,7 @@ from vlmdeploy.report.evaluation import Store
 from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
 from vlmdeploy.report.files import write_report
 from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, subject_of
-from vlmdeploy.report.shown_pictures import PictureFolder
-from vlmdeploy.score.answerers import MAX_NEW_TOKENS
+from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.score.metrics import check_scorable
 
 EVALUATIONS = "evaluations"
@@ -55,50 +54,6 @@ class ReportOptions:
     measured: Measured = field(default_factory=Measured)
     title: str | None = None
     force: bool = False
-
-
-def read_report_options(
-    bundles: tuple[Path, ...],
-    data: Path,
-    out: Path,
-    ref: Path | None,
-    *,
-    per_task: int | None = None,
-    seed: int = 0,
-    template: str | None = None,
-    tokenizer: Path | None = None,
-    threads: int | None = None,
-    provider: str | None = None,
-    rule: str | None = None,
-    split: str | None = None,
-    prompt: PromptStyle = "vlmevalkit",
-    first_picture: bool = False,
-    images: Path | None = None,
-    grounding_prompt: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    new_tokens: int = 32,
-    repeat: int = 5,
-    residency: str = "all",
-    title: str | None = None,
-    force: bool = False,
-) -> ReportOptions:
-    """Options under the names that the command line gives them."""
-    questions = QuestionOptions(rule, prompt, split, first_picture, images)
-    if grounding_prompt is not None:
-        questions = replace(questions, grounding_prompt=grounding_prompt)
-    return ReportOptions(
-        bundles=bundles,
-        data=data,
-        out=out,
-        ref=ref,
-        per_task=per_task,
-        seed=seed,
-        questions=questions,
-        asked=OpenOptions(template, tokenizer, threads, provider, max_new_tokens),
-        measured=Measured(new_tokens, repeat, residency),
-        title=title,
-        force=force,
-    )
 
 
 def make_report(

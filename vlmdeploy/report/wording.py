@@ -25,6 +25,7 @@ METRICS = {
 }
 MANY_NAMES = 4
 NAME_LENGTH = 40  # of a model in a sentence
+POINTS = "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: "
 SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
 
 
@@ -67,14 +68,12 @@ def sources(report: Report, part: str) -> str:
 
 def memory_phases(report: Report) -> list[str]:
     """The phases that any model's memory was measured in."""
-    measured = [model.measurement for model in report.models if model.measurement is not None]
-    return list(dict.fromkeys(phase for each in measured for phase in each.memory.phases))
+    return list(dict.fromkeys(phase for _, each in report.measured for phase in each.memory.phases))
 
 
 def has_device_memory(report: Report) -> bool:
     """Whether any model's memory on a GPU is known."""
-    measured = [model.measurement for model in report.models if model.measurement is not None]
-    return any(each.memory.device_planned_bytes is not None for each in measured)
+    return any(each.memory.device_planned_bytes is not None for _, each in report.measured)
 
 
 def unmeasured(report: Report) -> dict[str, list[str]]:
@@ -84,8 +83,7 @@ def unmeasured(report: Report) -> dict[str, list[str]]:
 
 def energy_unknown(report: Report) -> dict[str, list[str]]:
     """Names of the measured models whose energy is unknown, by the reason."""
-    measured = [(model.measurement, model.subject.name) for model in report.models if model.measurement is not None]
-    return _by_reason((each.energy_unknown, name) for each, name in measured if each.energy is None)
+    return _by_reason((each.energy_unknown, model.subject.name) for model, each in report.measured if not each.energy)
 
 
 def _by_reason(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
@@ -97,10 +95,8 @@ def _by_reason(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
 
 def methods(report: Report) -> str:
     """How memory was measured."""
-    measured = [model.measurement for model in report.models if model.measurement is not None]
-    return "; ".join(
-        dict.fromkeys(text for each in measured for text in (each.memory.method, each.memory.device_method))
-    )
+    memories = [each.memory for _, each in report.measured]
+    return "; ".join(dict.fromkeys(text for memory in memories for text in (memory.method, memory.device_method)))
 
 
 def main_metrics(model: ModelResult) -> list[tuple[str, str]]:
@@ -168,8 +164,8 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
     pieces: list[Piece] = []
     for task, metric in told:
         pieces += ["; "] if pieces else []
-        pieces += [f"{task_name(task)} ", *_difference(("models", place, "differences", task, metric))]
-        pieces += [f": {verdicts[task]}"]
+        found = difference(("models", place, "differences", task, metric), POINTS)
+        pieces += [f"{task_name(task)} ", *found, f": {verdicts[task]}"]
     untold = [task_name(task).lower() for task, metric in main if (task, metric) not in told]
     if untold:
         is_second = told == main[:1] and verdicts[main[0][0]] == "no loss seen"
@@ -177,9 +173,10 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
     return pieces
 
 
-def _difference(key: Key) -> list[Piece]:
+def difference(key: Key, opening: str = " (") -> list[Piece]:
+    """A paired difference and its interval, which stand at that place."""
     value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
-    return [value, "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: ", low, " to ", high, ")"]
+    return [value, opening, low, " to ", high, ")"]
 
 
 def _size(report: Report, place: int) -> list[Piece]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import onnx
 
@@ -22,6 +22,9 @@ from vlmdeploy.progress import Progress
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_library import LibraryName, TensorrtLibrary, import_tensorrt
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
@@ -111,7 +114,7 @@ def main() -> None:
             tell("failed", str(error))
 
 
-def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Progress) -> None:
+def _compile(request: EngineRequest, write: Callable[[str], object], progress: Progress) -> None:
     library = import_tensorrt(request.library)
     said: list[tuple[str, str]] = []
 
@@ -128,7 +131,8 @@ def _compile(request: EngineRequest, write: Callable[[str], Any], progress: Prog
     if request.plugin is not None:
         use_plugin(library, request.plugin, model)
     if not parser.parse(model.SerializeToString(), str(request.graph)):
-        raise ExportError(f"TensorRT cannot read it ({parser.get_error(0).desc()})")
+        error: trt.ParserError = parser.get_error(0)
+        raise ExportError(f"TensorRT cannot read it ({error.desc()})")
     _check_layers(library, network, model)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
@@ -157,7 +161,7 @@ def use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.Model
         register_routed_plugins(library, plugin.architecture)
 
 
-def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto) -> None:
+def _check_layers(library: TensorrtLibrary, network: "trt.INetworkDefinition", model: onnx.ModelProto) -> None:
     """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it, and as
     many layers must write the cache as nodes do."""
     module = library.module
@@ -173,16 +177,17 @@ def _check_layers(library: TensorrtLibrary, network: Any, model: onnx.ModelProto
             _check_attention(library, layer)
 
 
-def _check_attention(library: TensorrtLibrary, layer: Any) -> None:
+def _check_attention(library: TensorrtLibrary, layer: "trt.ILayer") -> None:
     module = library.module
     name = layer.name.removeprefix("node_of_").removesuffix("_AttentionInput")
     layer.__class__ = module.IAttentionInputLayer
-    kind, lengths = layer.attention.causal_kind, layer.attention.key_value_lengths
+    attention = cast("trt.IAttentionInputLayer", layer).attention
+    kind, lengths = attention.causal_kind, attention.key_value_lengths
     if kind != module.CausalMaskKind.LOWER_RIGHT or lengths is None:
         found = f"{str(kind).rpartition('.')[2]} {'with' if lengths is not None else 'without'} lengths"
         raise ExportError(f"TensorRT reads {name} as {found}, expected LOWER_RIGHT with lengths")
     if layer.get_input(0).shape[1] < FEWEST_HEADS:
-        layer.attention.decomposable = True  # several kernels instead of one; no released model has so few
+        attention.decomposable = True  # several kernels instead of one; no released model has so few
 
 
 def _model(request: EngineRequest) -> onnx.ModelProto:
@@ -204,7 +209,9 @@ def profiles(request: EngineRequest) -> list[dict[str, tuple[int, int, int]]]:
     return [prompt] if request.part.graph == "decoder_vision" else [prompt, one]
 
 
-def _profile(builder: Any, network: Any, sizes: dict[str, tuple[int, int, int]]) -> Any:
+def _profile(
+    builder: "trt.Builder", network: "trt.INetworkDefinition", sizes: dict[str, tuple[int, int, int]]
+) -> "trt.IOptimizationProfile":
     """The profile of a network whose varying dimensions are named as in the graph."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):

@@ -8,7 +8,7 @@ TensorRT 10.9 and later, experimental in 11.4. What TensorRT calls is in routed_
 
 import importlib
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.engines.plugin_callbacks import RoutedKernels, register_linear, register_partition
@@ -45,7 +45,7 @@ def _kernels(architecture: int, folder: Path) -> RoutedKernels:
     return RoutedKernels(architecture, index.of(architecture), folder)
 
 
-def _plugin_module(library: TensorrtLibrary) -> Any:
+def _plugin_module(library: TensorrtLibrary) -> ModuleType:
     """`tensorrt.plugin`."""
     if library.is_rtx:
         raise BackendError(f"TensorRT-RTX {library.version} has no plugins: the routed kernel needs a target trt-*")

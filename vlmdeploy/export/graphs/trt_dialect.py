@@ -111,7 +111,7 @@ class TrtGraph(GraphBuilder):
             stop = done + len(block.codes)
             codes[done:stop], scales[done:stop] = block.codes, block.scales
             done = stop
-        stored = dequantize_linear(Quantized(codes, scales, grid), axis=0)
+        stored = dequantize_linear(Quantized(codes, scales, grid))
         name = self.external(weight, CODE_TYPES[stored.data_type], stored.shape, [stored.codes])
         inputs = [name, self.tensor(f"{weight}.scales", stored.scales.astype(np.float16))]
         return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=0, block_size=grid.group_size)

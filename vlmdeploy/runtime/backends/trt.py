@@ -9,7 +9,7 @@ when it is read, and loaded again for the next one.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger("vlmdeploy")
 
@@ -62,20 +65,15 @@ class TrtBackend:
             check_engine(f"{folder / info.file}", info, self.library, self.device.compute_capability)
         check_memory(folder, manifest, residency, self.device.free_bytes())
         self._logger = self.library.logger(_tell)
-        self._runtime = self.library.module.Runtime(self._logger)
+        self._runtime: trt.Runtime = self.library.module.Runtime(self._logger)
         self._engines: dict[str, list[Engine]] = {}
         sizes = buffer_bytes(manifest, self.chunk_rows, self.most_logits, self.most_lanes)
         self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
         self._scratch = self.device.allocate(0)
-        self._graph: Any = None
+        self._graph: object = None
         self._graph_lanes = 0  # lanes of a call that the captured graph serves
         self._can_capture: bool | None = None  # not asked yet
         self._newest: Lanes | None = None
-
-    @property
-    def planned_bytes(self) -> int:
-        """Buffers and KV cache, which are held from the start."""
-        return sum(buffer.size for buffer in self._buffers.values())
 
     def engines(self, graph: str) -> list[Engine]:
         """The engines of a graph in the order of their layers, loaded on first use."""
@@ -152,10 +150,13 @@ class TrtBackend:
     def _inputs(self, call: Call, lanes: Lanes) -> dict[str, NDArray[Any]]:
         """What one call of a decoder is told, by name of the graph's input. An engine gives at least one row of
         logits."""
-        if lanes is not self._newest:
-            raise BackendError("this KV cache was given up when a new prompt was begun")
+        self._check_newest(lanes)
         inputs = {name: value for name, value in lanes.inputs(call).items() if name in self._buffers}
         return inputs if len(call.logit_rows) else inputs | {"logit_rows": np.zeros(1, np.int64)}
+
+    def _check_newest(self, lanes: Lanes) -> None:
+        if lanes is not self._newest:
+            raise BackendError("this KV cache was given up when a new prompt was begun")
 
     def _upload(self, inputs: dict[str, NDArray[Any]]) -> None:
         for name, value in inputs.items():
@@ -193,14 +194,17 @@ class TrtBackend:
         if self._can_capture is None or self._can_capture:
             self._graph = self._captured()
 
-    def _captured(self) -> Any:
+    def _captured(self) -> object:
         """One decoded token as a CUDA graph: every address and shape stays the same."""
         self.device.synchronize()
         runs = [
             (engine, engine.context(ONE_TOKEN, self._scratch, self.device))
             for engine in self.engines(self.manifest.token_graph)
         ]
-        self._can_capture = all(context.is_stream_capturable(self.device.stream) for _, context in runs)
+        # TensorRT cannot be asked: it captures whatever has neither loops nor branches, as our graphs.
+        self._can_capture = not self.library.is_rtx or all(
+            context.is_stream_capturable(self.device.stream) for _, context in runs
+        )
         if not self._can_capture:
             logger.warning("TensorRT cannot be captured in a CUDA graph here: tokens are slower, not other ones")
             return None

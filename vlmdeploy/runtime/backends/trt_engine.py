@@ -5,13 +5,16 @@ import mmap
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlmdeploy.bundle import EngineInfo, FileEntry
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.backends.trt_library import HOW_TO_INSTALL, TensorrtLibrary
 from vlmdeploy.runtime.integrity import cache_folder, keep
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger("vlmdeploy")
 
@@ -61,7 +64,7 @@ class Engine:
     """A loaded engine. Its contexts share `scratch` with those of every other engine: one runs at a time."""
 
     def __init__(
-        self, path: Path, info: EngineInfo, runtime: Any, library: TensorrtLibrary, cache: RuntimeCache
+        self, path: Path, info: EngineInfo, runtime: "trt.Runtime", library: TensorrtLibrary, cache: RuntimeCache
     ) -> None:
         self.info = info
         self.library = library
@@ -75,9 +78,9 @@ class Engine:
                 f"{path}: cannot be loaded, see the log above: for lack of memory, or compile it again with "
                 "`vlmdeploy build`"
             )
-        self._kernels: Any = None  # of TensorRT-RTX, shared by all contexts
-        self._configs: dict[int, Any] = {}
-        self._contexts: dict[int, Any] = {}
+        self._kernels: trt.IRuntimeCache | None = None  # of TensorRT-RTX, shared by all contexts
+        self._configs: dict[int, trt.IRuntimeConfig] = {}
+        self._contexts: dict[int, trt.IExecutionContext] = {}
         self.names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._check_tensors()
 
@@ -91,7 +94,7 @@ class Engine:
             if kind == "present" and self._engine.get_aliased_input_tensor(name) != f"past_{layer}":
                 raise BackendError(f"{self._where}: does not write {name} in place; compile it with `vlmdeploy build`")
 
-    def _config(self, profile: int) -> Any:
+    def _config(self, profile: int) -> "trt.IRuntimeConfig":
         """How contexts of a profile are made. A token's kernels are finished before they are captured."""
         if profile not in self._configs:
             runtime_config = self._engine.create_runtime_config()
@@ -102,7 +105,7 @@ class Engine:
             self._configs[profile] = runtime_config
         return self._configs[profile]
 
-    def _finish_kernels(self, runtime_config: Any, profile: int) -> None:
+    def _finish_kernels(self, runtime_config: "trt.IRuntimeConfig", profile: int) -> None:
         """Start TensorRT-RTX with the kernels of earlier runs."""
         strategies = self.library.module.DynamicShapesKernelSpecializationStrategy
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
@@ -121,7 +124,7 @@ class Engine:
         profiles = range(self._engine.num_optimization_profiles)
         return max(int(self._engine.get_device_memory_size_for_profile_v2(profile)) for profile in profiles)
 
-    def context(self, profile: int, scratch: Buffer, device: CudaDevice) -> Any:
+    def context(self, profile: int, scratch: Buffer, device: CudaDevice) -> "trt.IExecutionContext":
         """The execution context of a profile, made on first use."""
         if profile not in self._contexts:
             context = self._engine.create_execution_context(self._config(profile))
@@ -134,7 +137,9 @@ class Engine:
             self._contexts[profile] = context
         return self._contexts[profile]
 
-    def bind(self, context: Any, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+    def bind(
+        self, context: "trt.IExecutionContext", addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
         """Set the shape of every varying input and the address of every tensor."""
         for name, shape in shapes.items():
             if name in self.names and not context.set_input_shape(name, shape):
@@ -143,7 +148,7 @@ class Engine:
             if not context.set_tensor_address(name, addresses[name]):
                 raise BackendError(f"{self._where}: does not take an address for {name}")
 
-    def enqueue(self, context: Any, device: CudaDevice) -> None:
+    def enqueue(self, context: "trt.IExecutionContext", device: CudaDevice) -> None:
         """Put one run on the stream."""
         if not context.execute_async_v3(device.stream):
             raise BackendError(f"{self._where}: TensorRT could not run it, see the log above")
@@ -157,7 +162,8 @@ class Engine:
         self.keep_kernels()
         self.forget_contexts()
         self._configs.clear()
-        self._kernels = self._engine = None
+        self._kernels = None
+        del self._engine
 
     def keep_kernels(self) -> None:
         """Write what TensorRT-RTX compiled since it was loaded to the user's cache."""

@@ -7,9 +7,13 @@ GPUs: a plan for the GPU and the version that it was built with. Neither is need
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 from vlmdeploy.errors import BackendError
+
+if TYPE_CHECKING:
+    import tensorrt as trt  # names the classes of both libraries
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -27,7 +31,7 @@ class TensorrtLibrary:
     """An imported library. version: "1.7.1"."""
 
     name: LibraryName
-    module: Any
+    module: ModuleType
     version: str
 
     @property
@@ -35,7 +39,7 @@ class TensorrtLibrary:
         """Whether plans are portable over GPUs."""
         return self.name == "tensorrt_rtx"
 
-    def logger(self, tell: Callable[[str, str], None]) -> Any:
+    def logger(self, tell: Callable[[str, str], None]) -> "trt.ILogger":
         """A logger that hands on (severity, message); a process keeps the first one it gets."""
         module = self.module
 
@@ -43,12 +47,12 @@ class TensorrtLibrary:
             def __init__(self) -> None:
                 module.ILogger.__init__(self)
 
-            def log(self, severity: Any, message: str) -> None:
+            def log(self, severity: "trt.ILogger.Severity", message: str) -> None:
                 tell(str(severity).rpartition(".")[2], message)
 
         return Logger()
 
-    def monitor(self, tell: Callable[[str, int, int], None]) -> Any:
+    def monitor(self, tell: Callable[[str, int, int], None]) -> "trt.IProgressMonitor":
         """A progress monitor that hands on (phase, done, total) of the outermost phase."""
         module = self.module
 
@@ -72,11 +76,11 @@ class TensorrtLibrary:
 
         return Monitor()
 
-    def plugin_registry(self) -> Any:
+    def plugin_registry(self) -> "trt.IPluginRegistry":
         """Where the parser finds plugins; what is put there stays as long as the process."""
         return self.module.get_plugin_registry()
 
-    def prepare(self, config: Any, capabilities: tuple[str, ...]) -> None:
+    def prepare(self, config: "trt.IBuilderConfig", capabilities: tuple[str, ...]) -> None:
         """Set what the two want differently. capabilities: the GPUs of a TensorRT-RTX plan, "8.6" each; none for a
         portable one. Raises BackendError."""
         if self.is_rtx:
@@ -85,7 +89,7 @@ class TensorrtLibrary:
         else:
             config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
 
-    def _set_compute_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
+    def _set_compute_capabilities(self, config: "trt.IBuilderConfig", capabilities: tuple[str, ...]) -> None:
         known = self.module.ComputeCapability.__members__
         if capabilities:  # none set: portable
             config.num_compute_capabilities = len(capabilities)
