@@ -21,7 +21,7 @@ from pathlib import Path
 from export_memory import FAMILIES, write_checkpoint
 
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.progress import no_progress
 
@@ -57,7 +57,7 @@ def build_here(text: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         plan, log = Path(temporary) / "x.engine", Path(temporary) / "log"
         graph = Path(folder) / f"{part.graph}.onnx"
-        request = EngineRequest("tensorrt_rtx", graph, part, num_layers, Shapes(chunk_rows), (), plan, log)
+        request = EngineRequest("tensorrt_rtx", graph, part, num_layers, ProfileShapes(chunk_rows), (), plan, log)
         start = time.perf_counter()
         compile_engine(request, no_progress)
         seconds = time.perf_counter() - start

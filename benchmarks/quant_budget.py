@@ -20,7 +20,7 @@ from vlmdeploy.calib.allocation import Budget, allocate_plan
 from vlmdeploy.calib.calibration_set import hold_out
 from vlmdeploy.calib.coverage import check_coverage
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.run import Calibration, Run, RunOptions
+from vlmdeploy.calib.run import Calibration, QuantizationRun, RunOptions
 from vlmdeploy.calib.solver import GptqSolver
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.allocation import stored_bytes
@@ -49,7 +49,7 @@ def damage(plan: PrecisionPlan, calibration: Calibration, judge: Judge) -> Damag
     )
     options = RunOptions({}, memory_bytes=MEMORY_BYTES)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(
+        run = QuantizationRun(
             checkpoint, plan, calibration, GptqSolver(), options, processes, coverage, lambda *_: None, Path(folder)
         )
         return judge.damage(run.in_memory()[0])

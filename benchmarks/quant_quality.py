@@ -30,7 +30,7 @@ from torch import Tensor
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample, read_pixels
 from vlmdeploy.calib.coverage import check_coverage
 from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.run import Calibration, Run, RunOptions
+from vlmdeploy.calib.run import Calibration, QuantizationRun, RunOptions
 from vlmdeploy.calib.solver import GptqSolver, Problem, Solver, measured_report
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import draw_samples
@@ -225,7 +225,7 @@ def quantized_codes(method: Method, bits: int, calibration: Calibration) -> dict
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=False
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(
+        run = QuantizationRun(
             checkpoint, plan, calibration, method.solver, options, processes, coverage, lambda *_: None, Path(folder)
         )
         return run.in_memory()[0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.errors import VlmdeployError
-from vlmdeploy.kernels.block_shapes import TABLE, BlockShape, Shapes, shapes_of
+from vlmdeploy.kernels.block_shapes import TABLE, BlockShape, BlockShapes, shapes_of
 from vlmdeploy.kernels.launch import Route, RoutedWeights, launch, partition
 
 Clock = Callable[[Callable[[], object]], float]  # median seconds of a piece of work on the device
@@ -84,7 +84,7 @@ class Bench:
     device: torch.device
     clock: Clock
     bandwidth: float
-    shapes: Shapes
+    shapes: BlockShapes
 
 
 def cuda_event() -> Any:
@@ -146,7 +146,7 @@ def dequantized(weights: RoutedWeights) -> Tensor:
     return scaled.view(experts, out_width, 2 * num_bytes)
 
 
-def worst_error(case: Case, shapes: Shapes) -> float:
+def worst_error(case: Case, shapes: BlockShapes) -> float:
     """The largest error of a launch, as a multiple of what one rounding and the order of sums allow: right is <= 1."""
     launch(case.x, case.route, case.weights, case.y, shapes)
     worst = 0.0
@@ -267,7 +267,7 @@ def fits(shape: BlockShape) -> bool:
     return (shape.num_stages - 1) * (shape.block_columns * columns + shape.block_rows * GROUP_SIZE * 2) <= 47 * 1024
 
 
-def layer_seconds(entry: Layer, rows: int, share: float, shapes: Shapes, bench: Bench) -> float:
+def layer_seconds(entry: Layer, rows: int, share: float, shapes: BlockShapes, bench: Bench) -> float:
     """Seconds of a layer's four linears with these shapes; infinite where the device cannot launch them."""
     import triton
 
@@ -281,12 +281,12 @@ def layer_seconds(entry: Layer, rows: int, share: float, shapes: Shapes, bench: 
     return total
 
 
-def tune(entry: Layer, bench: Bench, candidates: Sequence[Sequence[BlockShape]], prefill_rows: int) -> Shapes:
+def tune(entry: Layer, bench: Bench, candidates: Sequence[Sequence[BlockShape]], prefill_rows: int) -> BlockShapes:
     """The fastest shapes for a layer, and up to how many rows each kernel is the fastest."""
     gemvs, small, large = candidates
     always = 10**6  # rows up to which one kernel is used, whatever their number
 
-    def only(kind: str, shape: BlockShape) -> Shapes:
+    def only(kind: str, shape: BlockShape) -> BlockShapes:
         if kind == "gemv":
             return replace(bench.shapes, gemv=shape, gemv_up_to_tokens=always)
         if kind == "small":
@@ -307,10 +307,10 @@ def tune(entry: Layer, bench: Bench, candidates: Sequence[Sequence[BlockShape]],
         for n in range(16, MOST_SMALL_ROWS + 1, 16)
         if seconds("small", best_small, n) <= seconds("large", best_large, n)
     ]
-    return Shapes(best_gemv, best_small, best_large, max(gemv_rows, default=0), max(small_rows, default=16))
+    return BlockShapes(best_gemv, best_small, best_large, max(gemv_rows, default=0), max(small_rows, default=16))
 
 
-def write_shapes(architecture: int, shapes: Shapes, table: Path = TABLE) -> None:
+def write_shapes(architecture: int, shapes: BlockShapes, table: Path = TABLE) -> None:
     """Give an architecture shapes of its own in the table."""
     content = json.loads(table.read_text(encoding="utf-8"))
     content["shapes"][f"sm_{architecture}"] = asdict(shapes)

@@ -16,7 +16,7 @@ from tests.golden_cases import GOLDEN
 
 if TYPE_CHECKING:
     from tests.graph_edits import Edit
-    from vlmdeploy.export.gate.verify import Subject
+    from vlmdeploy.export.gate.verify import CheckedBundle
     from vlmdeploy.model.vlm import VisionLanguageModel
 
 GoldenModels = Callable[[str], "VisionLanguageModel"]
@@ -95,7 +95,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[["Edit"], None]:
     from vlmdeploy.export.gate.verify import verify_staged
 
     def install(edit: "Edit") -> None:
-        def edit_and_verify(subject: "Subject", *rest: Any) -> Any:
+        def edit_and_verify(subject: "CheckedBundle", *rest: Any) -> Any:
             edit(subject.folder)
             return verify_staged(subject, *rest)
 

@@ -26,13 +26,13 @@ from vlmdeploy.report.document import (
     Failure,
     Flips,
     Frontier,
+    FrontierPoint,
     Grounding,
     LayerErrors,
     ModelResult,
-    Point,
     Regression,
     Report,
-    Subject,
+    ReportedModel,
 )  # fmt: skip
 from vlmdeploy.score.metrics import Score
 
@@ -113,9 +113,9 @@ def model_result(place: int, name: str) -> ModelResult:
     )  # fmt: skip
 
 
-def _subject(place: int, name: str) -> Subject:
+def _subject(place: int, name: str) -> ReportedModel:
     is_reference = place == 0
-    return Subject(
+    return ReportedModel(
         name=name,
         path="examples/digits/checkpoint" if is_reference else f"bundles/{place}",
         kind="checkpoint" if is_reference else "bundle",
@@ -228,7 +228,7 @@ def _frontier(models: Sequence[ModelResult]) -> Frontier:
         for mine in costs
     ]
     points = (
-        Point(model.subject.name, -negative, latency, int(peak), is_dominated)
+        FrontierPoint(model.subject.name, -negative, latency, int(peak), is_dominated)
         for model, (negative, latency, peak), is_dominated in zip(models, costs, beaten, strict=True)
     )
     return Frontier(("VQA exact match", "Boxes IoU at 0.5"), 64, tuple(points))

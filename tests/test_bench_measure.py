@@ -31,7 +31,7 @@ from tests.tiny_bundle import (
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bench.energy import Meter, Unknown
 from vlmdeploy.bench.machine import board_model, cpu_model
-from vlmdeploy.bench.measure import Subject, disk_use, measure, measure_backend, measure_in_process
+from vlmdeploy.bench.measure import MeasuredBundle, disk_use, measure, measure_backend, measure_in_process
 from vlmdeploy.bench.measurement import EngineUsed, Measurement, MeasureOptions, Spread
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, ConfigError, DataError, PromptError, VlmdeployError
@@ -103,7 +103,7 @@ class OneJouleEachTime:
 
 def measured(folder: Path, options: MeasureOptions, meter: Meter | None = None) -> tuple[Measurement, CountingBackend]:
     backend = CountingBackend(folder)
-    subject = Subject(folder, read_manifest(folder), ENGINE, lambda: backend)
+    subject = MeasuredBundle(folder, read_manifest(folder), ENGINE, lambda: backend)
     return measure_backend(subject, options, meter or Unknown("told by a test")), backend
 
 
@@ -204,7 +204,7 @@ def test_tensorrt_tells_what_it_plans_and_what_it_takes(tmp_path: Path) -> None:
     def open_it() -> TrtBackend:
         return TrtBackend(folder, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
 
-    found = measure_backend(Subject(folder, manifest, engine, open_it), SHORT, Unknown(""))
+    found = measure_backend(MeasuredBundle(folder, manifest, engine, open_it), SHORT, Unknown(""))
     planned = sum(buffer_bytes(manifest, 7, 3).values())
     taken = {phase: memory.device_peak_bytes for phase, memory in found.memory.phases.items()}
     assert found.memory.device_planned_bytes == planned and found.machine.gpu == device.name
@@ -234,7 +234,7 @@ def test_wrong_picture_is_found_before_anything_is_opened(bundle: Path, tmp_path
     def open_it() -> CountingBackend:
         raise AssertionError("opened")
 
-    subject = Subject(bundle, read_manifest(bundle), ENGINE, open_it)
+    subject = MeasuredBundle(bundle, read_manifest(bundle), ENGINE, open_it)
     with pytest.raises(DataError, match=r"empty\.png"):
         measure_backend(subject, replace(SHORT, image=str(tmp_path / "empty.png")), Unknown(""))
 

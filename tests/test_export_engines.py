@@ -30,7 +30,7 @@ from vlmdeploy.artifact import locked
 from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engines.build import BuildOptions, build_bundle
-from vlmdeploy.export.engines.compiler import EngineRequest, Shapes, compile_engine
+from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, build_bytes, cut, initializer_bytes
 from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt
@@ -159,7 +159,7 @@ def test_parser_makes_every_attention_lower_right_with_lengths(rtx: Path, graph:
 def request(rtx: Path, folder: Path, graph: str, capabilities: tuple[str, ...] = ()) -> EngineRequest:
     part = EnginePart(graph, 0, (0, LAYERS), 1 << 20, is_whole=True)
     return EngineRequest(
-        "tensorrt_rtx", rtx / f"{graph}.onnx", part, LAYERS, Shapes(64, 4), capabilities, folder / "x.engine",
+        "tensorrt_rtx", rtx / f"{graph}.onnx", part, LAYERS, ProfileShapes(64, 4), capabilities, folder / "x.engine",
         folder / "build.log",
     )  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_routed_decoder_is_built_for_batches_but_for_its_plugins(
     layers: tuple[int, int], unrouted: Path, tmp_path: Path
 ) -> None:
     part = EnginePart("decoder", 0, layers, 1 << 20, is_whole=layers == (0, LAYERS))
-    shapes = Shapes(chunk_rows=16, logit_rows=8, batch=4)
+    shapes = ProfileShapes(chunk_rows=16, logit_rows=8, batch=4)
     plan, log = tmp_path / "x.engine", tmp_path / "build.log"
     compile_engine(EngineRequest("tensorrt_rtx", unrouted, part, LAYERS, shapes, (), plan, log), no_progress)
     prompts, tokens = read_plan(plan)
@@ -306,7 +306,7 @@ def test_decoder_in_several_engines(copied: Path, rtx: Path, monkeypatch: pytest
     """As on a machine whose memory holds one layer: each engine has its layers' bytes, and only these."""
     monkeypatch.setattr("vlmdeploy.export.engines.parts.BASE_BYTES", 0)
     memory = int(0.9 * build_bytes(sum(initializer_bytes(graph_of(rtx, "decoder_text")).values())))
-    manifest, is_new = build_bundle(copied, BuildOptions(shapes=Shapes(64), max_memory=memory), no_progress)
+    manifest, is_new = build_bundle(copied, BuildOptions(shapes=ProfileShapes(64), max_memory=memory), no_progress)
     assert is_new
     names = [name for name in manifest.engines if name.startswith("decoder_text")]
     assert len(names) > 1 and [manifest.engines[name].part for name in names] == list(range(len(names)))

@@ -23,6 +23,7 @@ OURS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
+    "overriding": set(),
     "records": {"errors"},
     "artifact": {"errors"},
     "byte_sizes": {"errors"},
@@ -165,7 +166,9 @@ def test_module_imports_only_the_parts_below_it(path: Path) -> None:
     for found in parsed_imports(path):
         if found.top == "vlmdeploy" and found.module != "vlmdeploy":
             wanted = found.module.removeprefix("vlmdeploy.")
-            assert is_allowed(wanted, OURS[part] | {part}), f"{path}:{found.line}: {part} may not import {wanted}"
+            assert is_allowed(wanted, OURS[part] | {part, "overriding"}), (
+                f"{path}:{found.line}: {part} may not import {wanted}"
+            )
 
 
 @every_module

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vlmdeploy.errors import BackendError, ExportError
-from vlmdeploy.kernels.block_shapes import Shapes, known_architectures, shapes_of
+from vlmdeploy.kernels.block_shapes import BlockShapes, known_architectures, shapes_of
 from vlmdeploy.kernels.compile import check_limits
 from vlmdeploy.kernels.compiled_kernels import COMPILED, CompiledKernel, archive_name, kernel_image, read_index
 from vlmdeploy.kernels.packing import GROUP_SIZES, PACKING_VERSION
@@ -131,7 +131,7 @@ def test_kernel_is_chosen_by_the_number_of_rows(tokens: int, kind: str, block_ro
 
 @every_architecture
 def test_index_and_block_shapes_choose_alike(architecture: int) -> None:
-    shapes: Shapes = shapes_of(architecture)
+    shapes: BlockShapes = shapes_of(architecture)
     for tokens in (1, 2, 3, 16, 32, 33, 64, 65, 5000):
         kind, shape = shapes.of(tokens)
         kernel = read_index().linear(architecture, "bf16", 32, tokens)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from vlmdeploy.errors import QuantizationError
-from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
+from vlmdeploy.quant.allocation import GridChoice, allocate, stored_bytes
 from vlmdeploy.quant.gptq_format import encode_linear
 from vlmdeploy.quant.grid import Grid, quantize_rtn
 
 GRIDS = [Grid(3, 64), Grid(4, 128), Grid(4, 64), Grid(8, 128)]
 SEEDS = range(8)
-Choices = dict[str, list[Choice]]
+Choices = dict[str, list[GridChoice]]
 
 
 def random_choices(seed: int, num_matrices: int = 5) -> Choices:
@@ -22,14 +22,14 @@ def random_choices(seed: int, num_matrices: int = 5) -> Choices:
     random = np.random.default_rng(seed)
     return {
         f"matrix{index}": [
-            Choice(grid, int(size * grid.bits + random.integers(9)), float(weight * 3.0**-grid.bits * noise))
+            GridChoice(grid, int(size * grid.bits + random.integers(9)), float(weight * 3.0**-grid.bits * noise))
             for grid, noise in zip(GRIDS, random.uniform(0.3, 3, len(GRIDS)), strict=True)
         ]
         for index, (size, weight) in enumerate(random.uniform(10, 60, (num_matrices, 2)))
     }
 
 
-def total(chosen: Iterable[Choice]) -> tuple[int, float]:
+def total(chosen: Iterable[GridChoice]) -> tuple[int, float]:
     """Bytes and cost together."""
     parts = list(chosen)
     return sum(part.bytes for part in parts), sum(part.cost for part in parts)
@@ -72,7 +72,7 @@ def test_allocation_is_optimal_for_every_budget_where_all_steps_take_the_same_by
     for index in range(5):
         savings = np.sort(random.uniform(0, 5, 3))[::-1]  # each step saves less than the one before
         costs = 20 - np.concatenate(([0], np.cumsum(savings)))
-        choices[f"matrix{index}"] = [Choice(GRIDS[n], 100 + 10 * n, float(cost)) for n, cost in enumerate(costs)]
+        choices[f"matrix{index}"] = [GridChoice(GRIDS[n], 100 + 10 * n, float(cost)) for n, cost in enumerate(costs)]
     for budget in range(500, 671, 7):
         assert total(allocate(choices, budget).values())[1] == pytest.approx(least_cost(choices, budget))
 
@@ -82,7 +82,9 @@ def test_matrices_of_equal_size_never_fare_worse_than_with_one_grid_for_all(seed
     random = np.random.default_rng(seed)
     grids = [Grid(bits, 128) for bits in (3, 4, 8)]
     choices = {
-        f"matrix{index}": [Choice(grid, stored_bytes(64, 256, grid), float(weight * 4.0**-grid.bits)) for grid in grids]
+        f"matrix{index}": [
+            GridChoice(grid, stored_bytes(64, 256, grid), float(weight * 4.0**-grid.bits)) for grid in grids
+        ]
         for index, weight in enumerate(random.lognormal(0, 2, 9))
     }
     for place in range(3):
@@ -93,21 +95,21 @@ def test_matrices_of_equal_size_never_fare_worse_than_with_one_grid_for_all(seed
 
 def test_more_bytes_at_the_same_or_a_higher_cost_are_never_spent() -> None:
     options = [
-        Choice(GRIDS[0], 10, 3.0),
-        Choice(GRIDS[1], 20, 3.0),
-        Choice(GRIDS[2], 20, 4.0),
-        Choice(GRIDS[3], 30, 5.0),
+        GridChoice(GRIDS[0], 10, 3.0),
+        GridChoice(GRIDS[1], 20, 3.0),
+        GridChoice(GRIDS[2], 20, 4.0),
+        GridChoice(GRIDS[3], 30, 5.0),
     ]
     assert allocate({"matrix": options}, 10**9) == {"matrix": options[0]}
 
 
 def test_of_equal_bytes_the_lower_cost_is_chosen() -> None:
-    options = [Choice(GRIDS[0], 10, 3.0), Choice(GRIDS[1], 20, 2.0), Choice(GRIDS[2], 20, 1.0)]
+    options = [GridChoice(GRIDS[0], 10, 3.0), GridChoice(GRIDS[1], 20, 2.0), GridChoice(GRIDS[2], 20, 1.0)]
     assert allocate({"matrix": options}, 20) == {"matrix": options[2]}
 
 
 def test_budget_below_the_smallest_choices_is_an_error() -> None:
-    choices = {name: [Choice(GRIDS[0], 1000, 3.0), Choice(GRIDS[3], 2000, 1.0)] for name in ("first", "second")}
+    choices = {name: [GridChoice(GRIDS[0], 1000, 3.0), GridChoice(GRIDS[3], 2000, 1.0)] for name in ("first", "second")}
     assert total(allocate(choices, 2000).values()) == (2000, 6.0)
     with pytest.raises(QuantizationError, match="the smallest choices take 2,000 bytes, the budget leaves 1,999"):
         allocate(choices, 1999)

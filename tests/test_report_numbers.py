@@ -30,10 +30,10 @@ from vlmdeploy.report.distributions import (
     given_answers,
     log_softmax,
 )
-from vlmdeploy.report.document import Point
+from vlmdeploy.report.document import FrontierPoint
 from vlmdeploy.runtime.boxes import Box
 from vlmdeploy.runtime.chat import Turn
-from vlmdeploy.score.answerers import Question, QuestionMaker
+from vlmdeploy.score.answerers import PreparedQuestion, QuestionMaker
 from vlmdeploy.score.metrics import Prediction, measure
 
 SIZE_PX = (100, 50)
@@ -164,8 +164,8 @@ def test_reference_file_that_was_cut_is_named(tmp_path: Path) -> None:
 class FixedPrompt:
     """A maker of questions with prompts of 10 tokens and answers of 4."""
 
-    def question(self, sample: Sample) -> Question:
-        return Question(sample, np.arange(10), None)
+    def question(self, sample: Sample) -> PreparedQuestion:
+        return PreparedQuestion(sample, np.arange(10), None)
 
     def answer_ids(self, text: str) -> Ints:
         return np.array([5, 6, 7, 2], np.int64)
@@ -201,16 +201,16 @@ def test_bootstrap_of_tokens_resamples_pictures() -> None:
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
-        (Point("b", 0.9, 10, 100, False), False),
-        (Point("b", 0.9, 10, 101, False), True),
-        (Point("b", 0.8, 20, 200, False), True),
-        (Point("b", 0.91, 20, 200, False), False),
-        (Point("b", 0.8, 9, 200, False), False),
+        (FrontierPoint("b", 0.9, 10, 100, False), False),
+        (FrontierPoint("b", 0.9, 10, 101, False), True),
+        (FrontierPoint("b", 0.8, 20, 200, False), True),
+        (FrontierPoint("b", 0.91, 20, 200, False), False),
+        (FrontierPoint("b", 0.8, 9, 200, False), False),
     ],
 )
-def test_a_point_is_dominated_only_by_one_that_is_never_worse(other: Point, expected: bool) -> None:
-    assert dominates(Point("a", 0.9, 10, 100, False), other) is expected
-    assert not dominates(other, Point("a", 0.9, 10, 100, False)) or not expected
+def test_a_point_is_dominated_only_by_one_that_is_never_worse(other: FrontierPoint, expected: bool) -> None:
+    assert dominates(FrontierPoint("a", 0.9, 10, 100, False), other) is expected
+    assert not dominates(other, FrontierPoint("a", 0.9, 10, 100, False)) or not expected
 
 
 def test_without_a_quantization_report_there_are_no_layer_errors(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy import load_model
 from vlmdeploy.calib.calibration_set import read_pixels
 from vlmdeploy.model.vlm import VisionLanguageModel
-from vlmdeploy.spec.matrices import Matrix, Place, embedding, matrices, places
+from vlmdeploy.spec.matrices import Matrix, MatrixPlace, embedding, matrices, places
 
 
 @pytest.fixture(params=["cogvlm", "cogvlm2"])
@@ -72,6 +72,6 @@ def test_names_are_placed_without_a_geometry(model: VisionLanguageModel) -> None
     every = {matrix.target: matrix for matrix in matrices(model.spec)}
     found = places(every)
     for target, matrix in every.items():
-        assert found[target] == Place(matrix.part, matrix.layer, matrix.expert, matrix.name), target
+        assert found[target] == MatrixPlace(matrix.part, matrix.layer, matrix.expert, matrix.name), target
         assert found[target].target == target
     assert found["decoder.layers.1.vision.qkv.weight"].kind == "decoder.layers.*.vision.qkv"

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmdeploy.runtime.chat import Turn
-from vlmdeploy.train.source import ImageBatch
+from vlmdeploy.train.training_data import ImageBatch
 
 DEADLY = Path(__file__).with_name("deadly")
 

@@ -23,7 +23,7 @@ RESERVED_CARD_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
-class Source:
+class Citation:
     """Where figures come from: a document, what it says, and the fields of Device that this supports.
 
     is_checked: the text, or somebody's quotation of it, was read when this table was made. False: the document is named
@@ -87,7 +87,7 @@ class Device:
     int8_op_per_s: float | None
     num_sms: int
     clock_hz: float | None
-    sources: tuple[Source, ...]
+    sources: tuple[Citation, ...]
     software: Software | None = None
     power_modes: tuple[PowerMode, ...] = ()
 
@@ -120,19 +120,19 @@ def device(name: str) -> Device:
     return found[0]
 
 
-def _read(document: str, says: str, *figures: str) -> Source:
-    return Source(document, says, figures, is_checked=True)
+def _read(document: str, says: str, *figures: str) -> Citation:
+    return Citation(document, says, figures, is_checked=True)
 
 
-def _recalled(document: str, says: str, *figures: str) -> Source:
-    return Source(document, says, figures, is_checked=False)
+def _recalled(document: str, says: str, *figures: str) -> Citation:
+    return Citation(document, says, figures, is_checked=False)
 
 
-def _tegrastats(total_mib: int) -> Source:
+def _tegrastats(total_mib: int) -> Citation:
     return _read("tegrastats in public logs", f"RAM .../{total_mib}MB; its MB is 2**20 bytes", "visible_bytes")
 
 
-def _nvidia_smi(total_mib: int) -> Source:
+def _nvidia_smi(total_mib: int) -> Citation:
     return _read("nvidia-smi in public logs", f"{total_mib}MiB in all", "visible_bytes")
 
 

@@ -17,7 +17,7 @@ from scenes import (  # type: ignore[import-not-found,unused-ignore]
 )
 
 from vlmdeploy.runtime.chat import Turn
-from vlmdeploy.train.source import Dialogue, ImageBatch
+from vlmdeploy.train.training_data import Dialogue, ImageBatch
 
 PATCH_PX = 8
 GRID_SHARE = 0.7
@@ -34,7 +34,7 @@ LATE_MIX: Mapping[str, float] = {
 
 
 class DigitTraining:
-    """The source of train.toml (see vlmdeploy/train/source.py)."""
+    """The source of train.toml (see vlmdeploy/train/training_data.py)."""
 
     num_patch_classes = BACKGROUND + 1
 

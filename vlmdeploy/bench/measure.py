@@ -28,7 +28,7 @@ from vlmdeploy.bench.measurement import (
 )
 from vlmdeploy.bench.memory_use import DeviceMemory, device_memory, peak_meter, resident
 from vlmdeploy.bench.phase_watch import PhaseWatch, Spent
-from vlmdeploy.bench.timed_answer import AnswerTimes, Picture, Question, chosen_picture
+from vlmdeploy.bench.timed_answer import AnswerTimes, AskedPicture, TimedQuestion, chosen_picture
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.child_process import child_process, end_with_parent
 from vlmdeploy.errors import BackendError, VlmdeployError
@@ -50,11 +50,13 @@ def measure(folder: Path, options: MeasureOptions) -> Measurement:
     def open_it() -> Backend:
         return open_backend(folder, manifest, options.provider, options.threads, options.residency)
 
-    return measure_backend(Subject(folder, manifest, engine, open_it), options, find_meter(engine.provider == "cuda"))
+    return measure_backend(
+        MeasuredBundle(folder, manifest, engine, open_it), options, find_meter(engine.provider == "cuda")
+    )
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredBundle:
     """What is measured: a checked bundle, and how its backend is opened."""
 
     folder: Path
@@ -63,7 +65,7 @@ class Subject:
     open_it: Callable[[], Backend]
 
 
-def measure_backend(subject: Subject, options: MeasureOptions, meter: Meter | Unknown) -> Measurement:
+def measure_backend(subject: MeasuredBundle, options: MeasureOptions, meter: Meter | Unknown) -> Measurement:
     """The same with any backend, which is closed at the end, and any meter of energy, closed too."""
     known = None if isinstance(meter, Unknown) else meter
     try:
@@ -83,16 +85,16 @@ def measure_backend(subject: Subject, options: MeasureOptions, meter: Meter | Un
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """What was found while the bundle was open."""
 
-    question: Question
+    question: TimedQuestion
     device: DeviceMemory
     load_s: float
     answers: list[AnswerTimes]
 
 
-def _run(subject: Subject, options: MeasureOptions, picture: Picture, watch: PhaseWatch) -> Run:
+def _run(subject: MeasuredBundle, options: MeasureOptions, picture: AskedPicture, watch: PhaseWatch) -> MeasuredRun:
     """Open the bundle and ask; answers without those of the warm-up."""
     watch.begin("open")
     start = watch.now()
@@ -100,7 +102,7 @@ def _run(subject: Subject, options: MeasureOptions, picture: Picture, watch: Pha
     try:
         device = device_memory(backend)
         watch.device_use = device.in_use
-        question = Question(Session(subject.folder, subject.manifest, backend), options, picture)
+        question = TimedQuestion(Session(subject.folder, subject.manifest, backend), options, picture)
         _load_graphs(backend, subject.manifest, options)
         load_s = watch.now() - start
         for _ in range(options.warmup):
@@ -110,11 +112,16 @@ def _run(subject: Subject, options: MeasureOptions, picture: Picture, watch: Pha
         answers = [question.ask(backend, watch) for _ in range(options.repeats)]
     finally:
         backend.close()
-    return Run(question, device, load_s, answers)
+    return MeasuredRun(question, device, load_s, answers)
 
 
 def _measurement(
-    subject: Subject, options: MeasureOptions, run: Run, memory: MemoryUse, energy: Energy | None, unknown: str | None
+    subject: MeasuredBundle,
+    options: MeasureOptions,
+    run: MeasuredRun,
+    memory: MemoryUse,
+    energy: Energy | None,
+    unknown: str | None,
 ) -> Measurement:
     manifest, question, answers = subject.manifest, run.question, run.answers
     prefill = Spread.of([answer.prefill for answer in answers])

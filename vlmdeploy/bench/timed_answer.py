@@ -83,32 +83,32 @@ class MeasuredBackend:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AskedPicture:
     """What is asked about, none for text only, and what a report calls it."""
 
     source: ImageSource | None
     name: str
 
 
-def chosen_picture(options: MeasureOptions) -> Picture:
+def chosen_picture(options: MeasureOptions) -> AskedPicture:
     """The picture that the options name, or a random one. Raises DataError where it cannot be read."""
     if options.text_only:
-        return Picture(None, "none")
+        return AskedPicture(None, "none")
     if options.image is not None:
         load_image(options.image)
-        return Picture(options.image, "from a data URL" if options.image.startswith("data:") else options.image)
+        return AskedPicture(options.image, "from a data URL" if options.image.startswith("data:") else options.image)
     width, height = RANDOM_PICTURE_PX
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     content = io.BytesIO()
     Image.fromarray(values).save(content, "JPEG")
-    return Picture(content.getvalue(), f"random JPEG of {width} x {height} pixels")
+    return AskedPicture(content.getvalue(), f"random JPEG of {width} x {height} pixels")
 
 
-class Question:
+class TimedQuestion:
     """A prompt about a picture, as the options want it, for the bundle of a session. Raises ConfigError, PromptError
     and BundleError where the bundle cannot be asked so."""
 
-    def __init__(self, session: Session, options: MeasureOptions, picture: Picture) -> None:
+    def __init__(self, session: Session, options: MeasureOptions, picture: AskedPicture) -> None:
         manifest = session.manifest
         rules = manifest.tokens
         self.picture = picture

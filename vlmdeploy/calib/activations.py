@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmdeploy.overriding import override
+
 Ints = NDArray[np.int64]
 FLOAT_BYTES = 4
 
@@ -36,7 +38,7 @@ class Activations(Protocol):
         """Give memory or disk back; a second time does nothing."""
 
 
-class MemoryActivations:
+class MemoryActivations(Activations):
     """Held in memory."""
 
     def __init__(self, tokens: int, width: int, pool: "Pool") -> None:
@@ -44,25 +46,25 @@ class MemoryActivations:
         self.values = torch.zeros(tokens, width)
         self._pool = pool
 
+    @override
     def read(self, rows: Ints) -> Tensor:
-        """See Activations."""
         return self.values[torch.from_numpy(rows)]
 
+    @override
     def write(self, rows: Ints, values: Tensor) -> None:
-        """See Activations."""
         self.values[torch.from_numpy(rows)] = values
 
+    @override
     def add(self, rows: Ints, values: Tensor) -> None:
-        """See Activations."""
         self.values.index_add_(0, torch.from_numpy(rows), values)
 
+    @override
     def close(self) -> None:
-        """See Activations."""
         self._pool.used_bytes -= self.values.numel() * FLOAT_BYTES
         self.values = torch.empty(0)
 
 
-class FileActivations:
+class FileActivations(Activations):
     """Held in a file that is deleted when closed."""
 
     def __init__(self, path: Path, tokens: int, width: int) -> None:
@@ -72,25 +74,25 @@ class FileActivations:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.posix_fallocate(self._file, 0, max(1, tokens * width * FLOAT_BYTES))  # a full disk shows here
 
+    @override
     def read(self, rows: Ints) -> Tensor:
-        """See Activations."""
         values = np.empty((len(rows), self.width), np.float32)
         for start, stop in _runs(rows):
             _read_into(self._file, values[start:stop], self._offset(rows[start]))
         return torch.from_numpy(values)
 
+    @override
     def write(self, rows: Ints, values: Tensor) -> None:
-        """See Activations."""
         content = np.ascontiguousarray(values.numpy(), np.float32)
         for start, stop in _runs(rows):
             _write_all(self._file, content[start:stop], self._offset(rows[start]))
 
+    @override
     def add(self, rows: Ints, values: Tensor) -> None:
-        """See Activations."""
         self.write(rows, self.read(rows).add_(values))
 
+    @override
     def close(self) -> None:
-        """See Activations."""
         if self._is_open:
             self._is_open = False
             os.close(self._file)

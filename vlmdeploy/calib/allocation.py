@@ -17,7 +17,7 @@ from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
-from vlmdeploy.quant.allocation import Choice, allocate, stored_bytes
+from vlmdeploy.quant.allocation import GridChoice, allocate, stored_bytes
 from vlmdeploy.quant.grid import Grid
 from vlmdeploy.quant.precision import BITS, GROUP_SIZES, Precision, PrecisionPlan
 from vlmdeploy.spec.matrices import Matrix, matrices
@@ -74,7 +74,9 @@ def allocate_plan(
         costs = measure_costs(runner, meter, samples[:MEASURED_SAMPLES], seed, progress)
     choices = {
         target: [
-            Choice(grid, stored_bytes(linear.out_width, linear.in_width, grid), costs.get(target, {}).get(grid, 0.0))
+            GridChoice(
+                grid, stored_bytes(linear.out_width, linear.in_width, grid), costs.get(target, {}).get(grid, 0.0)
+            )
             for grid in grids[target]
         ]
         for target, linear in members.items()

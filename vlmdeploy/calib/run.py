@@ -124,7 +124,7 @@ def quantize_checkpoint(
     folder = partial_folder(out.absolute())
     with _only_run(folder, processes), _system_errors_explained(folder):
         processes.first_does(lambda: open_settings(folder, options.settings, options.force))
-        run = Run(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
+        run = QuantizationRun(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
         records = run.all_units()
         report = run.report(records)
         if processes.is_first:
@@ -193,7 +193,7 @@ def _named(target: str) -> Iterator[None]:
 
 
 @dataclass
-class Run:
+class QuantizationRun:
     """One run: goes through the units, quantizes the linears they ask for, and commits each finished unit."""
 
     checkpoint: Checkpoint

@@ -86,7 +86,7 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Trial:
     """One recipe and how it did on the judged rows."""
 
     damping: float
@@ -119,9 +119,9 @@ class GptqSolver:
             quantized = self._quantize(problem, factor, problem.weights, best.sweeps)
         return quantized, self._report(problem, quantized, best, factor)
 
-    def _choose(self, problem: Problem) -> tuple[Candidate, Factor]:
+    def _choose(self, problem: Problem) -> tuple[Trial, Factor]:
         """The best recipe and its factorized Hessian. Only one factor is in memory at a time."""
-        best: Candidate | None = None
+        best: Trial | None = None
         factor: Factor | None = None
         for damping in reversed(self._dampings(problem)):
             factor = None  # before the next one is made
@@ -140,27 +140,27 @@ class GptqSolver:
         usual = FEW_TOKEN_DAMPINGS if problem.has_few_tokens else self.dampings
         return usual if problem.held_out is not None else usual[:1]
 
-    def _try(self, problem: Problem, factor: Factor) -> Iterator[Candidate]:
+    def _try(self, problem: Problem, factor: Factor) -> Iterator[Trial]:
         """Recipes with this factor, judged on a part of the rows."""
         sweeps = self._sweeps(problem)
         if problem.held_out is None:
-            yield Candidate(factor.damping, sweeps, 0.0)
+            yield Trial(factor.damping, sweeps, 0.0)
             return
         rows = judged_rows(len(problem.weights))
         target = self._target(problem, factor, problem.weights[rows])
         plain = quantize_gptq(target, factor, problem.grid, self._options(problem), problem.hessian, self.loops)
-        yield Candidate(factor.damping, 0, held_out_loss(problem, plain))
+        yield Trial(factor.damping, 0, held_out_loss(problem, plain))
         for count in range(1, sweeps + 1):
             plain = sweep(target, plain, problem.hessian, factor.damping, self.loops)
             if count == sweeps:
-                yield Candidate(factor.damping, sweeps, held_out_loss(problem, plain))
+                yield Trial(factor.damping, sweeps, held_out_loss(problem, plain))
 
-    def _try_rtn(self, problem: Problem) -> Candidate | None:
+    def _try_rtn(self, problem: Problem) -> Trial | None:
         if problem.held_out is None:
             return None
         rows = np.asarray(problem.weights[judged_rows(len(problem.weights))])
         rounded = quantize_clipped(rows, filled_diagonal(problem.hessian), problem.grid, self.loops)
-        return Candidate(0.0, 0, held_out_loss(problem, rounded), is_rtn=True)
+        return Trial(0.0, 0, held_out_loss(problem, rounded), is_rtn=True)
 
     def _sweeps(self, problem: Problem) -> int:
         if problem.has_few_tokens:
@@ -180,7 +180,7 @@ class GptqSolver:
             quantized = sweep(target, quantized, problem.hessian, factor.damping, self.loops)
         return quantized
 
-    def _report(self, problem: Problem, quantized: Quantized, best: Candidate, factor: Factor) -> LinearReport:
+    def _report(self, problem: Problem, quantized: Quantized, best: Trial, factor: Factor) -> LinearReport:
         largest = largest_eigenvalue(problem.hessian) + factor.damping * float(problem.hessian.diagonal().mean())
         least = float(smallest_eigenvalue(factor))
         return measured_report(

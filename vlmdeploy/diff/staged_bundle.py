@@ -12,7 +12,7 @@ import onnx
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.diff.stage_graphs import INPUT, StageGraphs
-from vlmdeploy.diff.staged_checkpoint import Arithmetic, Geometry
+from vlmdeploy.diff.staged_checkpoint import Arithmetic, StageGeometry
 from vlmdeploy.export.engines.build import ENGINES
 from vlmdeploy.export.gate.sample import InputRules
 from vlmdeploy.export.gate.taps import edit_graph, session_of
@@ -117,10 +117,10 @@ def _arithmetic(manifest: Manifest) -> Arithmetic:
     return "int8" if "int8" in kinds else "fp16" if "fp16" in kinds else "float32"
 
 
-def _geometry(manifest: Manifest, graphs: dict[str, StageGraphs]) -> Geometry:
+def _geometry(manifest: Manifest, graphs: dict[str, StageGraphs]) -> StageGeometry:
     """That of a bundle: the manifest tells most of it, the graph of the encoder the rest."""
     vision, tokens = graphs["vision"], manifest.tokens
-    return Geometry(
+    return StageGeometry(
         family=manifest.family,
         image_px=manifest.image.size_px,
         image_mean=manifest.image.mean,

@@ -30,7 +30,7 @@ Arithmetic = Literal[
 
 
 @dataclass(frozen=True)
-class Geometry:
+class StageGeometry:
     """What two models must share so that their stages can be compared one by one and take the same input."""
 
     family: str
@@ -51,7 +51,7 @@ class Geometry:
     placeholder_id: int
 
     @classmethod
-    def of_spec(cls, spec: ModelSpec) -> "Geometry":
+    def of_spec(cls, spec: ModelSpec) -> "StageGeometry":
         """That of a checkpoint."""
         return cls(
             family=spec.family,
@@ -72,7 +72,7 @@ class Geometry:
             placeholder_id=spec.tokens.placeholder_id,
         )
 
-    def first_difference(self, other: "Geometry") -> tuple[str, Any, Any] | None:
+    def first_difference(self, other: "StageGeometry") -> tuple[str, Any, Any] | None:
         """The first field that differs, with both values; None if they are equal."""
         pairs = ((item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
         return next((pair for pair in pairs if pair[1] != pair[2]), None)
@@ -87,7 +87,7 @@ class StagedModel(Protocol):
     """What a checkpoint and a bundle both are."""
 
     name: str
-    geometry: Geometry
+    geometry: StageGeometry
     rules: InputRules
     template: ChatTemplate  # the default one
     arithmetic: Arithmetic
@@ -114,7 +114,7 @@ class StagedCheckpoint:
         checkpoint = Checkpoint(folder)
         spec = checkpoint.spec
         self.name = str(folder)
-        self.geometry = Geometry.of_spec(spec)
+        self.geometry = StageGeometry.of_spec(spec)
         self.rules = InputRules.of_spec(spec)
         self.template = next(item for item in spec.templates if item.name == spec.default_template)
         self.arithmetic: Arithmetic = _arithmetic(checkpoint)

@@ -42,7 +42,7 @@ from vlmdeploy.export.engines.build import (
     engine_files,
     plan_engines,
 )
-from vlmdeploy.export.gate.verify import Subject, verify_staged
+from vlmdeploy.export.gate.verify import CheckedBundle, verify_staged
 from vlmdeploy.export.graphs.builder import DataFile, GraphBuilder
 from vlmdeploy.export.graphs.decoder import branches, build_decoder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
@@ -101,7 +101,7 @@ def export_bundle(
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
         check_fit(folder, manifest, options.build)
         parts = plan_engines(folder, manifest, options.build) if is_compiled else []
-        subject = Subject(str(out), reader, spec, folder, manifest, options.threads)
+        subject = CheckedBundle(str(out), reader, spec, folder, manifest, options.threads)
         verification, record = verify_staged(subject, options.seed, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}

@@ -37,7 +37,7 @@ class BlockShape:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class BlockShapes:
     """The shapes of one architecture: `gemv` up to so many rows, then `small_gemm`, above that `large_gemm`."""
 
     gemv: BlockShape
@@ -58,7 +58,7 @@ def known_architectures() -> tuple[int, ...]:
     return tuple(sorted(int(name) for name in read_table()["architectures"]))
 
 
-def shapes_of(architecture: int) -> Shapes:
+def shapes_of(architecture: int) -> BlockShapes:
     """The shapes of an architecture. Raises BackendError, naming those there are."""
     table = read_table()
     name = table["architectures"].get(str(architecture))
@@ -68,10 +68,10 @@ def shapes_of(architecture: int) -> Shapes:
     return shapes_from(table["shapes"][name])
 
 
-def shapes_from(entry: dict[str, Any]) -> Shapes:
+def shapes_from(entry: dict[str, Any]) -> BlockShapes:
     """Shapes as the table holds them."""
     gemv, small, large = (BlockShape(**entry[name]) for name in ("gemv", "small_gemm", "large_gemm"))
-    return Shapes(gemv, small, large, entry["gemv_up_to_tokens"], entry["small_gemm_up_to_tokens"])
+    return BlockShapes(gemv, small, large, entry["gemv_up_to_tokens"], entry["small_gemm_up_to_tokens"])
 
 
 @cache

@@ -31,7 +31,7 @@ PARTITION_WARPS = 4
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Variant:
     """A kernel to compile: its name, its Triton function, parameter types in order, constants and warps."""
 
     name: str
@@ -53,7 +53,7 @@ class Recipe:
         return self.name.replace(".", "_")
 
 
-def recipes(architecture: int) -> list[Recipe]:
+def recipes(architecture: int) -> list[Variant]:
     """All kernels of an architecture. Raises BackendError where the table of block shapes does not know it."""
     shapes = shapes_of(architecture)
     found = [partition_recipe()]
@@ -65,14 +65,14 @@ def recipes(architecture: int) -> list[Recipe]:
     return found
 
 
-def partition_recipe() -> Recipe:
+def partition_recipe() -> Variant:
     """The kernel that sorts rows by expert."""
     parameters = {"experts": "*i32", "tokens": "i32", "order": "*i32", "language_count": "*i32"}
     shape = BlockShape(block_rows=routed.PARTITION_BLOCK, block_columns=1, num_warps=PARTITION_WARPS, num_stages=1)
-    return Recipe("routed_partition", "partition", "", 0, shape, parameters, {"BLOCK": routed.PARTITION_BLOCK})
+    return Variant("routed_partition", "partition", "", 0, shape, parameters, {"BLOCK": routed.PARTITION_BLOCK})
 
 
-def linear_recipe(kind: Kind, activation: str, group_size: int, shape: BlockShape) -> Recipe:
+def linear_recipe(kind: Kind, activation: str, group_size: int, shape: BlockShape) -> Variant:
     """A kernel of the routed linear."""
     inputs = {"x": f"*{activation}", "experts": "*i32", "order": "*i32", "language_count": "*i32"}
     weights = {"codes": "*u8", "scales": "*fp16", "bias": "*fp32"}
@@ -80,7 +80,7 @@ def linear_recipe(kind: Kind, activation: str, group_size: int, shape: BlockShap
     constants = {"GROUP_SIZE": group_size, "BLOCK_COLUMNS": shape.block_columns}
     constants |= {"STAGES": shape.num_stages} if kind == "gemv" else {"BLOCK_ROWS": shape.block_rows}
     name = f"routed_{kind}.{activation}.g{group_size}.{shape.block_rows}x{shape.block_columns}"
-    return Recipe(name, kind, activation, group_size, shape, parameters, constants)
+    return Variant(name, kind, activation, group_size, shape, parameters, constants)
 
 
 def ptx_version(architecture: int) -> int:
@@ -88,7 +88,7 @@ def ptx_version(architecture: int) -> int:
     return 90 if architecture == 110 else 87
 
 
-def compile_to_ptx(recipe: Recipe, architecture: int) -> tuple[str, int]:
+def compile_to_ptx(recipe: Variant, architecture: int) -> tuple[str, int]:
     """PTX with exactly the recipe's parameters, and the bytes of dynamic shared memory that the kernel wants."""
     names = recipe.function.arg_names
     aligned = [["tt.divisibility", 16]]
@@ -147,7 +147,7 @@ def assemble(ptx: str, architecture: int, where: Path) -> tuple[bytes, int, int]
     return (where / "kernel.cubin").read_bytes(), int(used.group(1)), spilled
 
 
-def compile_kernel(recipe: Recipe, architecture: int, archive: zipfile.ZipFile) -> tuple[CompiledKernel, int]:
+def compile_kernel(recipe: Variant, architecture: int, archive: zipfile.ZipFile) -> tuple[CompiledKernel, int]:
     """Compile a kernel and add its images to an archive. Returns its entry and the bytes that it spills."""
     ptx, shared_bytes = compile_to_ptx(recipe, architecture)
     with tempfile.TemporaryDirectory() as folder:

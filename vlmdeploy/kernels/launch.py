@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmdeploy.errors import BackendError
-from vlmdeploy.kernels.block_shapes import Shapes, shapes_of
+from vlmdeploy.kernels.block_shapes import BlockShapes, shapes_of
 from vlmdeploy.kernels.packing import EXPERTS, PackedExperts
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
@@ -133,7 +133,7 @@ def _check_inputs(rows: Tensor, route: Route, weights: RoutedWeights) -> None:
         raise BackendError(f"x does not start at a multiple of {ALIGNMENT} bytes: clone it")
 
 
-def launch(rows: Tensor, route: Route, weights: RoutedWeights, y: Tensor, shapes: Shapes) -> None:
+def launch(rows: Tensor, route: Route, weights: RoutedWeights, y: Tensor, shapes: BlockShapes) -> None:
     """Write y with the kernel that the shapes name for so many rows, one at least, on the current device.
 
     Checks nothing: `routed_linear` does.
@@ -170,7 +170,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def shapes_for(device: torch.device) -> Shapes:
+def shapes_for(device: torch.device) -> BlockShapes:
     """The block shapes of a device. Raises BackendError for a GPU that the table does not know."""
     if device.type != "cuda":
         return shapes_of(INTERPRETED_AS)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from vlmdeploy.model.products import AroundRows, BlockConv, Elementwise, Gate
+from vlmdeploy.model.products import AroundRows, BlockConv, Elementwise, SiluGate
 from vlmdeploy.spec.connector import (
     Activation,
     BoundaryRows,
@@ -21,7 +21,7 @@ class GatedMlpModule(nn.Module):
     def __init__(self, step: GatedMlp) -> None:
         super().__init__()
         self.gate_up = nn.Linear(step.in_width, 2 * step.mlp_width, bias=False)
-        self.gate = Gate()
+        self.gate = SiluGate()
         self.down = nn.Linear(step.mlp_width, step.out_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmdeploy.model.products import Gate, RowMixer
+from vlmdeploy.model.products import RowMixer, SiluGate
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
@@ -151,7 +151,7 @@ class LayerParts(LayerWiring, nn.Module):
         self.attention_norm = RmsNorm(spec.hidden, spec.norm_eps)
         self.attention = CausalAttention(spec)
         self.mlp_norm = RmsNorm(spec.hidden, spec.norm_eps)
-        self.gate = Gate()
+        self.gate = SiluGate()
         self.expert_names = tuple(expert.name for expert in spec.experts)
         for expert in spec.experts:
             self.add_module(expert.name, Expert(spec, expert))

@@ -124,7 +124,7 @@ class Elementwise(nn.Module):
         return self.function(x)
 
 
-class Gate(nn.Module):
+class SiluGate(nn.Module):
     """silu(gate) * up, of rows that hold both, gate first."""
 
     def forward(self, x: Tensor) -> Tensor:

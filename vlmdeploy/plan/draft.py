@@ -9,7 +9,7 @@ from vlmdeploy.export.graphs.trt_dialect import check_grid
 from vlmdeploy.export.weight_reader import in_fp32
 from vlmdeploy.plan.build import Build, plan_build
 from vlmdeploy.plan.device import PlanDevice
-from vlmdeploy.plan.memory import PhaseMemory, Setting, phase_memory
+from vlmdeploy.plan.memory import PlannedMemory, Setting, phase_memory
 from vlmdeploy.plan.options import CHUNK_ROWS, PlanOptions, storage_of, with_context
 from vlmdeploy.plan.planned_model import PlannedModel
 from vlmdeploy.plan.sizes import Storage, kv_bytes_per_token, stored_matrices, weight_sizes
@@ -46,7 +46,7 @@ class Plan:
     residency: str
     weights_bytes: dict[str, int]
     kv_bytes_per_token: int
-    memory: dict[str, PhaseMemory]
+    memory: dict[str, PlannedMemory]
     usable_bytes: int
     disk_bytes: int
     build: Build | None

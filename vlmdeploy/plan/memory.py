@@ -47,7 +47,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class PhaseMemory:
+class PlannedMemory:
     """Bytes that are needed at the same time in one phase."""
 
     weights: int
@@ -62,7 +62,9 @@ class PhaseMemory:
         return sum(getattr(self, item.name) for item in fields(self))
 
 
-def phase_memory(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Setting) -> dict[str, PhaseMemory]:
+def phase_memory(
+    geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Setting
+) -> dict[str, PlannedMemory]:
     """The memory of each phase; its keys are PHASES. Without an image the encoder is never loaded."""
     if storage.dialect == "ort" and storage.provider == "cpu":
         return _ort_cpu(geometry, plan, storage, setting)
@@ -70,10 +72,10 @@ def phase_memory(geometry: Geometry, plan: PrecisionPlan, storage: Storage, sett
     activations = _engine_activations(geometry, setting)
     buffers, kv = sum(engine_buffers(geometry, setting).values()), _cache(geometry, setting)
     overhead = RESERVE_BYTES if storage.dialect == "trt" else ORT_CUDA_BYTES
-    return {phase: PhaseMemory(weights[phase], kv, activations[phase], buffers, overhead) for phase in PHASES}
+    return {phase: PlannedMemory(weights[phase], kv, activations[phase], buffers, overhead) for phase in PHASES}
 
 
-def _ort_cpu(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Setting) -> dict[str, PhaseMemory]:
+def _ort_cpu(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Setting) -> dict[str, PlannedMemory]:
     graphs, wide = ort_resident_bytes(geometry, plan, storage)
     loaded = {name: size + int(WIDENING[setting.residency] * wide[name]) for name, size in graphs.items()}
     weights = _resident(loaded, setting)
@@ -87,7 +89,7 @@ def _ort_cpu(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting:
         activations = {"vision": vision, "prefill": prompt, "decode": _chunk_work(geometry, text_rows, setting)}
     cache, pixels = _cache(geometry, setting), _picture_bytes(geometry) if setting.images else 0
     return {
-        phase: PhaseMemory(weights[phase], cache, activations[phase], pixels, ORT_PROCESS_BYTES) for phase in PHASES
+        phase: PlannedMemory(weights[phase], cache, activations[phase], pixels, ORT_PROCESS_BYTES) for phase in PHASES
     }
 
 

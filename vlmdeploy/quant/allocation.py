@@ -13,7 +13,7 @@ SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
-class Choice:
+class GridChoice:
     """One grid that a matrix may have, the bytes it then takes and the cost it then has."""
 
     grid: Grid
@@ -27,7 +27,7 @@ def stored_bytes(out_width: int, in_width: int, grid: Grid) -> int:
     return (out_width * (in_width * grid.bits + groups * (SCALE_BITS + grid.bits))) // 8
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> dict[str, Choice]:
+def allocate(choices: Mapping[str, Sequence[GridChoice]], budget_bytes: int) -> dict[str, GridChoice]:
     """One choice for each matrix, at most `budget_bytes` together.
 
     Every matrix starts with its smallest choice; then again and again the step that saves the most cost per byte is
@@ -50,7 +50,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> dict
     return min([chosen, *_uniform(choices, budget_bytes)], key=lambda each: sum(item.cost for item in each.values()))
 
 
-def _uniform(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Iterator[dict[str, Choice]]:
+def _uniform(choices: Mapping[str, Sequence[GridChoice]], budget_bytes: int) -> Iterator[dict[str, GridChoice]]:
     """One grid for all, wherever that fits: where a single matrix is most of the model, the walk may end below it."""
     by_grid = [{choice.grid: choice for choice in options} for options in choices.values()]
     shared = set.intersection(*map(set, by_grid)) if by_grid else set()
@@ -60,9 +60,9 @@ def _uniform(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Iter
             yield every
 
 
-def _hull(options: Sequence[Choice]) -> list[Choice]:
+def _hull(options: Sequence[GridChoice]) -> list[GridChoice]:
     """The lower convex hull of cost over bytes, from the smallest choice to the cheapest one."""
-    hull: list[Choice] = []
+    hull: list[GridChoice] = []
     for choice in sorted(options, key=lambda option: (option.bytes, option.cost)):
         if hull and choice.cost >= hull[-1].cost:
             continue
@@ -72,11 +72,11 @@ def _hull(options: Sequence[Choice]) -> list[Choice]:
     return hull
 
 
-def _steps(name: str, hull: list[Choice]) -> Iterator[tuple[float, str, int]]:
+def _steps(name: str, hull: list[GridChoice]) -> Iterator[tuple[float, str, int]]:
     """Every step along a hull, the best one first in order: (-gain, matrix, place)."""
     return ((-_gain(before, after), name, place) for place, (before, after) in enumerate(pairwise(hull), 1))
 
 
-def _gain(before: Choice, after: Choice) -> float:
+def _gain(before: GridChoice, after: GridChoice) -> float:
     """Cost saved per byte spent."""
     return (before.cost - after.cost) / (after.bytes - before.bytes)

@@ -25,26 +25,26 @@ from vlmdeploy.report.compared import (
 from vlmdeploy.report.document import (
     BoxExample,
     Frontier,
+    FrontierPoint,
     Grounding,
     LayerErrors,
     ModelResult,
-    Point,
     Regression,
-    Subject,
+    ReportedModel,
 )
 from vlmdeploy.report.evaluation import Evaluation
 from vlmdeploy.report.pictures import PictureFolder
 from vlmdeploy.report.wording import metric_name, task_name
 from vlmdeploy.score.answerers import Validation, agreement
 from vlmdeploy.score.metrics import TASK_METRICS, Prediction, box_iou, measure, paired_differences, score
-from vlmdeploy.spec.matrices import Place, places
+from vlmdeploy.spec.matrices import MatrixPlace, places
 
 SHOWN_REGRESSIONS = 9
 SHOWN_BOXES = 4
 
 
 def model_result(
-    subject: Subject,
+    subject: ReportedModel,
     samples: Sequence[Sample],
     evaluation: Evaluation,
     reference: Evaluation | None,
@@ -168,7 +168,7 @@ def layer_errors(folder: Path) -> LayerErrors | None:
     )
 
 
-def _cell(place: Place) -> tuple[str, str]:
+def _cell(place: MatrixPlace) -> tuple[str, str]:
     """Row and column of a linear, such as "decoder 3" and "language qkv"."""
     row = (place.part.replace("_", " "), None if place.layer is None else str(place.layer))
     column = (place.expert, place.name.replace(".", " "))
@@ -196,17 +196,17 @@ def frontier(results: Sequence[ModelResult]) -> Frontier | None:
     return Frontier(metrics, measured[0][1].new_tokens, tuple(_judged(point, points) for point in points))
 
 
-def _point(result: ModelResult, measurement: Measurement, tasks: Sequence[str]) -> Point:
+def _point(result: ModelResult, measurement: Measurement, tasks: Sequence[str]) -> FrontierPoint:
     accuracy = float(np.mean([result.tasks[task][TASK_METRICS[task][0]].value for task in tasks]))
     latency = measurement.first_token.p50 + measurement.new_tokens * measurement.decode_per_token.p50
-    return Point(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)
+    return FrontierPoint(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)
 
 
-def _judged(point: Point, points: Sequence[Point]) -> Point:
+def _judged(point: FrontierPoint, points: Sequence[FrontierPoint]) -> FrontierPoint:
     return replace(point, is_dominated=any(dominates(other, point) for other in points))
 
 
-def dominates(one: Point, other: Point) -> bool:
+def dominates(one: FrontierPoint, other: FrontierPoint) -> bool:
     """Whether `one` is at least as good as `other` in accuracy, latency and memory, and better in one of them."""
     mine, theirs = ((point.accuracy, -point.latency_ms, -point.peak_bytes) for point in (one, other))
     return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))

@@ -19,7 +19,7 @@ JSON_NAME = "report.json"
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportedModel:
     """One model of the report: a bundle, or a checkpoint that PyTorch ran.
 
     precision: by part, as the manifest has it; {"all": dtype} for a checkpoint. sha256: of the checkpoint's bytes, for
@@ -143,7 +143,7 @@ class ModelResult:
     `unmeasured` says why.
     """
 
-    subject: Subject
+    subject: ReportedModel
     tasks: dict[str, dict[str, Score]]
     differences: dict[str, dict[str, Score]] | None
     flips: dict[str, dict[str, Flips]] | None
@@ -160,7 +160,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """A model in the plot of accuracy, latency and memory; dominated: another is at least as good in all three, and
     better in one. latency_ms: to the first token plus `new_tokens` decoded ones; memory: the highest of all phases."""
 
@@ -177,7 +177,7 @@ class Frontier:
 
     metrics: tuple[str, ...]
     new_tokens: int
-    points: tuple[Point, ...]
+    points: tuple[FrontierPoint, ...]
 
 
 @dataclass(frozen=True)

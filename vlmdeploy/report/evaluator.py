@@ -21,7 +21,7 @@ from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.progress import Progress
 from vlmdeploy.report.distributions import GivenAnswer, ReferenceFile, agreement_of, compare, given_answers
-from vlmdeploy.report.document import Agreement, Subject
+from vlmdeploy.report.document import Agreement, ReportedModel
 from vlmdeploy.report.evaluation import Evaluation, KeptAnswer, Store, key_of, samples_hash
 from vlmdeploy.report.opened_models import OpenedModel, OpenOptions, open_model
 from vlmdeploy.runtime.image import load_image
@@ -56,7 +56,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Runner:
+class Evaluator:
     """Evaluates models; `folder` holds what is needed on the way, `store` what is kept."""
 
     asked: Asked
@@ -66,7 +66,7 @@ class Runner:
     folder: Path
     progress: Progress
 
-    def evaluate(self, models: Sequence[Path], subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+    def evaluate(self, models: Sequence[Path], subjects: Sequence[ReportedModel]) -> Iterator[Evaluation]:
         """Every model's evaluation, the reference's first, one at a time in memory; asking is over before the first one
         comes. Raises what opening and asking raise."""
         reference = Reference(self, models[0], self._key(models[0], subjects[0]))
@@ -87,18 +87,18 @@ class Runner:
             raise DataError(f"{self.store.path(key)}: was changed while it was in use; start again")
         return kept
 
-    def reference(self, path: Path, subject: Subject) -> "Reference":
+    def reference(self, path: Path, subject: ReportedModel) -> "Reference":
         """The reference, evaluated, its distributions written."""
         reference = Reference(self, path, self._key(path, subject))
         reference.prepare()
         return reference
 
-    def evaluation(self, path: Path, subject: Subject, reference: "Reference") -> Evaluation:
+    def evaluation(self, path: Path, subject: ReportedModel, reference: "Reference") -> Evaluation:
         """A model's evaluation: the kept one, or else it is made now and kept."""
         key = self._key(path, subject, reference)
         return self._kept(key) or self.store.put(key, reference.compared(path))
 
-    def _key(self, path: Path, subject: Subject, reference: "Reference | None" = None) -> str:
+    def _key(self, path: Path, subject: ReportedModel, reference: "Reference | None" = None) -> str:
         content = _content_of(path, subject, self.options.tokenizer)
         return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
@@ -149,7 +149,7 @@ class Runner:
 class Reference:
     """The model that the others are compared with; `key` is its evaluation's."""
 
-    runner: Runner
+    runner: Evaluator
     path: Path
     key: str
 
@@ -239,7 +239,7 @@ def _picture_argument(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _content_of(path: Path, subject: Subject, tokenizer: Path | None) -> str:
+def _content_of(path: Path, subject: ReportedModel, tokenizer: Path | None) -> str:
     """A hash of all that a model's answers depend on. tokenizer: of a checkpoint, where its folder's is not meant."""
     from vlmdeploy.model.tokenizer import find_tokenizer
 

@@ -33,7 +33,7 @@ class Shown:
     over: Key | None = None
 
 
-Piece = str | Shown
+Phrase = str | Shown
 
 
 def share(value: float) -> str:
@@ -154,14 +154,14 @@ class Document:
             found = found[part]
         return found
 
-    def text(self, piece: Piece) -> str:
+    def text(self, piece: Phrase) -> str:
         """A piece as a reader sees it."""
         if isinstance(piece, str):
             return piece
         value = self.value(piece.key)
         return FORMS[piece.form](value if piece.over is None else value / self.value(piece.over))
 
-    def sentence(self, pieces: Iterable[Piece]) -> str:
+    def sentence(self, pieces: Iterable[Phrase]) -> str:
         """All pieces, one after the other."""
         return "".join(map(self.text, pieces))
 

@@ -16,7 +16,7 @@ from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import Ints, token_types_of
 from vlmdeploy.report.distributions import Floats, GivenAnswer
-from vlmdeploy.report.document import Subject
+from vlmdeploy.report.document import ReportedModel
 from vlmdeploy.runtime.session import Session
 from vlmdeploy.score.answerers import Answerer, BundleAnswerer, QuestionMaker
 from vlmdeploy.score.metrics import Prediction
@@ -140,7 +140,7 @@ class OpenedCheckpoint(OpenedModel):
         """See OpenedModel; PyTorch frees the weights with the object."""
 
 
-def subject_of(path: Path, name: str) -> Subject:
+def subject_of(path: Path, name: str) -> ReportedModel:
     """What a model is, from its files. Raises BundleError, ConfigError and WeightsError."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if has_manifest(path):
@@ -149,17 +149,17 @@ def subject_of(path: Path, name: str) -> Subject:
 
     checkpoint = Checkpoint(path)
     kind = "gptq" if checkpoint.is_quantized else "none"
-    return Subject(
+    return ReportedModel(
         name, str(path), "checkpoint", checkpoint.spec.family, None, None, {"all": "fp32 in PyTorch"}, {}, kind, (),
         checkpoint.fingerprint(), {}, size,
     )  # fmt: skip
 
 
-def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> Subject:
+def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> ReportedModel:
     if not manifest.has_tokenizer:
         raise BundleError(f"{path}: an ids-only bundle cannot be asked questions: export it with --tokenizer FILE")
     made = manifest.made_by
-    return Subject(
+    return ReportedModel(
         name, str(path), "bundle", manifest.family, manifest.target, manifest.provider, manifest.precision,
         manifest.group_sizes, made.quantization, made.notes, made.checkpoint_sha256, made.versions, size,
     )  # fmt: skip

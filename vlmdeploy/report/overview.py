@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vlmdeploy.report.document import Report
-from vlmdeploy.report.numbers import Document, Piece, Shown
+from vlmdeploy.report.numbers import Document, Phrase, Shown
 from vlmdeploy.report.wording import difference, main_metrics, metric_name, peak_key, task_name, verdict
 
 NOTHING = "\N{EN DASH}"
@@ -15,7 +15,7 @@ class Cell:
 
     value: Shown | None
     missing: str = NOTHING
-    difference: tuple[Piece, ...] = ()
+    difference: tuple[Phrase, ...] = ()
     verdict: str = ""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmdeploy.report import overview, wording
 from vlmdeploy.report.document import ModelResult
-from vlmdeploy.report.numbers import Document, Key, Piece, Shown, key_text, printable
+from vlmdeploy.report.numbers import Document, Key, Phrase, Shown, key_text, printable
 from vlmdeploy.report.pictures import Embedded, embed_picture, rectangle
 from vlmdeploy.report.plot_list import Plot
 
@@ -83,7 +83,7 @@ class _Page:
         other = Markup(' data-over="{}"').format(key_text(over)) if over else ""
         return Markup('<span data-form="{}" data-path="{}"{}>{}</span>').format(form, key_text(key), other, text)
 
-    def say(self, pieces: Iterable[Piece]) -> "Markup":
+    def say(self, pieces: Iterable[Phrase]) -> "Markup":
         """Words and numbers of a sentence."""
         from markupsafe import Markup, escape
 

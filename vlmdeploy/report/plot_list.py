@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmdeploy.report.document import LayerErrors, Report
-from vlmdeploy.report.numbers import Key, Piece, Shown
+from vlmdeploy.report.numbers import Key, Phrase, Shown
 from vlmdeploy.report.plots import (
     draw_differences,
     draw_divergence,
@@ -27,7 +27,7 @@ class Plot:
 
     name: str
     title: str
-    message: tuple[Piece, ...]
+    message: tuple[Phrase, ...]
     draw: Callable[[], "Figure"]
 
 

@@ -23,7 +23,7 @@ from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.report.collect import frontier, layer_errors, model_result, questions_by_task
 from vlmdeploy.report.document import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.report.evaluation import Store
-from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Measured, Reference, Runner
+from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Evaluator, Measured, Reference
 from vlmdeploy.report.files import write_report
 from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, subject_of
 from vlmdeploy.report.pictures import PictureFolder
@@ -79,7 +79,7 @@ def make_report(
     with locked(partial), _removed_if_empty(partial):
         kept = store or Store(partial / EVALUATIONS)
         asked = _asked(samples, options)
-        runner = Runner(asked, options.asked, options.measured, kept, partial, progress)
+        runner = Evaluator(asked, options.asked, options.measured, kept, partial, progress)
         evaluations = runner.evaluate(models, subjects)
         with staged_folder(options.out, options.force, is_report) as folder:
             pictures, reference = PictureFolder(folder), next(evaluations)
@@ -134,10 +134,10 @@ def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_k
     runner.evaluation(bundle, subject_of(bundle, bundle.name), reference)
 
 
-def _runner_in(folder: Path, options: ReportOptions, progress: Progress) -> Runner:
+def _runner_in(folder: Path, options: ReportOptions, progress: Progress) -> Evaluator:
     _, samples = _questions(options)
     store = Store(folder / EVALUATIONS)
-    return Runner(_asked(samples, options), options.asked, options.measured, store, folder, progress)
+    return Evaluator(_asked(samples, options), options.asked, options.measured, store, folder, progress)
 
 
 def is_report(folder: Path) -> bool:

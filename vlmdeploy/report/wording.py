@@ -5,8 +5,8 @@ Page and summary share them. A difference is called a loss or a gain only if its
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vlmdeploy.report.document import Frontier, ModelResult, Point, Report
-from vlmdeploy.report.numbers import Key, Piece, Shown, short_label
+from vlmdeploy.report.document import Frontier, FrontierPoint, ModelResult, Report
+from vlmdeploy.report.numbers import Key, Phrase, Shown, short_label
 from vlmdeploy.score.metrics import Score
 
 TASKS = {"vqa": "VQA", "rec": "Boxes", "reg": "Regions", "caption": "Captions"}
@@ -29,9 +29,9 @@ POINTS = "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: "
 SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
 
 
-def model_name(model: ModelResult | Point) -> str:
+def model_name(model: ModelResult | FrontierPoint) -> str:
     """A model in a sentence; a very long name is cut in its middle."""
-    return short_label(model.name if isinstance(model, Point) else model.subject.name, NAME_LENGTH)
+    return short_label(model.name if isinstance(model, FrontierPoint) else model.subject.name, NAME_LENGTH)
 
 
 def task_name(task: str) -> str:
@@ -125,35 +125,35 @@ def peak_key(report: Report, place: int) -> Key | None:
     return ("models", place, "measurement", "memory", "phases", highest, "peak_bytes")
 
 
-def model_sentence(report: Report, place: int) -> list[Piece]:
+def model_sentence(report: Report, place: int) -> list[Phrase]:
     """One plain sentence on a model, without its name: what it lost, how much smaller and faster it is."""
     model = report.models[place]
     if place == 0:
         clauses = [_scores(report), *_reference_costs(report)]
     else:
         clauses = [_losses(model, place), _size(report, place), *_speed(report, place)]
-    pieces: list[Piece] = []
+    pieces: list[Phrase] = []
     for clause in filter(None, clauses):
         pieces += ["; ", *clause] if pieces else clause
     return pieces
 
 
-def _scores(report: Report) -> list[Piece]:
-    pieces: list[Piece] = ["the reference"]
+def _scores(report: Report) -> list[Phrase]:
+    pieces: list[Phrase] = ["the reference"]
     for number, (task, metric) in enumerate(main_metrics(report.models[0])):
         key = ("models", 0, "tasks", task, metric, "value")
         pieces += [": " if number == 0 else ", ", f"{task_name(task)} ", Shown("share", key)]
     return pieces
 
 
-def _reference_costs(report: Report) -> list[list[Piece]]:
-    size: list[Piece] = [Shown("size", ("models", 0, "subject", "size_bytes")), " on disk"]
+def _reference_costs(report: Report) -> list[list[Phrase]]:
+    size: list[Phrase] = [Shown("size", ("models", 0, "subject", "size_bytes")), " on disk"]
     if report.models[0].measurement is None:
         return [size]
     return [size, ["first token after ", Shown("amount", _first_token(0)), "\N{NO-BREAK SPACE}ms"]]
 
 
-def _losses(model: ModelResult, place: int) -> list[Piece]:
+def _losses(model: ModelResult, place: int) -> list[Phrase]:
     """The first task with its difference, then those of the others that lost or gained, then that the rest did not."""
     differences = model.differences or {}
     main = [(task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {})]
@@ -161,7 +161,7 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
         return ["not compared with the reference"]
     verdicts = {task: verdict(differences[task][metric]) for task, metric in main}
     told = [pair for pair in main if pair == main[0] or verdicts[pair[0]] in ("a gain", "a loss")]
-    pieces: list[Piece] = []
+    pieces: list[Phrase] = []
     for task, metric in told:
         pieces += ["; "] if pieces else []
         found = difference(("models", place, "differences", task, metric), POINTS)
@@ -173,19 +173,19 @@ def _losses(model: ModelResult, place: int) -> list[Piece]:
     return pieces
 
 
-def difference(key: Key, opening: str = " (") -> list[Piece]:
+def difference(key: Key, opening: str = " (") -> list[Phrase]:
     """A paired difference and its interval, which stand at that place."""
     value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
     return [value, opening, low, " to ", high, ")"]
 
 
-def _size(report: Report, place: int) -> list[Piece]:
+def _size(report: Report, place: int) -> list[Phrase]:
     keys = [("models", each, "subject", "size_bytes") for each in (place, 0)]
     sizes = [report.models[each].subject.size_bytes for each in (place, 0)]
     return _compared(sizes[0], sizes[1], (keys[0], keys[1]), ("smaller", "larger", "the same size"))
 
 
-def _speed(report: Report, place: int) -> list[list[Piece]]:
+def _speed(report: Report, place: int) -> list[list[Phrase]]:
     mine, reference = report.models[place].measurement, report.models[0].measurement
     if mine is None:
         return []
@@ -200,7 +200,7 @@ def _first_token(place: int) -> Key:
     return ("models", place, "measurement", "first_token", "p50")
 
 
-def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str, str, str]) -> list[Piece]:
+def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str, str, str]) -> list[Phrase]:
     """How many times less or more, or the same."""
     if mine <= 0 or other <= 0 or abs(mine / other - 1) < SAME_SIZE:
         return [words[2]] if mine > 0 and other > 0 else []
@@ -217,7 +217,7 @@ def joined(names: Sequence[str], word: str = "and") -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-def frontier_message(report: Report, other: str) -> list[Piece]:
+def frontier_message(report: Report, other: str) -> list[Phrase]:
     """What the plot of accuracy against `other` ("latency_ms" or "peak_bytes") says."""
     frontier = report.frontier
     assert frontier is not None, "only drawn where there are points"
@@ -225,7 +225,7 @@ def frontier_message(report: Report, other: str) -> list[Piece]:
     least = _extreme(frontier, lambda point: float(getattr(point, other)))
     word, form, unit = ("fastest", "amount", " ms") if other == "latency_ms" else ("smallest in memory", "size", "")
     kept = [model_name(point) for point in frontier.points if not point.is_dominated]
-    pieces: list[Piece] = [f"Most accurate: {model_name(frontier.points[best])} ("]
+    pieces: list[Phrase] = [f"Most accurate: {model_name(frontier.points[best])} ("]
     pieces += [
         Shown("share", ("frontier", "points", best, "accuracy")),
         f"); {word}: {model_name(frontier.points[least])} (",
@@ -239,11 +239,11 @@ def frontier_message(report: Report, other: str) -> list[Piece]:
     ]
 
 
-def _extreme(frontier: Frontier, key: Callable[[Point], float]) -> int:
+def _extreme(frontier: Frontier, key: Callable[[FrontierPoint], float]) -> int:
     return min(range(len(frontier.points)), key=lambda place: key(frontier.points[place]))
 
 
-def differences_message(report: Report) -> list[Piece]:
+def differences_message(report: Report) -> list[Phrase]:
     """Which models lose or gain, by name, with the tasks."""
     losses, gains = _with_verdict(report, "a loss"), _with_verdict(report, "a gain")
     loss = f"Intervals wholly below 0, a loss: {joined(losses)}." if losses else "No interval lies wholly below 0."
@@ -262,11 +262,11 @@ def _with_verdict(report: Report, wanted: str) -> list[str]:
     return found if len(found) <= MANY_NAMES else [*found[:MANY_NAMES], "others"]
 
 
-def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Piece]:
+def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Phrase]:
     """Which models have the least and the most of something. found: by place of the model, where it stands, and it."""
     least, most = min(found, key=lambda place: found[place][1]), max(found, key=lambda place: found[place][1])
     names = [model_name(report.models[place]) for place in (least, most)]
-    pieces: list[Piece] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]
+    pieces: list[Phrase] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]
     if least == most:
         return [*pieces, "."]
     return ["Least: ", *pieces, f"; most: {names[1]}: ", Shown(form, found[most][0]), f"{unit}."]

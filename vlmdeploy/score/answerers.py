@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.bundle import ChatTemplate, ImageRecipe, TokenRules
-from vlmdeploy.data.samples import Picture as DataPicture
-from vlmdeploy.data.samples import Sample, check_boxes
+from vlmdeploy.data.samples import Picture, Sample, check_boxes
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
@@ -102,7 +101,7 @@ class PromptRules(Protocol):
 
 
 @dataclass(frozen=True)
-class Picture:
+class PreparedPicture:
     """Pixels as the vision encoder wants them, float32 [3, S, S], and the upright picture's width and height."""
 
     pixels: NDArray[np.float32]
@@ -110,12 +109,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Question:
+class PreparedQuestion:
     """A sample with its prompt, int64 [seq], and its picture."""
 
     sample: Sample
     ids: Ints
-    picture: Picture | None
+    picture: PreparedPicture | None
 
 
 class QuestionMaker:
@@ -128,9 +127,9 @@ class QuestionMaker:
         self._rules = rules
         self._tokenizer = tokenizer
         self._template = template or rules.default_template
-        self._last: tuple[DataPicture, Picture] | None = None
+        self._last: tuple[Picture, PreparedPicture] | None = None
 
-    def question(self, sample: Sample) -> Question:
+    def question(self, sample: Sample) -> PreparedQuestion:
         """The sample's prompt and picture. Raises DataError on a bad picture or one of another size than its boxes
         refer to, PromptError on an unknown template."""
         template = self._find_template(sample.template or self._template)
@@ -138,9 +137,9 @@ class QuestionMaker:
         picture = None if sample.image is None else self._picture(sample.image)
         if picture is not None:
             check_boxes(sample, picture.size_px)
-        return Question(sample, ids, picture)
+        return PreparedQuestion(sample, ids, picture)
 
-    def prediction(self, question: Question, new_ids: Sequence[int]) -> Prediction:
+    def prediction(self, question: PreparedQuestion, new_ids: Sequence[int]) -> Prediction:
         """What the new ids say, up to the first stop id."""
         stops = (place for place, token_id in enumerate(new_ids) if token_id in self._rules.tokens.stop_ids)
         ids = tuple(new_ids[: next(stops, len(new_ids))])
@@ -158,10 +157,10 @@ class QuestionMaker:
         known = ", ".join(template.name for template in self._rules.templates)
         raise PromptError(f'template "{name}" is not one of this model\'s; it has: {known}')
 
-    def _picture(self, source: DataPicture) -> Picture:
+    def _picture(self, source: Picture) -> PreparedPicture:
         if self._last is None or self._last[0] != source:
             image = load_image(source)
-            self._last = source, Picture(preprocess(image, self._rules.image), image.size)
+            self._last = source, PreparedPicture(preprocess(image, self._rules.image), image.size)
         return self._last[1]
 
 
@@ -206,7 +205,7 @@ class BundleAnswerer:
             for question, new_ids in zip(questions, self._answer(questions), strict=True):
                 yield self._maker.prediction(question, new_ids.tolist())
 
-    def _answer(self, questions: Sequence[Question]) -> list[Ints]:
+    def _answer(self, questions: Sequence[PreparedQuestion]) -> list[Ints]:
         prompts = [(one.ids, None if one.picture is None else one.picture.pixels[None]) for one in questions]
         try:
             return self._session.generate_ids_batch(prompts, self._max_new_tokens)

@@ -14,7 +14,7 @@ from vlmdeploy.layout import token_types_of
 from vlmdeploy.model.batch import Layout, derive_layout
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.runtime.chat import Tokenizer
-from vlmdeploy.score.answerers import MAX_NEW_TOKENS, Question, QuestionMaker
+from vlmdeploy.score.answerers import MAX_NEW_TOKENS, PreparedQuestion, QuestionMaker
 from vlmdeploy.score.metrics import Prediction
 
 BATCHES_PER_BLOCK = 8
@@ -50,7 +50,7 @@ class TorchAnswerer:
             yield from self._answer_block([self._maker.question(sample) for sample in block])
 
     @torch.no_grad()
-    def _answer_block(self, questions: Sequence[Question]) -> list[Prediction]:
+    def _answer_block(self, questions: Sequence[PreparedQuestion]) -> list[Prediction]:
         image_rows = self._encode_pictures(questions)
         order = sorted(range(len(questions)), key=lambda place: _likeness(questions[place]))
         new_ids: dict[int, list[int]] = {}
@@ -59,7 +59,7 @@ class TorchAnswerer:
             new_ids.update(zip(places, answers, strict=True))
         return [self._maker.prediction(question, new_ids[place]) for place, question in enumerate(questions)]
 
-    def _encode_pictures(self, questions: Sequence[Question]) -> dict[Picture, Tensor]:
+    def _encode_pictures(self, questions: Sequence[PreparedQuestion]) -> dict[Picture, Tensor]:
         """The decoder rows [rows, hidden] of every picture that is asked about."""
         pictures = {question.sample.image: question.picture for question in questions}
         found = [(path, picture) for path, picture in pictures.items() if path is not None and picture is not None]
@@ -70,7 +70,7 @@ class TorchAnswerer:
             image_rows.update(zip([path for path, _ in batch], encoded, strict=True))
         return image_rows
 
-    def _generate(self, batch: Sequence[Question], image_rows: dict[Picture, Tensor]) -> list[list[int]]:
+    def _generate(self, batch: Sequence[PreparedQuestion], image_rows: dict[Picture, Tensor]) -> list[list[int]]:
         """New ids of every prompt; image_rows [rows, hidden] of each picture."""
         limits = [self._limit(question) for question in batch]
         ids, layout = self._padded(batch)
@@ -79,7 +79,7 @@ class TorchAnswerer:
         new_ids = self._model.continue_greedily(x, layout, max(limits)).tolist()
         return [row[:limit] for row, limit in zip(new_ids, limits, strict=True)]
 
-    def _padded(self, batch: Sequence[Question]) -> tuple[Tensor, Layout]:
+    def _padded(self, batch: Sequence[PreparedQuestion]) -> tuple[Tensor, Layout]:
         """The prompts, int64 [batch, seq] padded on the right, and their layout."""
         tokens, shape = self._model.spec.tokens, (len(batch), max(len(question.ids) for question in batch))
         ids, types, mask = np.full(shape, tokens.pad_id), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -90,7 +90,7 @@ class TorchAnswerer:
         on_device = [torch.from_numpy(values).to(self._device) for values in (ids, types, mask)]
         return on_device[0], derive_layout(self._model.spec, on_device[0], None, on_device[1], None, on_device[2])
 
-    def _limit(self, question: Question) -> int:
+    def _limit(self, question: PreparedQuestion) -> int:
         """How many new tokens the answer may have."""
         context = self._model.spec.decoder.context_tokens
         if len(question.ids) >= context:
@@ -99,7 +99,7 @@ class TorchAnswerer:
         return min(self._max_new_tokens, context - len(question.ids))
 
 
-def _likeness(question: Question) -> tuple[str, int]:
+def _likeness(question: PreparedQuestion) -> tuple[str, int]:
     """What sorts prompts of like length, and likely answers of like length, into one batch."""
     return question.sample.task, len(question.ids)
 

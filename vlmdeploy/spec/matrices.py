@@ -18,7 +18,7 @@ DECODER_NAMES = ("qkv", "dense", "gate_up", "down")  # of each expert
 
 
 @dataclass(frozen=True)
-class Place:
+class MatrixPlace:
     """Where a matrix stands. layer: of the encoder or the decoder, else None. expert: in a decoder layer, else None.
     name: in its layer, or in the connector; "" where the part holds one only."""
 
@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Matrix(Place):
+class Matrix(MatrixPlace):
     """A weight matrix [out, in].
 
     fed_by: the module of its layer or connector step that makes its inputs; "" for what enters the layer or step,
@@ -105,19 +105,19 @@ def embedding(spec: Geometry) -> Matrix:
     return Matrix("embedding", None, None, "", spec.decoder.vocab_size, spec.decoder.hidden)
 
 
-def places(names: Collection[str]) -> dict[str, Place]:
+def places(names: Collection[str]) -> dict[str, MatrixPlace]:
     """Where matrices of these names stand, by name, for a report that tells names and no geometry.
 
     They are looked up among the names that so many layers could have; what is found nowhere is the connector's.
     """
-    candidates = [Place("lm_head", None, None, ""), Place("embedding", None, None, "")]
+    candidates = [MatrixPlace("lm_head", None, None, ""), MatrixPlace("embedding", None, None, "")]
     for layer in range(len(names)):
-        candidates += [Place("vision", layer, None, name) for name in VISION_NAMES]
+        candidates += [MatrixPlace("vision", layer, None, name) for name in VISION_NAMES]
         for expert in ("language", "vision"):
-            candidates += [Place("decoder", layer, expert, name) for name in DECODER_NAMES]
+            candidates += [MatrixPlace("decoder", layer, expert, name) for name in DECODER_NAMES]
     known = {place.target: place for place in candidates}
     return {name: known.get(name) or _connector_place(name) for name in names}
 
 
-def _connector_place(name: str) -> Place:
-    return Place("connector", None, None, name.removeprefix("connector.").removesuffix(".weight"))
+def _connector_place(name: str) -> MatrixPlace:
+    return MatrixPlace("connector", None, None, name.removeprefix("connector.").removesuffix(".weight"))

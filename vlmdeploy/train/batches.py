@@ -17,7 +17,7 @@ from vlmdeploy.runtime.chat import Tokenizer, Turn, render
 from vlmdeploy.train.config import TrainConfig
 from vlmdeploy.train.forward import TEXT_POSITION, TextRows
 from vlmdeploy.train.packing import Pair, TokenWeights, make_pair, pack_rows
-from vlmdeploy.train.source import Dialogue, Source
+from vlmdeploy.train.training_data import Dialogue, TrainingData
 
 CACHED_TEXTS = 10_000
 
@@ -35,7 +35,7 @@ class Batch:
 class BatchMaker:
     """Draws the batches of one worker."""
 
-    def __init__(self, config: TrainConfig, source: Source, worker: int) -> None:
+    def __init__(self, config: TrainConfig, source: TrainingData, worker: int) -> None:
         self._recipe, self._spec, self._source, self._worker = config.recipe, config.spec, source, worker
         self._encode = lru_cache(CACHED_TEXTS)(Tokenizer.from_file(config.tokenizer_path).encode)
         templates = {template.name: template for template in config.spec.templates}

@@ -9,10 +9,10 @@ import torch
 from vlmdeploy.train.batches import BatchMaker
 from vlmdeploy.train.config import StageConfig, TrainConfig, load_config
 from vlmdeploy.train.optimizer import FlatOptimizer
-from vlmdeploy.train.source import load_source
 from vlmdeploy.train.stages import build_optimizer, dense_weight, learning_rate, progress_of
 from vlmdeploy.train.state import Place, Status, load_optimizer, load_place, read_status, save_state, write_status
 from vlmdeploy.train.trainee import Trainee
+from vlmdeploy.train.training_data import load_source
 from vlmdeploy.train.workers import Exchange, uses_bfloat16
 
 STEPS_PER_STATUS = 20

@@ -27,7 +27,6 @@ from vlmdeploy.progress import Progress
 from vlmdeploy.records import read_object
 from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
-from vlmdeploy.train.source import Source, load_source
 from vlmdeploy.train.stages import build_optimizer
 from vlmdeploy.train.state import (
     Status,
@@ -37,6 +36,7 @@ from vlmdeploy.train.state import (
     read_status,
 )
 from vlmdeploy.train.trainee import Trainee
+from vlmdeploy.train.training_data import TrainingData, load_source
 from vlmdeploy.train.workers import run_workers, uses_bfloat16
 
 RECORD = "training.json"
@@ -139,7 +139,7 @@ def is_ours(out: Path) -> bool:
     return bool(read_record(out))
 
 
-def trained_model(config: TrainConfig, source: Source, folder: Path) -> VisionLanguageModel:
+def trained_model(config: TrainConfig, source: TrainingData, folder: Path) -> VisionLanguageModel:
     """The model that the workers left behind."""
     trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
     stage = config.recipe.stages[load_place(folder).stage]

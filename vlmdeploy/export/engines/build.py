@@ -20,7 +20,7 @@ from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_m
 from vlmdeploy.byte_sizes import gigabytes, parse_size
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
-from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, Shapes, compile_engine
+from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, RoutedPlugin, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.progress import Progress
@@ -47,7 +47,7 @@ class BuildOptions:
     """What a user may choose. No compute capability: a portable plan (TensorRT-RTX), this machine's GPU (TensorRT)."""
 
     compute_capabilities: tuple[str, ...] = ()
-    shapes: Shapes = field(default_factory=Shapes)
+    shapes: ProfileShapes = field(default_factory=ProfileShapes)
     max_memory: int | None = None  # bytes; None: what is available
     device: Device | None = None  # what the engines will run on, where that was named
     plugin_library: Path | None = None  # the routed plugin; None: its kernels go into the engine
@@ -73,7 +73,7 @@ def read_build_options(
         if not CAPABILITY.fullmatch(capability):
             raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
     memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
-    shapes = Shapes(chunk_rows=chunk_rows, batch=batch)
+    shapes = ProfileShapes(chunk_rows=chunk_rows, batch=batch)
     return BuildOptions(capabilities, shapes, memory, device, plugin_library, routed_plugin)
 
 
@@ -190,7 +190,7 @@ def _plugin_of(part: EnginePart, options: BuildOptions, capabilities: tuple[str,
     return RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
 
 
-def shapes_of(manifest: Manifest, options: BuildOptions) -> Shapes:
+def shapes_of(manifest: Manifest, options: BuildOptions) -> ProfileShapes:
     """What a bundle's engines are built for: calls no longer than its context, as many images as it takes, logits of as
     many rows as there are prompts."""
     chosen = options.shapes

@@ -33,7 +33,7 @@ UNREAD = "Unused Input"  # how the parser says that it ignores an input, and com
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ProfileShapes:
     """What engines are built for, the most of one call. chunk_rows: of each prompt; batch: of a routed decoder."""
 
     chunk_rows: int = 512
@@ -61,7 +61,7 @@ class EngineRequest:
     graph: Path
     part: EnginePart
     num_layers: int
-    shapes: Shapes
+    shapes: ProfileShapes
     compute_capabilities: tuple[str, ...]
     plan: Path
     log: Path

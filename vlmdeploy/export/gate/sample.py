@@ -49,7 +49,7 @@ class InputRules:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GateSample:
     """A picture uint8 [height, width, 3], the prompt made from it, ids to decode one by one after it, and ids of a
     second turn, read in one call over what the cache holds by then."""
 
@@ -64,7 +64,7 @@ class Sample:
         return np.concatenate((self.prompt.ids, self.decode_ids, self.turn_ids))
 
 
-def draw_sample(rules: InputRules, seed: int) -> Sample:
+def draw_sample(rules: InputRules, seed: int) -> GateSample:
     """A seeded picture and prompt; the text is cut short where the context is small."""
     random = np.random.default_rng(seed)
     room = rules.context_tokens - 1 - rules.tokens.rows_per_image
@@ -73,7 +73,7 @@ def draw_sample(rules: InputRules, seed: int) -> Sample:
     picture = draw_picture(random)
     after = random.integers(0, rules.vocab_size, min(DECODE_TOKENS + TURN_TOKENS, room - len(text)))
     prompt = rules.prompt(ids, Image.fromarray(picture))
-    return Sample(picture, prompt, after[:DECODE_TOKENS], after[DECODE_TOKENS:])
+    return GateSample(picture, prompt, after[:DECODE_TOKENS], after[DECODE_TOKENS:])
 
 
 def draw_picture(random: np.random.Generator) -> NDArray[np.uint8]:

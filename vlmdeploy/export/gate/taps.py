@@ -16,7 +16,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.export.gate.sample import Sample
+from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
@@ -43,7 +43,7 @@ class TappedRun:
     """
 
     def __init__(
-        self, spec: ModelSpec, folder: Path, manifest: Manifest, sample: Sample, exact: bool, threads: int | None
+        self, spec: ModelSpec, folder: Path, manifest: Manifest, sample: GateSample, exact: bool, threads: int | None
     ) -> None:
         self.spec = spec
         self.sample = sample
@@ -102,7 +102,7 @@ class TappedRun:
         return [outputs[name] for name in asked]
 
 
-def _calls(sample: Sample, mixes_experts: bool) -> list[tuple[int, int]]:
+def _calls(sample: GateSample, mixes_experts: bool) -> list[tuple[int, int]]:
     """Row ranges of the graph calls: the prompt's segments, or all of it where experts mix, one token at a time, then
     the second turn at once."""
     prompt_length, first_turn_length = len(sample.prompt.ids), len(sample.prompt.ids) + len(sample.decode_ids)

@@ -38,7 +38,7 @@ GREEDY_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckedBundle:
     """What is verified: the graphs in `folder`, written from `reader` for `spec`. Messages call it `name`."""
 
     name: str
@@ -58,7 +58,7 @@ class Subject:
         return OrtBackend(self.folder, self.manifest, self.threads, residency="phase")  # of the ort dialect
 
 
-def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Verification, Record]:
+def verify_staged(subject: CheckedBundle, seed: int, progress: Progress) -> tuple[Verification, Record]:
     """Compare every stage of the graphs with PyTorch; the verdict, and the record for later replays.
 
     Raises ParityError at the first stage that differs.
@@ -83,7 +83,7 @@ def verify_staged(subject: Subject, seed: int, progress: Progress) -> tuple[Veri
     return Verification(True, tuple(gate.verdicts), agreement, *greedy, host=_host()), record
 
 
-def _check_whole(gate: Gate, subject: Subject, runs: dict[str, TappedRun]) -> tuple[int, int]:
+def _check_whole(gate: Gate, subject: CheckedBundle, runs: dict[str, TappedRun]) -> tuple[int, int]:
     """End to end where the model is small: logits of the whole prompt, then greedy tokens (equal, total)."""
     parameters = sum(int(np.prod(rule.shape)) for rule in subject.reader.checkpoint.rules.values())
     if 4 * parameters > WHOLE_MODEL_BYTES:
@@ -102,7 +102,7 @@ def _check_whole(gate: Gate, subject: Subject, runs: dict[str, TappedRun]) -> tu
     return _check_greedy(gate, model, prompt, found, wanted), len(wanted)
 
 
-def _check_text_alone(gate: Gate, subject: Subject, model: VisionLanguageModel, prompt: Prompt) -> None:
+def _check_text_alone(gate: Gate, subject: CheckedBundle, model: VisionLanguageModel, prompt: Prompt) -> None:
     """A prompt without a picture: BOS and the text of the sample."""
     ids = prompt.ids[prompt.types == 0]
     expected = model(torch.from_numpy(ids)[None])[0].numpy()
@@ -110,7 +110,7 @@ def _check_text_alone(gate: Gate, subject: Subject, model: VisionLanguageModel, 
     gate.compare("logits of text alone", "structure", found, expected, parity.STRUCTURE_END_TO_END)
 
 
-def _load_whole(subject: Subject) -> VisionLanguageModel:
+def _load_whole(subject: CheckedBundle) -> VisionLanguageModel:
     reader = subject.reader
     with torch.device("meta"):
         model = VisionLanguageModel(subject.spec)
@@ -137,7 +137,7 @@ def _check_greedy(gate: Gate, model: VisionLanguageModel, prompt: Prompt, found:
     return equal
 
 
-def _record(gate: Gate, subject: Subject, run: TappedRun) -> Record:
+def _record(gate: Gate, subject: CheckedBundle, run: TappedRun) -> Record:
     """What the shipped graphs answer here, for replays; token by token must say what one pass over all says."""
     session, prompt = subject.open(exact=False), run.sample.prompt
     logits = session.logits(prompt.ids, prompt.pixels, last=1)[0]
@@ -161,7 +161,7 @@ def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress:
     stored = stored_precisions(checkpoint)
     plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group, stored=stored)
     spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template)
-    subject = Subject(str(folder), WeightReader(checkpoint, plan), spec, folder, manifest, threads)
+    subject = CheckedBundle(str(folder), WeightReader(checkpoint, plan), spec, folder, manifest, threads)
     return verify_staged(subject, 0, progress)[0].stages
 
 

@@ -37,7 +37,7 @@ class ImageBatch:
 
 
 @runtime_checkable
-class Source(Protocol):
+class TrainingData(Protocol):
     """The data class: built without arguments, without state between draws."""
 
     num_patch_classes: int
@@ -46,14 +46,14 @@ class Source(Protocol):
         """`count` pictures for the stage of that name, of which the share `progress` is over."""
 
 
-def load_source(path: Path, class_name: str) -> Source:
+def load_source(path: Path, class_name: str) -> TrainingData:
     """Build the data class in a Python file; other modules beside that file can be imported by it."""
     module = _load_module(path)
     if not hasattr(module, class_name):
         raise TrainingError(f'{path}: has no class "{class_name}"')
     source = getattr(module, class_name)()
-    if not isinstance(source, Source):
-        raise TrainingError(f"{path}: {class_name} lacks a member of the protocol in vlmdeploy/train/source.py")
+    if not isinstance(source, TrainingData):
+        raise TrainingError(f"{path}: {class_name} lacks a member of the protocol in vlmdeploy/train/training_data.py")
     return source
 
 
