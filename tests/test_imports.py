@@ -4,8 +4,10 @@ Arrows point one way only, so that the runtime stays free of torch and each part
 """
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,83 +19,40 @@ import vlmdeploy
 ROOT = Path(vlmdeploy.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# Part -> what of vlmdeploy it may import besides itself; "cli" only inside its functions.
-OURS: dict[str, set[str]] = {
-    "__init__": {"model.load", "runtime.session"},
-    "__main__": {"cli"},
-    "errors": set(),
-    "progress": set(),
-    "overriding": set(),
-    "records": {"errors"},
-    "artifact": {"errors"},
-    "byte_sizes": {"errors"},
-    "child_process": {"errors"},
-    "devices": {"errors"},
-    "bundle": {"records", "errors"},
-    "layout": {"bundle", "errors"},
-    "spec": {"bundle", "records", "errors"},
-    "families": {"spec", "bundle", "records", "errors"},
-    "kernels": {"errors"},
-    "quant": {"spec", "bundle", "byte_sizes", "records", "errors"},
-    "runtime": {"layout", "bundle", "byte_sizes", "errors"},
-    "data": {"runtime.image", "runtime.chat", "runtime.boxes", "errors"},
-    "model": {"families", "quant", "kernels", "spec", "layout", "bundle", "records", "errors"},
-    "bench": {"runtime", "layout", "bundle", "byte_sizes", "child_process", "records", "errors"},
-    "score": {"model", "data", "runtime", "layout", "artifact", "bundle", "progress", "errors"},
-    "train": {
-        "model", "families", "spec", "runtime.chat", "runtime.image", "artifact", "bundle", "records", "progress",
-        "errors",
-    },
-    "calib": {
-        "model", "data", "runtime", "quant", "spec", "layout", "artifact", "bundle", "byte_sizes",
-        "records", "progress", "errors",
-    },
-    "export": {
-        "calib", "model", "runtime", "quant", "kernels", "spec", "layout", "devices", "artifact", "bundle",
-        "byte_sizes", "child_process", "progress", "errors",
-    },
-    "report": {
-        "score", "bench", "model", "data", "runtime", "quant", "spec", "layout", "artifact", "bundle", "byte_sizes",
-        "records", "progress", "errors",
-    },
-    "plan": {
-        "export", "model", "runtime", "families", "quant", "spec", "devices", "bundle", "byte_sizes", "records",
-        "errors",
-    },
-    "diff": {"export", "model", "runtime", "quant", "spec", "layout", "bundle", "progress", "errors"},
-    "sweep": {
-        "report", "export", "calib", "model", "data", "quant", "artifact", "bundle", "child_process", "records",
-        "progress", "errors",
-    },
-    "cli": {
-        "sweep", "diff", "plan", "report", "export", "calib", "train", "score", "bench", "model", "data", "quant",
-        "runtime", "devices", "bundle", "progress", "errors",
-    },
-}  # fmt: skip
+PAGE = (ROOT.parent / "docs/architecture.md").read_text(encoding="utf-8")
+FREE = {"errors", "overriding"}  # what everyone may import
 
-# Part -> other people's packages: at the top of a module, and (after the bar) only inside functions.
-THEIRS: dict[str, str] = {
-    "layout": "numpy |",
-    "runtime": "numpy PIL tokenizers | onnxruntime cuda tensorrt",
-    "bench": "numpy PIL | onnxruntime cuda pynvml",
-    "data": "numpy PIL |",
-    "quant": "numpy torch safetensors numba |",
-    "kernels": "numpy torch | triton",
+
+def read_floors() -> list[list[str]]:
+    """The floors of the page, top down."""
+    block = re.search(r"^## Floors\n.*?```\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
+    assert block is not None, "docs/architecture.md has no floors"
+    return [line.split() for line in block[1].splitlines()]
+
+
+def read_table() -> dict[str, tuple[set[str], str]]:
+    """The import table of the page: package -> what of ours, and what of other people's it may import."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\| ?(.*) \|$", PAGE, re.MULTILINE)
+    return {package: (set(ours.split()), theirs.replace("\\|", "|")) for package, ours, theirs in rows}
+
+
+FLOORS = read_floors()
+TABLE = read_table()
+OURS: dict[str, set[str]] = {package: ours for package, (ours, _) in TABLE.items()} | {
+    "errors": set(), "__init__": {"model.load", "runtime.session"}, "__main__": {"cli"},
+}  # fmt: skip
+# Single modules, narrower or wider than their package: other people's packages, at the top and (after the bar) inside
+# functions.
+MODULES_OF_THEIR_OWN: dict[str, str] = {
     "kernels/routed.py": "triton |",  # imported inside functions, or by a process of its own:
     "kernels/compile_architecture.py": "triton |",
-    "model": "numpy torch safetensors tokenizers | sentencepiece",
-    "calib": "numpy torch safetensors PIL |",
-    "score": "numpy torch PIL | openpyxl",
-    "report": "numpy torch PIL | jinja2 markupsafe matplotlib openpyxl",
-    "sweep": "numpy | ray",
-    "train": "numpy torch safetensors tokenizers |",
-    "export": "numpy torch safetensors onnx tokenizers PIL | onnxruntime tensorrt",
-    "plan": "numpy | jinja2",
-    "diff": "numpy torch safetensors onnx PIL | onnxruntime matplotlib",
-    "cli/console.py": "rich |",
-    "cli": "click |",
 }
-NAMES_TAKEN = {name for names in THEIRS.values() for name in names.split()} | {"sklearn", "transformers", "pytest"}
+THEIRS: dict[str, str] = {package: theirs for package, (_, theirs) in TABLE.items()} | MODULES_OF_THEIR_OWN
+NAMES_TAKEN = {name for names in THEIRS.values() for name in names.split() if name != "|"} | {
+    "sklearn",
+    "transformers",
+    "pytest",
+}
 
 
 @dataclass(frozen=True)
@@ -162,11 +121,11 @@ every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(pat
 @every_module
 def test_module_imports_only_the_parts_below_it(path: Path) -> None:
     part = part_of(path)
-    assert part in OURS, f"{part} is a new part of vlmdeploy: say in this table what it may import"
+    assert part in OURS, f"{part} is a new part of vlmdeploy: say in docs/architecture.md what it may import"
     for found in parsed_imports(path):
         if found.top == "vlmdeploy" and found.module != "vlmdeploy":
             wanted = found.module.removeprefix("vlmdeploy.")
-            assert is_allowed(wanted, OURS[part] | {part, "overriding"}), (
+            assert is_allowed(wanted, OURS[part] | FREE | {part}), (
                 f"{path}:{found.line}: {part} may not import {wanted}"
             )
 
@@ -185,6 +144,70 @@ def test_module_imports_only_the_dependencies_of_its_part(path: Path) -> None:
 @every_module
 def test_module_is_not_named_like_a_dependency(path: Path) -> None:
     assert not {*path.relative_to(ROOT).parts[:-1], path.stem} & NAMES_TAKEN
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in it."""
+    return {found.module for found in parsed_imports(path) if found.module in {module_name(other) for other in MODULES}}
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to themselves, or none."""
+    done: set[str] = set()
+
+    def search(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        found = next((circle for other in sorted(graph[name]) if (circle := search(other, [*way, name]))), [])
+        done.add(name)
+        return found
+
+    return next((circle for name in graph if (circle := search(name, []))), [])
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    own = {"vlmdeploy"}  # names what is loaded lazily
+    graph = {module_name(path): imported_modules(path) - own for path in MODULES if module_name(path) not in own}
+    assert circle_in(graph) == []
+
+
+def test_imports_point_down_or_stay_on_their_floor() -> None:
+    floor_of = {package: number for number, packages in enumerate(FLOORS) for package in packages}
+    assert set(floor_of) == set(TABLE) | {"errors"}
+    for package, (ours, _) in TABLE.items():
+        for name in ours:
+            other = name.partition(".")[0]
+            assert floor_of[other] >= floor_of[package], f"{package} imports {name}, which stands above it"
+    assert circle_in({package: {name.partition(".")[0] for name in ours} for package, ours in OURS.items()}) == []
+
+
+def test_table_allows_nothing_that_nobody_imports() -> None:
+    used: dict[str, set[str]] = {}
+    for path in MODULES:
+        used.setdefault(part_of(path), set()).update(imported_modules(path))
+    for package, (ours, _) in TABLE.items():
+        unused = [
+            name
+            for name in ours
+            if not any(is_allowed(module.removeprefix("vlmdeploy."), {name}) for module in used[package])
+        ]
+        assert unused == [], f"{package} imports nothing of {unused}"
+
+
+def test_no_package_outgrows_the_others() -> None:
+    lines: Counter[str] = Counter()
+    for path in MODULES:
+        lines[part_of(path)] += path.read_text(encoding="utf-8").count("\n")
+    package, most = lines.most_common(1)[0]
+    assert most < 0.15 * lines.total(), f"{package} holds {most / lines.total():.0%} of all lines"
+
+
+def test_nobody_but_the_backends_asks_which_backend_it_has() -> None:
+    for path in MODULES:
+        if "backends" not in path.parts:
+            assert not re.search(r"isinstance\([^)]*(Ort|Trt)Backend", path.read_text(encoding="utf-8")), path
 
 
 def test_commands_import_their_needs_when_called() -> None:

@@ -53,6 +53,13 @@ def first_screen(checkout: Path) -> dict[str, str]:
     return {command.split()[1]: run(command, checkout) for command in commands(blocks("sh")[0])}
 
 
+def test_first_command_installs_in_a_checkout() -> None:
+    command, _, path = blocks("sh")[0].splitlines()[0].partition(" && ")
+    done = subprocess.run([command, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (command, done.returncode) == ("make", 0), done.stderr
+    assert path.startswith('export PATH="$PWD/.venv/bin:$PATH"'), "where it installs to"
+
+
 def test_first_screen_goes_from_checkpoint_to_answer(first_screen: dict[str, str], checkout: Path) -> None:
     assert list(first_screen) == ["examples/digits/make_data.py", "quantize", "export", "verify", "run"]
     answer = json.loads(first_screen["run"])
