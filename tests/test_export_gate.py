@@ -149,9 +149,9 @@ def test_decode_that_forgets_its_place_is_found(ckpt: Path, tmp_path: Path, monk
 
     run = DecodeBinding.run
 
-    def run_one_place_early(self: DecodeBinding, hidden: Any) -> Any:
+    def run_one_place_early(self: DecodeBinding, *arguments: Any) -> Any:
         self.lanes.lengths -= 1
-        logits = run(self, hidden)
+        logits = run(self, *arguments)
         self.lanes.lengths += 1
         return logits
 

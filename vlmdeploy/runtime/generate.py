@@ -228,7 +228,7 @@ class GenerateLoop:
             assert one.logits is not None, "every lane was decoded"
             token = tokens[lane] = one.choose(one.logits, one.ids)
             one.logits = None
-            if token in self.stop_ids or self.lanes.is_full[lane]:
+            if token in self.stop_ids or self.lanes.is_full(lane):
                 self.end(lane)
             else:
                 one.ids = np.append(one.ids, token)
@@ -236,15 +236,16 @@ class GenerateLoop:
 
     def _decode(self) -> None:
         """Logits of the next token in all lanes that lack them."""
-        is_fed, last = np.zeros(self.lanes.count, np.bool_), np.zeros(self.lanes.count, np.int64)
-        for lane, one in self._answering.items():
-            is_fed[lane], last[lane] = one.logits is None, one.ids[-1]
-        if not is_fed.any():
+        fed = {lane: one for lane, one in self._answering.items() if one.logits is None}
+        if not fed:
             return
         start = time.perf_counter()
+        is_fed, last = np.zeros(self.lanes.count, np.bool_), np.zeros(self.lanes.count, np.int64)
+        for lane, one in fed.items():
+            is_fed[lane], last[lane] = True, one.ids[-1]
         logits = self.backend.decode(self.embedding[last], is_fed, self.lanes)
-        for lane in np.flatnonzero(is_fed).tolist():
-            self._answering[lane].logits = logits[lane]
+        for lane, one in fed.items():
+            one.logits = logits[lane]
         self.timings.decode_ms.append(1000 * (time.perf_counter() - start))
 
     def __iter__(self) -> Iterator[dict[int, int]]:

@@ -5,7 +5,7 @@ padding behind its real rows. Padding is written behind what an open lane holds,
 is never read; a closed lane holds nothing that counts.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,9 @@ class Lanes:
         """Which lanes hold a prompt, bool [lanes]."""
         return self.capacities > 0
 
-    @property
-    def is_full(self) -> Bools:
-        """Which open lanes have no slot left, bool [lanes]."""
-        return self.is_open & (self.lengths >= self.capacities)
+    def is_full(self, lane: int) -> bool:
+        """Whether an open lane has no slot left."""
+        return bool(self.lengths[lane] >= self.capacities[lane])
 
     def begin(self, lane: int, positions: Ints) -> None:
         """Empty a lane and open it for a prompt with one slot for each position id, int64 [capacity]."""
@@ -88,7 +87,7 @@ class Lanes:
     def most_rows(self, lanes: Collection[int]) -> int:
         """The longest call with rows of these lanes that leaves room for the padding of the others. A full one has no
         room and needs none: nothing will read it again."""
-        waiting = self.is_open & ~self.is_full
+        waiting = self.lengths < self.capacities
         waiting[list(lanes)] = False
         return int((self.slots - self.lengths[waiting]).min(initial=self.slots))
 
@@ -110,24 +109,22 @@ class Lanes:
             "hidden": call.hidden.reshape(lanes * num_rows, width),
             "experts": call.vision_mask.reshape(-1).astype(np.int32),
             "logit_rows": call.logit_rows,
-            **self.counters(call.counts, num_rows),
-        }
-
-    def counters(self, counts: Ints, num_rows: int) -> dict[str, NDArray[Any]]:
-        """Of these inputs, those that say where the rows go."""
-        starts = self.starts(num_rows)
-        totals = starts + num_rows
-        return {
-            "position_ids": self.row_positions(counts, num_rows),
-            "write_index": starts,
-            "lengths": totals,
-            "seqlens_k": (totals - 1).astype(np.int32),
-            "total_sequence_length": np.array(totals.max(), np.int32),
+            **{name: counter(self, call.counts, num_rows) for name, counter in COUNTERS.items()},
         }
 
     def append(self, counts: Ints) -> None:
         """The real rows of a call are in the cache now."""
         self.lengths += counts
+
+
+# The inputs that say where the rows of a call go: of lanes, the real rows of each, and the rows of the call.
+COUNTERS: dict[str, Callable[[Lanes, Ints, int], NDArray[Any]]] = {
+    "position_ids": lambda lanes, counts, num_rows: lanes.row_positions(counts, num_rows),
+    "write_index": lambda lanes, _, num_rows: lanes.starts(num_rows),
+    "lengths": lambda lanes, _, num_rows: lanes.starts(num_rows) + num_rows,
+    "seqlens_k": lambda lanes, _, num_rows: (lanes.starts(num_rows) + (num_rows - 1)).astype(np.int32),
+    "total_sequence_length": lambda lanes, _, num_rows: np.array(lanes.starts(num_rows).max() + num_rows, np.int32),
+}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Bools, Ints, expert_of
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, ROUTED_GRAPH, DeviceUse
-from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, rope_table
+from vlmdeploy.runtime.backends.lanes import COUNTERS, Call, Floats, Lanes, rope_table
 from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -70,6 +70,7 @@ class DecodeBinding:
     ) -> None:
         self.lanes = lanes
         self._tables = lanes.tables
+        self._counters = [(name, COUNTERS[name]) for name in inputs if name in COUNTERS]
         self._session = session
         values = lanes.inputs(call)
         self._arrays = {name: np.ascontiguousarray(values[name]) for name in inputs if name in values}
@@ -89,15 +90,15 @@ class DecodeBinding:
         for name, buffer in self._buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
 
-    def run(self, call: Call) -> Floats:
-        """Append a row to each lane that is fed; logits [lanes, vocab], valid until the next call."""
-        values = self.lanes.inputs(call)
-        for name, array in self._arrays.items():
-            array[...] = values[name]
+    def run(self, hidden: Floats, counts: Ints) -> Floats:
+        """Append counts rows, 0 or 1, to each lane; logits [lanes, vocab], valid until the next call."""
+        self._arrays["hidden"][:] = hidden
+        for name, counter in self._counters:
+            self._arrays[name][...] = counter(self.lanes, counts, 1)
         if self.lanes.device != "cpu":
             self._bind_inputs()  # there binding is what copies them
         self._session.run_with_iobinding(self._binding)
-        self.lanes.append(call.counts)
+        self.lanes.append(counts)
         return self.logits
 
 
@@ -198,12 +199,12 @@ class OrtBackend:
     def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
         """See Backend."""
         assert isinstance(lanes, OrtLanes), "lanes made by this backend"
-        call = Call.of_tokens(hidden, is_fed)
         if self._decode is None or not self._decode.fits(lanes):
             graph, vocab_size = self.manifest.token_graph, self.manifest.embedding.vocab_size
             inputs = [info.name for info in self.manifest.graphs[graph].inputs]
+            call = Call.of_tokens(hidden, is_fed)
             self._decode = DecodeBinding(self.ort, self.session(graph), inputs, lanes, call, vocab_size)
-        return self._decode.run(call)
+        return self._decode.run(hidden, is_fed.astype(np.int64))
 
     def warm_up(self, graphs: Sequence[str]) -> None:
         """See Backend."""
