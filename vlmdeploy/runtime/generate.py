@@ -157,7 +157,6 @@ class Answering:
     """One lane's answer in the making. ids int64: the prompt's and those chosen. logits [vocab]: of the next token,
     None until the last one chosen was decoded."""
 
-    prompt: Prompt
     choose: ChooseToken
     ids: Ints
     logits: Floats | None
@@ -209,8 +208,8 @@ class GenerateLoop:
         for lane, request in requests.items():
             self.lanes.begin(lane, slot_positions(request.prompt.positions, request.capacity))
         for lane, logits in read_prompts(reads, self.lanes, self.backend).items():
-            prompt = requests[lane].prompt
-            self._answering[lane] = Answering(prompt, requests[lane].choose, prompt.ids, logits[0])
+            request = requests[lane]
+            self._answering[lane] = Answering(request.choose, request.prompt.ids, logits[0])
         self.backend.end_prefill()
         self.timings.vision_ms += 1000 * (encoded - start)
         self.timings.prefill_ms += 1000 * (time.perf_counter() - encoded)
