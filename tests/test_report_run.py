@@ -613,7 +613,7 @@ def test_partial_folder_of_somebody_else_stays(models: Models, data: Path, unwri
     partial = partial_folder(data.parent / "out")
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"out\.partial: holds notes\.txt, which no unfinished report leaves"):
+    with pytest.raises(ExportError, match=r"out\.partial: holds notes\.txt, which is not from a report"):
         report_of(models, data)
     assert [path.name for path in partial.iterdir()] == ["notes.txt"] and unwritten.opened == []
 
@@ -656,7 +656,8 @@ def refusal(data: Path, *models: object, **options: object) -> str:
 def test_checkpoint_among_the_bundles_is_refused(models: Models, data: Path) -> None:
     line = refusal(data, models.fp32, models.ckpt)
     assert (
-        line == f"Error: {models.ckpt}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
+        line
+        == f"Error: {models.ckpt}: is not a bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
     )
 
 
@@ -677,7 +678,7 @@ def test_bundle_of_another_checkpoint_is_refused(models: Models, data: Path, tmp
     other = write_text_checkpoint(tmp_path / "other", seed=1, **ROOMY)
     line = refusal(data, models.int4, ref=other)
     assert f"{models.int4}: its embedding table differs from that of {other} by 1.4" in line
-    assert "is it made from another checkpoint?" in line
+    assert "was it made from another checkpoint?" in line
 
 
 def test_bundle_of_another_size_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
