@@ -767,7 +767,7 @@ def test_data_that_is_none_is_refused(models: Models, tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert f"{data}: no such file or folder" in refusal(data, models.fp32)
     data.mkdir()
-    assert f"{data}: holds no data that is known" in refusal(data, models.fp32)
+    assert f"{data}: holds no known data" in refusal(data, models.fp32)
     picture(0).save(data / "0.png")
     assert f"{data}: is a folder of pictures; to score, questions with answers are expected" in refusal(
         data, models.fp32

@@ -9,17 +9,16 @@ import pytest
 from vlmdeploy.data.samples import PixelBox, Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Turn
+from vlmdeploy.score.intervals import bootstrap_interval, wilson_interval
 from vlmdeploy.score.metrics import (
     Prediction,
     as_json,
-    bootstrap_interval,
     box_iou,
     check_scorable,
     exact_match,
     paired_differences,
     score,
     token_f1,
-    wilson_interval,
 )
 
 

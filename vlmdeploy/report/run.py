@@ -171,9 +171,7 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
     unscored = None if source.questions is None else source.questions.unscored
     if unscored is not None:
         raise DataError(f"{source.path}: {unscored}: a report needs answers to score")
-    samples = list(source.samples())
-    if options.per_task is not None:
-        samples = choose(samples, options.per_task, options.seed)
+    samples = choose(source.samples(), options.per_task, options.seed)
     if not samples:
         raise DataError(f"{source.path}: holds no questions")
     check_scorable(samples, source.path)
