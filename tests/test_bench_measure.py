@@ -272,7 +272,7 @@ def test_longest_answer_that_is_offered_fits(bundle: Path) -> None:
 @pytest.mark.parametrize("option", ["--prompt", "--template"])
 def test_ids_only_bundle_takes_no_text(ids_only: Path, option: str) -> None:
     error = only_error_line(run_cli("bench", ids_only, option, "chat"))
-    assert f"{ids_only}: an ids-only bundle has no use for {option}" in error and "--tokenizer FILE" in error
+    assert f"{ids_only}: an ids-only bundle takes no {option}" in error and "--tokenizer FILE" in error
 
 
 @pytest.mark.parametrize("options", [

@@ -275,7 +275,7 @@ def test_a_name_does_not_change_its_meaning(ckpt: Path, data: Path, tmp_path: Pa
     """The bundle made from the old settings was taken for the new ones."""
     point = '[[point]]\nname = "mine"\nalgorithm = "rtn"\ngroup = 16\nbits = {}'
     run_sweep(options_for(ckpt, data, tmp_path / "out", point.format(4)))
-    with pytest.raises(ConfigError, match='out: its point "mine" was made with bits 4, now it is 8: name it anew'):
+    with pytest.raises(ConfigError, match='out: its point "mine" was made with bits 4, now it is 8: rename it'):
         run_sweep(options_for(ckpt, data, tmp_path / "out", point.format(8)))
 
 
@@ -309,7 +309,7 @@ def test_refused_options_leave_no_folder(ckpt: Path, data: Path, tmp_path: Path,
         (options_for(tmp_path / "none", data, tmp_path / "out", ONE_POINT), VlmdeployError, "none"),
         (options_for(ckpt, data, tmp_path / "out", "group = 16"), ConfigError, "has calibrated points: give --calib"),
         (options_for(ckpt, data, tmp_path / "out", "", calib=tmp_path / "none"), DataError, "none: no such file"),
-        (options_for(ckpt, data, tmp_path / "out", ONE_POINT, cpus=2), ConfigError, "--cpus is of no use without"),
+        (options_for(ckpt, data, tmp_path / "out", ONE_POINT, cpus=2), ConfigError, "--cpus needs --ray: leave it out"),
     ]  # fmt: skip
     for options, kind, expected in refused:
         options.grid.write_text("group = 16" if "calibrated" in expected else ONE_POINT)
@@ -320,7 +320,7 @@ def test_refused_options_leave_no_folder(ckpt: Path, data: Path, tmp_path: Path,
 
 def test_quantized_checkpoint_is_refused(data: Path, tmp_path: Path, here: Here) -> None:
     quantized = write_gptq_checkpoint(tmp_path / "gptq")
-    with pytest.raises(ConfigError, match="gptq: is quantized already, expected the float checkpoint"):
+    with pytest.raises(ConfigError, match="gptq: is already quantized, expected the float checkpoint"):
         run_sweep(options_for(quantized, data, tmp_path / "out", ONE_POINT))
 
 
@@ -328,7 +328,7 @@ def test_folder_of_somebody_else_is_left_as_it_is(ckpt: Path, data: Path, tmp_pa
     """A lock was put into it."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out: holds notes\.txt and is no sweep; choose another --out"):
+    with pytest.raises(ConfigError, match=r"out: holds notes\.txt and is not a sweep; choose another --out"):
         run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
@@ -578,7 +578,7 @@ def test_a_cluster_that_is_not_there_is_one_line(
     ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay, error: Exception
 ) -> None:
     ray.refuses = error
-    with pytest.raises(BackendError, match=r"--ray auto: there is no cluster to connect to \(nobody\): `ray start"):
+    with pytest.raises(BackendError, match=r"--ray auto: cannot connect to a cluster \(nobody\): start one with `ray"):
         run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray="auto"))
     assert here.done == [] and not (tmp_path / "out" / "evaluations").exists()
 
@@ -591,7 +591,7 @@ def test_an_address_where_nobody_listens_is_told_at_once(
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         where = address.format(closed.getsockname()[1])
-    with pytest.raises(BackendError, match=re.escape(f"--ray {where}: there is no cluster to connect to (")):
+    with pytest.raises(BackendError, match=re.escape(f"--ray {where}: cannot connect to a cluster (")):
         run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=where))
     assert ray.calls == []
 
