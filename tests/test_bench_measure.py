@@ -257,11 +257,6 @@ def test_more_tokens_than_fit_is_one_line_with_both_numbers(bundle: Path) -> Non
     assert f"{bundle}: the prompt has " in error and "500 new tokens" in error and "the context holds 128" in error
 
 
-def test_prompt_that_is_no_text_is_one_line(bundle: Path) -> None:
-    error = only_error_line(run_cli("bench", bundle, "--threads", 1, "--prompt", "\udcff"))
-    assert "text is not valid UTF-8" in error
-
-
 def test_longest_answer_that_is_offered_fits(bundle: Path) -> None:
     with pytest.raises(PromptError) as caught:
         measured(bundle, replace(SHORT, new_tokens=500))

@@ -87,14 +87,9 @@ def test_other_data_gives_index_picture_question_and_answer(tmp_path: Path) -> N
     row = {"image": "a.png", "messages": [{"role": "user", "content": "What?"}], "task": "vqa", "answer": "cat"}
     (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(row)}\n")
     write_predictions(tmp_path / "out.jsonl", *answered(tmp_path, "dog"))
-    expected = {
-        "index": "2",
-        "image": str(tmp_path / "a.png"),
-        "question": "What?",
-        "answer": "cat",
-        "prediction": "dog",
-    }
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == expected
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {
+        "index": "2", "image": str(tmp_path / "a.png"), "question": "What?", "answer": "cat", "prediction": "dog",
+    }  # fmt: skip
 
 
 def test_a_spreadsheet_program_may_have_changed_types(tmp_path: Path) -> None:
