@@ -1,7 +1,7 @@
 """Peak memory and time of a whole `vlmdeploy quantize` run at CogVLM-17B's layer widths, beside its target of 4 GB.
 
-Writes a synthetic bf16 checkpoint with the real shapes but few layers, calibrates it with random pictures and random
-text, and prints the peak resident memory of the quantizing process.
+Writes a synthetic bf16 checkpoint with the real shapes but few layers, calibrates it with random pictures and text, and
+prints the quantizing process's peak resident memory.
 
     python benchmarks/quantize_memory.py [--family cogvlm|cogvlm2] [--layers 1] [--pictures 18] [--quality high]
 """
