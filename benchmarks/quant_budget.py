@@ -3,8 +3,8 @@
     python benchmarks/quant_budget.py [--draws 3]
 
 Quantizes every linear, also of encoder, connector and head: once uniformly at 4 bits in groups of 64, once as
-`--budget` chooses for the same number of bytes. Prints KL x 1e3 and the squared error of the logits x 1e3 (see quant_quality.py)
-for each calibration draw, and their ratios.
+`--budget` chooses for the same number of bytes. Prints KL x 1e3 and the squared error of the logits x 1e3 (see
+quant_quality.py) for each calibration draw, and their ratios.
 """
 
 import argparse
