@@ -1,8 +1,8 @@
 """Peak memory, time and size of engines at CogVLM-17B's and CogVLM2-19B's layer widths, built by TensorRT-RTX on a CPU.
 
 Writes a synthetic checkpoint with the real shapes but few layers, exports it to rtx-int4 (gate and engines included),
-then builds each engine once more alone, and the text decoder in one engine per layer. Prints the peak resident memory
-of each builder beside what the export expects (export/engines/parts.py) before it starts one.
+then builds each engine again alone, and the text decoder with one engine per layer. Prints the peak resident memory of
+each builder beside the export's estimate (export/engines/parts.py).
 
     python benchmarks/engine_build.py [--family cogvlm|cogvlm2] [--layers 2] [--vision int4|fp16] [--work FOLDER]
 """
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from export_memory import FAMILIES, write_checkpoint
+from export_memory import FAMILIES, timed, write_checkpoint
 
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, compile_engine
@@ -51,7 +51,7 @@ def build_alone(bundle: Path, part: EnginePart, num_layers: int, chunk_rows: int
 
 
 def build_here(text: str) -> None:
-    """What the process of `build_alone` does; prints seconds, peak bytes and plan bytes as JSON."""
+    """The process of `build_alone`; prints seconds, peak bytes and plan bytes as JSON."""
     folder, fields, num_layers, chunk_rows = json.loads(text)
     part = EnginePart(**fields | {"layers": tuple(fields["layers"])})
     with tempfile.TemporaryDirectory() as temporary:
@@ -81,10 +81,7 @@ def main() -> None:
         context = options.context or CONTEXTS[options.family]
         chosen = ["--vision", options.vision, "--connector", options.vision, "--context", str(context)]
         command = [sys.executable, "-m", "vlmdeploy", "export", "--ckpt", str(checkpoint), "--target", "rtx-int4"]
-        start = time.perf_counter()
-        subprocess.run([*command, "--out", str(bundle), "--quant", "rtn", *chosen], check=True)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        _, seconds, peak = timed([*command, "--out", str(bundle), "--quant", "rtn", *chosen])
         manifest = read_manifest(bundle)
         size = sum(entry.bytes for entry in manifest.files.values())
         print(f"{options.family} widths, {options.layers} + {options.layers} layers, vision {options.vision}")

@@ -1,8 +1,8 @@
 """Peak memory and time of an export at CogVLM-17B's layer widths.
 
-Writes a synthetic bf16 checkpoint with the real shapes of CogVLM (490 px) but few layers, exports it to ort-int4 with
-the whole verification gate, and prints the peak resident memory of the exporting process beside the sizes it should
-follow: the largest tensor, one decoder layer in float32, and the whole checkpoint.
+Writes a synthetic bf16 checkpoint with CogVLM's real shapes (490 px) but few layers, exports it to ort-int4 with the
+whole verification gate, and prints the exporting process's peak resident memory beside the sizes that should bound it:
+the largest tensor, one decoder layer in float32, and the whole checkpoint.
 
     python benchmarks/export_memory.py [--family cogvlm|cogvlm2] [--layers 2] [--work FOLDER]
 """
@@ -61,7 +61,7 @@ def write_random(folder: Path, family: str, config: Config) -> None:
 
 
 def random_tensor(source: Source, generator: torch.Generator) -> torch.Tensor:
-    """Norms near one, rotary frequencies as they are, everything else small and normal."""
+    """Norms near one, real rotary frequencies, everything else small and normal."""
     if source.name.endswith("inv_freq"):
         width = 2 * source.shape[0]
         exponents = torch.arange(0, width, 2) / width
@@ -70,6 +70,14 @@ def random_tensor(source: Source, generator: torch.Generator) -> torch.Tensor:
     if "norm" in source.name and source.name.endswith("weight"):
         values += 1
     return values.to(torch.bfloat16)
+
+
+def timed(command: list[str]) -> tuple[str, float, float]:
+    """Run a command: its stdout, seconds and peak resident bytes (of all commands so far)."""
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return done.stdout, time.perf_counter() - start, peak
 
 
 def largest_sizes(family: str, config: Config) -> tuple[int, int, int]:
@@ -92,10 +100,7 @@ def main() -> None:
         checkpoint.mkdir()
         config = write_checkpoint(checkpoint, options.family, options.layers)
         command = [sys.executable, "-m", "vlmdeploy", "export", "--ckpt", str(checkpoint), "--target", options.target]
-        start = time.perf_counter()
-        subprocess.run([*command, "--out", str(bundle), "--quant", "rtn"], check=True)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        _, seconds, peak = timed([*command, "--out", str(bundle), "--quant", "rtn"])
         size = sum(path.stat().st_size for path in bundle.iterdir())
         tensor, layer, whole = largest_sizes(options.family, config)
     print(f"{options.family} widths, {options.layers} + {options.layers} layers, {options.target}, gate included")

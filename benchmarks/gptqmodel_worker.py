@@ -1,10 +1,10 @@
-"""GPTQModel's own GPTQ on one matrix at a time, for comparison with ours. Runs inside the environment that `make
-gptqmodel` builds and imports nothing of vlmdeploy; the benchmark that uses it talks JSON lines with it.
+"""GPTQModel's GPTQ on one matrix at a time, to compare with ours. Runs in the environment of `make gptqmodel`, imports
+nothing of vlmdeploy, and exchanges JSON lines with the benchmark.
 
-Asked on stdin: {"weights": W.npy [out, in] float32, "hessian": H.npy [in, in] = X^T X / tokens, "num_tokens": int,
-"bits": int, "group_size": int, "out": result.npz}. Answered on stdout: {"seconds": of its quantize(), "peak_rss_bytes":
-while it ran}, or {"error": text}. The result holds codes uint8 [out, in], scales float16 and zeros uint8 [out, groups]:
-what GPTQModel would pack, that is codes chosen with float32 scales, which are rounded to fp16 afterwards.
+Request on stdin: {"weights": W.npy [out, in] float32, "hessian": H.npy [in, in] = X^T X / tokens, "num_tokens": int,
+"bits": int, "group_size": int, "out": result.npz}. Answer on stdout: {"seconds": of quantize(), "peak_rss_bytes"}, or
+{"error": text}. The result holds codes uint8 [out, in], scales float16 and zeros uint8 [out, groups], as GPTQModel
+packs them: codes chosen with float32 scales, which are rounded to fp16 afterwards.
 """
 
 import json
@@ -50,10 +50,10 @@ def quantize(request: Request) -> dict[str, float | str]:
 
 
 def gptq_task(request: Request) -> Any:
-    """Its task object (private API of 7.7.0) with its default settings, as if `num_tokens` inputs had gone through.
+    """Its task object (private API of 7.7.0) with default settings, in the state after `num_tokens` inputs.
 
-    add_batch sums X^T X, and the reduction that follows multiplies by 2 / tokens: the state after it is set here, as
-    adopt_hessian_from does for linears that share their input.
+    add_batch sums X^T X, and the later reduction multiplies by 2 / tokens. This sets the result, as adopt_hessian_from
+    does for linears with the same input.
     """
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
@@ -64,7 +64,7 @@ def gptq_task(request: Request) -> Any:
     config = QuantizeConfig(bits=request["bits"], group_size=request["group_size"], offload_to_disk=False)
     task = GPTQ(linear, config)
     task.quantizer.configure(perchannel=True)
-    task.fallback = None  # else too few tokens silently become rounding to nearest
+    task.fallback = None  # otherwise too few tokens silently fall back to rounding to nearest
     task.H = torch.from_numpy(np.load(request["hessian"])).float().mul_(2.0)
     task.nsamples = request["num_tokens"]
     task.fwd_counter = 1
@@ -73,7 +73,7 @@ def gptq_task(request: Request) -> Any:
 
 
 def reset_peak() -> None:
-    """Let the kernel's high-water mark start from the present size, where it allows that."""
+    """Reset the kernel's high-water mark to the current size, if it allows that."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

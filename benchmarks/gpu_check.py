@@ -1,12 +1,12 @@
-"""What only a GPU can answer about a bundle's engines: do they load, do they compute what the graphs compute, how much
-memory does each phase take, what do the first start and a later one cost, how near is decoding to the memory's speed?
+"""Checks a bundle's engines on a GPU: do they load, do they compute what the graphs compute, how much memory does each
+phase take, what do the first and a later start cost, how close is decoding to the memory bandwidth?
 
-For each bundle (portable `rtx-int4` plans can be built on any machine and carried):
+For each bundle (portable `rtx-int4` plans can be built on any machine):
 
     python benchmarks/gpu_check.py BUNDLE... [--tokens 64] [--bandwidth 4.8e12]
 
-Prints one JSON document. The graphs in ONNX Runtime, on the same machine's CPU, are the reference. Kernels kept from
-earlier runs are removed first. Without a GPU it stops with one line. Never run on a GPU yet.
+Prints one JSON document. The reference is ONNX Runtime on the same machine's CPU. Removes cached kernels of earlier
+runs first. Without a GPU it stops with one line. Never run on a GPU yet.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def check(folder: Path, num_tokens: int, bandwidth: float | None, open_backend: 
 
 
 def start_of(folder: Path, manifest: Manifest, prompt: Prompt, open_backend: Open) -> dict[str, float]:
-    """Milliseconds of opening, of one token and of three; kernels are finished on the way, or were before."""
+    """Milliseconds of opening, of one token and of three; the first start compiles kernels on the way."""
     start = time.perf_counter()
     with Session(folder, manifest, open_backend(folder, manifest, "all")) as session:
         opened = time.perf_counter()
@@ -106,7 +106,7 @@ def decode_speed(session: Session, prompt: Prompt, num_tokens: int, bandwidth: f
 
 
 def memory_by_phase(folder: Path, manifest: Manifest, prompt: Prompt, open_backend: Open) -> dict[str, int]:
-    """Bytes taken of the free memory after each phase, with residency "phase"."""
+    """Drop of the free memory in bytes after each phase, with residency "phase"."""
     backend = open_backend(folder, manifest, "phase")
     free = backend.device.free_bytes()
     taken: dict[str, int] = {}

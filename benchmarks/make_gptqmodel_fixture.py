@@ -1,5 +1,5 @@
-"""Write tests/golden/gptqmodel-tiny: tiny random Llama checkpoints that GPTQModel quantized, packed and saved, and what
-its own kernel reads back from them. Runs in the environment of `make gptqmodel`, and imports nothing of vlmdeploy:
+"""Writes tests/golden/gptqmodel-tiny: tiny random Llama checkpoints that GPTQModel quantized, packed and saved, and the
+values that its own kernel reads back. Runs in the environment of `make gptqmodel` and imports nothing of vlmdeploy:
 
     GPTQMODEL_CPU_WORKERS=2 .venv-gptqmodel/bin/python benchmarks/make_gptqmodel_fixture.py tests/golden/gptqmodel-tiny
 """
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 32
 SAMPLES, SAMPLE_TOKENS = 64, 64
-WEIGHTS_OF = ("q_proj", "k_proj", "gate_proj", "down_proj")  # of the others the codes will do: the folder stays small
+WEIGHTS_OF = ("q_proj", "k_proj", "gate_proj", "down_proj")  # of the others only codes, to keep the folder small
 KEPT = ("config.json", "quantize_config.json", "model.safetensors")
 
 # Folder -> how many layers, and the settings of GPTQModel.
@@ -55,18 +55,12 @@ def main() -> None:
 
 
 def write_source(folder: Path, num_layers: int) -> None:
-    """A random decoder; half the rows of its first query matrix are positive: there asymmetric zero points are 0."""
+    """A random decoder; half the rows of its first query matrix are positive, so their asymmetric zero points are 0."""
     torch.manual_seed(num_layers)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=SAMPLE_TOKENS,
-        tie_word_embeddings=False,
-    )
+        hidden_size=64, intermediate_size=32, num_hidden_layers=num_layers, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=VOCABULARY, max_position_embeddings=SAMPLE_TOKENS, tie_word_embeddings=False,
+    )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.float16)
     model.model.layers[0].self_attn.q_proj.weight.data[::2].abs_()
     model.save_pretrained(folder)
@@ -83,7 +77,7 @@ def quantize(source: Path, saved: Path, config: Any) -> None:
 
 
 def read_back(folder: Path) -> dict[str, np.ndarray]:
-    """Of quantized linears: GPTQModel's fp16 weight (some) and codes [out, in], and zero points [out, groups]."""
+    """GPTQModel's fp16 weights (of some linears), codes [out, in] and zero points [out, groups]."""
     model = GPTQModel.load(str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
     found: dict[str, np.ndarray] = {}
     for name, module in model.model.named_modules():

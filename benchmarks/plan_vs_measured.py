@@ -1,7 +1,7 @@
-"""The planner against measured memory: bundles of several shapes and precisions, each phase's peak on this CPU.
+"""Planned against measured memory on this CPU: bundles of several shapes and precisions, peak by phase.
 
-Writes random checkpoints, exports them (gate included), answers one prompt with each in a process of its own, and
-prints planned over measured peak resident memory for the encoder, the prompt and decoding.
+Writes random checkpoints, exports them (gate included), answers one prompt with each in its own process, and prints
+planned / measured peak resident memory for the encoder, the prompt and decoding.
 
     python benchmarks/plan_vs_measured.py [--work FOLDER] [--shapes small,wide,...]
 """
@@ -32,7 +32,7 @@ LIMIT = 0.10
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths that differ from a family's released ones."""
+    """Changes to a family's released widths."""
 
     family: str
     decoder: dict[str, int]
@@ -85,7 +85,7 @@ CASES: list[tuple[str, str, dict[str, str], str]] = [
 
 
 def measured(bundle: Path, residency: str) -> Measurement:
-    """One answer to one prompt, the first that the process gives."""
+    """The first answer of a process to one prompt."""
     options = MeasureOptions(new_tokens=NEW_TOKENS, repeats=1, warmup=0, residency=residency)
     return measure_in_process(bundle, options)
 

@@ -1,9 +1,9 @@
-"""Bits by measured cost against the same bits for all, at the same size, on the digits model.
+"""Bits allocated by measured cost against uniform bits, at the same size, on the digits model.
 
     python benchmarks/quant_budget.py [--draws 3]
 
-Every linear of the model is quantized, encoder, connector and head too: once uniformly at 4 bits in groups of 64, once
-as `--budget` chooses for the very same number of bytes. Prints KL x 1e3 and the squared error of the logits x 1e3 (see
+Quantizes every linear, also of encoder, connector and head: once uniformly at 4 bits in groups of 64, once as
+`--budget` chooses for the same number of bytes. Prints KL x 1e3 and the squared error of the logits x 1e3 (see
 quant_quality.py) for each calibration draw, and their ratios.
 """
 
@@ -42,7 +42,7 @@ def size_of(plan: PrecisionPlan, checkpoint: Checkpoint) -> tuple[int, float]:
 
 
 def damage(plan: PrecisionPlan, calibration: Calibration, judge: Judge) -> Damage:
-    """What quantizing by a plan does to the answers."""
+    """The damage of quantizing by a plan."""
     checkpoint, processes = judge.checkpoint, Processes()
     coverage = check_coverage(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=False

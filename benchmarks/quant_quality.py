@@ -1,30 +1,28 @@
-"""What quantizing the decoder costs the digits model: KL divergence from the float model's answers, for several
-methods, calibration draws and widths; and each linear's error beside GPTQModel's.
+"""The cost of quantizing the digits model's decoder: KL divergence from the float model's answers, for several methods,
+calibration draws and widths; and each linear's error beside GPTQModel's.
 
     python benchmarks/quant_quality.py [--draws 3] [--bits 4 3] [--out FILE]
 
-KL is the mean over the tokens of held-out answers (the places that predict an answer token or its end),
-teacher-forced, in nats. The model is nearly always certain, so a few ambiguous answers hold most of it; the squared
-error of the centred logits, which all answers share in, stands beside it. Encoder, connector and head stay in float, so
-that the experts' part is seen alone. GPTQModel runs per linear on the same routed Hessians, in its own environment
-(`make gptqmodel`), and is left out where that is missing.
+KL is the teacher-forced mean over the tokens of held-out answers, end token included, in nats. The model is nearly
+always certain, so a few ambiguous answers dominate it; the squared error of the centred logits, to which all answers
+contribute, is beside it. Encoder, connector and head stay in float to isolate the experts. GPTQModel runs per linear on
+the same routed Hessians, in its own environment (`make gptqmodel`), if that exists.
 """
 
 import argparse
-import json
+import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from make_data import make_data
+from quant_speed import GPTQMODEL_PYTHON, Ask, worker
 from torch import Tensor
 
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_calibration_sample, read_pixels
@@ -49,7 +47,6 @@ from vlmdeploy.runtime.chat import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CKPT = ROOT / "examples/digits/checkpoint"
-GPTQMODEL_PYTHON = ROOT / ".venv-gptqmodel/bin/python"
 BATCH = 128
 FLOAT_PARTS = {"vision": "fp32", "connector": "fp32", "lm_head": "fp32"}
 
@@ -59,7 +56,6 @@ class RtnSolver:
     """Round to nearest."""
 
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
-        """See calib.solver.Solver."""
         quantized = quantize_rtn(problem.weights.numpy(), problem.grid)
         return quantized, _report(problem, quantized, "rtn")
 
@@ -68,52 +64,35 @@ class RtnSolver:
 class GptqModelSolver:
     """GPTQModel on each linear's Hessian; ours solves the same problem beside it, for the comparison per linear."""
 
-    process: subprocess.Popen[str]
+    ask: Ask
     folder: Path
     ratios: dict[str, float] = field(default_factory=dict)  # held-out error, ours / theirs
 
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
-        """See calib.solver.Solver."""
-        theirs = self._ask(problem)
+        theirs = self._quantize(problem)
         report = _report(problem, theirs, "gptqmodel")
         _, ours = GptqSolver().solve(problem)
         if report.held_out_error and ours.held_out_error:
             self.ratios[problem.name] = ours.held_out_error / report.held_out_error
         return theirs, report
 
-    def _ask(self, problem: Problem) -> Quantized:
+    def _quantize(self, problem: Problem) -> Quantized:
         names = {name: str(self.folder / f"{name}.npy") for name in ("weights", "hessian")}
         np.save(names["weights"], problem.weights.numpy())
         np.save(names["hessian"], problem.hessian.numpy())
-        out = self.folder / "out.npz"
-        grid = problem.grid
+        out, grid = self.folder / "out.npz", problem.grid
         request = {**names, "num_tokens": problem.tokens, "bits": grid.bits, "group_size": grid.group_size}
-        stdin, stdout = _pipes(self.process)
-        stdin.write(json.dumps({**request, "out": str(out)}) + "\n")
-        stdin.flush()
-        answer = json.loads(stdout.readline() or '{"error": "it died; see its messages above"}')
-        if "error" in answer:
-            raise SystemExit(f"GPTQModel's worker: {answer['error']}")
+        self.ask({**request, "out": str(out)})
         with np.load(out) as found:
             return Quantized(found["codes"], found["scales"].astype(np.float32), grid)
-
-
-def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
-    return process.stdin, process.stdout
 
 
 @contextmanager
 def gptqmodel() -> Iterator[GptqModelSolver]:
     """GPTQModel's worker, as a solver."""
     command = [str(GPTQMODEL_PYTHON), str(ROOT / "benchmarks/gptqmodel_worker.py")]
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
-        try:
-            yield GptqModelSolver(process, Path(folder))
-        finally:
-            process.kill()
-            process.wait()
+    with tempfile.TemporaryDirectory() as folder, worker(command, os.cpu_count() or 1) as ask:
+        yield GptqModelSolver(ask, Path(folder))
 
 
 def _report(problem: Problem, quantized: Quantized, method: str) -> LinearReport:
@@ -146,7 +125,7 @@ def methods(worker: GptqModelSolver | None) -> list[Method]:
 @dataclass(frozen=True)
 class Damage:
     """kl: mean KL divergence x 1e3. logits: mean squared error of the centred logits, relative, x 1e3. worst_share: how
-    much of all divergence the worst 1 % of the tokens hold."""
+    much of the divergence is in the worst 1 % of the tokens."""
 
     kl: float
     logits: float
@@ -254,7 +233,7 @@ def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: 
 
 
 def _print_table(title: str, table: dict[str, list[float]], say: Callable[[str], None]) -> None:
-    """One row per method: each draw, the mean, and the mean over the draws of the ratio to three of the methods."""
+    """One row per method: each draw, the mean, and the mean ratio over the draws to three of the methods."""
     reference = [name for name in ("RTN", "GPTQModel, routed", "routed") if name in table]
     draws = len(table["RTN"])
     heads = [title, *(f"draw {draw}" for draw in range(draws)), "mean", *(f"/ {name}" for name in reference)]

@@ -1,15 +1,14 @@
-"""Seconds and peak memory of quantizing one linear at CogVLM-17B's widths (W4g128), beside GPTQModel where it is there.
+"""Seconds and peak memory of quantizing one linear at CogVLM-17B's widths (W4g128), beside GPTQModel if installed.
 
-Both run as worker processes that stay alive, warmed up before the first measurement, never at the same time, and take
-turns: one round is ours, GPTQModel, ours with one sweep, every second round the other way round. Seconds are medians, a
-ratio belongs to one round. Time is from weights and Hessian in memory to codes, so the factorization is in it. Peak
-memory is that of a fresh process with one linear: libraries, weights, Hessian and all that the work needs. Nothing is
-subtracted for GPTQModel, though its worker may hold weights or Hessian twice. Both use damping 0.05, its default.
+Both run in warmed-up worker processes, never at the same time, and alternate: one round is ours, GPTQModel, ours with
+one sweep; every second round is reversed. Seconds are medians, ratios are per round. Time is from weights and Hessian
+in memory to codes, including the factorization. Peak memory is a fresh process's with one linear: libraries, weights,
+Hessian and temporaries. Nothing is subtracted for GPTQModel, whose worker may hold weights or Hessian twice. Both use
+damping 0.05, its default.
 
-The data are synthetic: normal weights, and inputs of a spiked covariance, half of whose energy lies in 32 random
-directions with strengths falling as 1 / i and half in all directions alike, each input scaled by exp(0.5 z). The
-Hessian holds four tokens per input. Errors are those on a second one, of new tokens, relative to the mean square of the
-outputs.
+The data are synthetic: normal weights, and inputs with a spiked covariance, half of its energy in 32 random directions
+with strengths falling as 1 / i and half isotropic, each input scaled by exp(0.5 z). The Hessian holds four tokens per
+input. Errors are measured on a second Hessian of new tokens, relative to the mean square of the outputs.
 
     python benchmarks/quant_speed.py [--shapes dense qkv gate+up down] [--rounds 3] [--out benchmarks/results]
 """
@@ -18,8 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,12 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from gptqmodel_worker import peak_rss_bytes
 
+from vlmdeploy.bench.machine import cpu_model
 from vlmdeploy.calib.hessian import HessianSum
 from vlmdeploy.quant.gptq import GptqOptions, factorize, output_loss, quantize_gptq
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn
@@ -65,19 +64,15 @@ class Problem:
     width: int
     outputs: int
 
-    def path(self, name: str) -> Path:
-        """The file of one array, or of one method's result."""
-        return self.folder / name
-
     def load(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.load(self.path(f"{name}.npy")))
+        return torch.from_numpy(np.load(self.folder / f"{name}.npy"))
 
     def request(self, method: str) -> Json:
-        """What both workers understand; `sweeps` and `damping` are for ours."""
+        """A request for either worker; `sweeps` and `damping` are for ours."""
         return {
-            "weights": str(self.path("weights.npy")), "hessian": str(self.path("hessian.npy")),
+            "weights": str(self.folder / "weights.npy"), "hessian": str(self.folder / "hessian.npy"),
             "num_tokens": TOKENS_PER_INPUT * self.width, "bits": GRID.bits, "group_size": GRID.group_size,
-            "damping": DAMPING, "sweeps": SWEEPS.get(method, 0), "out": str(self.path(f"{method}.npz")),
+            "damping": DAMPING, "sweeps": SWEEPS.get(method, 0), "out": str(self.folder / f"{method}.npz"),
         }  # fmt: skip
 
 
@@ -92,12 +87,11 @@ class Measured:
     peak_bytes: dict[str, int]
 
     def speedup(self, method: str) -> list[float]:
-        """How many times GPTQModel's seconds ours are, round by round."""
-        pairs = zip(self.seconds[THEIRS], self.seconds[method], strict=True)
-        return [theirs / ours for theirs, ours in pairs]
+        """GPTQModel's seconds / ours, round by round."""
+        return [theirs / ours for theirs, ours in zip(self.seconds[THEIRS], self.seconds[method], strict=True)]
 
 
-# ---- our worker ------------------------------------------------------------------------------------------------
+# Our worker
 
 
 def run_worker() -> None:
@@ -130,12 +124,12 @@ def accumulate(width: int) -> Json:
     return {"seconds": 1000 * (time.perf_counter() - start) / BATCH_TOKENS}
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------
+# Measuring
 
 
 @contextmanager
 def worker(command: list[str], threads: int) -> Iterator[Ask]:
-    """A process that answers JSON lines, ended afterwards."""
+    """A process that answers JSON lines; ends with the block."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as process:
         assert process.stdin is not None and process.stdout is not None, "both are pipes"
@@ -154,14 +148,14 @@ def worker(command: list[str], threads: int) -> Iterator[Ask]:
 
 
 def commands(gptqmodel: Path) -> dict[str, list[str]]:
-    """Each method's worker; GPTQModel only where its environment is there."""
+    """Each method's worker command; GPTQModel only if its environment exists."""
     ours = [sys.executable, str(FOLDER / "quant_speed.py"), "--worker"]
     theirs = {THEIRS: [str(gptqmodel), str(FOLDER / "gptqmodel_worker.py")]} if gptqmodel.exists() else {}
     return {"ours": ours} | theirs | {"one sweep": ours}
 
 
 def make_problem(folder: Path, width: int, outputs: int) -> Problem:
-    """Draw weights and the inputs' two Hessians, and write them."""
+    """Write random weights and the inputs' two Hessians."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(width)
     weights = torch.randn(outputs, width) / width**0.5
@@ -183,7 +177,7 @@ def make_problem(folder: Path, width: int, outputs: int) -> Problem:
 def measure(
     problem: Problem, asks: dict[str, Ask], fresh: dict[str, list[str]], options: argparse.Namespace
 ) -> Measured:
-    """All there is to know of one linear: first the rounds, then errors, then one fresh process per method."""
+    """Measure one linear: first the rounds, then errors, then one fresh process per method."""
     seconds: dict[str, list[float]] = {method: [] for method in asks}
     for index in range(options.rounds):
         for method in list(asks)[:: -1 if index % 2 else 1]:
@@ -204,7 +198,7 @@ def held_out_errors(problem: Problem, methods: list[str]) -> dict[str, float]:
     rounded = dequantize(quantize_rtn(weights.numpy(), GRID))
     errors = {"RTN": output_loss(torch.from_numpy(rounded).sub_(weights), hessian) / whole}
     for method in methods:
-        result = np.load(problem.path(f"{method}.npz"))
+        result = np.load(problem.folder / f"{method}.npz")
         quantized = Quantized(result["codes"], result["scales"].astype(np.float32), GRID, result.get("zeros"))
         errors[method] = output_loss(torch.from_numpy(dequantize(quantized)).sub_(weights), hessian) / whole
     return errors
@@ -235,11 +229,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Measured], dict[int, flo
     return found, sums
 
 
-# ---- reporting -------------------------------------------------------------------------------------------------
-
-
-def median(values: Iterator[float] | list[float]) -> float:
-    return statistics.median(values)
+# Reporting
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -303,7 +293,7 @@ def report(options: argparse.Namespace, found: dict[str, Measured], sums: dict[i
     lines = ["# Speed and memory of quantizing one linear", "", machine, ""]
     lines += [f"W4g128, synthetic data, rounds: {options.rounds}, seconds are medians. How: see the script.", ""]
     if not options.gptqmodel.exists():
-        lines += [f"{THEIRS} is not there to compare with (`make gptqmodel` installs it).", ""]
+        lines += [f"{THEIRS} is not installed (`make gptqmodel` installs it).", ""]
     lines += [*speed_table(found), "", *error_table(found), "", *memory_table(found), ""]
     lines += table(["Hessian, width", "s per 1000 tokens"], [[str(width), f"{sums[width]:.3f}"] for width in sums])
     if set(SHAPES) <= set(found):
@@ -316,17 +306,11 @@ def report(options: argparse.Namespace, found: dict[str, Measured], sums: dict[i
 
 def machine_line(threads: int) -> str:
     """Processor, cores, threads, versions, and how busy the machine is."""
+    cpu = cpu_model(Path("/proc/cpuinfo"))
     return (
-        f"`python benchmarks/quant_speed.py`, {processor_name()}, {os.cpu_count()} cores, {threads} threads each, "
+        f"`python benchmarks/quant_speed.py`, {cpu}, {os.cpu_count()} cores, {threads} threads each, "
         f"torch {torch.__version__}, {datetime.date.today()}. Load average at the start {os.getloadavg()[0]:.2f}."
     )
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

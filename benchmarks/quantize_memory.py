@@ -1,22 +1,19 @@
 """Peak memory and time of a whole `vlmdeploy quantize` run at CogVLM-17B's layer widths, beside its target of 4 GB.
 
-Writes a synthetic bf16 checkpoint with the real shapes but few layers, calibrates it with random pictures and random
-text, and prints the peak resident memory of the quantizing process.
+Writes a synthetic bf16 checkpoint with the real shapes but few layers, calibrates it with random pictures and text, and
+prints the quantizing process's peak resident memory.
 
     python benchmarks/quantize_memory.py [--family cogvlm|cogvlm2] [--layers 1] [--pictures 18] [--quality high]
 """
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from export_memory import FAMILIES, largest_sizes, write_checkpoint
+from export_memory import FAMILIES, largest_sizes, timed, write_checkpoint
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -69,11 +66,8 @@ def main() -> None:
         write_data(data, options.pictures)
         command = [sys.executable, "-m", "vlmdeploy", "quantize", "--ckpt", str(checkpoint), "--calib", str(data)]
         command += ["--out", str(out), "--tokens", str(10**9), "--quality", options.quality, "--json"]
-        start = time.perf_counter()
-        done = subprocess.run([*command, "--vision", options.vision], check=True, stdout=subprocess.PIPE, text=True)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        report = json.loads(done.stdout)
+        printed, seconds, peak = timed([*command, "--vision", options.vision])
+        report = json.loads(printed)
         tensor, layer, whole = largest_sizes(options.family, config)
     experts = report["calibration"]["experts"]
     tokens = ", ".join(f"{expert['expert']} {expert['tokens']:,}" for expert in experts)

@@ -1,12 +1,12 @@
-"""The routed int4 kernels on a GPU: are they right, and how near are they to the memory's speed and to cuBLAS in fp16?
+"""The routed int4 kernels on a GPU: are they correct, and how fast against the memory bandwidth and fp16 cuBLAS?
 
     python benchmarks/routed_kernel.py            # a few minutes; writes benchmarks/results/routed_kernel_<GPU>.md
     python benchmarks/routed_kernel.py --tune     # first searches block shapes, and writes the best into the table
 
-All four linears of a decoder layer at the widths of CogVLM-17B and CogVLM2-19B. Each is timed against the same done by
-cuBLAS (one fp16 product per expert, rows gathered before and scattered after) and against the time that its bytes take
-at the bandwidth which a copy reaches in the same run. The cache is emptied before each launch. Exits with status 1 if a
-kernel is wrong, also where it is fast. Without a CUDA device it says so. Never run on a GPU yet.
+Times all four linears of a decoder layer at the widths of CogVLM-17B and CogVLM2-19B, against cuBLAS (one fp16 product
+per expert, with rows gathered before and scattered after) and against the time for its bytes at the bandwidth of a copy
+in the same run. Flushes the cache before each launch. Exits with status 1 if a kernel is wrong. Without a CUDA device
+it says so. Never run on a GPU yet.
 """
 
 import argparse
@@ -30,13 +30,13 @@ RESULTS = Path(__file__).parent / "results"
 GROUP_SIZE = 128
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2306, 4096)  # 2306: a prompt of CogVLM2 with a picture
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
-CHECKED_ROWS = (1, 2, 37, 300)  # one number at least for each kernel
+CHECKED_ROWS = (1, 2, 37, 300)  # at least one for each kernel
 DECODE_ROWS, PREFILL_ROWS, PREFILL_SHARE = 1, 2306, 0.5
 TARGETS = {"of the memory bound, decode": 0.8, "times the fp16 pair, decode": 3.0, "of its FLOP rate, prefill": 0.8}
 REPEATS = 20
 FLUSHED_BYTES = 256 * 2**20
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SUM_ROUNDING = 2e-6  # of the magnitudes added up in float32, in another order than here
+SUM_ROUNDING = 2e-6  # relative to the summed magnitudes: float32 sums in another order
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """What must be read and written at least: the weights of the experts that have rows, x and y."""
+        """The minimum traffic: the weights of the experts that have rows, x and y."""
         experts = len(set(self.route.experts.tolist()))
         weights = (self.weights.codes, self.weights.scales, self.weights.bias)
         return sum(tensor.nbytes for tensor in weights) * experts // 2 + self.x.nbytes + self.y.nbytes
@@ -79,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """A device with its clock, the bytes per second that a copy reaches there, and block shapes."""
+    """A device with its clock, the bytes per second of a copy, and block shapes."""
 
     device: torch.device
     clock: Clock
@@ -92,14 +92,14 @@ def cuda_event() -> Any:
 
 
 def cuda_clock(repeats: int = REPEATS) -> Clock:
-    """Times launches one by one with events, each after filling a buffer that is larger than the cache."""
+    """Times single launches with events, each after filling a buffer larger than the cache."""
     buffer = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
 
     def clock(work: Callable[[], object]) -> float:
         work()  # compiles
         marks = [[cuda_event(), cuda_event()] for _ in range(repeats)]
         for start, end in marks:
-            buffer.zero_()  # also gives the host time to queue what follows
+            buffer.zero_()  # also gives the host time to queue the next launches
             start.record()
             work()
             end.record()
@@ -111,7 +111,7 @@ def cuda_clock(repeats: int = REPEATS) -> Clock:
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, num_bytes: int = 2**29) -> float:
-    """Bytes per second, read and written, of a copy."""
+    """Bytes read and written per second by a copy."""
     source = torch.empty(num_bytes, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / clock(lambda: target.copy_(source))
@@ -147,7 +147,7 @@ def dequantized(weights: RoutedWeights) -> Tensor:
 
 
 def worst_error(case: Case, shapes: BlockShapes) -> float:
-    """The largest error of a launch, as a multiple of what one rounding and the order of sums allow: right is <= 1."""
+    """The largest error of a launch / the allowance for one rounding and the order of sums: correct is <= 1."""
     launch(case.x, case.route, case.weights, case.y, shapes)
     worst = 0.0
     for expert, matrix in enumerate(dequantized(case.weights)):
@@ -173,7 +173,7 @@ def check(layers: Sequence[Layer], bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def fp16_pair(case: Case) -> Callable[[], Tensor]:
-    """The same by two fp16 products, without routing in the kernel: rows are gathered before, scattered after."""
+    """The same as two fp16 products: rows are gathered before and scattered after."""
     matrices = dequantized(case.weights).half()
     rows = [torch.nonzero(case.route.experts == expert).flatten() for expert in range(2)]
     biases, y = case.weights.bias.half(), torch.empty_like(case.y)
@@ -191,7 +191,7 @@ def fp16_pair(case: Case) -> Callable[[], Tensor]:
 
 
 def measure(entry: Layer, rows: int, share: float, bench: Bench) -> dict[str, Any]:
-    """A layer's four linears: seconds of the kernel and of the fp16 pair, and the least that their bytes take."""
+    """A layer's four linears: seconds of the kernel, of the fp16 pair, and of the bytes at the copy's bandwidth."""
     kernel = pair = bound = flops = 0.0
     for widths in entry.linears.values():
         case = make_case(random_weights(*widths, bench.device), rows, share)
@@ -204,7 +204,7 @@ def measure(entry: Layer, rows: int, share: float, bench: Bench) -> dict[str, An
 
 
 def shares_of(rows: int) -> list[float]:
-    """The shares that differ in how many rows they mean; none and all are called that."""
+    """The shares that give different numbers of vision rows; none and all keep the shares 0 and 1."""
     mixed_first = sorted(SHARES, key=lambda share: share in (0.0, 1.0))
     return sorted({round(share * rows): share for share in mixed_first}.values())
 
@@ -215,11 +215,8 @@ def verdicts(points: Sequence[dict[str, Any]]) -> list[str]:
     for name in dict.fromkeys(point["layer"] for point in points):
         at = {(point["rows"], point["share"]): point for point in points if point["layer"] == name}
         decode, prefill = at[DECODE_ROWS, 0.0], at[PREFILL_ROWS, PREFILL_SHARE]
-        found = (
-            decode["bound_s"] / decode["kernel_s"],
-            decode["pair_s"] / decode["kernel_s"],
-            prefill["pair_s"] / prefill["kernel_s"],
-        )
+        measured = ((decode, "bound_s"), (decode, "pair_s"), (prefill, "pair_s"))
+        found = [point[time] / point["kernel_s"] for point, time in measured]
         for (what, target), value in zip(TARGETS.items(), found, strict=True):
             lines.append(f"- {name}: {value:.2f} {what}, target {target}: {'met' if value >= target else 'missed'}")
     return lines
@@ -234,8 +231,8 @@ def report(device_name: str, bench: Bench, errors: Sequence[dict[str, Any]], poi
         f"`python benchmarks/routed_kernel.py`, torch {torch.__version__}. A copy reaches {bench.bandwidth / 1e9:.0f} "
         f"GB/s. Groups of {GROUP_SIZE}, fp16. Block shapes: `{json.dumps(asdict(bench.shapes))}`.",
         "",
-        f"{len(errors)} launches compared with float64: the largest error is {worst:.2f} of what one rounding and the "
-        f"order of sums allow ({'right' if worst <= 1 else '**wrong**'}).",
+        f"{len(errors)} launches compared with float64: the largest error is {worst:.2f} of the allowance for one "
+        f"rounding and the order of sums ({'right' if worst <= 1 else '**wrong**'}).",
         "",
         *verdicts(points),
         "",
@@ -254,7 +251,7 @@ def report(device_name: str, bench: Bench, errors: Sequence[dict[str, Any]], poi
     return "\n".join(lines) + "\n"
 
 
-# What --tune tries. A gemv or small gemm must get along with 48 KiB, see `fits`.
+# Candidates of --tune. A gemv or small gemm must fit in 48 KiB, see `fits`.
 GEMVS = tuple(BlockShape(1, *rest) for rest in product((8, 16, 32, 64), (2, 4, 8), (2, 3, 4, 5)))
 SMALL_GEMMS = tuple(BlockShape(16, *rest) for rest in product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4, 5)))
 LARGE_GEMMS = tuple(BlockShape(*rest) for rest in product((32, 64, 128), (64, 128), (4, 8), (2, 3, 4)))
@@ -262,13 +259,13 @@ MOST_GEMV_ROWS, MOST_SMALL_ROWS = 8, 256
 
 
 def fits(shape: BlockShape) -> bool:
-    """Whether the blocks in flight leave a kernel below 48 KiB, about; compiling it later is strict."""
+    """Whether the pipelined blocks need roughly less than 48 KiB; compiling checks exactly."""
     columns = 256 if shape.block_rows == 1 else GROUP_SIZE // 2  # bytes of codes for each output
     return (shape.num_stages - 1) * (shape.block_columns * columns + shape.block_rows * GROUP_SIZE * 2) <= 47 * 1024
 
 
 def layer_seconds(entry: Layer, rows: int, share: float, shapes: BlockShapes, bench: Bench) -> float:
-    """Seconds of a layer's four linears with these shapes; infinite where the device cannot launch them."""
+    """Seconds of a layer's four linears with these shapes; infinite if the device cannot launch them."""
     import triton
 
     total = 0.0
@@ -282,9 +279,9 @@ def layer_seconds(entry: Layer, rows: int, share: float, shapes: BlockShapes, be
 
 
 def tune(entry: Layer, bench: Bench, candidates: Sequence[Sequence[BlockShape]], prefill_rows: int) -> BlockShapes:
-    """The fastest shapes for a layer, and up to how many rows each kernel is the fastest."""
+    """The fastest shapes for a layer, and the most rows for which each kernel is the fastest."""
     gemvs, small, large = candidates
-    always = 10**6  # rows up to which one kernel is used, whatever their number
+    always = 10**6  # more rows than any call has
 
     def only(kind: str, shape: BlockShape) -> BlockShapes:
         if kind == "gemv":
@@ -311,7 +308,7 @@ def tune(entry: Layer, bench: Bench, candidates: Sequence[Sequence[BlockShape]],
 
 
 def write_shapes(architecture: int, shapes: BlockShapes, table: Path = TABLE) -> None:
-    """Give an architecture shapes of its own in the table."""
+    """Store an architecture's own shapes in the table."""
     content = json.loads(table.read_text(encoding="utf-8"))
     content["shapes"][f"sm_{architecture}"] = asdict(shapes)
     content["architectures"][str(architecture)] = f"sm_{architecture}"
@@ -319,7 +316,7 @@ def write_shapes(architecture: int, shapes: BlockShapes, table: Path = TABLE) ->
 
 
 def run(bench: Bench, device_name: str, layers: Sequence[Layer], folder: Path, rows: Sequence[int] = ROWS) -> int:
-    """Check, measure, write the page; the exit status."""
+    """Check, measure, write the page; returns the exit status."""
     errors = list(check(layers, bench))
     points = [measure(entry, count, share, bench) for entry in layers for count in rows for share in shares_of(count)]
     page = report(device_name, bench, errors, points)

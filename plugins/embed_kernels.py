@@ -1,5 +1,5 @@
-"""Turns the compiled kernels (index.json and one sm_XX.zip for each architecture) into one C++ source file that holds
-their images and the table of src/kernel_table.h. Standard library only: it runs while the plugin is built.
+"""Writes the compiled kernels (index.json and one sm_XX.zip per architecture) as one C++ source file with their images
+and the table of src/kernel_table.h. Standard library only: it runs while the plugin is built.
 
     python3 embed_kernels.py --kernels ../vlmdeploy/kernels/compiled --out embedded_kernels.cpp [--architectures 87,110]
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1  # of index.json
-PACKING = 1  # layout of codes, scales and bias that src/shapes.cpp checks
+PACKING = 1  # layout of codes, scales and bias; src/shapes.cpp checks it
 ACTIVATIONS = {"fp16", "bf16"}
 GROUP_SIZES = {32, 64, 128}
 BYTES_A_LINE = 48
@@ -26,7 +26,7 @@ class KernelsError(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of the index, and its image. group_size 0 and activation "": the partition."""
+    """One entry of the index with its image. The partition has group_size 0 and activation ""."""
 
     name: str
     architecture: int
@@ -44,14 +44,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """Up to how many tokens the gemv and the small gemm of an architecture serve."""
+    """The most tokens for an architecture's gemv and for its small gemm."""
 
     gemv_up_to_tokens: int
     small_gemm_up_to_tokens: int
 
 
 def read_kernels(folder: Path, architectures: list[int] | None = None) -> tuple[list[Kernel], dict[int, Choice]]:
-    """Kernels with their images, and the choice of each architecture; architectures None: all. Raises KernelsError."""
+    """Read kernels with their images, and the choice per architecture; architectures None: all. Raises KernelsError."""
     index = _read_index(folder / "index.json")
     try:
         entries = [_entry(item) for item in index["kernels"]]
@@ -85,7 +85,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _integers(value: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """Those of an entry that a dataclass names as integers."""
+    """The entry's values for the integer fields of a dataclass."""
     found = {name: value[name] for name, field in kind.__dataclass_fields__.items() if field.type is int}
     for name, number in found.items():
         if type(number) is not int or not 0 <= number < 1 << 31:
@@ -112,7 +112,7 @@ def _entry(item: dict[str, Any]) -> Kernel:
 
 
 def _read_images(folder: Path, architecture: int, entries: list[Kernel]) -> list[Kernel]:
-    """The kernels of an architecture, each image checked against its hash."""
+    """The kernels of an architecture; checks each image's hash."""
     path = folder / f"sm_{architecture}.zip"
     kernels = []
     try:
@@ -128,7 +128,7 @@ def _read_images(folder: Path, architecture: int, entries: list[Kernel]) -> list
 
 
 def _check_complete(folder: Path, architecture: int, kernels: list[Kernel], choices: dict[int, Choice]) -> None:
-    """Every activation and group size that is there can serve any number of tokens."""
+    """Raise KernelsError unless every activation and group size can serve any number of tokens."""
     where = f"{folder / 'index.json'}: SM {architecture}"
     ours = [kernel for kernel in kernels if kernel.architecture == architecture]
     if architecture not in choices:
@@ -166,7 +166,7 @@ def source_text(kernels: list[Kernel], choices: dict[int, Choice]) -> str:
 
 
 def _image_text(name: str, image: bytes) -> str:
-    """As one string: a compiler reads that many times faster than a list of numbers."""
+    """The image as one string, which compilers read many times faster than a list of numbers."""
     pieces = [image[start : start + BYTES_A_LINE] for start in range(0, len(image), BYTES_A_LINE)]
     lines = ('    "' + "".join(f"\\{byte:03o}" for byte in piece) + '"' for piece in pieces)
     return f"alignas(16) const char {name}[] =\n" + "\n".join(lines) + ";"
@@ -190,7 +190,7 @@ def _architectures(text: str) -> list[int] | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; its exit status."""
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(".")[0])
     parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--architectures", default="", help="such as 87,110; default: all there are")

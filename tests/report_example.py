@@ -3,22 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmdeploy.bench.measurement import (
-    BundleUsed,
-    DiskUse,
-    Energy,
-    EngineUsed,
-    Machine,
-    Measurement,
-    MemoryUse,
-    PhaseMemory,
-    Spread,
-)  # fmt: skip
+from vlmdeploy.bench import measurement as bench
 from vlmdeploy.report.document import (
     Agreement,
     BoxExample,
@@ -33,7 +23,7 @@ from vlmdeploy.report.document import (
     Regression,
     Report,
     ReportedModel,
-)  # fmt: skip
+)
 from vlmdeploy.score.metrics import Score
 
 MB = 10**6
@@ -52,6 +42,10 @@ METRICS = {
     "caption": {"exact_match": 0.958, "token_f1": 0.991},
 }  # fmt: skip
 COUNTS = {"vqa": 10006, "rec": 2048, "reg": 2048, "caption": 2150}
+NOT_COMPARED: dict[str, Any] = {
+    **dict.fromkeys(("equal_answers", "agreement", "text_only", "grounding")),
+    "regressions": (), "num_regressions": 0, "num_improvements": 0,
+}  # fmt: skip
 EVIL = (
     '<script>alert("1")</script>',
     "</td></table><img src=x onerror=alert(1)>",
@@ -92,25 +86,24 @@ def example_report(num_models: int = 5) -> Report:
 
 def model_result(place: int, name: str) -> ModelResult:
     rng = np.random.default_rng(place)
-    is_reference = place == 0
-    differences = None if is_reference else _differences(rng, place)
-    return ModelResult(
+    differences = _differences(rng, place)
+    compared = ModelResult(
         subject=_subject(place, name),
         tasks=_tasks(rng),
         differences=differences,
-        flips=None if is_reference else {"vqa": {"exact_match": Flips(12 + place, 9, 0.664)},
-                                         "rec": {"acc@0.5": Flips(3, 0, 0.00025)}},
-        equal_answers=None if is_reference else score(0.99 - 0.002 * place, 0.002),
-        agreement=None if is_reference else _agreement("answers of the data set", 10 ** -(4 - 0.2 * place)),
-        text_only=None if is_reference else _agreement("captions without pictures", 10 ** -(3.6 - 0.2 * place)),
-        grounding=None if is_reference else _grounding(rng, place),
+        flips={"vqa": {"exact_match": Flips(12 + place, 9, 0.664)}, "rec": {"acc@0.5": Flips(3, 0, 0.00025)}},
+        equal_answers=score(0.99 - 0.002 * place, 0.002),
+        agreement=_agreement("answers of the data set", 10 ** -(4 - 0.2 * place)),
+        text_only=_agreement("captions without pictures", 10 ** -(3.6 - 0.2 * place)),
+        grounding=_grounding(rng, place),
         measurement=_measurement(rng, place),
         unmeasured=None,
         layer_errors=None if place < 4 else layer_errors(rng, 2 + place % 3, 4),
-        regressions=() if is_reference else _regressions(),
-        num_regressions=0 if is_reference else 12 + place,
-        num_improvements=0 if is_reference else 9,
-    )  # fmt: skip
+        regressions=_regressions(),
+        num_regressions=12 + place,
+        num_improvements=9,
+    )
+    return compared if place > 0 else replace(compared, differences=None, flips=None, **NOT_COMPARED)
 
 
 def _subject(place: int, name: str) -> ReportedModel:
@@ -168,31 +161,31 @@ def _grounding(rng: np.random.Generator, place: int) -> Grounding:
     return Grounding(2048, edges, tuple(counts), 0.4 * place, 12.5 * place, examples)
 
 
-def _spread(p50: float) -> Spread:
-    return Spread(p50, p50 * 1.08, p50 * 1.01, p50 * 0.97, 5)
+def _spread(p50: float) -> bench.Spread:
+    return bench.Spread(p50, p50 * 1.08, p50 * 1.01, p50 * 0.97, 5)
 
 
-def _measurement(rng: np.random.Generator, place: int) -> Measurement:
+def _measurement(rng: np.random.Generator, place: int) -> bench.Measurement:
     vision, prefill = 40 / (1 + 0.3 * place), 18 / (1 + 0.25 * place)
     phases = {
-        name: PhaseMemory(round(size * MB / (1 + 0.15 * place)), 60 * MB, 40 * MB, 20 * MB, None)
+        name: bench.PhaseMemory(round(size * MB / (1 + 0.15 * place)), 60 * MB, 40 * MB, 20 * MB, None)
         for name, size in {"open": 92, "preprocess": 96, "vision": 131, "prefill": 124, "decode": 118}.items()
     }  # fmt: skip
     energy = None
     if place % 2:
         joules = {"preprocess": 0.2, "vision": 1.4, "prefill": 0.6, "decode": 2.1}
-        energy = Energy("RAPL, processor packages", 6.2, joules, 4.3, 0.033, 2.9, 0.021)
-    return Measurement(
-        bundle=BundleUsed(f"bundles/{place}", "cogvlm", "ort-int4", {"decoder": "int4"}, 256),
-        machine=Machine("Example CPU 9000 @ 2.10GHz", 8, 33 * 10**9, "6.1.0", None, None),
-        engine=EngineUsed("onnxruntime", "1.31.0", "CPUExecutionProvider", None, "all"),
+        energy = bench.Energy("RAPL, processor packages", 6.2, joules, 4.3, 0.033, 2.9, 0.021)
+    return bench.Measurement(
+        bundle=bench.BundleUsed(f"bundles/{place}", "cogvlm", "ort-int4", {"decoder": "int4"}, 256),
+        machine=bench.Machine("Example CPU 9000 @ 2.10GHz", 8, 33 * 10**9, "6.1.0", None, None),
+        engine=bench.EngineUsed("onnxruntime", "1.31.0", "CPUExecutionProvider", None, "all"),
         picture="random JPEG, 1024 x 768",
         prompt_tokens=31, image_rows=18, new_tokens=64, repeats=5, warmup=1, load_s=0.21,
         preprocess=_spread(1.3), vision=_spread(vision), prefill=_spread(prefill),
         first_token=_spread(1.3 + vision + prefill), decode_per_token=_spread(2.4 / (1 + 0.1 * place)),
         prefill_tok_s=31000 / prefill, decode_tok_s=1000 / (2.4 / (1 + 0.1 * place)),
-        disk_bytes=DiskUse(4_300_000, 90_000, 3_900_000, 200_000, 0, 110_000),
-        memory=MemoryUse("peak counted by the kernel", 41 * MB, phases, "no GPU", None),
+        disk_bytes=bench.DiskUse(4_300_000, 90_000, 3_900_000, 200_000, 0, 110_000),
+        memory=bench.MemoryUse("peak counted by the kernel", 41 * MB, phases, "no GPU", None),
         energy=energy,
         energy_unknown=None if energy else "/sys/class/powercap: only root may read the counters",
     )  # fmt: skip
@@ -257,9 +250,8 @@ def missing_parts_report() -> Report:
     """Three models: the reference, one whole, and one of which everything that can be missing is."""
     report = example_report(3)
     missing = replace(
-        report.models[2], differences={}, flips={}, equal_answers=None, agreement=None, text_only=None, grounding=None,
-        measurement=None, unmeasured="needs an NVIDIA GPU", layer_errors=None, regressions=(), num_regressions=0,
-        num_improvements=0,
+        report.models[2], differences={}, flips={}, measurement=None, unmeasured="needs an NVIDIA GPU",
+        layer_errors=None, **NOT_COMPARED,
     )  # fmt: skip
     reference = replace(report.models[0], measurement=None, unmeasured="a checkpoint is not measured")
     return replace(report, models=(reference, report.models[1], missing), frontier=None)

@@ -19,7 +19,7 @@ def test_quick_run_prints_and_writes_its_tables(tmp_path: Path) -> None:
         "linear (in → out)", "small 256 → 384", "error on new tokens", "small",
         "peak memory of one process, GB", "small", "Hessian, width", "256",
     ]  # fmt: skip
-    assert "GPTQModel is not there to compare with" in done.stdout
+    assert "GPTQModel is not installed" in done.stdout
     assert "Extrapolated" not in done.stdout
     rtn, ours, one_sweep = (float(cell) for cell in tables[3].strip("| ").split(" | ")[1:])
     assert one_sweep < ours < rtn

@@ -140,7 +140,7 @@ def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
         (changed(messages=[ASKED, {"role": "assistant", "content": "\udfff"}]), "the assistant's answer is not valid"),
         (changed(task="\ud800"), '"task" is not valid UTF-8 at character 0'),
         (changed(kind="\ud800"), '"kind" is not valid UTF-8 at character 0'),
-        (b'{"messages": ' + b"[" * 20000, "JSON nested without end"),
+        (b'{"messages": ' + b"[" * 20000, "JSON nested too deeply"),
         (changed(extra="yes"), '"extra" is "yes", expected true or false'),
         (changed(boxes={}), '"boxes" is {}, expected a list'),
         (changed(answers=["3"]), '"answers" is ["3"], expected a list of strings, in place of "answer"'),
@@ -171,7 +171,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, told: 
 def test_nesting_of_any_depth_is_told_or_read(tmp_path: Path, depth: int) -> None:
     """Where the row can just be read, the message that shows it may run out of stack."""
     row = b'{"messages": [], "task": ' + b"[" * depth + b"]" * depth + b"}"
-    with pytest.raises(DataError, match=r'data\.jsonl:1: (JSON nested without end|"task" is \[\[)'):
+    with pytest.raises(DataError, match=r'data\.jsonl:1: (JSON nested too deeply|"task" is \[\[)'):
         list(read_samples(write(tmp_path, row)))
 
 

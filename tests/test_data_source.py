@@ -87,7 +87,7 @@ def test_a_prompt_fits_only_pictures(tmp_path: Path) -> None:
             open_source(data, "Describe it.")
 
 
-@pytest.mark.parametrize(("name", "found"), [("", "holds no data that is known"), ("nowhere", "no such file")])
+@pytest.mark.parametrize(("name", "found"), [("", "holds no known data"), ("nowhere", "no such file")])
 def test_unknown_data_lists_what_was_looked_for(tmp_path: Path, name: str, found: str) -> None:
     with pytest.raises(DataError) as error:
         open_source(tmp_path / name, "Describe it.")
@@ -120,7 +120,7 @@ def test_a_link_to_nowhere_is_a_broken_sample(tmp_path: Path) -> None:
 
 def test_data_of_broken_samples_only_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     samples = open_source(sft(tmp_path, "{", "{")).samples(skip_broken=True)
-    with pytest.raises(DataError, match=r"nothing but broken samples \(2\); the first: .*00000000\.json"):
+    with pytest.raises(DataError, match=r"only broken samples \(2\); the first: .*00000000\.json"):
         list(samples)
 
 

@@ -6,13 +6,7 @@ from numpy.typing import NDArray
 
 from tests.reference import routed_linear as reference
 from vlmdeploy.errors import QuantizationError
-from vlmdeploy.kernels.packing import (
-    PackedExperts,
-    check_layout,
-    pack_codes,
-    pack_scales,
-    unpack_codes,
-)
+from vlmdeploy.kernels.packing import PackedExperts, check_layout, pack_codes, pack_scales, unpack_codes
 
 Codes = NDArray[np.uint8]
 every_group = pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 from tokenizers import normalizers
 
+from tests.benchmark_files import picture_cell, write_tsv
 from tests.calibration_data import (
     messages,
     overflow_for_pictures,
@@ -134,14 +136,16 @@ def report_of(models: Models, data: Path, **options: Any) -> Report:
     return make_report(options_for((models.fp32, models.int4), data, **{"ref": models.ckpt} | options))
 
 
-def stop_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Lets the next report end with an error when all models have been asked."""
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Iterator[None]:
+    """The report inside ends with an error after all models have been asked."""
 
     def stop(report: Report, folder: Path) -> list[Path]:
-        monkeypatch.setattr(run, "write_report", lambda report, folder: [])
         raise error
 
-    monkeypatch.setattr(run, "write_report", stop)
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(run, "write_report", stop)
+        yield
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
@@ -153,11 +157,6 @@ def refuse(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) 
         return opened_models.open_model(path, options)
 
     monkeypatch.setattr(evaluator, "open_model", open_others)
-
-
-def kept_times(folder: Path) -> dict[str, int]:
-    """When each kept evaluation was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
 
 # What a report says
@@ -276,25 +275,16 @@ def test_measured_tokens_end_with_the_context(models: Models, data: Path, unwrit
     assert 1 < unwritten.measured[0].new_tokens < ROOMY["context_tokens"]
 
 
-def write_tsv(path: Path) -> Path:
-    """A VLMEvalKit table with its pictures inside."""
-    rows = ["index\timage\tquestion\tanswer"]
-    for number, answer in enumerate(("yes", "no", "yes")):
-        content = io.BytesIO()
-        picture(number, (8, 8)).save(content, "PNG")
-        coded = base64.b64encode(content.getvalue()).decode()
-        rows.append(f"{number}\t{coded}\tIs it {number}?\t{answer}")
-    path.write_text("\n".join(rows) + "\n")
-    return path
-
-
 def test_pictures_in_a_table_are_measured_by_their_content(models: Models, tmp_path: Path, unwritten: Counts) -> None:
-    report = make_report(options_for((models.fp32,), write_tsv(tmp_path / "set.tsv"), rule="yes_no", prompt="bare"))
+    colours = {"red": "yes", "green": "no", "blue": "yes"}
+    rows = [{"image": picture_cell(name), "question": f"Is it {name}?", "answer": colours[name]} for name in colours]
+    table = write_tsv(tmp_path / "set.tsv", *({"index": number, **row} for number, row in enumerate(rows)))
+    report = make_report(options_for((models.fp32,), table, rule="yes_no", prompt="bare"))
     assert (report.data.questions, report.data.pictures) == ({"yes_no": 3}, 3)
     asked = unwritten.measured[0]
-    assert asked.image is not None and asked.prompt == "Is it 1?"
+    assert asked.image is not None and asked.prompt == "Is it blue?"
     shown = Image.open(io.BytesIO(base64.b64decode(asked.image.removeprefix("data:image/png;base64,"))))
-    np.testing.assert_array_equal(np.asarray(shown), np.asarray(picture(1, (8, 8))))
+    assert (shown.size, shown.getpixel((0, 0))) == ((40, 20), (0, 0, 255))
 
 
 # Numbers of the page from answers
@@ -369,16 +359,15 @@ def test_frontier_marks_what_is_worse_in_everything(models: Models, tmp_path: Pa
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ExportError("disk is full")])
 def test_no_model_is_asked_twice_after_a_failure(
-    models: Models, data: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    stop_once(monkeypatch, error)
-    with pytest.raises(type(error)):
+    with stopped(monkeypatch, error):
         report_of(models, data)
-    assert not (data.parent / "out").exists() and counts.opened == ["ckpt", "fp32", "int4"]
-    times = kept_times(partial_folder(data.parent / "out"))
-    assert len(times) == 4, "three evaluations, and the reference's answers to rows without any"
+    assert not (data.parent / "out").exists() and unwritten.opened == ["ckpt", "fp32", "int4"]
+    kept = list(partial_folder(data.parent / "out").rglob("*.json"))
+    assert len(kept) == 4, "three evaluations, and the reference's answers to rows without any"
     report_of(models, data)
-    assert counts.opened == ["ckpt", "fp32", "int4"] and len(counts.measured) == 2
+    assert unwritten.opened == ["ckpt", "fp32", "int4"] and len(unwritten.measured) == 2
     assert {path.name for path in data.parent.iterdir()} == {"data", "out"}
 
 
@@ -401,8 +390,7 @@ def test_what_is_missing_of_the_kept_reference_is_made_again(
 ) -> None:
     """Without its answers the next model ended with a traceback."""
     whole = report_of(models, data, out=data.parent / "whole")
-    stop_once(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(monkeypatch, KeyboardInterrupt()):
         make_report(options_for((models.fp32,), data, ref=models.ckpt))
     partial = partial_folder(data.parent / "out")
     for path in partial.glob(f"{name}/*.json") if name == "texts" else [partial / name]:
@@ -444,8 +432,7 @@ FIRST: Row = {"image": "0.png", "messages": messages("What is 0?", "a 0"), "task
 def test_changed_questions_are_asked_anew(
     models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    stop_once(monkeypatch, ExportError("disk is full"))
-    with pytest.raises(ExportError, match="disk is full"):
+    with stopped(monkeypatch, ExportError("disk is full")):
         make_report(options_for((models.fp32,), data))
     change(data)
     make_report(options_for((models.fp32,), data))
@@ -463,8 +450,7 @@ def test_changed_questions_are_asked_anew(
 def test_changed_options_are_another_evaluation(
     models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    stop_once(monkeypatch, ExportError("disk is full"))
-    with pytest.raises(ExportError, match="disk is full"):
+    with stopped(monkeypatch, ExportError("disk is full")):
         make_report(options_for((models.fp32,), data))
     chosen = {key: models.ckpt if key == "ref" else value for key, value in changed.items()}
     make_report(options_for((models.fp32,), data, **chosen))
@@ -490,8 +476,7 @@ def test_another_tokenizer_of_the_checkpoint_is_another_evaluation(
 ) -> None:
     """Answers of the tokenizer before were taken for those of the new one."""
     ckpt = Path(shutil.copytree(models.ckpt, tmp_path / "ckpt"))
-    stop_once(monkeypatch, ExportError("disk is full"))
-    with pytest.raises(ExportError, match="disk is full"):
+    with stopped(monkeypatch, ExportError("disk is full")):
         report_of(models, data, ref=ckpt)
     changed = json.loads((ckpt / "tokenizer.json").read_text())
     (ckpt / "tokenizer.json").write_text(json.dumps(changed, indent=4))
@@ -613,7 +598,7 @@ def test_partial_folder_of_somebody_else_stays(models: Models, data: Path, unwri
     partial = partial_folder(data.parent / "out")
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"out\.partial: holds notes\.txt, which no unfinished report leaves"):
+    with pytest.raises(ExportError, match=r"out\.partial: holds notes\.txt, which is not from a report"):
         report_of(models, data)
     assert [path.name for path in partial.iterdir()] == ["notes.txt"] and unwritten.opened == []
 
@@ -653,41 +638,27 @@ def refusal(data: Path, *models: object, **options: object) -> str:
     return line
 
 
-def test_checkpoint_among_the_bundles_is_refused(models: Models, data: Path) -> None:
-    line = refusal(data, models.fp32, models.ckpt)
-    assert (
-        line == f"Error: {models.ckpt}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
+def test_models_that_do_not_fit_their_option_are_refused(models: Models, data: Path) -> None:
+    nowhere = data / "nowhere"
+    not_a_bundle = (
+        f"Error: {models.ckpt}: is not a bundle, expected one made by `vlmdeploy export`; --ref takes a checkp"
     )
-
-
-def test_missing_bundle_is_refused(models: Models, data: Path) -> None:
-    assert "nowhere: no such folder, expected a bundle" in refusal(data, models.fp32, data / "nowhere")
-
-
-def test_bundle_as_reference_is_refused(models: Models, data: Path) -> None:
+    assert refusal(data, models.fp32, models.ckpt).startswith(not_a_bundle)
+    assert f"{nowhere}: no such folder, expected a bundle" in refusal(data, models.fp32, nowhere)
     line = refusal(data, models.int4, ref=models.fp32)
     assert line.startswith(f"Error: --ref {models.fp32}: is a bundle, expected a checkpoint")
+    assert "nowhere" in refusal(data, models.int4, ref=nowhere)
 
 
-def test_missing_reference_is_refused(models: Models, data: Path) -> None:
-    assert "nowhere" in refusal(data, models.int4, ref=data / "nowhere")
-
-
-def test_bundle_of_another_checkpoint_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
-    other = write_text_checkpoint(tmp_path / "other", seed=1, **ROOMY)
-    line = refusal(data, models.int4, ref=other)
-    assert f"{models.int4}: its embedding table differs from that of {other} by 1.4" in line
-    assert "is it made from another checkpoint?" in line
-
-
-def test_bundle_of_another_size_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
-    other = write_text_checkpoint(tmp_path / "other", layers=1)
-    assert f"{models.fp32}: decoder layers 2, and 1 in {other}" in refusal(data, models.fp32, ref=other)
-
-
-def test_bundle_of_another_family_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
-    other = write_calibration_checkpoint(tmp_path / "other", "cogvlm2")
-    assert f"{models.fp32}: is a cogvlm, {other} a cogvlm2" in refusal(data, models.fp32, ref=other)
+def test_bundle_of_another_model_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
+    bundle, weights = models.fp32, write_text_checkpoint(tmp_path / "weights", seed=1, **ROOMY)
+    size = write_text_checkpoint(tmp_path / "size", layers=1)
+    family = write_calibration_checkpoint(tmp_path / "family", "cogvlm2")
+    line = refusal(data, bundle, ref=weights)
+    assert f"{bundle}: its embedding table differs from that of {weights} by 1.4" in line
+    assert "was it made from another checkpoint?" in line
+    assert f"{bundle}: decoder layers 2, and 1 in {size}" in refusal(data, bundle, ref=size)
+    assert f"{bundle}: is a cogvlm, {family} a cogvlm2" in refusal(data, bundle, ref=family)
 
 
 def test_another_tokenizer_is_refused(models: Models, data: Path, tmp_path: Path) -> None:
@@ -766,7 +737,7 @@ def test_data_that_is_none_is_refused(models: Models, tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert f"{data}: no such file or folder" in refusal(data, models.fp32)
     data.mkdir()
-    assert f"{data}: holds no data that is known" in refusal(data, models.fp32)
+    assert f"{data}: holds no known data" in refusal(data, models.fp32)
     picture(0).save(data / "0.png")
     assert f"{data}: is a folder of pictures; to score, questions with answers are expected" in refusal(
         data, models.fp32
@@ -788,13 +759,17 @@ def test_command_prints_one_row_for_each_model(models: Models, data: Path, unwri
 
 
 def test_interrupted_command_says_so_and_keeps_what_it_has(
-    models: Models, data: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+    models: Models, data: Path, unwritten: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_once(monkeypatch, KeyboardInterrupt())
+    def interrupt(report: Report, folder: Path) -> list[Path]:
+        raise KeyboardInterrupt
+
     command = ("report", models.int4, "--data", data, "--out", data.parent / "out", "--threads", 1)
-    assert only_error_line(run_cli(*command)) == "Error: interrupted"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_report", interrupt)
+        assert only_error_line(run_cli(*command)) == "Error: interrupted"
     assert run_cli(*command).exit_code == 0
-    assert counts.opened == ["int4"]
+    assert unwritten.opened == ["int4"]
 
 
 @pytest.mark.slow

@@ -87,14 +87,9 @@ def test_other_data_gives_index_picture_question_and_answer(tmp_path: Path) -> N
     row = {"image": "a.png", "messages": [{"role": "user", "content": "What?"}], "task": "vqa", "answer": "cat"}
     (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(row)}\n")
     write_predictions(tmp_path / "out.jsonl", *answered(tmp_path, "dog"))
-    expected = {
-        "index": "2",
-        "image": str(tmp_path / "a.png"),
-        "question": "What?",
-        "answer": "cat",
-        "prediction": "dog",
-    }
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == expected
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {
+        "index": "2", "image": str(tmp_path / "a.png"), "question": "What?", "answer": "cat", "prediction": "dog",
+    }  # fmt: skip
 
 
 def test_a_spreadsheet_program_may_have_changed_types(tmp_path: Path) -> None:
@@ -110,9 +105,9 @@ def test_a_spreadsheet_program_may_have_changed_types(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("x.txt", b"", "expected a file that ends in .tsv, .xlsx, .jsonl"),
-        ("x.tsv", b"", 'has no one column "index"; its header holds nothing'),
+        ("x.tsv", b"", 'column "index" must be in the header once; it holds nothing'),
         ("x.tsv", b"index\tprediction\n", "holds no answers"),
-        ("x.tsv", b"index\tanswer\n1\ta\n", 'has no one column "prediction"; its header holds index, answer'),
+        ("x.tsv", b"index\tanswer\n1\ta\n", 'column "prediction" must be in the header once; it holds index, answer'),
         ("x.tsv", b"index\tprediction\n1\ta\n1\tb\n", 'index "1" occurs twice'),
         ("x.tsv", b"index\tprediction\n1\n", "row 2 has 1 cells, the header 2"),
         ("x.tsv", b"index\tprediction\n1\t\xff\n", "cannot be read as tab-separated values"),

@@ -50,6 +50,7 @@ ROWS: list[dict[str, Any] | str] = [
     {"messages": messages("Is a cup blue?", "yes"), "task": "yes_no"},
 ]
 slow = pytest.mark.slow
+Sweep = Callable[..., SweepResult]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,16 @@ def options_for(ckpt: Path, data: Path, out: Path, grid: str, **options: Any) ->
     return SweepOptions(ckpt, path, out, asked, **defaults | options)
 
 
+@pytest.fixture
+def sweep(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> Sweep:
+    """Runs a sweep of a grid into tmp_path / "out", unless an option says otherwise."""
+
+    def run(grid: str, **options: Any) -> SweepResult:
+        return run_sweep(options_for(**({"ckpt": ckpt, "data": data, "out": tmp_path / "out"} | options), grid=grid))
+
+    return run
+
+
 def times_of(folder: Path) -> dict[str, int]:
     """When every file below was written."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -128,9 +139,9 @@ def named(result: SweepResult) -> list[str]:
 
 
 def test_a_sweep_reports_what_exporting_and_asking_by_hand_do(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here
+    ckpt: Path, data: Path, tmp_path: Path, here: Here, sweep: Sweep
 ) -> None:
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+    result = sweep(TWO_POINTS)
     assert (named(result), result.failures, here.done) == (["ckpt", *NAMES], (), NAMES)
     bundle = export(ckpt, tmp_path / NAMES[0], precisions={"decoder": "int4"}, target="ort-int4", group=16)
     opened = OpenOptions(max_new_tokens=3, threads=1)
@@ -143,21 +154,19 @@ def test_a_sweep_reports_what_exporting_and_asking_by_hand_do(
     assert swept.agreement is not None and swept.agreement.kl.value > 1e-5
 
 
-def test_a_point_that_fails_is_marked_and_the_others_are_there(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here
-) -> None:
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS + FAILS))
+def test_a_point_that_fails_is_marked_and_the_others_are_there(sweep: Sweep) -> None:
+    result = sweep(TWO_POINTS + FAILS)
     assert named(result) == ["ckpt", *NAMES] and len(result.points) == 3
     assert [failure.name for failure in result.failures] == ["bad"] and result.report.failures == result.failures
     assert result.failures[0].error == "--kv is fp32, but the cache of ort-int4 on this provider is fp16"
 
 
 def test_points_of_a_checkpoint_that_cannot_be_made_fail_with_its_reason(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here
+    tmp_path: Path, here: Here, sweep: Sweep
 ) -> None:
     texts = write_calibration_data(tmp_path / "texts", num_pictures=0)
     grid = 'algorithm = ["routed", "rtn"]\nembedding = ["int8", "fp16"]\ngroup = 16'
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", grid, calib=texts))
+    result = sweep(grid, calib=texts)
     assert named(result)[1:] == ["rtn_int4_g16_embedding-int8", "rtn_int4_g16_embedding-fp16"]
     assert [failure.name for failure in result.failures] == [
         "routed_int4_g16_embedding-int8", "routed_int4_g16_embedding-fp16",
@@ -167,21 +176,21 @@ def test_points_of_a_checkpoint_that_cannot_be_made_fail_with_its_reason(
 
 
 @slow
-def test_calibrated_points_share_a_checkpoint(ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here) -> None:
+def test_calibrated_points_share_a_checkpoint(calib: Path, here: Here, sweep: Sweep) -> None:
     grid = 'algorithm = "routed"\ntarget = ["ort-int4"]\nembedding = ["int8", "fp16"]\ngroup = 16\nvision = "int8"'
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", grid, calib=calib))
+    result = sweep(grid, calib=calib)
     assert here.done[0] == "routed_int4_g16_vision-int8" and len(here.done) == 3
     assert [model.subject.quantization for model in result.report.models] == ["none", "gptq", "gptq"]
     assert result.report.models[1].layer_errors is not None, "the bundle tells the errors of its linears"
 
 
-def test_a_sweep_of_failures_alone_says_the_first(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_a_sweep_of_failures_alone_says_the_first(sweep: Sweep) -> None:
     with pytest.raises(ExportError, match="out: every point failed; the first: bad: --kv is fp32"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", FAILS))
+        sweep(FAILS)
 
 
 def test_progress_counts_checkpoints_and_points(
-    ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here
+    calib: Path, ckpt: Path, data: Path, tmp_path: Path, here: Here
 ) -> None:
     told: list[tuple[str, int, int]] = []
     here.fails = {"routed_int4_g16": "no memory"}
@@ -195,165 +204,152 @@ def test_progress_counts_checkpoints_and_points(
 # Going on
 
 
-def test_a_finished_sweep_asks_nothing_again(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    options = options_for(ckpt, data, tmp_path / "out", TWO_POINTS)
-    first = run_sweep(options)
+def test_a_finished_sweep_asks_nothing_again(tmp_path: Path, sweep: Sweep) -> None:
+    first = sweep(TWO_POINTS)
     before = {name: when for name, when in times_of(tmp_path / "out").items() if not name.startswith("report/")}
-    again = run_sweep(options)
-    assert again.report.models == first.report.models
+    assert sweep(TWO_POINTS).report.models == first.report.models
     after = {name: when for name, when in times_of(tmp_path / "out").items() if not name.startswith("report/")}
     assert {name for name in before if after[name] != before[name]} <= {"lock"} and after.keys() == before.keys()
 
 
-def test_a_failed_point_is_tried_again_and_a_new_one_added(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_a_failed_point_is_tried_again_and_a_new_one_added(tmp_path: Path, here: Here, sweep: Sweep) -> None:
     here.fails = {NAMES[1]: "no memory"}
-    first = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS))
+    first = sweep(TWO_POINTS)
     assert [failure.error for failure in first.failures] == ["no memory"]
     kept = times_of(tmp_path / "out" / "evaluations")
     here.fails = {}
     grown = 'algorithm = "rtn"\nbits = [3, 8, 4]\ngroup = 16'
-    second = run_sweep(options_for(ckpt, data, tmp_path / "out", grown))
+    second = sweep(grown)
     assert named(second) == ["ckpt", "rtn_int3_g16", NAMES[1], NAMES[0]] and second.failures == ()
     assert kept.items() <= times_of(tmp_path / "out" / "evaluations").items()
     assert second.report.models[3] == first.report.models[1]
 
 
-def test_other_questions_are_asked_of_the_same_bundles(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+def test_other_questions_are_asked_of_the_same_bundles(tmp_path: Path, sweep: Sweep) -> None:
+    sweep(ONE_POINT)
     bundles = times_of(tmp_path / "out" / "bundles")
     others = write_rows(tmp_path / "others", ROWS[:2])
-    result = run_sweep(options_for(ckpt, others, tmp_path / "out", ONE_POINT))
+    result = sweep(ONE_POINT, data=others)
     assert result.report.data.questions == {"vqa": 2} and times_of(tmp_path / "out" / "bundles") == bundles
-    alone = run_sweep(options_for(ckpt, others, tmp_path / "alone", ONE_POINT))
+    alone = sweep(ONE_POINT, data=others, out=tmp_path / "alone")
     assert [m.agreement for m in alone.report.models] == [m.agreement for m in result.report.models]
 
 
-def test_another_checkpoint_is_another_sweep(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_another_checkpoint_is_another_sweep(ckpt: Path, tmp_path: Path, sweep: Sweep) -> None:
     own = Path(shutil.copytree(ckpt, tmp_path / "ckpt"))
-    run_sweep(options_for(own, data, tmp_path / "out", ONE_POINT))
+    sweep(ONE_POINT, ckpt=own)
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose ckpt is '.*/ckpt', now it is '.*': choose anoth"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+        sweep(ONE_POINT)
     shutil.rmtree(own)
     write_calibration_checkpoint(own, context_tokens=256, seed=5)
     with pytest.raises(ConfigError, match="out: holds a sweep whose ckpt_sha256 is"):
-        run_sweep(options_for(own, data, tmp_path / "out", ONE_POINT))
+        sweep(ONE_POINT, ckpt=own)
 
 
-def test_other_calibration_is_another_sweep(ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib))
+def test_other_calibration_is_another_sweep(data: Path, calib: Path, sweep: Sweep) -> None:
+    sweep(ONE_POINT, calib=calib)
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calib is '.*calib', now it is '.*data'"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=data))
+        sweep(ONE_POINT, calib=data)
     fewer = {"samples": 3, "tokens": None, "tokenizer": None}
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calibration is {'samples': '512'"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib, calibration=fewer))
+        sweep(ONE_POINT, calib=calib, calibration=fewer)
 
 
 def test_calibration_may_come_later_and_be_left_out_where_nothing_needs_it(
-    ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here
+    data: Path, calib: Path, sweep: Sweep
 ) -> None:
     fewer = {"samples": 3, "tokens": None, "tokenizer": None}
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=calib, calibration=fewer))
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+    sweep(ONE_POINT)
+    sweep(ONE_POINT, calib=calib, calibration=fewer)
+    sweep(ONE_POINT)
     with pytest.raises(ConfigError, match="out: holds a sweep whose calib is"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, calib=data))
+        sweep(ONE_POINT, calib=data)
 
 
 @slow
-def test_changed_calibration_data_fail_the_point(
-    ckpt: Path, data: Path, calib: Path, tmp_path: Path, here: Here
-) -> None:
+def test_changed_calibration_data_fail_the_point(calib: Path, tmp_path: Path, sweep: Sweep) -> None:
     own = Path(shutil.copytree(calib, tmp_path / "calib"))
     grid = 'algorithm = ["routed", "rtn"]\ngroup = 16'
-    assert run_sweep(options_for(ckpt, data, tmp_path / "out", grid, calib=own)).failures == ()
+    assert sweep(grid, calib=own).failures == ()
     write_calibration_data(own, num_pictures=5)
-    failures = run_sweep(options_for(ckpt, data, tmp_path / "out", grid, calib=own)).failures
+    failures = sweep(grid, calib=own).failures
     assert [failure.name for failure in failures] == ["routed_int4_g16"] and "calibration" in failures[0].error
 
 
-def test_a_name_does_not_change_its_meaning(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_a_name_does_not_change_its_meaning(sweep: Sweep) -> None:
     """The bundle made from the old settings was taken for the new ones."""
     point = '[[point]]\nname = "mine"\nalgorithm = "rtn"\ngroup = 16\nbits = {}'
-    run_sweep(options_for(ckpt, data, tmp_path / "out", point.format(4)))
-    with pytest.raises(ConfigError, match='out: its point "mine" was made with bits 4, now it is 8: name it anew'):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", point.format(8)))
+    sweep(point.format(4))
+    with pytest.raises(ConfigError, match='out: its point "mine" was made with bits 4, now it is 8: rename it'):
+        sweep(point.format(8))
 
 
-def test_a_name_that_was_never_made_is_free(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT + FAILS))
+def test_a_name_that_was_never_made_is_free(sweep: Sweep) -> None:
+    sweep(ONE_POINT + FAILS)
     mended = FAILS.replace('provider = "cuda"', "group = 16")
-    assert run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT + mended)).failures == ()
+    assert sweep(ONE_POINT + mended).failures == ()
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{}", b"\xff", b'{"ckpt": "a", "points": 4}', b'{"ckpt": "a", "points": {"a": 4}}', b"[" * 100_000],
 )
-def test_damaged_settings_are_named(ckpt: Path, data: Path, tmp_path: Path, here: Here, content: bytes) -> None:
+def test_damaged_settings_are_named(tmp_path: Path, content: bytes, sweep: Sweep) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"sweep\.json: is damaged"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+        sweep(ONE_POINT)
 
 
 # What is refused before anything is done
 
 
-def test_refused_options_leave_no_folder(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    bundle = export(ckpt, tmp_path / "bundle")
+def test_refused_options_leave_no_folder(ckpt: Path, tmp_path: Path, here: Here, sweep: Sweep) -> None:
+    bundle, quantized = export(ckpt, tmp_path / "bundle"), write_gptq_checkpoint(tmp_path / "gptq")
     bare = Path(shutil.copytree(ckpt, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
-    refused: list[tuple[SweepOptions, type[VlmdeployError], str]] = [
-        (options_for(bundle, data, tmp_path / "out", ONE_POINT), ConfigError, "bundle: is a bundle, expected a float"),
-        (options_for(bare, data, tmp_path / "out", ONE_POINT), ConfigError, "bare: holds no tokenizer.json"),
-        (options_for(tmp_path / "none", data, tmp_path / "out", ONE_POINT), VlmdeployError, "none"),
-        (options_for(ckpt, data, tmp_path / "out", "group = 16"), ConfigError, "has calibrated points: give --calib"),
-        (options_for(ckpt, data, tmp_path / "out", "", calib=tmp_path / "none"), DataError, "none: no such file"),
-        (options_for(ckpt, data, tmp_path / "out", ONE_POINT, cpus=2), ConfigError, "--cpus is of no use without"),
-    ]  # fmt: skip
-    for options, kind, expected in refused:
-        options.grid.write_text("group = 16" if "calibrated" in expected else ONE_POINT)
+    refused: list[tuple[str, dict[str, object], type[VlmdeployError], str]] = [
+        (ONE_POINT, {"ckpt": bundle}, ConfigError, "bundle: is a bundle, expected a float"),
+        (ONE_POINT, {"ckpt": bare}, ConfigError, "bare: holds no tokenizer.json"),
+        (ONE_POINT, {"ckpt": quantized}, ConfigError, "gptq: is already quantized, expected the float checkpoint"),
+        (ONE_POINT, {"ckpt": tmp_path / "none"}, VlmdeployError, "none"),
+        (ONE_POINT, {"calib": tmp_path / "none"}, DataError, "none: no such file"),
+        (ONE_POINT, {"cpus": 2}, ConfigError, "--cpus needs --ray: leave it out"),
+        ("group = 16", {}, ConfigError, "has calibrated points: give --calib"),
+    ]
+    for grid, options, kind, expected in refused:
         with pytest.raises(kind, match=expected):
-            run_sweep(options)
+            sweep(grid, **options)
     assert not (tmp_path / "out").exists() and here.done == []
 
 
-def test_quantized_checkpoint_is_refused(data: Path, tmp_path: Path, here: Here) -> None:
-    quantized = write_gptq_checkpoint(tmp_path / "gptq")
-    with pytest.raises(ConfigError, match="gptq: is quantized already, expected the float checkpoint"):
-        run_sweep(options_for(quantized, data, tmp_path / "out", ONE_POINT))
-
-
-def test_folder_of_somebody_else_is_left_as_it_is(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_folder_of_somebody_else_is_left_as_it_is(tmp_path: Path, sweep: Sweep) -> None:
     """A lock was put into it."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out: holds notes\.txt and is no sweep; choose another --out"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+    with pytest.raises(ConfigError, match=r"out: holds notes\.txt and is not a sweep; choose another --out"):
+        sweep(ONE_POINT)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_file_in_place_of_the_output_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
+def test_file_in_place_of_the_output_is_refused(tmp_path: Path, sweep: Sweep) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="out: exists and is not a folder; choose another --out"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+        sweep(ONE_POINT)
 
 
-def test_report_folder_of_somebody_else_is_refused_before_the_work(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here
-) -> None:
-    run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+def test_report_folder_of_somebody_else_is_refused_before_the_work(tmp_path: Path, here: Here, sweep: Sweep) -> None:
+    sweep(ONE_POINT)
     (tmp_path / "out" / "report" / "report.json").unlink()
     here.done.clear()
     with pytest.raises(ExportError, match="report: exists and was not made by vlmdeploy"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT))
+        sweep(ONE_POINT)
     assert here.done == []
 
 
-def test_second_sweep_of_the_same_output_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here) -> None:
-    options = options_for(ckpt, data, tmp_path / "out", ONE_POINT)
+def test_second_sweep_of_the_same_output_is_refused(tmp_path: Path, sweep: Sweep) -> None:
     with locked(tmp_path / "out"), pytest.raises(ExportError, match="out: another run is writing it"):
-        run_sweep(options)
+        sweep(ONE_POINT)
 
 
 def test_command_refuses_with_one_line(ckpt: Path, data: Path, tmp_path: Path) -> None:
@@ -550,10 +546,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
-def test_points_on_a_cluster_are_reported_in_the_order_of_the_grid(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay
-) -> None:
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray="auto"))
+def test_points_on_a_cluster_are_reported_in_the_order_of_the_grid(here: Here, ray: FakeRay, sweep: Sweep) -> None:
+    result = sweep(TWO_POINTS, ray="auto")
     assert named(result) == ["ckpt", *NAMES] and here.done == NAMES[::-1]
     assert ray.calls == [("init", "auto"), ("cpus", 4), ("cpus", 4), ("shutdown",)]
 
@@ -562,11 +556,9 @@ def test_points_on_a_cluster_are_reported_in_the_order_of_the_grid(
     ("error", "expected"),
     [(FakeRayError("worker died\nat once"), "Ray lost it: worker died"), (FakeRayError(), "Ray lost it: FakeRayError")],
 )
-def test_a_task_that_ray_loses_is_a_failed_point(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay, error: Exception, expected: str
-) -> None:
+def test_a_task_that_ray_loses_is_a_failed_point(ray: FakeRay, error: Exception, expected: str, sweep: Sweep) -> None:
     ray.lost[NAMES[0]] = error
-    result = run_sweep(options_for(ckpt, data, tmp_path / "out", TWO_POINTS, ray="auto", cpus=2))
+    result = sweep(TWO_POINTS, ray="auto", cpus=2)
     assert [(failure.name, failure.error) for failure in result.failures] == [(NAMES[0], expected)]
     assert ("cpus", 2) in ray.calls
 
@@ -575,48 +567,42 @@ def test_a_task_that_ray_loses_is_a_failed_point(
     "error", [ConnectionError("nobody\nthere"), ValueError("nobody"), RuntimeError("nobody"), OSError("nobody")]
 )
 def test_a_cluster_that_is_not_there_is_one_line(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay, error: Exception
+    tmp_path: Path, here: Here, ray: FakeRay, error: Exception, sweep: Sweep
 ) -> None:
     ray.refuses = error
-    with pytest.raises(BackendError, match=r"--ray auto: there is no cluster to connect to \(nobody\): `ray start"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray="auto"))
+    with pytest.raises(BackendError, match=r"--ray auto: cannot connect to a cluster \(nobody\): start one with `ray"):
+        sweep(ONE_POINT, ray="auto")
     assert here.done == [] and not (tmp_path / "out" / "evaluations").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://localhost:{}", "[::1]:{}"])
-def test_an_address_where_nobody_listens_is_told_at_once(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay, address: str
-) -> None:
+def test_an_address_where_nobody_listens_is_told_at_once(ray: FakeRay, address: str, sweep: Sweep) -> None:
     """Ray itself tries for minutes."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         where = address.format(closed.getsockname()[1])
-    with pytest.raises(BackendError, match=re.escape(f"--ray {where}: there is no cluster to connect to (")):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=where))
+    with pytest.raises(BackendError, match=re.escape(f"--ray {where}: cannot connect to a cluster (")):
+        sweep(ONE_POINT, ray=where)
     assert ray.calls == []
 
 
-def test_an_address_where_somebody_listens_is_left_to_ray(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay
-) -> None:
+def test_an_address_where_somebody_listens_is_left_to_ray(ray: FakeRay, sweep: Sweep) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=where))
+        sweep(ONE_POINT, ray=where)
     assert ray.calls[0] == ("init", where)
 
 
-def test_more_cpus_than_any_machine_has_are_refused(
-    ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay
-) -> None:
+def test_more_cpus_than_any_machine_has_are_refused(ray: FakeRay, sweep: Sweep) -> None:
     """Ray would wait for such a machine for ever."""
     with pytest.raises(ConfigError, match="--cpus is 5, and the largest machine of the cluster has 4"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray="auto", cpus=5))
+        sweep(ONE_POINT, ray="auto", cpus=5)
     assert ray.calls[-1] == ("shutdown",)
 
 
-def test_an_empty_address_is_refused(ckpt: Path, data: Path, tmp_path: Path, here: Here, ray: FakeRay) -> None:
+def test_an_empty_address_is_refused(ray: FakeRay, sweep: Sweep) -> None:
     with pytest.raises(ConfigError, match="--ray is empty, expected an address, auto or local"):
-        run_sweep(options_for(ckpt, data, tmp_path / "out", ONE_POINT, ray=" "))
+        sweep(ONE_POINT, ray=" ")
     assert ray.calls == []
 
 

@@ -23,11 +23,8 @@ def names(tmp_path: Path, text: str) -> list[str]:
 def test_lists_are_combined_in_the_order_of_the_file(tmp_path: Path) -> None:
     points = grid(tmp_path, 'algorithm = ["routed", "rtn"]\nbits = [4, 3]\nvision = ["int8"]')
     assert [(point.algorithm, point.bits, point.vision) for point in points] == [
-        ("routed", 4, "int8"),
-        ("routed", 3, "int8"),
-        ("rtn", 4, "int8"),
-        ("rtn", 3, "int8"),
-    ]
+        ("routed", 4, "int8"), ("routed", 3, "int8"), ("rtn", 4, "int8"), ("rtn", 3, "int8"),
+    ]  # fmt: skip
     assert points[0].name == "routed_int4_vit-int8"
 
 
@@ -67,10 +64,8 @@ def test_settings_that_mean_nothing_do_not_make_another_point(tmp_path: Path) ->
 def test_groups_of_a_part_in_codes_are_told_apart_in_a_float_target(tmp_path: Path) -> None:
     """The group was dropped in silence."""
     points = grid(tmp_path, 'target = "ort-fp32"\nvision = "int8"\ngroup = [32, 64]')
-    assert [(point.name, point.group) for point in points] == [
-        ("ort-fp32_g32_vit-int8", 32),
-        ("ort-fp32_g64_vit-int8", 64),
-    ]
+    expected = [("ort-fp32_g32_vit-int8", 32), ("ort-fp32_g64_vit-int8", 64)]
+    assert [(point.name, point.group) for point in points] == expected
 
 
 def test_points_share_a_checkpoint_where_only_the_export_differs(tmp_path: Path) -> None:

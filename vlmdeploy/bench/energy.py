@@ -1,54 +1,53 @@
-"""Joules spent between two points, from what the machine offers: the supply rails of a Jetson (INA3221, hwmon), the
-counter of an NVIDIA GPU (NVML), or those of Intel and AMD processors (RAPL, powercap).
+"""Energy meters: the supply rails of a Jetson (INA3221, hwmon), the counter of an NVIDIA GPU (NVML), or the counters of
+Intel and AMD processors (RAPL, powercap).
 
-Each meter says what it covers: a processor's counter knows nothing of the rest of the machine. Sources: the kernel's
-Documentation/hwmon/ina3221.rst and Documentation/power/powercap; NVIDIA's NVML and Jetson Linux manuals.
+Each meter says which part of the machine it covers. Sources: the kernel's Documentation/hwmon/ina3221.rst and
+Documentation/power/powercap; NVIDIA's NVML and Jetson Linux manuals.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlmdeploy.errors import BackendError
+from vlmdeploy.overriding import override
 
 Clock = Callable[[], float]  # seconds
 
 SYS = Path("/sys")
-POWER_EVERY_S = 0.02  # how often power is sampled
+POWER_EVERY_S = 0.02  # sampling interval of power
 POWER_EVERY_MS = round(1000 * POWER_EVERY_S)
-COUNTER_EVERY_S = 10.0  # how often a counter is read: no counter comes round twice in between
+COUNTER_EVERY_S = 10.0  # reading interval of counters: none wraps twice in between
 IDLE_S = 1.0
 WHOLE_MODULE = ("VDD_IN", "POM_5V_IN")  # a rail that feeds all others
-SEPARATE_RAILS = {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}  # on AGX Orin no rail feeds all: these add up
+SEPARATE_RAILS = {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}  # AGX Orin has no rail for all; these add up
 
 
 class Meter(Protocol):
-    """Counts joules from the moment it was made. method: what of the machine it covers, and how."""
+    """Counts joules since its creation. method: which part of the machine it covers, and how."""
 
     method: str
 
     def joules(self) -> float:
-        """Until now. Raises BackendError where the sensor stopped answering."""
+        """Joules so far. Raises BackendError if the sensor stopped answering."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release the sensor."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """No meter, and why."""
+    """Why there is no meter."""
 
     reason: str
 
 
 def find_meter(uses_gpu: bool, root: Path = SYS) -> Meter | Unknown:
-    """The meter that covers what will run: a Jetson's module, else the GPU's board, or the processors.
-
-    root: where sysfs is.
-    """
+    """The meter for what will run: a Jetson's module, else the GPU's board or the processors. root: of sysfs."""
     module = jetson_meter(root)
     if module is not None:
         return module
@@ -56,14 +55,14 @@ def find_meter(uses_gpu: bool, root: Path = SYS) -> Meter | Unknown:
 
 
 def idle_watts(meter: Meter, seconds: float = IDLE_S) -> float:
-    """Mean power while this process only waits."""
+    """Mean power while this process waits."""
     start, before = time.perf_counter(), meter.joules()
     time.sleep(seconds)
     return (meter.joules() - before) / (time.perf_counter() - start)
 
 
 class Every:
-    """Does something again and again in a thread, until closed or until it fails with an OSError or ValueError."""
+    """Repeats an action in a thread until closed, or until an OSError or ValueError."""
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:
         self._seconds = seconds
@@ -77,7 +76,7 @@ class Every:
             try:
                 self._action()
             except (OSError, ValueError):
-                return  # whoever asks next meets the same error in its own thread
+                return  # the next caller gets the same error in its own thread
 
     def close(self) -> None:
         """End the thread."""
@@ -86,7 +85,7 @@ class Every:
 
 
 class Integral:
-    """Joules as the integral of sampled watts, by trapezoids. `now` gives seconds."""
+    """Joules as the trapezoidal integral of sampled watts. now: seconds."""
 
     def __init__(self, watts: Callable[[], float], now: Clock = time.perf_counter) -> None:
         self._watts = watts
@@ -105,7 +104,7 @@ class Integral:
 
 
 class Count:
-    """Joules of a counter in units of `unit_j` that begins again at 0 after `highest` (None: never)."""
+    """Joules of a counter in units of `unit_j` that wraps to 0 after `highest` (None: never)."""
 
     def __init__(self, read: Callable[[], int], unit_j: float, highest: int | None = None) -> None:
         self._read_counter = read
@@ -116,7 +115,7 @@ class Count:
         self._last = read()
 
     def read(self) -> float:
-        """Joules since the first reading; the counter came round at most once since the last one."""
+        """Joules since the first reading; the counter has wrapped at most once since the last one."""
         with self._lock:
             value = self._read_counter()
             steps = value - self._last
@@ -127,8 +126,8 @@ class Count:
             return self._joules
 
 
-class ReadMeter:
-    """A meter made of integrals or counters, which a thread reads often enough."""
+class ReadMeter(Meter):
+    """A sum of integrals or counters that a thread reads often enough."""
 
     def __init__(self, method: str, sources: list[Integral] | list[Count], every_s: float) -> None:
         self.method = method
@@ -138,20 +137,20 @@ class ReadMeter:
     def _read(self) -> float:
         return sum(source.read() for source in self._sources)
 
+    @override
     def joules(self) -> float:
-        """See Meter."""
         try:
             return self._read()
         except (OSError, ValueError) as error:
             raise BackendError(f"energy: {self.method}: the sensor stopped answering ({error})") from error
 
+    @override
     def close(self) -> None:
-        """See Meter."""
         self._every.close()
 
 
 def _number(path: Path) -> int:
-    """A whole number in a file of sysfs; raises OSError, or ValueError naming the file."""
+    """An integer in a sysfs file; raises OSError, or ValueError naming the file."""
     text = path.read_text(errors="replace").strip()
     try:
         return int(text)
@@ -160,7 +159,7 @@ def _number(path: Path) -> int:
 
 
 def _text(path: Path) -> str:
-    """A line in a file of sysfs; empty where it cannot be read."""
+    """A line in a sysfs file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -168,7 +167,7 @@ def _text(path: Path) -> str:
 
 
 def jetson_meter(root: Path = SYS, now: Clock = time.perf_counter) -> Meter | Unknown | None:
-    """The power of a Jetson's module, from its INA3221 sensors; None where there are none."""
+    """The power of a Jetson's module, from its INA3221 sensors; None without such sensors."""
     rails: dict[str, tuple[Path, int]] = {}
     for chip in sorted((root / "class/hwmon").glob("hwmon*")):
         if _text(chip / "name") == "ina3221":
@@ -191,31 +190,28 @@ def jetson_meter(root: Path = SYS, now: Clock = time.perf_counter) -> Meter | Un
 
 
 def _rail_watts(chip: Path, channel: int) -> float:
-    """Millivolts times milliamperes of a channel."""
+    """A channel's volts times amperes."""
     return _number(chip / f"in{channel}_input") * _number(chip / f"curr{channel}_input") / 1e6
 
 
 def rapl_meter(root: Path = SYS) -> Meter | Unknown:
-    """All processor packages and their memory, as far as the processors count it.
+    """All processor packages, and their memory if it is counted.
 
-    Cores and graphics are parts of a package and psys contains it, so none of them is added; memory ("dram") is not
-    part of a package, though sysfs shows it below one.
+    Excludes cores and graphics, which are parts of a package, and psys, which contains it. Memory ("dram") is not part
+    of a package, although sysfs shows it below one.
     """
     zones = {zone: _text(zone / "name") for zone in sorted((root / "class/powercap").glob("intel-rapl:*"))}
     counted = {zone: name for zone, name in zones.items() if name.startswith("package") or name == "dram"}
     if not any(name.startswith("package") for name in counted.values()):
         return Unknown("this machine offers no energy counter: neither RAPL of a processor nor INA3221 of a Jetson")
     try:
-        counts = [_rapl_count(zone) for zone in counted]
+        counts = [
+            Count(partial(_number, zone / "energy_uj"), 1e-6, _number(zone / "max_energy_range_uj")) for zone in counted
+        ]
     except (OSError, ValueError) as error:
         return Unknown(_refusal(error))
     method = f"RAPL counters of the processors, {' + '.join(counted.values())}; nothing else of the machine"
     return ReadMeter(method, counts, COUNTER_EVERY_S)
-
-
-def _rapl_count(zone: Path) -> Count:
-    highest = _number(zone / "max_energy_range_uj")
-    return Count(lambda: _number(zone / "energy_uj"), 1e-6, highest)
 
 
 def _refusal(error: OSError | ValueError) -> str:
@@ -234,7 +230,7 @@ def _gpu_meter() -> Meter | Unknown:
 
 
 def nvml_meter(nvml: Any, now: Clock = time.perf_counter) -> Meter | Unknown:
-    """The board of the machine's only GPU: its counter, or sampled power where it has none. nvml: the module."""
+    """The board of the machine's only GPU: its counter, else sampled power. nvml: the module."""
     try:
         nvml.nvmlInit()
         num_gpus = nvml.nvmlDeviceGetCount()

@@ -1,4 +1,4 @@
-"""What machine this is, and what executes a bundle on it, in the words that belong beside a measured number."""
+"""Describes this machine and the engine that executes a bundle on it, to quote beside measured numbers."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def machine(gpu: str | None, root: Path = Path("/")) -> Machine:
 
 
 def cpu_model(path: Path) -> str:
-    """The processor's name as the kernel gives it; the architecture where it gives none, as on most Arm machines."""
+    """The processor's name in /proc/cpuinfo; the architecture if it has none, as on most Arm machines."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def cpu_model(path: Path) -> str:
 
 
 def board_model(path: Path) -> str | None:
-    """What the device tree calls this board; None where there is no device tree."""
+    """The board's name in the device tree; None without one."""
     try:
         return path.read_bytes().rstrip(b"\0").decode(errors="replace") or None
     except OSError:
@@ -42,7 +42,7 @@ def board_model(path: Path) -> str | None:
 
 
 def engine_used(manifest: Manifest, provider: str | None, threads: int | None, residency: str) -> EngineUsed:
-    """What will execute the bundle; imports it. Raises BackendError where it is missing."""
+    """Import the engine that will execute the bundle and describe it. Raises BackendError if it is missing."""
     if manifest.dialect == "trt" and provider is None:
         library = import_tensorrt(library_of(manifest.target))
         return EngineUsed(library.name, library.version, "cuda", None, residency)

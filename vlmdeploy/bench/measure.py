@@ -1,6 +1,6 @@
-"""Measuring one bundle on this machine: time to first token and its parts, decode rate, memory and energy by phase.
+"""Measures one bundle on this machine: time to first token and its parts, decode rate, memory and energy by phase.
 
-`measure_in_process` does it in an interpreter of its own, whose memory holds nothing but the bundle.
+`measure_in_process` uses a fresh interpreter, whose memory holds only the bundle.
 """
 
 import json
@@ -32,6 +32,7 @@ from vlmdeploy.bench.timed_answer import AnswerTimes, AskedPicture, TimedQuestio
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.child_process import child_process, end_with_parent
 from vlmdeploy.errors import BackendError, VlmdeployError
+from vlmdeploy.overriding import override
 from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
@@ -50,14 +51,13 @@ def measure(folder: Path, options: MeasureOptions) -> Measurement:
     def open_it() -> Backend:
         return open_backend(folder, manifest, options.provider, options.threads, options.residency)
 
-    return measure_backend(
-        MeasuredBundle(folder, manifest, engine, open_it), options, find_meter(engine.provider == "cuda")
-    )
+    subject = MeasuredBundle(folder, manifest, engine, open_it)
+    return measure_backend(subject, options, find_meter(engine.provider == "cuda"))
 
 
 @dataclass(frozen=True)
 class MeasuredBundle:
-    """What is measured: a checked bundle, and how its backend is opened."""
+    """A checked bundle to measure, and how to open its backend."""
 
     folder: Path
     manifest: Manifest
@@ -66,7 +66,7 @@ class MeasuredBundle:
 
 
 def measure_backend(subject: MeasuredBundle, options: MeasureOptions, meter: Meter | Unknown) -> Measurement:
-    """The same with any backend, which is closed at the end, and any meter of energy, closed too."""
+    """Measure with any backend and energy meter; closes both."""
     known = None if isinstance(meter, Unknown) else meter
     try:
         picture = chosen_picture(options)
@@ -86,7 +86,7 @@ def measure_backend(subject: MeasuredBundle, options: MeasureOptions, meter: Met
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What was found while the bundle was open."""
+    """Results from while the bundle was open."""
 
     question: TimedQuestion
     device: DeviceMemory
@@ -95,7 +95,7 @@ class MeasuredRun:
 
 
 def _run(subject: MeasuredBundle, options: MeasureOptions, picture: AskedPicture, watch: PhaseWatch) -> MeasuredRun:
-    """Open the bundle and ask; answers without those of the warm-up."""
+    """Open the bundle and ask; drops the warm-up answers."""
     watch.begin("open")
     start = watch.now()
     backend = subject.open_it()
@@ -126,8 +126,9 @@ def _measurement(
     manifest, question, answers = subject.manifest, run.question, run.answers
     prefill = Spread.of([answer.prefill for answer in answers])
     decode = Spread.of([ms for answer in answers for ms in answer.decode])
+    target, context = manifest.target, manifest.context_tokens
     return Measurement(
-        bundle=_bundle_used(subject.folder, manifest),
+        bundle=BundleUsed(str(subject.folder), manifest.family, target, manifest.precision, context),
         machine=machine(run.device.gpu),
         engine=subject.engine,
         picture=question.picture.name,
@@ -151,29 +152,24 @@ def _measurement(
     )
 
 
-def _bundle_used(folder: Path, manifest: Manifest) -> BundleUsed:
-    return BundleUsed(str(folder), manifest.family, manifest.target, manifest.precision, manifest.context_tokens)
-
-
 def _energy(method: str, idle_w: float, spent: dict[str, Spent], options: MeasureOptions) -> Energy:
     """Means over the repeats."""
     phases = {phase: total.joules / options.repeats for phase, total in spent.items()}
     answer_j, answer_s = sum(phases.values()), sum(total.seconds for total in spent.values()) / options.repeats
-    token_j, token_s = (
-        total / options.repeats / options.new_tokens for total in (spent["decode"].joules, spent["decode"].seconds)
-    )
+    num_tokens = options.repeats * options.new_tokens
+    token_j, token_s = spent["decode"].joules / num_tokens, spent["decode"].seconds / num_tokens
     return Energy(method, idle_w, phases, answer_j, token_j, answer_j - idle_w * answer_s, token_j - idle_w * token_s)
 
 
 def _load_graphs(backend: Backend, manifest: Manifest, options: MeasureOptions) -> None:
-    """Load what stays loaded; in phases every graph comes when it is needed."""
+    """Load the graphs that stay loaded; with residency "phase" each is loaded when needed."""
     if options.residency == "phase":
         return
     backend.warm_up([manifest.token_graph] if options.text_only else list(manifest.graphs))
 
 
 def disk_use(folder: Path, manifest: Manifest) -> DiskUse:
-    """Bytes of every file that the manifest lists, and of the manifest."""
+    """Bytes of the manifest and every file in it."""
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     sizes["manifest.json"] = (folder / "manifest.json").stat().st_size
     graphs = sum(sizes[graph.file] for graph in manifest.graphs.values())
@@ -192,7 +188,7 @@ def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
 
 
 def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
-    """What the measuring process wrote; its error is raised here."""
+    """Parse the measuring process's output; raises its error."""
     try:
         answer: dict[str, Any] = json.loads(written)
     except ValueError:  # nothing, or half of it
@@ -205,7 +201,7 @@ def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
 
 
 def main() -> None:
-    """The measuring process: a request on stdin, one JSON document on stdout; what libraries print goes to stderr."""
+    """The measuring process: a request on stdin, one JSON document on stdout. What libraries print goes to stderr."""
     end_with_parent()
     request = json.load(sys.stdin)
     if os.getppid() != request["parent"]:
@@ -217,21 +213,21 @@ def main() -> None:
 
 
 class _Once(logging.Filter):
-    """Lets a message pass the first time: every answer would repeat what there is to say about its picture."""
+    """Lets each message pass once: every answer would repeat the warnings about its picture."""
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()
 
+    @override
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is new."""
         is_new = record.getMessage() not in self._said
         self._said.add(record.getMessage())
         return is_new
 
 
 def _measured(request: dict[str, Any]) -> dict[str, Any]:
-    """The measurement, or the error that the user can solve, in its JSON form."""
+    """The measurement, or an error that the user can solve, as JSON."""
     try:
         options = record_of(MeasureOptions, request["options"], "options")
         return asdict(measure(Path(request["folder"]), options))

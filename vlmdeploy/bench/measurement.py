@@ -1,7 +1,6 @@
-"""What a measurement of a bundle is asked for and what it finds, as dataclasses with a strict JSON form.
+"""The options and results of measuring a bundle, as dataclasses with a strict JSON form.
 
-`measure` fills them in, a report and the planner's check read them. Times are wall-clock milliseconds unless a name
-says otherwise; what each number means and how it is taken: docs/benchmarking.md.
+Times are wall-clock milliseconds unless a name says otherwise; docs/benchmarking.md defines each number.
 """
 
 from dataclasses import dataclass
@@ -10,16 +9,16 @@ import numpy as np
 
 from vlmdeploy.errors import ConfigError
 
-LIMITS = {"new_tokens": 1, "repeats": 1, "warmup": 0, "threads": 1}  # the least of each option
+LIMITS = {"new_tokens": 1, "repeats": 1, "warmup": 0, "threads": 1}  # minimum of each option
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What to measure. Raises ConfigError naming the option.
+    """What to measure. Raises ConfigError, naming the option.
 
-    image: a path or a data URL; without one a random picture, or none at all with text_only. prompt: a fixed question
-    by default, random ids where the bundle has no tokenizer. new_tokens: decode steps of every answer, whatever the
-    model says. The first `warmup` answers are not timed.
+    image: a path or a data URL; default: a random picture, or none with text_only. prompt: default: a fixed question,
+    or random ids if the bundle has no tokenizer. new_tokens: decode steps of every answer, past stop ids. warmup:
+    untimed answers at the start.
     """
 
     image: str | None = None
@@ -45,7 +44,7 @@ class MeasureOptions:
         if self.residency not in ("all", "phase"):
             raise ConfigError(f'option residency is {self.residency!r}, expected "all" or "phase"')
         if self.text_only and self.image is not None:
-            raise ConfigError(f"{self.image}: text_only leaves pictures out, so no image can be given")
+            raise ConfigError(f"{self.image}: text_only takes no image: give one of the two")
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ class Spread:
 
     @classmethod
     def of(cls, values_ms: list[float]) -> "Spread":
-        """The spread of at least one value; percentiles are interpolated between neighbours."""
+        """The spread of one or more values; percentiles are interpolated linearly."""
         p50, p95 = np.percentile(values_ms, (50, 95)).tolist()
         return cls(p50, p95, float(np.mean(values_ms)), min(values_ms), len(values_ms))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it ran. board: what a device tree calls it, such as a Jetson; gpu: where the bundle ran on one."""
+    """The machine. board: its name in the device tree, as on a Jetson; gpu: only if the bundle ran on it."""
 
     cpu: str
     logical_cores: int
@@ -79,7 +78,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class EngineUsed:
-    """What executed the graphs. threads None: as many as the library takes by itself."""
+    """The engine that executed the graphs. threads None: the library's default."""
 
     library: str
     version: str
@@ -90,7 +89,7 @@ class EngineUsed:
 
 @dataclass(frozen=True)
 class BundleUsed:
-    """Which bundle it was."""
+    """The measured bundle."""
 
     folder: str
     family: str
@@ -115,8 +114,8 @@ class DiskUse:
 class PhaseMemory:
     """Memory of one phase, the largest over all answers, warm-up included.
 
-    peak_bytes: of resident memory. anonymous and file pages (None where the system does not tell) are those at the
-    phase's end: at the peak Linux knows the sum only. device_peak_bytes: of the GPU's own, where it is measured.
+    peak_bytes: resident memory. Anonymous and file pages (None if unknown) are measured at the phase's end: at the peak
+    Linux only knows their sum. device_peak_bytes: the GPU's own memory, if measured.
     """
 
     peak_bytes: int
@@ -130,8 +129,8 @@ class PhaseMemory:
 class MemoryUse:
     """Memory by phase: "open", "preprocess", "vision", "prefill", "decode".
 
-    method and device_method say what was measured, or why not. baseline_bytes: resident before opening, which is the
-    interpreter and its libraries. device_planned_bytes: buffers and KV cache that the backend allocated when opened.
+    method, device_method: what was measured, or why not. baseline_bytes: resident before opening, that is interpreter
+    and libraries. device_planned_bytes: buffers and KV cache that the backend allocated when opened.
     """
 
     method: str
@@ -148,10 +147,10 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules, mean over the timed answers. method says which part of the machine they are of.
+    """Joules, mean over the timed answers. method: which part of the machine they cover.
 
-    A token's joules are those of decoding; an answer's those of all its phases. Nothing is subtracted, except in
-    "above_idle": there, what the machine takes while this process waits (idle_w) for as long.
+    A token's joules cover decoding, an answer's all phases. "above_idle" subtracts the idle power (idle_w) for the same
+    time.
     """
 
     method: str
@@ -167,9 +166,9 @@ class Energy:
 class Measurement:
     """One bundle on one machine.
 
-    load_s: from opening the checked folder until a question can be answered; with residency "phase" graphs are loaded
-    inside the phases instead. The time to first token is preprocess + vision + prefill (vision None: no picture).
-    prompt_tokens count the image_rows too. Rates are made of medians. energy_unknown: why energy is None.
+    load_s: from opening the checked folder until it can answer; with residency "phase" graphs are loaded inside the
+    phases instead. first_token = preprocess + vision + prefill (vision None: no picture). prompt_tokens include the
+    image_rows. Rates are computed from medians. energy_unknown: why energy is None.
     """
 
     bundle: BundleUsed

@@ -1,20 +1,20 @@
-"""How much memory this process takes, phase by phase.
+"""This process's memory, phase by phase.
 
-Linux keeps the highest resident size of a process (VmHWM) and forgets it on request (proc(5), clear_refs), which gives
-an exact peak for each phase. Where that is refused a thread samples the resident size, and the method says so.
+Linux records the highest resident size of a process (VmHWM) and resets it on request (proc(5), clear_refs), which gives
+an exact peak per phase. If the reset is refused, a thread samples the resident size, and the method says so.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmdeploy.bench.energy import Every
 from vlmdeploy.errors import BackendError
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.memory import sizes_in
 
 OWN_PROCESS = Path("/proc/self")
-FORGET_PEAK = "5"  # what clear_refs takes for it
+FORGET_PEAK = "5"  # the value for clear_refs
 SAMPLES_EVERY_S = 0.002
 BY_KERNEL = "resident memory of the process, highest in each phase (VmHWM, reset by clear_refs)"
 BY_SAMPLES = (
@@ -29,7 +29,7 @@ BY_DEVICE = (
 
 @dataclass(frozen=True)
 class Resident:
-    """Resident memory now: all of it, and its anonymous and file-backed pages where the system tells."""
+    """Resident memory now: in total, and anonymous and file-backed pages, if known."""
 
     total: int
     anonymous: int | None
@@ -37,15 +37,15 @@ class Resident:
 
 
 def resident(process: Path = OWN_PROCESS) -> Resident:
-    """What a process holds in memory. Raises BackendError where the system does not tell."""
+    """A process's resident memory. Raises BackendError if the system does not report it."""
     sizes = sizes_in(process / "status", 1024)
     if "VmRSS:" not in sizes:
-        raise BackendError(f"{process / 'status'}: has no VmRSS, which memory is measured by: is this Linux?")
+        raise BackendError(f"{process / 'status'}: has no VmRSS, so memory cannot be measured: is this Linux?")
     return Resident(sizes["VmRSS:"], sizes.get("RssAnon:"), sizes.get("RssFile:"))
 
 
 class KernelPeak:
-    """The peak since the last reset, as the kernel counts it. Raises OSError where it cannot be reset."""
+    """The kernel's peak since the last reset. Raises OSError if it cannot be reset."""
 
     method = BY_KERNEL
 
@@ -56,49 +56,42 @@ class KernelPeak:
             raise OSError(f"{process / 'status'} has no VmHWM")
 
     def reset(self) -> None:
-        """Forget what was before."""
+        """Start a new peak."""
         (self._process / "clear_refs").write_text(FORGET_PEAK)
 
     def read(self) -> int:
-        """Bytes."""
+        """The peak in bytes."""
         return sizes_in(self._process / "status", 1024)["VmHWM:"]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 class SampledPeak:
-    """The highest of samples that a thread takes; `close` ends it."""
+    """The maximum of samples that a thread takes until `close`."""
 
     def __init__(self, reason: str, process: Path = OWN_PROCESS) -> None:
         self.method = BY_SAMPLES.format(reason=reason)
         self._process = process
         self._highest = 0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-
-    def _sample(self) -> None:
-        while not self._is_over.wait(SAMPLES_EVERY_S):
-            self._highest = max(self._highest, resident(self._process).total)
+        self._every = Every(SAMPLES_EVERY_S, self.read)
 
     def reset(self) -> None:
-        """Forget what was before."""
+        """Start a new peak."""
         self._highest = 0
 
     def read(self) -> int:
-        """Bytes; what is held now is a sample too."""
+        """Take a sample; the peak in bytes."""
         self._highest = max(self._highest, resident(self._process).total)
         return self._highest
 
     def close(self) -> None:
         """End the thread."""
-        self._is_over.set()
-        self._thread.join()
+        self._every.close()
 
 
 def peak_meter(process: Path = OWN_PROCESS) -> KernelPeak | SampledPeak:
-    """The kernel's count where it can be reset, else samples."""
+    """The kernel's peak if it can be reset, else samples."""
     try:
         return KernelPeak(process)
     except OSError as error:
@@ -107,7 +100,7 @@ def peak_meter(process: Path = OWN_PROCESS) -> KernelPeak | SampledPeak:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """How the memory of a GPU is read. planned_bytes: buffers and KV cache that the backend holds from the start."""
+    """How to read GPU memory. planned_bytes: buffers and KV cache that the backend holds from the start."""
 
     method: str
     gpu: str | None = None
@@ -116,7 +109,7 @@ class DeviceMemory:
 
 
 def device_memory(backend: Backend) -> DeviceMemory:
-    """The meter of a backend that was just opened and has loaded nothing; none where no GPU is used."""
+    """The GPU memory of a backend that was just opened and has loaded nothing."""
     try:
         use = backend.device_use()
     except BackendError as error:

@@ -1,4 +1,4 @@
-"""Follows the phases of a run: the memory and the energy of each, and a clock that watching does not move."""
+"""Tracks memory and energy of each phase of a run, and a clock that excludes the tracking itself."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,17 +12,15 @@ from vlmdeploy.bench.memory_use import KernelPeak, SampledPeak, resident
 
 @dataclass(frozen=True)
 class Spent:
-    """What all occurrences of a phase took together."""
+    """The totals of all occurrences of a phase."""
 
     seconds: float = 0.0
     joules: float = 0.0
 
 
 class PhaseWatch:
-    """`phases` holds the largest memory of each phase over all its occurrences, `spent` their energy and time.
-
-    device_use: bytes taken on the GPU, read when a phase ends and whenever `look` is called.
-    """
+    """phases: the largest memory of each phase over all its occurrences; spent: their energy and time; device_use:
+    bytes in use on the GPU, read at the end of a phase and by `look`."""
 
     def __init__(self, peak: KernelPeak | SampledPeak, energy: Meter | None = None) -> None:
         self.phases: dict[str, PhaseMemory] = {}
@@ -37,11 +35,11 @@ class PhaseWatch:
 
     @property
     def method(self) -> str:
-        """What the peaks of memory are, in words."""
+        """How memory peaks are measured."""
         return self._peak.method
 
     def now(self) -> float:
-        """Seconds, without those that watching took."""
+        """Seconds, excluding the time of the tracking."""
         return time.perf_counter() - self._aside_s
 
     @contextmanager
@@ -51,7 +49,7 @@ class PhaseWatch:
         self._aside_s += time.perf_counter() - start
 
     def begin(self, phase: str) -> None:
-        """The phase before is over and this one begins."""
+        """End the current phase and begin this one."""
         self.end()
         with self._aside():
             self._phase, self._device_peak = phase, None
@@ -59,13 +57,13 @@ class PhaseWatch:
             self._begun = self._counters()
 
     def look(self) -> None:
-        """Note what the GPU holds now."""
+        """Sample GPU memory."""
         if self.device_use is not None:
             with self._aside():
                 self._device_peak = max(self._device_peak or 0, self.device_use())
 
     def end(self) -> None:
-        """The phase is over; what follows belongs to none."""
+        """End the phase; what follows belongs to none."""
         if self._phase is None:
             return
         with self._aside():
@@ -76,11 +74,11 @@ class PhaseWatch:
             self._phase = None
 
     def forget_spent(self) -> None:
-        """What was spent until now does not count. Between two phases."""
+        """Reset `spent`. Call between phases."""
         self.spent.clear()
 
     def close(self) -> None:
-        """Give up the meter of memory; a phase under way is not counted."""
+        """Release the memory meter; drops an unfinished phase."""
         self._peak.close()
 
     def _counters(self) -> tuple[float, float]:
@@ -99,7 +97,7 @@ class PhaseWatch:
 
 
 def _larger(first: PhaseMemory, second: PhaseMemory) -> PhaseMemory:
-    """The peaks of both, and the pages of the one that held more at its end."""
+    """The maximum of both peaks, and the pages of the one with more at its end."""
     held = max(first, second, key=lambda phase: phase.end_bytes)
     on_device = [peak for peak in (first.device_peak_bytes, second.device_peak_bytes) if peak is not None]
     return PhaseMemory(

@@ -1,4 +1,4 @@
-"""A measurement in a few lines, for people: every number with what it is of."""
+"""A measurement as a table for people."""
 
 from vlmdeploy.bench.measurement import Measurement, Spread
 from vlmdeploy.byte_sizes import gigabytes, megabytes
@@ -7,7 +7,7 @@ COLUMNS = ["", "median", "p95", "lowest", "of"]
 
 
 def measurement_title(found: Measurement) -> str:
-    """The bundle, what ran it, and on what."""
+    """The bundle, its engine and the machine."""
     engine, machine = found.engine, found.machine
     parts = ", ".join(f"{part} {precision}" for part, precision in found.bundle.precision.items())
     threads = "" if engine.provider != "cpu" else f", {engine.threads or 'default'} threads"
@@ -20,7 +20,7 @@ def measurement_title(found: Measurement) -> str:
 
 
 def measurement_rows(found: Measurement) -> list[list[str]]:
-    """One line for each number, in the order of COLUMNS."""
+    """One row per number, in the order of COLUMNS."""
     answers = f"{found.repeats} answers after {found.warmup} not timed"
     prompt = f"{found.prompt_tokens} tokens, {found.image_rows} of them the picture"
     rows = [
@@ -42,7 +42,7 @@ def _cells(spread: Spread) -> list[str]:
 
 
 def _memory_rows(found: Measurement) -> list[list[str]]:
-    """Peaks; the GPU's own stand beside the process's."""
+    """Peaks of the process and of the GPU."""
     memory = found.memory
     rows = [["memory before opening", megabytes(memory.baseline_bytes), "", "", "interpreter and libraries"]]
     for name, phase in memory.phases.items():

@@ -1,7 +1,7 @@
-"""One question asked over and over, with the time of every phase of the answer.
+"""Asks one question repeatedly and times every phase of the answer.
 
-Each answer goes through a session of its own, so that no picture is remembered, and through a backend that stands
-before the real one and notes which call came when. The answer goes on past stop ids: all are equally long.
+Each answer uses a fresh session, so no picture is cached, and a wrapper around the backend that times its calls.
+Answers continue past stop ids, so all have the same length.
 """
 
 import io
@@ -24,13 +24,13 @@ from vlmdeploy.runtime.image import ImageSource, load_image, preprocess
 from vlmdeploy.runtime.session import Session
 
 QUESTION = "Describe what there is to see, from left to right."
-RANDOM_IDS = 16  # the text where a bundle has no tokenizer
+RANDOM_IDS = 16  # the text if a bundle has no tokenizer
 RANDOM_PICTURE_PX = (1024, 768)  # width and height
 
 
 @dataclass(frozen=True)
 class AnswerTimes:
-    """Milliseconds of one answer; `decode` of each token after the first. vision is 0 without a picture."""
+    """Milliseconds of one answer. decode: each token after the first; vision: 0 without a picture."""
 
     preprocess: float
     vision: float
@@ -39,12 +39,12 @@ class AnswerTimes:
 
     @property
     def first_token(self) -> float:
-        """From the question until its first token is chosen."""
+        """From the question until the first token is chosen."""
         return self.preprocess + self.vision + self.prefill
 
 
 class MeasuredBackend:
-    """Stands before a backend during one answer and notes when phases and tokens began."""
+    """Wraps a backend during one answer and records when phases and tokens began."""
 
     def __init__(self, backend: Backend, watch: PhaseWatch) -> None:
         self.begun: dict[str, float] = {}
@@ -53,7 +53,7 @@ class MeasuredBackend:
         self._watch = watch
 
     def __getattr__(self, name: str) -> Any:
-        """What is not measured is the backend's own."""
+        """Pass everything else on to the backend."""
         return getattr(self._backend, name)
 
     def _begin(self, phase: str) -> None:
@@ -62,21 +62,21 @@ class MeasuredBackend:
             self.begun[phase] = self._watch.now()
 
     def encode_images(self, pixels: Floats) -> Floats:
-        """See Backend."""
+        """Time the vision phase."""
         self._begin("vision")
         rows = self._backend.encode_images(pixels)
         self._watch.look()
         return rows
 
     def run(self, call: Call, lanes: Lanes) -> Floats:
-        """See Backend."""
+        """Time the prefill phase."""
         self._begin("prefill")
         logits = self._backend.run(call, lanes)
         self._watch.look()
         return logits
 
     def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
-        """See Backend."""
+        """Time the decode phase and each token."""
         self._begin("decode")
         self.decode_begun.append(self._watch.now())
         return self._backend.decode(hidden, is_fed, lanes)
@@ -84,14 +84,14 @@ class MeasuredBackend:
 
 @dataclass(frozen=True)
 class AskedPicture:
-    """What is asked about, none for text only, and what a report calls it."""
+    """The picture to ask about (None: text only) and its name in a report."""
 
     source: ImageSource | None
     name: str
 
 
 def chosen_picture(options: MeasureOptions) -> AskedPicture:
-    """The picture that the options name, or a random one. Raises DataError where it cannot be read."""
+    """The picture of the options, or a random one. Raises DataError if it cannot be read."""
     if options.text_only:
         return AskedPicture(None, "none")
     if options.image is not None:
@@ -105,8 +105,8 @@ def chosen_picture(options: MeasureOptions) -> AskedPicture:
 
 
 class TimedQuestion:
-    """A prompt about a picture, as the options want it, for the bundle of a session. Raises ConfigError, PromptError
-    and BundleError where the bundle cannot be asked so."""
+    """The prompt of the options for a session's bundle. Raises ConfigError, PromptError and BundleError if they do not
+    fit together."""
 
     def __init__(self, session: Session, options: MeasureOptions, picture: AskedPicture) -> None:
         manifest = session.manifest
@@ -136,7 +136,7 @@ class TimedQuestion:
         return prompt_ids(conversation, self._template, self._manifest.tokens, self._tokenizer)
 
     def _pixels(self) -> Floats | None:
-        """What the encoder takes, float32 [1, 3, S, S]; None without a picture."""
+        """The encoder's input, float32 [1, 3, S, S]; None without a picture."""
         source = self.picture.source
         return None if source is None else preprocess(load_image(source), self._manifest.image)[None]
 
@@ -151,7 +151,7 @@ class TimedQuestion:
             )
 
     def ask(self, backend: Backend, watch: PhaseWatch) -> AnswerTimes:
-        """One answer of exactly so many decode steps as the options say."""
+        """Generate one answer with exactly the requested number of decode steps."""
         measured = MeasuredBackend(backend, watch)
         watch.begin("preprocess")
         start = watch.now()
@@ -162,7 +162,7 @@ class TimedQuestion:
         session.generate_ids(ids, pixels, self._new_tokens + 1)
         edges = np.diff([*measured.decode_begun, watch.now()])
         watch.end()
-        assert len(edges) == self._new_tokens, "no answer ends before its time"
+        assert len(edges) == self._new_tokens, "no answer ends early"
         prefill = measured.begun["prefill"] if pixels is not None else opened
         first = measured.decode_begun[0]
         return AnswerTimes(
@@ -174,13 +174,13 @@ def _refuse_text(folder: Path, options: MeasureOptions) -> None:
     for name in ("prompt", "template"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"{folder}: an ids-only bundle has no use for --{name}: leave it out, random ids are asked; for text "
-                "export again with --tokenizer FILE"
+                f"{folder}: an ids-only bundle takes no --{name}: leave it out to ask random ids, or export again with "
+                "--tokenizer FILE"
             )
 
 
 def _random_ids(manifest: Manifest, image_rows: int) -> Ints:
-    """BOS, the places of a picture, and any ids: nothing is read as special in a prompt."""
+    """BOS, placeholders of a picture, and random ids; ids in a prompt have no special meaning."""
     rules = manifest.tokens
     text = np.random.default_rng(0).integers(manifest.embedding.vocab_size, size=RANDOM_IDS)
     return np.concatenate(([rules.bos_id], np.full(image_rows, rules.placeholder_id), text)).astype(np.int64)

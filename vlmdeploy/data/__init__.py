@@ -1,1 +1,1 @@
-"""Readers of data sets: `source` is the one door; `balance` chooses among samples. One module per layout on disk."""
+"""Data set readers, one module per format; `source` opens them all, `balance` chooses among samples."""

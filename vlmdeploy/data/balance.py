@@ -1,6 +1,6 @@
-"""Which of many samples to calibrate with: a spread over pictures, enough tokens for both experts, all difficulties.
+"""Chooses calibration samples: spread over pictures, enough tokens for both experts, all difficulties.
 
-Nothing here reads a file or a model: token counts and scores are the caller's. The same seed gives the same choice.
+Reads no files and no model: callers pass token counts and scores. The same seed gives the same choice.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ from vlmdeploy.data.samples import Sample
 
 
 def draw_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """At most `count` samples, drawn without replacement, in the order of the data set.
+    """Draw at most `count` samples without replacement, in data set order.
 
-    No picture is used a second time before every one was used once, and so on. Samples without a picture keep their
-    share, but make up at least a quarter of the draw and at most half, as far as there are enough of both kinds.
+    Every picture is used once before any is used twice, and so on. Samples without a picture keep their share, but make
+    up a quarter to a half of the draw, if there are enough of both kinds.
     """
     order = np.random.default_rng(seed).permutation(len(samples)).tolist()
     texts = [place for place in order if samples[place].image is None]
@@ -27,7 +27,7 @@ def draw_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sampl
 
 
 def _pictures_in_rounds(samples: Sequence[Sample], order: list[int]) -> list[int]:
-    """The places with each picture's first sample before any picture's second one, else in the given order."""
+    """Stable sort: every picture's first sample, then every picture's second one, and so on."""
     seen: Counter[object] = Counter()
     rounds = {}
     for place in order:
@@ -37,7 +37,7 @@ def _pictures_in_rounds(samples: Sequence[Sample], order: list[int]) -> list[int
 
 
 def _text_share(num_texts: int, num_pictured: int, count: int) -> int:
-    """How many of `count` samples, which there are, have no picture."""
+    """How many of `count` available samples should have no picture."""
     if num_texts == 0:
         return 0
     natural = round(count * num_texts / (num_texts + num_pictured))
@@ -47,7 +47,7 @@ def _text_share(num_texts: int, num_pictured: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """How many tokens of a sample go to each expert."""
+    """A sample's tokens per expert."""
 
     vision_tokens: int
     language_tokens: int
@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Balance:
-    """The chosen candidates' places, ascending, and the tokens they bring to each expert together."""
+    """The chosen candidates, ascending, and their total tokens per expert."""
 
     indexes: tuple[int, ...]
     vision_tokens: int
@@ -63,11 +63,11 @@ class Balance:
 
 
 def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int, limit: int | None = None) -> Balance:
-    """Choose at most `limit` candidates until both experts have `min_tokens`, or as near as the candidates allow.
+    """Choose at most `limit` candidates until both experts have `min_tokens`, or as near as possible.
 
-    A picture brings far more vision tokens than its text brings language tokens. So pictures are taken until the vision
-    expert has enough, then text only, and then further pictures until the language expert has. Where the limit is near,
-    a quarter of it is kept for text only, as far as there is any. Within each kind the seed gives the order.
+    A picture brings far more vision tokens than its text brings language tokens. So take pictures until the vision
+    expert has enough, then text-only samples, then more pictures until the language expert has enough. A quarter of the
+    limit is reserved for text-only samples, if there are any. The seed decides the order within each kind.
     """
     order = np.random.default_rng(seed).permutation(len(candidates)).tolist()
     pictures = [place for place in order if candidates[place].vision_tokens > 0]
@@ -92,11 +92,10 @@ def balance(candidates: Sequence[Candidate], min_tokens: int, seed: int, limit: 
 
 
 def across_range(scores: Iterable[float], count: int) -> tuple[int, ...]:
-    """The places of at most `count` samples across the range of a score, such as perplexity, lowest score first; scores
-    that are not finite are dropped.
+    """Choose at most `count` samples across the range of a score such as perplexity, lowest first.
 
-    The finite scores, sorted, are cut into `count` equal parts, and the middle one of each part is taken, so that
-    neither end, where the odd samples are, is taken for sure.
+    Drops scores that are not finite, cuts the sorted rest into `count` equal parts and takes the middle of each part,
+    so that outliers at the ends are not always taken.
     """
     values = np.array(list(scores), np.float64)
     finite = np.flatnonzero(np.isfinite(values))

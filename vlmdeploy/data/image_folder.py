@@ -1,6 +1,6 @@
-"""A folder of pictures, all asked the same: calibration data for those who have no conversations.
+"""A folder of pictures with one prompt for all: calibration data for users without conversations.
 
-A file is a picture if its name ends like one, in any folder below; whether it can be decoded, opening it will tell.
+The suffix decides whether a file, in any subfolder, is a picture; pictures are not opened here.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,22 +15,14 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".
 
 
 def has_pictures(path: Path) -> bool:
-    """Whether this is a folder with at least one picture in it, or in a folder below."""
+    """Whether a folder or one of its subfolders holds a picture."""
     return next(_pictures(path), None) is not None
 
 
 def read_items(path: Path, prompt: str) -> Iterator[Callable[[], Sample]]:
-    """For each picture, in sorted order, the function that gives its sample: the prompt, with the task "caption".
-
-    No picture is opened; hidden files and folders are left out. Raises DataError at once if the prompt is empty or
-    there is no picture; a function raises it where its picture is a link to nowhere.
-    """
-    if not prompt.strip():
-        raise DataError(f"{path}: the prompt for its pictures is empty, expected a question or a request")
-    pictures = sorted(_pictures(path))
-    if not pictures:
-        raise DataError(f"{path}: holds no pictures, expected a folder of files that end in {', '.join(SUFFIXES)}")
-    return (partial(_sample, picture, prompt) for picture in pictures)
+    """One function per picture, sorted, that returns its sample: the prompt, task "caption". Skips hidden files and
+    folders. A function raises DataError if its picture is a broken link."""
+    return (partial(_sample, picture, prompt) for picture in sorted(_pictures(path)))
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -42,5 +34,5 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 def _sample(picture: Path, prompt: str) -> Sample:
     if not picture.is_file():
-        raise DataError(f"{picture}: no such file, though the folder lists it: is it a link to nowhere?")
+        raise DataError(f"{picture}: no such file, though the folder lists it: is it a broken link?")
     return Sample(picture, (Turn(prompt),), "caption", "caption", answer=None)

@@ -2,8 +2,8 @@
 
 A row: {"image": path relative to the file (absent: text only), "messages": [{"role", "content"}...], "task": "vqa",
 "kind": "how_many", "answer": "3", "boxes": [[x0, y0, x1, y1]...] in pixels, "template": "chat", "extra": true}.
-Only messages and task are needed, and to calibrate only messages: kind defaults to the task, answer to the assistant's
-last message. Tasks of benchmarks may also have "answers", a list where several are right, and "options", {"A": "cat"}.
+Only messages and task are required (to calibrate, only messages): kind defaults to the task, answer to the assistant's
+last message. Benchmark tasks may also have "answers", a list of right ones, and "options", {"A": "cat"}.
 """
 
 import errno
@@ -29,7 +29,7 @@ JSON_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an 
 
 
 def find_rows(data: str | Path) -> Path:
-    """The file with the rows: `data` itself, or data.jsonl in that folder. Raises DataError if there is none."""
+    """The file with the rows: `data`, or data.jsonl in that folder. Raises DataError if there is none."""
     path = Path(data)
     if path.is_dir():
         if not (path / ROWS_NAME).is_file():
@@ -41,45 +41,50 @@ def find_rows(data: str | Path) -> Path:
 
 
 def read_items(data: str | Path, default_task: str | None = None) -> Iterator[Callable[[], Sample]]:
-    """For each row of a JSONL file, or of a folder with data.jsonl, the function that makes it a sample.
+    """One function per row of a JSONL file, or of a folder with data.jsonl, that returns its sample.
 
-    Empty lines are skipped. Rows without a task get `default_task`, and are refused if that is None. Raises DataError
-    at once if there is no such file, and at the end if there was no row. The functions raise it, naming file and line,
-    for a row that cannot be used or whose picture is missing, so that the next can still be read.
+    Rows without a task get `default_task`; if that is None, they are an error. Raises DataError at once if there is no
+    such file, and at the end if it has no rows. A function raises it, naming file and line, for a bad row or a missing
+    picture; the next row can still be read.
     """
-    return _items(find_rows(data), default_task)
+    path = find_rows(data)
+    return (partial(_read, line, default_task, path, number) for number, line in numbered_lines(path))
 
 
-def _items(path: Path, default_task: str | None) -> Iterator[Callable[[], Sample]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and content of every line that is not blank. Raises DataError at the end if there was none."""
     found = False
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 found = True
-                yield partial(_read, line, default_task, path.parent, f"{path}:{number}")
+                yield number, line
     if not found:
         raise DataError(f"{path}: holds no rows")
 
 
-def _read(line: bytes, default_task: str | None, folder: Path, where: str) -> Sample:
+def _read(line: bytes, default_task: str | None, path: Path, number: int) -> Sample:
+    where = f"{path}:{number}"
     try:
-        return _sample(line, default_task, folder, where)
-    except RecursionError as error:  # while it is read, or while a message shows what was found
-        raise DataError(f"{where}: JSON nested without end, expected an object with messages") from error
+        return _sample(parse_line(line, where), default_task, path.parent, where)
+    except RecursionError as error:  # while a message shows the value
+        raise DataError(f"{where}: JSON nested too deeply") from error
 
 
-def _parse(line: bytes, where: str) -> Row:
+def parse_line(line: bytes, where: str) -> Row:
+    """A line's JSON object. Raises DataError, which begins with `where`."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise DataError(f"{where}: not a line of JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: JSON nested too deeply") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds a {type(row).__name__}, expected an object")
     return row
 
 
-def _sample(line: bytes, default_task: str | None, folder: Path, where: str) -> Sample:
-    row = _parse(line, where)
+def _sample(row: Row, default_task: str | None, folder: Path, where: str) -> Sample:
     task = _optional_text(row, "task", where) or default_task or _required(row, "task", str, where)
     messages, last_answer = _split(_required(row, "messages", list, where), where)
     try:
@@ -110,7 +115,7 @@ def _required(row: Row, key: str, kind: type[Value], where: str) -> Value:
 
 
 def _optional(row: Row, key: str, kind: type[Value], where: str) -> Value | None:
-    """The value of a key, None if it is absent or null."""
+    """A key's value; None if it is absent or null."""
     value = row.get(key)
     if value is None or isinstance(value, kind):
         return value
@@ -118,13 +123,13 @@ def _optional(row: Row, key: str, kind: type[Value], where: str) -> Value | None
 
 
 def _optional_text(row: Row, key: str, where: str) -> str | None:
-    """A text that is tokenized, hashed or shown; file names need not be UTF-8, but texts must."""
+    """A text value; unlike file names, texts must be UTF-8."""
     value = _optional(row, key, str, where)
     return value if value is None else checked_text(value, f'{where}: "{key}"')
 
 
 def _split(messages: list[Any], where: str) -> tuple[list[Any], str | None]:
-    """The messages up to the last one from the user, and the assistant's answer to it, if any."""
+    """The messages up to the user's last one, and the assistant's answer to it, if any."""
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             found = json.dumps(message)[:LONGEST_SHOWN]
@@ -190,5 +195,5 @@ def _box(box: Any, where: str) -> PixelBox:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether this is a number that a float can hold; JSON has no bounds for whole ones."""
+    """Whether a float can hold the number; JSON integers are unbounded."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

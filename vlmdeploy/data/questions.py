@@ -1,5 +1,4 @@
-"""What a user may say about a data set of questions, whatever its format: how to score it, how to put the questions,
-where the pictures lie."""
+"""User options for a data set of questions: how to score it, how to phrase the questions, where the pictures are."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,18 @@ from vlmdeploy.errors import ConfigError, DataError
 PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
 
 RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
-UNSCORED = "unscored"  # the task of questions that are answered, but not scored
+UNSCORED = "unscored"  # the task of questions that are answered but not scored
 EXPRESSION = "<expr>"
 GROUNDING_PROMPT = f"Can you point out {EXPRESSION} in the image and provide the bounding boxes of its location?"
 
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """Options of VLMEvalKit tables and RefCOCO files; other data brings its own questions and tasks.
+    """Options for VLMEvalKit tables and RefCOCO files; other data brings its own questions and tasks.
 
-    rule: one of RULES; None: by the data set's name, else by its columns. split: only rows of that split.
-    first_picture: of several pictures show the first instead of refusing the question. images: the folder of pictures
-    that are named by path, where they do not lie beside the file.
+    rule: one of RULES; None: by the data set's name, else by its columns. split: only its rows. first_picture: show the
+    first of several pictures instead of refusing the question. images: the folder of pictures that are named by path
+    and not beside the file.
     """
 
     rule: str | None = None
@@ -39,7 +38,7 @@ class QuestionOptions:
 
 
 def find_picture(name: str, beside: Path, images: Path | None, where: str) -> Path:
-    """A picture's file: beside the data, else in the folder of pictures, by its path or by its bare name.
+    """Find a picture beside the data, else in the folder `images` by path or bare name.
 
     Raises DataError, which begins with `where`.
     """
@@ -49,6 +48,7 @@ def find_picture(name: str, beside: Path, images: Path | None, where: str) -> Pa
             if place.is_file():
                 return place
         except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
-            raise DataError(f"{where}: picture {name[:80]!r} cannot be looked for ({error})") from error
+            problem = getattr(error, "strerror", None) or error
+            raise DataError(f"{where}: picture {name[:80]!r} is not a valid path ({problem})") from error
     hint = "; validate --images DIR looks for it elsewhere" if images is None else ""
     raise DataError(f"{where}: picture {places[-1]}: no such file{hint}")

@@ -1,8 +1,8 @@
-"""Referring expressions: a phrase and the box it means, from RefCOCO, RefCOCO+ and RefCOCOg in two forms.
+"""Referring expressions of RefCOCO, RefCOCO+ and RefCOCOg: a phrase and its box, in two formats.
 
 JSON lines as Qwen-VL's evaluation reads them: {"image", "sent", "bbox": [x0, y0, x1, y1], "width", "height"}, pixels.
-JSON as COCO writes it: "images" with id, file_name, width, height, and "annotations" with image_id, bbox [x, y, width,
-height] and "caption" or "sentences". The pickles of the original release are refused: reading one runs its code.
+COCO's JSON: "images" with id, file_name, width, height, and "annotations" with image_id, bbox [x, y, width, height] and
+"caption" or "sentences". The original pickles are refused: reading one runs its code.
 """
 
 import json
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vlmdeploy.data.jsonl import numbered_lines, parse_line
 from vlmdeploy.data.questions import EXPRESSION, QuestionOptions, find_picture
 from vlmdeploy.data.samples import PixelBox, Sample, checked_text, is_inside
 from vlmdeploy.errors import DataError
@@ -32,13 +33,13 @@ def refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         if path.suffix.lower() in PICKLE_SUFFIXES or file.read(1) == PICKLE_START:
             raise DataError(
-                f"{path}: is a Python pickle, which is not read because that runs its code; convert it to JSON where "
-                "you trust it, with the lines under RefCOCO in docs/evaluation.md"
+                f"{path}: is a Python pickle, and reading one runs its code; if you trust it, convert it to JSON with "
+                "the lines under RefCOCO in docs/evaluation.md"
             )
 
 
 def is_lines(path: Path) -> bool:
-    """Whether the first row is one of Qwen-VL's JSON lines."""
+    """Whether the first row has Qwen-VL's keys."""
     with path.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
     try:
@@ -49,36 +50,22 @@ def is_lines(path: Path) -> bool:
 
 
 def read_lines(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
-    """For each line the function that makes it a sample; that one raises DataError, so that the next can be read.
+    """One function per line that returns its sample, or raises DataError; the next line can still be read.
 
-    Raises DataError at the end if there was no line.
+    Raises DataError at the end if there are no lines.
     """
-    found = False
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found = True
-                yield partial(_read_line, line, number, path, options)
-    if not found:
-        raise DataError(f"{path}: holds no rows")
+    return (partial(_read_line, line, number, path, options) for number, line in numbered_lines(path))
 
 
 def _read_line(line: bytes, number: int, path: Path, options: QuestionOptions) -> Sample:
     where = f"{path}:{number}"
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a line of JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds a {type(row).__name__}, expected an object")
-    corners = _numbers(row, "bbox", where)
-    return _sample(
-        _text(row, "sent", where), _text(row, "image", where), corners, row, str(number), where, path, options
-    )
+    row = parse_line(line, where)
+    corners, phrase, name = _numbers(row, "bbox", where), _text(row, "sent", where), _text(row, "image", where)
+    return _sample(phrase, name, corners, row, str(number), where, path, options)
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a .json file holds one object with "images" and "annotations"; JSON lines with that suffix do not.
+    """Whether a .json file holds one object with "images" and "annotations"; it may also hold JSON lines.
 
     Raises DataError if it has only one of the two.
     """
@@ -95,9 +82,9 @@ def is_coco(path: Path) -> bool:
 
 
 def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
-    """For each phrase of each annotation the function that makes it a sample; that one raises DataError.
+    """One function per phrase that returns its sample, or raises DataError.
 
-    Raises DataError at once if the document is not in COCO's form or has no annotation with a phrase.
+    Raises DataError at once if the document is not in COCO's form or has no phrases.
     """
     document = json.loads(path.read_bytes().decode("utf-8-sig"))
     images, annotations = (_objects(document, key, path) for key in ("images", "annotations"))
@@ -134,7 +121,7 @@ def _of_split(annotations: list[Row], split: str, path: Path) -> list[Row]:
 
 
 def _keys(names: list[str]) -> list[str]:
-    """The names, each later one of equal ones numbered: RefCOCO holds phrases that were said twice of one box."""
+    """Make names unique by numbering repeats: RefCOCO has phrases that occur twice for one box."""
     seen: Counter[str] = Counter()
     keys = []
     for name in names:
@@ -146,12 +133,12 @@ def _keys(names: list[str]) -> list[str]:
 def _objects(document: Row, key: str, path: Path) -> list[Row]:
     items = document.get(key)
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise DataError(f'{path}: "{key}" is no list of objects; {EXPECTED_JSON}')
+        raise DataError(f'{path}: "{key}" is not a list of objects; {EXPECTED_JSON}')
     return items
 
 
 def _phrases(annotation: Row) -> list[Any]:
-    """The phrases of an annotation: its caption, or each sentence, which may be an object with "sent" or "raw"."""
+    """An annotation's phrases: its caption, or its sentences, each a text or an object with "sent" or "raw"."""
     if annotation.get("caption") is not None:
         return [annotation["caption"]]
     sentences = annotation.get("sentences")
@@ -177,7 +164,7 @@ def _read_annotation(
 def _sample(
     phrase: str, name: str, corners: PixelBox, sizes: Row, key: str, where: str, path: Path, options: QuestionOptions
 ) -> Sample:
-    """sizes: the object with the picture's width and height, if it has them."""
+    """sizes: the object that may have the picture's width and height."""
     size_px = _size(sizes, where)
     _check_box(corners, size_px, where)
     return Sample(
@@ -212,7 +199,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _size(row: Row, where: str) -> tuple[int, int] | None:
-    """Width and height, None if the data does not tell."""
+    """Width and height; None if the data has none."""
     if row.get("width") is None or row.get("height") is None:
         return None
     width, height = row["width"], row["height"]

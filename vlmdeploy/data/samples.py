@@ -1,4 +1,4 @@
-"""A question about a picture with its reference answer, whatever data set it comes from, and drawing some of many."""
+"""A question about a picture with its reference answer, from any data set; and drawing some of many."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.chat import Conversation, Turn
 
-EDGE_PX = 2.0  # a box may end that far outside its picture
+EDGE_PX = 2.0  # how far a box may extend outside its picture
 
 Picture: TypeAlias = Path | StoredPicture
-"""A picture's own file, or its place in a table; equal where it is the same picture. `load_image` takes both."""
+"""A file, or a place in a table; equal if it is the same picture. `load_image` takes both."""
 
 PixelBox = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the upright picture; right and bottom are exclusive."""
@@ -23,13 +23,13 @@ PixelBox = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation up to the question to be answered, and what the answer should be.
+    """One conversation up to the open question, and its reference answer.
 
-    turns: the last one is open. `answer` is None where the data set has none. `kind` divides a task; an `extra` row is
-    reported under its kind, but does not enter the task's own value. `template` None: the model's default.
-    answers: all references where an answer may be one of several; `answer` is then the commonest. options: letter and
-    text of each, of a multiple choice. group: what the rotations of one question share. key: the data set's own name
-    of the question, its index or line. size_px: width and height of the upright picture as the data set states them.
+    turns: the last one is open. answer: None if the data set has none. kind: divides a task; an `extra` row counts for
+    its kind, but not for the task. template None: the model's default. answers: all references, if several are right;
+    `answer` is then the most common. options: (letter, text) of a multiple choice. group: shared by a question's
+    rotations. key: the data set's name for the question, such as index or line. size_px: width and height of the
+    upright picture according to the data set.
     """
 
     image: Picture | None
@@ -48,22 +48,22 @@ class Sample:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Everything that is a right answer; empty where the data set has none."""
+        """All right answers; empty if the data set has none."""
         return self.answers or (() if self.answer is None else (self.answer,))
 
     def conversation(self) -> Conversation:
-        """What the prompt is rendered from; the picture is not opened."""
+        """The conversation to render as a prompt; does not open the picture."""
         return Conversation(self.turns, () if self.image is None else (self.image,))
 
 
 def is_inside(box: PixelBox, size_px: tuple[int, int]) -> bool:
-    """Whether the box lies in the picture, or ends a little outside, as some annotations do."""
+    """Whether the box lies in the picture, with the tolerance that some annotations need."""
     x0, y0, x1, y1 = box
     return min(x0, y0) >= -EDGE_PX and x1 <= size_px[0] + EDGE_PX and y1 <= size_px[1] + EDGE_PX
 
 
 def check_boxes(sample: Sample, size_px: tuple[int, int]) -> None:
-    """Raise DataError, naming the picture, if it is not of the stated size, or a box to be found lies outside."""
+    """Raise DataError, naming the picture, if it does not have the stated size or a reference box lies outside."""
     found = f"{sample.image}: is {size_px[0]} x {size_px[1]} pixels"
     stated = sample.size_px
     if stated is not None and stated != size_px:
@@ -74,9 +74,9 @@ def check_boxes(sample: Sample, size_px: tuple[int, int]) -> None:
 
 
 def checked_text(text: str, what: str) -> str:
-    """The text itself. Raises DataError, calling it `what`, if half of an escaped surrogate pair stands in it.
+    """Return the text. Raises DataError, naming it `what`, if it contains a lone surrogate.
 
-    Tokenizers refuse such text; a command line hands on bytes that are not UTF-8 in this way.
+    Tokenizers refuse such text; Python decodes command-line bytes that are not UTF-8 to it.
     """
     try:
         text.encode()
@@ -85,11 +85,11 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def choose(samples: Iterable[Sample], per_task: int, seed: int) -> list[Sample]:
-    """At most `per_task` questions of every task, drawn without replacement, in the order of the data set.
+def choose(samples: Iterable[Sample], per_task: int | None, seed: int) -> list[Sample]:
+    """Draw at most `per_task` questions of every task (None: all) without replacement, in data set order.
 
-    The rotations of one question come together and count as one. The same seed gives the same samples; which ones of a
-    task does not depend on the other tasks.
+    The rotations of one question come together and count as one. The same seed gives the same samples of a task,
+    whatever other tasks there are.
     """
     everything = list(samples)
     places: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))

@@ -1,7 +1,7 @@
-"""CogVLM-SFT-311K, the authors' fine-tuning set: pictures with a caption or a conversation, one JSON file for each.
+"""CogVLM-SFT-311K, the authors' fine-tuning set: pictures with a caption or a conversation, one JSON file each.
 
-Layout: the data set's page, which shows labels/, and the released files, which have labels_en/ and labels_zh/.
-Users bring their own copy (CC BY-NC 4.0). Captions come without a question; a fixed one is chosen by the file's name.
+Layout: the data set's page shows labels/, the released files have labels_en/ and labels_zh/. Users bring their own copy
+(CC BY-NC 4.0). Captions have no question; the file name chooses one of a fixed list.
 """
 
 import json
@@ -19,13 +19,13 @@ from vlmdeploy.runtime.chat import Turn
 
 Language: TypeAlias = Literal["en", "zh"]
 
-FOLDER_NAMES = (  # "formate" is how they are really called, and "muti" how some documents spell the second
+FOLDER_NAMES = (  # "formate" is the real spelling, and some documents spell the second "muti"
     "llava_details-minigpt4_3500_formate",
     "llava_instruction_multi_conversations_formate",
     "llava_instruction_muti_conversations_formate",
     "llava_instruction_single_conversation_formate",
 )
-LABELS_NAMES = ("labels_en", "labels", "labels_zh")  # the first that is there
+LABELS_NAMES = ("labels_en", "labels", "labels_zh")  # the first that exists is read
 LANGUAGE_OF: dict[str, Language] = {"labels_en": "en", "labels_zh": "zh"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 QUESTIONS: dict[Language, tuple[str, ...]] = {
@@ -42,14 +42,14 @@ EXPECTED = 'expected {"captions": [...]} or {"conversations": [...]}'
 
 
 def is_root(path: Path) -> bool:
-    """Whether this is the unpacked set, a part of it, or one of its folders, known by name or by images/ and labels."""
+    """Whether this is the unpacked set, a part of it, or one of its folders, by name or by images/ and labels."""
     return bool(_folders(path))
 
 
 def label_folders(path: Path) -> list[Path]:
-    """The labels of each folder of the set, in sorted order: the English ones if there are several.
+    """Each folder's labels, sorted; English if there are several languages.
 
-    Raises DataError if `path` is not such a set, or one of its folders has no labels.
+    Raises DataError if `path` is not such a set, or a folder has no labels.
     """
     folders = _folders(path)
     if not folders:
@@ -59,10 +59,10 @@ def label_folders(path: Path) -> list[Path]:
 
 
 def read_items(path: Path) -> Iterator[Callable[[], Sample]]:
-    """For each label file, in sorted order, the function that reads it; that one raises DataError if it is broken.
+    """One function per label file, sorted, that returns its sample, or raises DataError if the file is broken.
 
-    Samples have the task "caption", or "chat" with all turns. Hidden files are none of the set's. Raises DataError at
-    once if folders or all label files are missing.
+    Samples have the task "caption", or "chat" with all turns. Ignores hidden files. Raises DataError at once if folders
+    or all label files are missing.
     """
     label_files = [file for labels in label_folders(path) for file in _label_files(labels)]
     return (partial(_read_sample, file) for file in label_files)
@@ -76,7 +76,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _looks_like_one(folder: Path) -> bool:
-    """Other sets have images/ and labels/ too, but not in JSON."""
+    """Other data sets have images/ and labels/ too, but no JSON in them."""
     labels = (folder / name for name in LABELS_NAMES)
     return (folder / "images").is_dir() and any(any(path.glob("*.json")) for path in labels)
 
@@ -113,7 +113,7 @@ def _read_sample(file: Path) -> Sample:
 
 
 def _key(file: Path) -> str:
-    """A label file's folder, which the set names, and number."""
+    """A label file's folder and number."""
     return f"{file.parent.parent.name}/{file.stem}"
 
 
@@ -124,7 +124,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         document = json.loads(text)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise DataError(f"{file}: not JSON ({error}){_comma_hint(text)}; {EXPECTED}") from error
     if not isinstance(document, dict):
         raise DataError(f"{file}: holds a {type(document).__name__}; {EXPECTED}")
@@ -145,7 +145,7 @@ def _caption(entries: list[Any], file: Path) -> str:
 
 
 def _conversation(entries: list[Any], file: Path) -> tuple[tuple[Turn, ...], str]:
-    """The turns, the last one open, and the answer to that."""
+    """The turns, the last one open, and its answer."""
     if not entries or len(entries) % 2:
         raise DataError(f"{file}: the conversation has {len(entries)} entries, expected user and assistant in pairs")
     roles = ("user", "assistant")

@@ -1,13 +1,14 @@
-"""The one door for DATA: a VLMEvalKit TSV, RefCOCO as JSONL or JSON, a JSONL file of ours or a folder with data.jsonl,
-a CogVLM-SFT-311K root, or a folder of pictures.
+"""Opens DATA: a VLMEvalKit TSV, RefCOCO as JSONL or JSON, our own JSONL or a folder with data.jsonl, a CogVLM-SFT-311K
+root, or a folder of pictures.
 
-The first that matches is taken, and `description` says which. Samples are read one by one, so that a broken one can be
-skipped and counted; pictures are not opened on the way: `check_picture` does that for those that will be used.
+The first format that matches is used; `description` names it. Samples are read one by one, so broken ones can be
+skipped and counted. Reading does not open pictures: `check_picture` decodes those that will be used.
 """
 
 import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -22,8 +23,9 @@ from vlmdeploy.runtime.image import load_image
 Kind: TypeAlias = Literal[
     "JSONL", "CogVLM-SFT-311K", "pictures with one prompt", "VLMEvalKit TSV", "RefCOCO JSONL", "RefCOCO JSON"
 ]
+Items: TypeAlias = Iterator[Callable[[], Sample]]  # each returns a sample, or raises DataError if it is broken
 
-DEFAULT_TASK = "chat"  # of a JSONL row that names none: enough to calibrate with, nothing that could be scored
+DEFAULT_TASK = "chat"  # of a JSONL row without one: enough to calibrate, but not to score
 MAX_REASONS = 3
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -36,7 +38,7 @@ OPTIONS_OF: dict[Kind, frozenset[str]] = {
 
 @dataclass
 class Skipped:
-    """How many broken items were left out, and what was wrong with the first few; `add` changes it in place."""
+    """How many broken items were skipped, and the first few reasons."""
 
     count: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -49,13 +51,13 @@ class Skipped:
 
 
 class Samples(Iterator[Sample]):
-    """Samples as they are read; `skipped` tells about the broken ones so far.
+    """Samples as they are read; `skipped` counts the broken ones so far.
 
-    Where broken ones are not skipped, they raise DataError, and the next call goes on behind them. Where they are, and
-    nothing else was found, the end raises DataError.
+    Unless broken samples are skipped, each raises DataError, and the next call continues after it. If all samples were
+    skipped, the end raises DataError.
     """
 
-    def __init__(self, items: Iterator[Callable[[], Sample]], where: Path, skip_broken: bool) -> None:
+    def __init__(self, items: Items, where: Path, skip_broken: bool) -> None:
         self.skipped = Skipped()
         self._items = items
         self._where = where
@@ -74,47 +76,28 @@ class Samples(Iterator[Sample]):
                 self._found = True
                 return sample
         if self.skipped.count and not self._found:
-            found = f"nothing but broken samples ({self.skipped.count})"
+            found = f"only broken samples ({self.skipped.count})"
             raise DataError(f"{self._where}: holds {found}; the first: {self.skipped.reasons[0]}")
         raise StopIteration
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """What DATA turned out to be; `path` is the file or the folder, `description` one line for the user.
-
-    default_task: of JSONL rows that name none; None: they are refused. questions: the chosen rows of a TSV.
-    """
+    """An opened DATA. path: the file or folder; description: one line for the user; read_items: starts reading;
+    questions: the chosen rows of a TSV."""
 
     kind: Kind
     path: Path
     description: str
-    picture_prompt: str | None = None
-    default_task: str | None = DEFAULT_TASK
-    options: QuestionOptions = field(default_factory=QuestionOptions)
+    read_items: Callable[[], Items]
     questions: QuestionSet | None = None
 
     def samples(self, skip_broken: bool = False) -> Samples:
-        """All samples in their order, read as they are asked for; each call starts anew.
+        """All samples in order, read lazily; each call starts over.
 
-        Raises DataError at once where nothing can be read at all, and on the way for the first broken sample, unless
-        those are to be skipped.
+        Raises DataError at once if nothing can be read, and later for the first broken sample unless they are skipped.
         """
-        return Samples(self._items(), self.path, skip_broken)
-
-    def _items(self) -> Iterator[Callable[[], Sample]]:
-        if self.questions is not None:
-            return self.questions.items()
-        if self.kind == "RefCOCO JSONL":
-            return refcoco.read_lines(self.path, self.options)
-        if self.kind == "RefCOCO JSON":
-            return refcoco.read_coco(self.path, self.options)
-        if self.kind == "JSONL":
-            return jsonl.read_items(self.path, self.default_task)
-        if self.kind == "CogVLM-SFT-311K":
-            return sft311k.read_items(self.path)
-        assert self.picture_prompt is not None, "open_source gives every folder of pictures its prompt"
-        return image_folder.read_items(self.path, self.picture_prompt)
+        return Samples(self.read_items(), self.path, skip_broken)
 
 
 def open_source(
@@ -123,11 +106,10 @@ def open_source(
     options: QuestionOptions | None = None,
     to_score: bool = False,
 ) -> DataSource:
-    """Find out what DATA is; `picture_prompt` is the question for a folder of pictures, which needs one. to_score:
-    the questions must bring their tasks, so JSONL rows without a task and folders of pictures are refused.
+    """Recognize DATA. picture_prompt: the question for a folder of pictures, which needs one. to_score: refuse JSONL
+    rows without a task and folders of pictures.
 
-    Raises DataError if it is none of the known kinds, a table that cannot be read, or an option is missing, empty or of
-    no use for this kind.
+    Raises DataError for an unknown format, an unreadable table, and an option that is missing, empty or does not apply.
     """
     default_task = None if to_score else DEFAULT_TASK
     if data.is_file():
@@ -135,14 +117,16 @@ def open_source(
     elif (data / jsonl.ROWS_NAME).is_file():
         source = _open_jsonl(data, default_task)
     elif sft311k.is_root(data):
-        source = DataSource("CogVLM-SFT-311K", data, f"CogVLM-SFT-311K root {data} ({_labels_taken(data)})")
+        taken = ", ".join(f"{labels.parent.name}/{labels.name}" for labels in sft311k.label_folders(data))
+        described = f"CogVLM-SFT-311K root {data} ({taken})"
+        source = DataSource("CogVLM-SFT-311K", data, described, partial(sft311k.read_items, data))
     elif image_folder.has_pictures(data):
         if to_score:
             raise DataError(f"{data}: is a folder of pictures; to score, questions with answers are expected")
         source = _open_pictures(data, picture_prompt)
     else:
         raise DataError(_nothing_known(data))
-    if picture_prompt is not None and source.picture_prompt is None:
+    if picture_prompt is not None and source.kind != "pictures with one prompt":
         raise DataError(
             f"--calib-prompt fits only a folder of pictures, but this is a {source.description}, which brings its own "
             "questions: leave the option out"
@@ -156,11 +140,13 @@ def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -
     _refuse_packed(data)
     if data.suffix.lower() == ".tsv":
         questions = plan_questions(read_table(data), options)
-        return DataSource("VLMEvalKit TSV", data, questions.description(), options=options, questions=questions)
+        return DataSource("VLMEvalKit TSV", data, questions.description(), questions.items, questions)
     if refcoco.is_coco(data):
-        return DataSource("RefCOCO JSON", data, f"RefCOCO annotations {data} (COCO's form)", options=options)
+        read_items = partial(refcoco.read_coco, data, options)
+        return DataSource("RefCOCO JSON", data, f"RefCOCO annotations {data} (COCO's form)", read_items)
     if refcoco.is_lines(data):
-        return DataSource("RefCOCO JSONL", data, f"RefCOCO lines {data} (Qwen-VL's form)", options=options)
+        read_items = partial(refcoco.read_lines, data, options)
+        return DataSource("RefCOCO JSONL", data, f"RefCOCO lines {data} (Qwen-VL's form)", read_items)
     return _open_jsonl(data, default_task)
 
 
@@ -176,21 +162,21 @@ def _refuse_packed(path: Path) -> None:
 
 def _open_jsonl(data: Path, default_task: str | None) -> DataSource:
     rows = jsonl.find_rows(data)
-    return DataSource("JSONL", rows, f"JSONL file {rows}", default_task=default_task)
+    return DataSource("JSONL", rows, f"JSONL file {rows}", partial(jsonl.read_items, rows, default_task))
 
 
 def _check_options(source: DataSource, options: QuestionOptions | None) -> None:
-    """Raise DataError for an option of questions that this kind of data makes no use of."""
+    """Raise DataError for a question option that does not apply to this kind of data."""
     used = OPTIONS_OF.get(source.kind, frozenset())
     plain = QuestionOptions()
     for name, default in vars(plain).items():
         if name not in used and getattr(options or plain, name) != default:
             flag = f"--{name.replace('_', '-')}"
-            raise DataError(f"{flag} is of no use here, this is a {source.description}: leave the option out")
+            raise DataError(f"{flag} does not apply to this {source.description}: leave the option out")
 
 
 def check_picture(sample: Sample) -> None:
-    """Decode the sample's picture, if it has one. Raises DataError, naming the picture, if that fails."""
+    """Decode the sample's picture, if it has one. Raises DataError, naming the picture."""
     if sample.image is not None:
         load_image(sample.image)
 
@@ -201,19 +187,15 @@ def _open_pictures(folder: Path, prompt: str | None) -> DataSource:
     if not prompt.strip():
         raise DataError(f"{folder}: --calib-prompt is empty, expected the question to ask about every picture")
     checked_text(prompt, f"{folder}: --calib-prompt")
-    return DataSource("pictures with one prompt", folder, f"folder of pictures {folder}, each with {prompt!r}", prompt)
-
-
-def _labels_taken(root: Path) -> str:
-    """Which label folders were chosen: a set may come in two languages."""
-    return ", ".join(f"{labels.parent.name}/{labels.name}" for labels in sft311k.label_folders(root))
+    described = f"folder of pictures {folder}, each with {prompt!r}"
+    return DataSource("pictures with one prompt", folder, described, partial(image_folder.read_items, folder, prompt))
 
 
 def _nothing_known(data: Path) -> str:
-    found = "holds no data that is known" if data.is_dir() else "no such file or folder"
+    found = "holds no known data" if data.is_dir() else "no such file or folder"
     return (
         f"{data}: {found}; looked for a JSONL file, a VLMEvalKit TSV, RefCOCO as JSONL or JSON, "
         f"a folder with {jsonl.ROWS_NAME}, a CogVLM-SFT-311K root (with "
-        f"{sft311k.FOLDER_NAMES[0]} or its like, or with images/ and labels_en/), and, for --calib-prompt, a folder of "
+        f"{sft311k.FOLDER_NAMES[0]} or similar, or with images/ and labels_en/), and, for --calib-prompt, a folder of "
         f"pictures ({', '.join(image_folder.SUFFIXES)})"
     )

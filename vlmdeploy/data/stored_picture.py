@@ -1,4 +1,4 @@
-"""A picture in base64 inside a table file: its place, not its content, so that tables of many gigabytes can be used."""
+"""A base64 picture inside a table file: holds its place, not its content, so tables may have many gigabytes."""
 
 import base64
 import binascii
@@ -11,10 +11,7 @@ from vlmdeploy.errors import DataError
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """Its base64 text is `length` bytes at `offset` of `file`; sha256 is that text's. Two are equal if the texts are.
-
-    name: what messages call it.
-    """
+    """`length` bytes of base64 text at `offset` of `file`, and their sha256; equal if the texts are."""
 
     file: Path
     sha256: str
@@ -26,7 +23,7 @@ class StoredPicture:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """The picture's own file. Raises DataError if the table has changed, or the text is no base64."""
+        """Decode the picture file. Raises DataError if the table has changed or the text is not base64."""
         try:
             with self.file.open("rb") as table:
                 table.seek(self.offset)
@@ -39,7 +36,7 @@ class StoredPicture:
 
 
 def decode_picture(text: bytes, name: str) -> bytes:
-    """What base64 stands for; a data URL's beginning is left out. Raises DataError, naming the picture."""
+    """Decode base64, with or without a data URL's prefix. Raises DataError, naming the picture."""
     payload = text.partition(b",")[2] if text.startswith(b"data:") else text
     try:
         return base64.b64decode(b"".join(payload.split()), validate=True)

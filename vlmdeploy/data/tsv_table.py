@@ -1,7 +1,7 @@
-"""Tables of questions as tab-separated values with pictures in base64, as VLMEvalKit keeps its data sets.
+"""Tables of questions as tab-separated values with base64 pictures, the format of VLMEvalKit's data sets.
 
-Quoting is that of pandas (RFC 4180 with tabs). Rows are read one by one; of a picture only its place is kept, so memory
-is bounded by the texts and the largest row. What the columns mean is the business of `vlmevalkit`.
+Quoting follows pandas (RFC 4180 with tabs). Rows are read one by one and keep only the place of their pictures, so
+memory is bounded by the texts and the largest row. `vlmevalkit` interprets the columns.
 """
 
 import ast
@@ -15,10 +15,10 @@ from typing import BinaryIO, TypeAlias
 from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.errors import DataError
 
-LONGEST_CELL = 2**28  # characters; a quote that is never closed would take the rest of the file into one cell
-LONGEST_INDEX = 64  # an image cell no longer than this names another row, whose picture it shares
-MISSING = frozenset(("", "nan"))  # what an empty cell is, also after it went through str()
-REFERENCE = "\0index "  # marks the name of a row while the others are being read; no path can begin so
+LONGEST_CELL = 2**28  # characters; an unclosed quote would read the rest of the file into one cell
+LONGEST_INDEX = 64  # an image cell up to this length names another row, whose picture it shares
+MISSING = frozenset(("", "nan"))  # an empty cell, also after str()
+REFERENCE = "\0index "  # marks the name of another row until all rows are read; no path can start like this
 IMAGE, IMAGE_PATH, INDEX = "image", "image_path", "index"
 
 Cells: TypeAlias = dict[str, str]
@@ -26,7 +26,7 @@ Cells: TypeAlias = dict[str, str]
 
 @dataclass(frozen=True)
 class TableRow:
-    """One question: its cells without the picture's; `pictures` in their order, as places or as paths."""
+    """One question: its cells without the image; `pictures` in order, as places or paths."""
 
     line: int
     cells: Cells
@@ -38,14 +38,14 @@ class TableRow:
         return self.cells[INDEX]
 
     def text(self, column: str) -> str | None:
-        """A cell's text as it stands there, None where the column or the cell is missing."""
+        """A cell's raw text; None if the column or the cell is missing."""
         cell = self.cells.get(column, "")
         return None if cell.strip() in MISSING else cell
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns without the picture's, and rows; without_picture counts those left out for lack of a picture."""
+    """Columns without the image, and rows; without_picture: how many rows were dropped for lack of a picture."""
 
     path: Path
     columns: tuple[str, ...]
@@ -54,7 +54,7 @@ class Table:
 
 
 def literal_list(cell: str) -> list[str] | None:
-    """The items of a cell that holds a list as Python writes it, as texts; None if it holds anything else."""
+    """The items, as texts, of a cell that holds a Python list literal; None for any other cell."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return None
     try:
@@ -65,10 +65,10 @@ def literal_list(cell: str) -> list[str] | None:
 
 
 def read_table(path: Path) -> Table:
-    """The whole table; rows that lack the picture that others have are left out, as VLMEvalKit does, and counted.
+    """Read a table. Drops and counts rows without a picture if others have one, as VLMEvalKit does.
 
-    Raises DataError, naming file and line, for what is not UTF-8 or no table, for a row without an index, two rows with
-    the same one, an image cell that names no picture, or a column for pictures that holds none.
+    Raises DataError, naming file and line, for text that is not UTF-8 or not a table, a missing or repeated index, an
+    image cell that names no picture, and an empty picture column.
     """
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
@@ -88,7 +88,7 @@ def _read(path: Path, file: BinaryIO) -> Table:
             row = _row(path, lines, columns, cells)
             if row.index in rows:
                 first = rows[row.index].line
-                raise DataError(f'{path}:{row.line}: index "{row.index}" stands in line {first} already')
+                raise DataError(f'{path}:{row.line}: index "{row.index}" is already in line {first}')
             rows[row.index] = row
     if not rows:
         raise DataError(f"{path}: holds no rows, only a header")
@@ -97,14 +97,12 @@ def _read(path: Path, file: BinaryIO) -> Table:
     kept = tuple(row for row in found if row.pictures)
     for column in (IMAGE, IMAGE_PATH):
         if column in columns and not kept:
-            raise DataError(
-                f'{path}: its column "{column}" is empty in every row; without the column rows are text only'
-            )
+            raise DataError(f'{path}: column "{column}" is empty in every row; remove it if the rows are text only')
     return Table(path, shown, kept or tuple(found), len(found) - len(kept) if kept else 0)
 
 
 def _cells(path: Path, lines: "_Lines") -> Iterator[list[str]]:
-    """The cells of each row, the header's first; an error names the line in which its row begins."""
+    """The cells of each row, header first; an error names the row's first line."""
     reader = csv.reader(lines, delimiter="\t", strict=True)
     try:
         for cells in reader:
@@ -116,7 +114,7 @@ def _cells(path: Path, lines: "_Lines") -> Iterator[list[str]]:
 
 
 class _Lines(Iterator[str]):
-    """The file's lines as text; it remembers where the row began that is being read, and its bytes."""
+    """The file's lines as text; tracks the start and the bytes of the current row."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
@@ -135,7 +133,7 @@ class _Lines(Iterator[str]):
             raise DataError(f"{self._path}:{self._line}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
     def start_row(self) -> None:
-        """What comes next is another row."""
+        """The next line starts a new row."""
         self._parts: list[bytes] = []
         self.row_start, self.row_line = self._end, self._line + 1
 
@@ -148,7 +146,7 @@ def _columns(path: Path, header: list[str]) -> list[str]:
     columns = [name.strip() for name in header]
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:
-        raise DataError(f'{path}:1: column "{doubled[0]}" stands twice in the header')
+        raise DataError(f'{path}:1: column "{doubled[0]}" is twice in the header')
     for name in (INDEX, "question"):
         if name not in columns:
             found = ", ".join(columns)[:200] or "nothing"
@@ -180,12 +178,12 @@ def _items(cell: str) -> list[str]:
 
 
 def _picture(path: Path, lines: _Lines, text: str, name: str) -> StoredPicture | str:
-    """The place of a picture's text in the file; of a short text, which names another row, the name."""
+    """The place of a picture's text in the file; a short text is a reference to another row."""
     if len(text) <= LONGEST_INDEX:
         return f"{REFERENCE}{text.strip()}"
     encoded = text.encode()
     place = lines.row().find(encoded)
-    if place < 0:  # escaped quotes or the like, which base64 has not
+    if place < 0:  # the text has escapes, which base64 never has
         raise DataError(f"{path}:{lines.row_line}: its image is not base64, it starts with {text[:40]!r}")
     return StoredPicture(path, hashlib.sha256(encoded).hexdigest(), lines.row_start + place, len(encoded), name)
 

@@ -1,9 +1,8 @@
-"""Questions of VLMEvalKit's TSV files (https://github.com/open-compass/VLMEvalKit): which rule scores them, and how
-they are put to the model.
+"""Questions of VLMEvalKit's TSV files (https://github.com/open-compass/VLMEvalKit): their scoring rule and prompts.
 
-Columns: index, image or image_path, question, answer (a text, or a list as Python writes it), the options A, B, C, ...,
-hint, category, split. Prompts are word for word those of VLMEvalKit: ImageVQADataset, ImageMCQDataset and, in the style
-"cogvlm", its vlm/cogvlm.py.
+Columns: index, image or image_path, question, answer (a text or a Python list literal), the options A, B, C, ..., hint,
+category, split. Prompts are VLMEvalKit's, word for word: ImageVQADataset, ImageMCQDataset and, in the style "cogvlm",
+its vlm/cogvlm.py.
 """
 
 import re
@@ -39,7 +38,7 @@ NOT_SCORED_HERE = {
 NO_RULE = "none"
 SHORT_ANSWER_RULES = ("vqa_accuracy", "anls", "relaxed_accuracy", "exact_match")
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-YES_OR_NO = "\nPlease answer yes or no."  # which AMBER's questions lack
+YES_OR_NO = "\nPlease answer yes or no."  # AMBER's questions lack it
 CHOOSE = "Please select the correct answer from the options above. \n"
 CHOOSE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 CHOOSE_LETTER_ZH = "\n请直接回答选项字母。"
@@ -47,12 +46,12 @@ SHORT_ANSWER_COGVLM = "\nShort Answer."
 CHINESE = re.compile("[\u4e00-\u9fff]")
 IMAGE_MARK = re.compile(r"<image \d>")
 ROTATED = re.compile("[0-9]{7,15}")
-ROTATION = 10**6  # what the index of each rotation of a question is increased by
+ROTATION = 10**6  # added to the index for each rotation of a question
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The rows that are asked, the rule that fits them and why; unscored: why nothing can be scored; None: it can."""
+    """The rows to ask, their rule and why it was chosen. unscored: why the rows cannot be scored; None: they can."""
 
     table: Table
     rows: tuple[TableRow, ...]
@@ -75,27 +74,19 @@ class QuestionSet:
         return ", ".join(parts)
 
     def items(self) -> Iterator[Callable[[], Sample]]:
-        """For each row the function that makes it a sample; that one raises DataError, so that the next can be read."""
+        """One function per row that returns its sample, or raises DataError; the next row can still be read."""
         return (partial(_sample, self, row) for row in self.rows)
 
 
 def plan_questions(table: Table, options: QuestionOptions) -> QuestionSet:
-    """Choose rows and rule. Raises DataError if the split has no rows, or no row has options to choose from."""
+    """Choose rows and rule. Raises DataError if the split has no rows, or a multiple choice has no options."""
     rows = table.rows if options.split is None else _of_split(table, options.split)
     rule, why = _choose_rule(table.path.stem, rows, options.rule)
     if rule == "multiple_choice" and not any(map(_options, rows)) and not _is_mmmu(table):
         raise DataError(f"{table.path}: rule {rule} ({why}), but no row has options; expected columns A, B, C, ...")
-    circular = rule == "multiple_choice" and _has_rotations(rows)
-    return QuestionSet(
-        table,
-        rows,
-        rule,
-        why,
-        _why_unscored(table.path.stem, rows, options.rule),
-        options,
-        _kind_column(rule, rows),
-        circular,
-    )
+    unscored, kinds = _why_unscored(table.path.stem, rows, options.rule), _kind_column(rule, rows)
+    is_circular = rule == "multiple_choice" and _has_rotations(rows)
+    return QuestionSet(table, rows, rule, why, unscored, options, kinds, is_circular)
 
 
 def _of_split(table: Table, split: str) -> tuple[TableRow, ...]:
@@ -107,7 +98,7 @@ def _of_split(table: Table, split: str) -> tuple[TableRow, ...]:
 
 
 def _choose_rule(name: str, rows: tuple[TableRow, ...], asked: str | None) -> tuple[str, str]:
-    """The rule and where it comes from."""
+    """The rule and why it applies."""
     if asked is not None:
         return asked, "by --rule"
     if _by_name(NOT_SCORED_HERE, name) is not None:
@@ -124,10 +115,9 @@ def _choose_rule(name: str, rows: tuple[TableRow, ...], asked: str | None) -> tu
 
 
 def _by_name(table: dict[str, str], name: str) -> str | None:
-    """The entry whose key is the name, or its beginning up to "_" or "-": DocVQA is meant by DocVQA_VAL."""
-    found = (key for key in table if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE))
-    key = next(found, None)
-    return None if key is None else table[key]
+    """The entry whose key is the name or its prefix up to "_" or "-": DocVQA matches DocVQA_VAL."""
+    found = (rule for key, rule in table.items() if re.match(rf"{re.escape(key)}(?![^_-])", name, re.IGNORECASE))
+    return next(found, None)
 
 
 def _why_unscored(name: str, rows: tuple[TableRow, ...], asked: str | None) -> str | None:
@@ -138,15 +128,15 @@ def _why_unscored(name: str, rows: tuple[TableRow, ...], asked: str | None) -> s
 
 
 def _kind_column(rule: str, rows: tuple[TableRow, ...]) -> str | None:
-    """The column that divides the questions: several splits, else categories; OCRBench's rule looks at categories."""
-    several = [column for column in ("split", "category", "l2-category") if len({row.text(column) for row in rows}) > 1]
+    """The column that divides the questions: several splits, else categories; OCRBench needs categories."""
     if rule == "ocrbench":
         return "category"
-    return several[0] if several else None
+    columns = ("split", "category", "l2-category")
+    return next((column for column in columns if len({row.text(column) for row in rows}) > 1), None)
 
 
 def _is_mmmu(table: Table) -> bool:
-    """Whether it is MMMU, which has open questions among its choices, and marks where its pictures belong."""
+    """Whether it is MMMU, which has open questions among its choices and marks in the text for its pictures."""
     return table.path.stem.upper().startswith("MMMU")
 
 
@@ -182,7 +172,7 @@ def _options(row: TableRow) -> tuple[tuple[str, str], ...]:
 def _answers(
     questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str], ...], where: str
 ) -> tuple[str, ...]:
-    """The references. Raises DataError for one that the rule can do nothing with."""
+    """The references. Raises DataError for one that does not fit the rule."""
     cell = (row.text("answer") or "").strip()
     if not cell:
         return ()
@@ -198,7 +188,7 @@ def _answers(
 
 
 def _found(cell: str, expected: dict[str, str], where: str) -> str:
-    """The reference that the cell stands for, whatever its case; expected: by what it is in upper case."""
+    """The reference that a cell means, ignoring case; expected: references by their upper-case spelling."""
     if cell.upper() not in expected:
         raise DataError(f"{where}: answer is {cell[:80]!r}, expected one of {', '.join(expected.values())}")
     return expected[cell.upper()]
@@ -217,7 +207,7 @@ def _image(questions: QuestionSet, row: TableRow, where: str) -> Picture | None:
 
 
 def _group(index: str) -> str:
-    """The index of the question that this is a rotation of, or its own."""
+    """The index of the original question, if this is a rotation, else its own."""
     return str(int(index) % ROTATION) if ROTATED.fullmatch(index) else index
 
 
@@ -233,7 +223,7 @@ def _prompt(questions: QuestionSet, row: TableRow, options: tuple[tuple[str, str
         if style == "cogvlm":
             return _choice_prompt_cogvlm(hint, question, options)
         prompt = _choice_prompt(hint, question, options)
-        return "\n".join(IMAGE_MARK.split(prompt)) if _is_mmmu(questions.table) else prompt  # there stands the picture
+        return "\n".join(IMAGE_MARK.split(prompt)) if _is_mmmu(questions.table) else prompt
     if rule == "yes_no":
         is_amber = questions.table.path.stem.upper().startswith("AMBER")
         return question + YES_OR_NO * is_amber + SHORT_ANSWER_COGVLM * (style == "cogvlm")

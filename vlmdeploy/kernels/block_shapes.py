@@ -1,13 +1,13 @@
-"""Which block shapes and warps the routed kernels use on an architecture, and which kernel for how many rows.
+"""The block shapes and warps of the routed kernels per architecture, and which kernel serves how many rows.
 
-The table is block_shapes.json. Its values follow from figures of the devices and from what the compiler reports
-(registers, spills, shared memory); they were not timed on a device, which `benchmarks/routed_kernel.py --tune` does:
+The table is block_shapes.json. Its values come from device data sheets and compiler reports (registers, spills, shared
+memory), not from timings on a device, which `benchmarks/routed_kernel.py --tune` makes:
 
 - Rows of a large tile share one unpacking of the weights; 64 x 128 outputs are the most that 8 warps hold without
   spilling registers, in at most 64 KiB of shared memory.
-- Few rows are bound by memory, so outputs are cut finely enough to give every multiprocessor work: 4096 outputs make
-  128 programs of 32 columns, which 8 to 20 multiprocessors (embedded) share, and 256 of 16 where there are 28 to 170.
-- A Jetson reads about 10 bytes per clock and multiprocessor, so that one row of `routed_gemv` already takes most of its
+- Few rows are memory-bound, so outputs are split finely enough to occupy every multiprocessor: 4096 outputs make 128
+  programs of 32 columns for 8 to 20 multiprocessors (embedded), and 256 of 16 for 28 to 170.
+- A Jetson reads about 10 bytes per clock and multiprocessor, so one row of `routed_gemv` already needs most of its
   instructions: more rows go to tensor cores. GeForce cards read 3 to 5 and can afford a second row.
 """
 
@@ -24,7 +24,7 @@ TABLE = Path(__file__).parent / "block_shapes.json"
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Rows and outputs of a program's tile, its warps, and how many blocks of inputs are in flight."""
+    """Rows and columns (outputs) of a program's tile, its warps, and its pipeline stages."""
 
     block_rows: int
     block_columns: int
@@ -32,13 +32,13 @@ class BlockShape:
     num_stages: int
 
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told beside the constants."""
+        """Options for Triton's compiler besides the constants."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class BlockShapes:
-    """The shapes of one architecture: `gemv` up to so many rows, then `small_gemm`, above that `large_gemm`."""
+    """The shapes of one architecture: `gemv` up to gemv_up_to_tokens rows, then `small_gemm`, then `large_gemm`."""
 
     gemv: BlockShape
     small_gemm: BlockShape
@@ -47,19 +47,19 @@ class BlockShapes:
     small_gemm_up_to_tokens: int
 
     def of(self, tokens: int) -> tuple[str, BlockShape]:
-        """The kernel for so many rows, "gemv" or "gemm", and its shape."""
+        """The kernel for a number of rows, "gemv" or "gemm", and its shape."""
         if tokens <= self.gemv_up_to_tokens:
             return "gemv", self.gemv
         return "gemm", self.small_gemm if tokens <= self.small_gemm_up_to_tokens else self.large_gemm
 
 
 def known_architectures() -> tuple[int, ...]:
-    """The compute capabilities that the table names, as 10 * major + minor."""
+    """The compute capabilities in the table, as 10 * major + minor."""
     return tuple(sorted(int(name) for name in read_table()["architectures"]))
 
 
 def shapes_of(architecture: int) -> BlockShapes:
-    """The shapes of an architecture. Raises BackendError, naming those there are."""
+    """The shapes of an architecture. Raises BackendError, listing the known ones."""
     table = read_table()
     name = table["architectures"].get(str(architecture))
     if name is None:
@@ -69,7 +69,7 @@ def shapes_of(architecture: int) -> BlockShapes:
 
 
 def shapes_from(entry: dict[str, Any]) -> BlockShapes:
-    """Shapes as the table holds them."""
+    """Parse an entry of the table."""
     gemv, small, large = (BlockShape(**entry[name]) for name in ("gemv", "small_gemm", "large_gemm"))
     return BlockShapes(gemv, small, large, entry["gemv_up_to_tokens"], entry["small_gemm_up_to_tokens"])
 

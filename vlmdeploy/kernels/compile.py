@@ -1,7 +1,7 @@
 """Compiles the routed kernels for every architecture, without a GPU: `python -m vlmdeploy.kernels.compile`.
 
-Writes compiled/index.json and one archive per architecture, the same bytes each time, and prints what every kernel
-takes of a multiprocessor. Needs the extra `kernels` (Triton); reading what it wrote needs nothing.
+Writes compiled/index.json and one archive per architecture, reproducibly, and prints the resources of every kernel.
+Needs the extra `kernels` (Triton); reading the results needs nothing.
 """
 
 import argparse
@@ -21,26 +21,26 @@ from vlmdeploy.kernels.block_shapes import known_architectures, shapes_of
 from vlmdeploy.kernels.compiled_kernels import COMPILED, INDEX_FORMAT, Choice, CompiledKernel
 from vlmdeploy.kernels.packing import PACKING_VERSION
 
-TRITON = "3.9.0"  # the version that these sources were checked with, down to the PTX it writes
+TRITON = "3.9.0"  # the PTX of this version was checked
 MOST_REGISTERS = 255
-# Shared memory that a block may ask for, KiB (CUDA C++ Programming Guide, compute capabilities), and what it gets
-# without asking: TensorRT's ahead-of-time plugins cannot ask.
+# Shared memory that a block may request, KiB (CUDA C++ Programming Guide, compute capabilities), and what it gets
+# without a request: TensorRT's ahead-of-time plugins cannot make one.
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
 UNASKED_KIB = 48
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel, and how many bytes of registers it spills to memory."""
+    """A kernel, and how many bytes of registers it spills."""
 
     kernel: CompiledKernel
     spilled_bytes: int
 
 
 def compile_all(architectures: Sequence[int], folder: Path, say: Callable[[str], None]) -> None:
-    """Compile for the given architectures and put the result in place of an earlier one in a folder.
+    """Compile for some architectures and replace the earlier result in a folder.
 
-    Raises BackendError for an architecture that is not in the table, ExportError where compiling fails.
+    Raises BackendError for an architecture that is not in the table, ExportError if compiling fails.
     """
     check_triton()
     for architecture in architectures:
@@ -60,7 +60,7 @@ def compile_all(architectures: Sequence[int], folder: Path, say: Callable[[str],
 
 
 def check_triton() -> None:
-    """Raise ExportError unless the one Triton is there that these kernels are compiled with."""
+    """Raise ExportError unless exactly the pinned Triton is installed."""
     try:
         found = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError as error:
@@ -70,12 +70,12 @@ def check_triton() -> None:
 
 
 def compile_in_process(architecture: int, folder: Path) -> list[Compiled]:
-    """Compile for one architecture in a process of its own: for some targets LLVM ends it."""
+    """Compile for one architecture in its own process: LLVM aborts it for some targets."""
     command = [sys.executable, "-m", "vlmdeploy.kernels.compile_architecture", str(architecture), str(folder)]
     settings = {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(folder / "cache"),
-        "TRITON_DISABLE_LINE_INFO": "1",  # line tables name the folder of the sources
+        "TRITON_DISABLE_LINE_INFO": "1",  # line tables contain the source folder
         "TRITON_DEFAULT_FP_FUSION": "1",
     }
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -90,35 +90,31 @@ def compile_in_process(architecture: int, folder: Path) -> list[Compiled]:
 
 
 def check_limits(kernel: CompiledKernel) -> None:
-    """Raise ExportError for a kernel that does not fit its device, or a small one that no plugin could launch."""
+    """Raise ExportError for a kernel that exceeds its device, or a small one that exceeds a plugin's limits."""
     is_large = kernel.kind == "gemm" and kernel.block_rows > 16
     limit = 1024 * (SHARED_LIMIT_KIB[kernel.architecture] if is_large else UNASKED_KIB)
     if kernel.shared_bytes > limit or kernel.registers > MOST_REGISTERS:
         raise ExportError(
             f"{kernel.name} for SM {kernel.architecture} takes {kernel.shared_bytes} bytes of shared memory and "
-            f"{kernel.registers} registers; there are {limit} and {MOST_REGISTERS}: see block_shapes.json"
+            f"{kernel.registers} registers, limits are {limit} and {MOST_REGISTERS}: see block_shapes.json"
         )
 
 
 def write_index(kernels: list[CompiledKernel], architectures: Sequence[int], folder: Path) -> None:
     """Write index.json."""
-    shapes = {architecture: shapes_of(architecture) for architecture in architectures}
-    choice = {
-        str(architecture): asdict(Choice(found.gemv_up_to_tokens, found.small_gemm_up_to_tokens))
-        for architecture, found in shapes.items()
-    }
+    choice = {}
+    for architecture in architectures:
+        shapes = shapes_of(architecture)
+        choice[str(architecture)] = asdict(Choice(shapes.gemv_up_to_tokens, shapes.small_gemm_up_to_tokens))
     index = {
-        "format": INDEX_FORMAT,
-        "triton": TRITON,
-        "packing": PACKING_VERSION,
-        "kernels": [asdict(kernel) for kernel in kernels],
-        "choice": choice,
-    }
+        "format": INDEX_FORMAT, "triton": TRITON, "packing": PACKING_VERSION,
+        "kernels": [asdict(kernel) for kernel in kernels], "choice": choice,
+    }  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def table_of(found: list[Compiled]) -> str:
-    """What the kernels of an architecture take, one per line."""
+    """The resources of an architecture's kernels, one per line."""
     lines = [f"SM {found[0].kernel.architecture:<32} warps  registers  spilled  shared"]
     for compiled in found:
         kernel = compiled.kernel
@@ -130,7 +126,7 @@ def table_of(found: list[Compiled]) -> str:
 
 
 def main() -> int:
-    """The command line; the exit status."""
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m vlmdeploy.kernels.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", type=int, nargs="+", help="only these, e.g. 87 110 (needs --out)")
     parser.add_argument("--out", type=Path, help=f"the folder to write to (default: {COMPILED})")

@@ -1,7 +1,7 @@
 """Compiles all routed kernels for one GPU architecture, without a GPU: Triton to PTX, its ptxas to a cubin.
 
-Started by `compile` as a process of its own: LLVM ends the process at a target that it does not know, and Triton
-decides when it is imported whether it compiles or interprets.
+`compile` runs this in its own process: LLVM aborts the process for an unknown target, and Triton decides on import
+whether it compiles or interprets.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -25,8 +26,8 @@ from vlmdeploy.kernels.compiled_kernels import CompiledKernel, Kind, archive_nam
 from vlmdeploy.kernels.packing import GROUP_SIZES
 
 ACTIVATIONS = ("fp16", "bf16")
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every file in an archive: the same kernels make the same bytes
-NUM_SCRATCH_PARAMETERS = 2  # pointers to scratch memory that Triton appends and these kernels do not use
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every archive member, so that the same kernels give the same bytes
+NUM_SCRATCH_PARAMETERS = 2  # scratch pointers that Triton appends and these kernels do not use
 PARTITION_WARPS = 4
 
 
@@ -49,19 +50,18 @@ class Variant:
 
     @property
     def symbol(self) -> str:
-        """The entry's name in the images, of no other kernel: an engine may hold several."""
+        """The entry's name in the images, unique since an engine may hold several kernels."""
         return self.name.replace(".", "_")
 
 
 def recipes(architecture: int) -> list[Variant]:
-    """All kernels of an architecture. Raises BackendError where the table of block shapes does not know it."""
+    """All kernels of an architecture. Raises BackendError if it is not in the table of block shapes."""
     shapes = shapes_of(architecture)
     found = [partition_recipe()]
-    for activation in ACTIVATIONS:
-        for group_size in GROUP_SIZES:
-            found.append(linear_recipe("gemv", activation, group_size, shapes.gemv))
-            found.append(linear_recipe("gemm", activation, group_size, shapes.small_gemm))
-            found.append(linear_recipe("gemm", activation, group_size, shapes.large_gemm))
+    for activation, group_size in product(ACTIVATIONS, GROUP_SIZES):
+        found.append(linear_recipe("gemv", activation, group_size, shapes.gemv))
+        found.append(linear_recipe("gemm", activation, group_size, shapes.small_gemm))
+        found.append(linear_recipe("gemm", activation, group_size, shapes.large_gemm))
     return found
 
 
@@ -84,12 +84,12 @@ def linear_recipe(kind: Kind, activation: str, group_size: int, shape: BlockShap
 
 
 def ptx_version(architecture: int) -> int:
-    """The PTX version to write: 8.7, of CUDA 12.8, which every later driver and TensorRT 11 read; 11.0 needs 9.0."""
+    """The PTX version: 8.7, of CUDA 12.8, which every later driver and TensorRT 11 read; SM 110 needs 9.0."""
     return 90 if architecture == 110 else 87
 
 
 def compile_to_ptx(recipe: Variant, architecture: int) -> tuple[str, int]:
-    """PTX with exactly the recipe's parameters, and the bytes of dynamic shared memory that the kernel wants."""
+    """PTX with exactly the recipe's parameters, and the kernel's bytes of dynamic shared memory."""
     names = recipe.function.arg_names
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -101,16 +101,16 @@ def compile_to_ptx(recipe: Variant, architecture: int) -> tuple[str, int]:
     options = {**recipe.shape.options(), "ptx_version": ptx_version(architecture)}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     if compiled.metadata.num_warps != recipe.shape.num_warps:
-        raise ExportError(f"{recipe.name}: Triton wants {compiled.metadata.num_warps} warps for it")
+        raise ExportError(f"{recipe.name}: Triton chose {compiled.metadata.num_warps} warps, not the table's")
     name = recipe.function.__name__
     ptx = own_parameters(compiled.asm["ptx"], name, len(recipe.parameters))
     return re.sub(rf"\b{name}\b", recipe.symbol, ptx), int(compiled.metadata.shared)
 
 
 def own_parameters(ptx: str, symbol: str, count: int) -> str:
-    """PTX without the scratch pointers that Triton appends to `count` parameters, and without comments.
+    """PTX without comments and without the scratch pointers that Triton appends to `count` parameters.
 
-    Raises ExportError where the parameters are others, or where the scratch pointers are read.
+    Raises ExportError if the parameters differ or the scratch pointers are read.
     """
     ptx = "".join(f"{line}\n" for line in re.sub(r"//[^\n]*", "", ptx).splitlines() if line.strip())
     entry = re.search(rf"\.visible \.entry {symbol}\(([^)]*)\)", ptx)
@@ -123,14 +123,14 @@ def own_parameters(ptx: str, symbol: str, count: int) -> str:
     ptx = f"{ptx[: entry.start(1)]}{kept}\n{ptx[entry.end(1) :]}"
     read = [i for i in range(count, len(parameters)) if re.search(rf"\b{symbol}_param_{i}\b", ptx)]
     if read:
-        raise ExportError(f"PTX of {symbol} reads parameter {read[0]}, a scratch pointer that nobody passes")
+        raise ExportError(f"PTX of {symbol} reads parameter {read[0]}, a scratch pointer that launchers do not pass")
     return ptx
 
 
 def assemble(ptx: str, architecture: int, where: Path) -> tuple[bytes, int, int]:
-    """A cubin, its registers per thread and the bytes that it spills.
+    """A cubin, its registers per thread and its spilled bytes.
 
-    With the ptxas of CUDA 12 where that knows the architecture, so that drivers of CUDA 12 load the cubin too.
+    Uses the ptxas of CUDA 12 if it supports the architecture, so that drivers of CUDA 12 load the cubin too.
     """
     tools = triton.knobs.nvidia
     ptxas = tools.ptxas_blackwell if architecture == 110 else tools.ptxas
@@ -148,7 +148,7 @@ def assemble(ptx: str, architecture: int, where: Path) -> tuple[bytes, int, int]
 
 
 def compile_kernel(recipe: Variant, architecture: int, archive: zipfile.ZipFile) -> tuple[CompiledKernel, int]:
-    """Compile a kernel and add its images to an archive. Returns its entry and the bytes that it spills."""
+    """Compile a kernel and add its images to an archive. Returns its entry and its spilled bytes."""
     ptx, shared_bytes = compile_to_ptx(recipe, architecture)
     with tempfile.TemporaryDirectory() as folder:
         cubin, registers, spilled = assemble(ptx, architecture, Path(folder))
@@ -167,7 +167,7 @@ def compile_kernel(recipe: Variant, architecture: int, archive: zipfile.ZipFile)
 
 
 def compile_architecture(architecture: int, folder: Path) -> None:
-    """Write sm_XX.zip, and sm_XX.json with an entry and the spilled bytes of each kernel, into a folder."""
+    """Write sm_XX.zip, and sm_XX.json with each kernel's entry and spilled bytes, into a folder."""
     path = folder / archive_name(architecture)
     with zipfile.ZipFile(path, "w") as archive:
         found = [compile_kernel(recipe, architecture, archive) for recipe in recipes(architecture)]

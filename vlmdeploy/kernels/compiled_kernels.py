@@ -1,7 +1,7 @@
-"""The kernels that ship compiled: which there are, which one serves a number of rows, and their images.
+"""The compiled kernels that ship with the package: their list, which one serves a number of rows, and their images.
 
 compiled/index.json describes them; compiled/sm_XX.zip holds NAME.cubin and NAME.ptx of one architecture, written by
-`python -m vlmdeploy.kernels.compile`. Needs the standard library only. A cubin runs on its own architecture alone: even
+`python -m vlmdeploy.kernels.compile`. Needs only the standard library. A cubin runs only on its own architecture: even
 the next one of the same generation (8.6 on 8.7) is another chip family.
 """
 
@@ -24,8 +24,8 @@ Form = Literal["cubin", "ptx"]
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel of one architecture, 10 * major + minor. activation "fp16" or "bf16"; "" and group size 0 where the
-    kernel has none. Launched with 32 * num_warps threads and shared_bytes of dynamic shared memory."""
+    """One kernel of one architecture, 10 * major + minor. activation "fp16" or "bf16"; "" and group size 0 for the
+    partition. Launch with 32 * num_warps threads and shared_bytes of dynamic shared memory."""
 
     name: str
     architecture: int
@@ -44,7 +44,7 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """Up to how many rows an architecture uses the gemv, then the gemm of fewest rows; above, that of most rows."""
+    """The most rows for an architecture's gemv, then for its small gemm; more rows use the large gemm."""
 
     gemv_up_to_tokens: int
     small_gemm_up_to_tokens: int
@@ -52,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class KernelIndex:
-    """What index.json says."""
+    """The contents of index.json."""
 
     triton: str
     packing: int
@@ -64,7 +64,7 @@ class KernelIndex:
         return tuple(sorted(self.choice))
 
     def of(self, architecture: int) -> list[CompiledKernel]:
-        """All kernels of an architecture. Raises BackendError, naming those there are."""
+        """All kernels of an architecture. Raises BackendError, listing the known ones."""
         if architecture not in self.choice:
             known = ", ".join(str(number) for number in self.architectures())
             raise BackendError(f"no routed kernel for SM {architecture}; there are kernels for SM {known}")
@@ -75,18 +75,14 @@ class KernelIndex:
         return next(kernel for kernel in self.of(architecture) if kernel.kind == "partition")
 
     def linear(self, architecture: int, activation: str, group_size: int, tokens: int) -> CompiledKernel:
-        """The kernel of a routed linear for so many rows. Raises BackendError where there is none."""
-        fitting = [
-            kernel
-            for kernel in self.of(architecture)
-            if (kernel.activation, kernel.group_size) == (activation, group_size)
-        ]
+        """The kernel of a routed linear for a number of rows. Raises BackendError if there is none."""
+        linears = [kernel for kernel in self.of(architecture) if kernel.kind != "partition"]
+        fitting = [kernel for kernel in linears if (kernel.activation, kernel.group_size) == (activation, group_size)]
         if not fitting:
-            linears = [kernel for kernel in self.of(architecture) if kernel.kind != "partition"]
-            there = sorted({(kernel.activation, kernel.group_size) for kernel in linears})
+            known = sorted({(kernel.activation, kernel.group_size) for kernel in linears})
             raise BackendError(
                 f"no routed kernel for {activation} activations and groups of {group_size} on SM {architecture}; there "
-                f"are: {', '.join(f'{name} {size}' for name, size in there)}"
+                f"are: {', '.join(f'{name} {size}' for name, size in known)}"
             )
         choice = self.choice[architecture]
         if tokens <= choice.gemv_up_to_tokens:
@@ -97,7 +93,7 @@ class KernelIndex:
 
 @cache
 def read_index(folder: Path = COMPILED) -> KernelIndex:
-    """The kernels in a folder, by default those of the package. Raises BackendError for a file that is not an index."""
+    """The kernels in a folder, by default the package's. Raises BackendError for a bad index."""
     path = folder / "index.json"
     try:
         return index_from(json.loads(path.read_text(encoding="utf-8")))
@@ -110,7 +106,7 @@ def read_index(folder: Path = COMPILED) -> KernelIndex:
 
 
 def index_from(table: dict[str, Any]) -> KernelIndex:
-    """The index from its JSON form; a newer format is refused with a ValueError."""
+    """Parse the index. Raises ValueError for another format."""
     if table["format"] != INDEX_FORMAT:
         raise ValueError(f"format {table['format']}, expected {INDEX_FORMAT}")
     kernels = tuple(CompiledKernel(**entry) for entry in table["kernels"])
@@ -119,12 +115,12 @@ def index_from(table: dict[str, Any]) -> KernelIndex:
 
 
 def archive_name(architecture: int) -> str:
-    """The file that holds the images of an architecture."""
+    """The file with the images of an architecture."""
     return f"sm_{architecture}.zip"
 
 
 def kernel_image(kernel: CompiledKernel, form: Form, folder: Path = COMPILED) -> bytes:
-    """A kernel's cubin, or its PTX as UTF-8 text. Raises BackendError for an image that is missing or altered."""
+    """A kernel's cubin, or its PTX in UTF-8. Raises BackendError for a missing or altered image."""
     path = folder / archive_name(kernel.architecture)
     try:
         with zipfile.ZipFile(path) as archive:

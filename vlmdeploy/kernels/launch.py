@@ -1,7 +1,7 @@
-"""The routed kernels from PyTorch: `partition` once per pass, then `routed_linear` for every linear of every layer.
+"""The routed kernels in PyTorch: `partition` once per pass, then `routed_linear` for every linear of every layer.
 
-Triton compiles them for the GPU at hand on first use. Where it interprets instead (TRITON_INTERPRET=1, for tests), CPU
-tensors do. There is no gradient. Nothing here waits for the GPU.
+Triton compiles them for the current GPU on first use; with TRITON_INTERPRET=1, for tests, it interprets them on CPU
+tensors. No gradients. Nothing here waits for the GPU.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,14 +18,14 @@ from vlmdeploy.kernels.block_shapes import BlockShapes, shapes_of
 from vlmdeploy.kernels.packing import EXPERTS, PackedExperts
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
-INTERPRETED_AS = 87  # whose block shapes the interpreter uses: any would do
+INTERPRETED_AS = 87  # the interpreter uses these block shapes; any would work
 ALIGNMENT = 16  # bytes; the kernels read several values at once
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows belong to which expert, int32 on the device: experts [tokens]; order [tokens], the rows of expert 0
-    and then the others; language_count [1], the number of the former."""
+    """Which expert each row uses, int32 on the device: experts [tokens]; order [tokens], the rows of expert 0, then the
+    others; language_count [1], the number of rows of expert 0."""
 
     experts: Tensor
     order: Tensor
@@ -36,7 +36,7 @@ class Route:
 class RoutedWeights:
     """Packed weights on a device: codes uint8 [2, out, in / 2], scales float16 [2, groups, out], bias float32 [2, out].
 
-    Each starts at a multiple of 16 bytes, as tensors of their own do. Raises BackendError for other types."""
+    Each starts at a multiple of 16 bytes, as separate tensors do. Raises BackendError for other types."""
 
     codes: Tensor
     scales: Tensor
@@ -58,20 +58,20 @@ class RoutedWeights:
 
     @property
     def in_width(self) -> int:
-        """How many inputs the linear takes."""
+        """Inputs of the linear."""
         return self.codes.shape[2] * 2
 
     @property
     def out_width(self) -> int:
-        """How many outputs it gives."""
+        """Outputs of the linear."""
         return self.codes.shape[1]
 
 
 def partition(experts: Tensor | NDArray[np.integer], device: torch.device | str) -> Route:
-    """The route of a pass, for its rows in order.
+    """The route of a pass.
 
-    experts: ids on the host (0 language, 1 vision), or a bool mask of the vision rows, anywhere. Raises BackendError
-    for other ids, and where the kernels cannot run.
+    experts: per row an id on the host (0 language, 1 vision), or a bool mask of the vision rows on any device. Raises
+    BackendError for other ids, and if the kernels cannot run.
     """
     device = torch.device(device)
     kernels = usable_kernels(device)
@@ -84,13 +84,13 @@ def partition(experts: Tensor | NDArray[np.integer], device: torch.device | str)
 
 
 def _checked_ids(experts: Tensor | NDArray[np.integer]) -> Tensor:
-    """Ids or mask as a tensor, unless an id is none of an expert."""
+    """Ids or mask as a tensor. Raises BackendError for an unknown id."""
     ids = experts if isinstance(experts, Tensor) else torch.from_numpy(np.asarray(experts))
     if ids.dtype == torch.bool:
         return ids
     if ids.is_floating_point() or ids.is_complex():
         raise BackendError(f"expert ids are {ids.dtype}, expected integers or a bool mask of the vision rows")
-    if ids.device.type != "cpu":  # looking at their values would wait for the GPU
+    if ids.device.type != "cpu":  # reading their values would wait for the GPU
         raise BackendError(
             f"expert ids are on {ids.device}; expected them on the host, or a bool mask of the vision rows"
         )
@@ -103,7 +103,7 @@ def _checked_ids(experts: Tensor | NDArray[np.integer]) -> Tensor:
 def routed_linear(x: Tensor, route: Route, weights: RoutedWeights) -> Tensor:
     """Each row of x times the weights of its expert, plus the bias: [..., in] -> [..., out] in the type of x.
 
-    x float16 or bfloat16, as many rows as the route has, on the device of the weights. Sums are float32, rounded once.
+    x: float16 or bfloat16, with the rows of the route, on the device of the weights. Sums are float32, rounded once.
     Raises BackendError.
     """
     if x.ndim == 0 or x.shape[-1] != weights.in_width:
@@ -134,9 +134,9 @@ def _check_inputs(rows: Tensor, route: Route, weights: RoutedWeights) -> None:
 
 
 def launch(rows: Tensor, route: Route, weights: RoutedWeights, y: Tensor, shapes: BlockShapes) -> None:
-    """Write y with the kernel that the shapes name for so many rows, one at least, on the current device.
+    """Write y for one or more rows, with the kernel that `shapes` selects, on the current device.
 
-    Checks nothing: `routed_linear` does.
+    Does not check its arguments; `routed_linear` does.
     """
     kernels = usable_kernels(rows.device)
     tokens, (_, groups, out_width) = len(rows), weights.scales.shape
@@ -153,7 +153,7 @@ def launch(rows: Tensor, route: Route, weights: RoutedWeights, y: Tensor, shapes
 
 
 def usable_kernels(device: torch.device) -> ModuleType:
-    """The module of Triton's kernels. Raises BackendError without Triton, or where the device cannot run them."""
+    """The module of Triton kernels. Raises BackendError without Triton, or if the device cannot run them."""
     try:
         from vlmdeploy.kernels import routed
     except ModuleNotFoundError as error:
@@ -166,12 +166,12 @@ def usable_kernels(device: torch.device) -> ModuleType:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, where Triton launches."""
+    """Make a GPU the current one: Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def shapes_for(device: torch.device) -> BlockShapes:
-    """The block shapes of a device. Raises BackendError for a GPU that the table does not know."""
+    """The block shapes of a device. Raises BackendError for a GPU that is not in the table."""
     if device.type != "cuda":
         return shapes_of(INTERPRETED_AS)
     major, minor = torch.cuda.get_device_capability(device)

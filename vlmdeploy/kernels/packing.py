@@ -1,8 +1,8 @@
-"""The bytes that the routed kernels read: int4 codes, fp16 scales and fp32 biases of both experts of one linear.
+"""The memory layout of the routed kernels: int4 codes, fp16 scales and fp32 biases of both experts of one linear.
 
-Symmetric codes 0..15, zero point 8. A row of `codes` is a run of groups; byte j of a group of G inputs holds the code
-of input j in its low nibble and that of input G/2 + j in its high one: each half of a group is read without shuffling.
-TensorRT plugins take neither INT4 nor UINT8: there the same bytes are called INT8.
+Symmetric codes 0..15, zero point 8. A row of `codes` is a sequence of groups; byte j of a group of G inputs holds the
+code of input j in its low nibble and of input G/2 + j in its high one, so each half is read without shuffling. TensorRT
+plugins support neither INT4 nor UINT8; there the bytes are typed INT8.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ EXPERTS = ("language", "vision")  # an expert id is an index into this
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """One linear of both experts. Raises QuantizationError where the arrays do not fit each other.
+    """One linear of both experts. Raises QuantizationError if the arrays do not fit each other.
 
-    codes uint8 [experts, out, in / 2]; scales float16 [experts, groups, out]; bias float32 [experts, out], zeros where
-    an expert has none.
+    codes uint8 [experts, out, in / 2]; scales float16 [experts, groups, out]; bias float32 [experts, out], zeros for an
+    expert without one.
     """
 
     codes: Codes
@@ -42,17 +42,17 @@ class PackedExperts:
 
     @property
     def in_width(self) -> int:
-        """How many inputs the linear takes."""
+        """Inputs of the linear."""
         return int(self.codes.shape[2]) * 2
 
     @property
     def out_width(self) -> int:
-        """How many outputs it gives."""
+        """Outputs of the linear."""
         return int(self.codes.shape[1])
 
 
 def check_layout(name: str, in_width: int, group_size: int, bits: int, symmetric: bool) -> None:
-    """Raise QuantizationError, naming the linear, unless the kernels take weights of this grid."""
+    """Raise QuantizationError, naming the linear, unless the kernels support this grid."""
     expected = f"the routed kernels take symmetric {BITS}-bit codes in groups of {_listed(GROUP_SIZES)}"
     if bits != BITS or not symmetric:
         kind = "symmetric" if symmetric else "asymmetric"
@@ -82,9 +82,9 @@ def check_arrays(codes: Codes, scales: Halves, bias: Floats, group_size: int) ->
 
 
 def pack_codes(codes: Codes, group_size: int) -> Codes:
-    """Codes uint8 [rows, in] -> bytes uint8 [rows, in / 2]; any number of rows, so a weight can be packed in pieces.
+    """Codes uint8 [rows, in] -> bytes uint8 [rows, in / 2]; a weight can be packed in pieces of any number of rows.
 
-    Raises QuantizationError for another group size than 32, 64 or 128, a width it does not divide, or a code above 15.
+    Raises QuantizationError unless the group size is 32, 64 or 128 and divides the width, and for a code above 15.
     """
     rows, width = _matrix(codes, "codes")
     check_layout("codes", width, group_size, BITS, symmetric=True)
@@ -105,9 +105,9 @@ def unpack_codes(packed: Codes, group_size: int) -> Codes:
 
 
 def pack_scales(scales: Floats) -> Halves:
-    """Scales [rows, groups] of some rows -> float16 [groups, rows], the kernels' order.
+    """Scales [rows, groups] -> float16 [groups, rows], the kernels' order.
 
-    Raises QuantizationError for a scale that float16 does not hold exactly: the codes were chosen for that scale.
+    Raises QuantizationError for a scale that float16 cannot hold exactly: the codes were chosen for exactly that scale.
     """
     _matrix(scales, "scales", np.float32)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -1,21 +1,21 @@
 """Triton source of the routed kernels: y = W[expert of row] x + bias, int4 weights in groups with fp16 scales.
 
-Three kernels: `routed_partition` sorts the rows of a pass by expert, once for all layers; `routed_gemv` serves few rows
-with plain arithmetic, `routed_gemm` many rows with tensor cores. Products and sums are float32, rounded once at the
-end. The weights are laid out as packing.py says. Parameters stand in the order inputs, scalars, outputs; pointers are
+Three kernels: `routed_partition` sorts the rows of a pass by expert, once for all layers; `routed_gemv` handles few
+rows with plain arithmetic, `routed_gemm` many rows on tensor cores. Products and sums are float32, rounded once at the
+end. packing.py defines the layout of the weights. Parameters are in the order inputs, scalars, outputs; pointers are
 16-byte aligned; experts and order int32 [tokens], x [tokens, in] and y [tokens, out_width] of one 16-bit float type.
 
-Triton decides when it is imported whether kernels are compiled, or interpreted because TRITON_INTERPRET=1 is set.
+Triton decides on import whether it compiles kernels, or interprets them (TRITON_INTERPRET=1).
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there a dot product of bfloat16 is not computed as one
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no proper bfloat16 dot product
 
-PARTITION_BLOCK = 1024  # rows that `routed_partition` looks at together
-# Inputs that a program of `routed_gemv` multiplies together: 64 words of codes for each output. Twice as many would no
-# longer be loaded by the threads that need them, but pass through shared memory.
+PARTITION_BLOCK = 1024  # rows per step of `routed_partition`
+# Inputs per step of `routed_gemv`: 64 words of codes per output. Twice as many would pass through shared memory instead
+# of being loaded by the threads that need them.
 GEMV_INPUTS = tl.constexpr(512)
 
 

@@ -1,9 +1,10 @@
-"""From evaluations to the report: every figure that its page shows is computed here, from answers and measurements."""
+"""From evaluations to the report: computes every number that the page shows, from answers and measurements."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -41,6 +42,7 @@ from vlmdeploy.spec.matrices import MatrixPlace, places
 
 SHOWN_REGRESSIONS = 9
 SHOWN_BOXES = 4
+Item = TypeVar("Item")
 
 
 def model_result(
@@ -50,7 +52,7 @@ def model_result(
     reference: Evaluation | None,
     pictures: PictureFolder,
 ) -> ModelResult:
-    """The result of one model; reference None: it is the reference itself."""
+    """The result of one model; reference None: this is the reference."""
     predictions = evaluation.predictions(samples)
     alone = ModelResult(
         subject=subject,
@@ -115,7 +117,7 @@ def _expected(sample: Sample) -> str:
 
 
 def _grounding(reference: list[Prediction], predictions: list[Prediction], pictures: PictureFolder) -> Grounding | None:
-    """The boxes of `rec` questions beside each other; None where there are none."""
+    """How boxes of `rec` questions moved; None without such questions."""
     pairs = [
         (before, after) for before, after in zip(reference, predictions, strict=True) if before.sample.task == "rec"
     ]
@@ -148,8 +150,8 @@ def _box_example(before: Prediction, after: Prediction, moved: float | None, pic
 
 
 def layer_errors(folder: Path) -> LayerErrors | None:
-    """The held-out errors of a bundle's or checkpoint's quantization report; None where there is none. Raises
-    ConfigError for a file that is no such report."""
+    """Held-out errors from a bundle's or checkpoint's quantization report; None without one. Raises ConfigError for a
+    damaged report."""
     content = read_report(folder)
     if not content:
         return None
@@ -159,13 +161,12 @@ def layer_errors(folder: Path) -> LayerErrors | None:
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     table = [[cells.get((row, column)) for column in columns] for row in rows]
-    return LayerErrors(
-        rows=tuple(rows),
-        columns=tuple(columns),
-        errors=tuple(tuple(_error(cell) for cell in row) for row in table),
-        ratios=tuple(tuple(_ratio(cell) for cell in row) for row in table),
-        bits=tuple(tuple(None if cell is None else cell.bits for cell in row) for row in table),
-    )
+
+    def values(value_of: Callable[[LinearReport], Item | None]) -> tuple[tuple[Item | None, ...], ...]:
+        return tuple(tuple(None if cell is None else value_of(cell) for cell in row) for row in table)
+
+    errors, bits = values(lambda linear: linear.held_out_error), values(lambda linear: linear.bits)
+    return LayerErrors(tuple(rows), tuple(columns), errors, values(_ratio), bits)
 
 
 def _cell(place: MatrixPlace) -> tuple[str, str]:
@@ -175,35 +176,28 @@ def _cell(place: MatrixPlace) -> tuple[str, str]:
     return " ".join(filter(None, row)), " ".join(filter(None, column)) or "all"
 
 
-def _error(linear: LinearReport | None) -> float | None:
-    return None if linear is None else linear.held_out_error
-
-
-def _ratio(linear: LinearReport | None) -> float | None:
-    if linear is None or linear.held_out_error is None or not linear.held_out_error_rtn:
+def _ratio(linear: LinearReport) -> float | None:
+    if linear.held_out_error is None or not linear.held_out_error_rtn:
         return None
     return linear.held_out_error / linear.held_out_error_rtn
 
 
 def frontier(results: Sequence[ModelResult]) -> Frontier | None:
-    """Accuracy against latency and memory, of the models that were measured; None where none was."""
+    """Accuracy against latency and memory of the measured models; None if none was measured."""
     measured = [(result, result.measurement) for result in results if result.measurement is not None]
     if not measured:
         return None
     tasks = [task for task in TASK_METRICS if task in results[0].tasks]
     metrics = tuple(f"{task_name(task)} {metric_name(TASK_METRICS[task][0])}" for task in tasks)
     points = [_point(result, measurement, tasks) for result, measurement in measured]
-    return Frontier(metrics, measured[0][1].new_tokens, tuple(_judged(point, points) for point in points))
+    judged = (replace(point, is_dominated=any(dominates(other, point) for other in points)) for point in points)
+    return Frontier(metrics, measured[0][1].new_tokens, tuple(judged))
 
 
 def _point(result: ModelResult, measurement: Measurement, tasks: Sequence[str]) -> FrontierPoint:
     accuracy = float(np.mean([result.tasks[task][TASK_METRICS[task][0]].value for task in tasks]))
     latency = measurement.first_token.p50 + measurement.new_tokens * measurement.decode_per_token.p50
     return FrontierPoint(result.subject.name, accuracy, latency, measurement.memory.peak_bytes, is_dominated=False)
-
-
-def _judged(point: FrontierPoint, points: Sequence[FrontierPoint]) -> FrontierPoint:
-    return replace(point, is_dominated=any(dominates(other, point) for other in points))
 
 
 def dominates(one: FrontierPoint, other: FrontierPoint) -> bool:
@@ -213,6 +207,6 @@ def dominates(one: FrontierPoint, other: FrontierPoint) -> bool:
 
 
 def questions_by_task(samples: Sequence[Sample]) -> dict[str, int]:
-    """How many questions of each task there are, in the order of TASK_METRICS."""
+    """The number of questions per task, in the order of TASK_METRICS."""
     counts = Counter(sample.task for sample in samples)
     return {task: counts[task] for task in TASK_METRICS if task in counts}

@@ -1,4 +1,4 @@
-"""How a model's answers differ from the reference's: flips and their test, drifting boxes, the worst regressions."""
+"""How a model's answers differ from the reference's: flips and their test, box drift, the worst regressions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ DRIFT_EDGES = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 1000.0) 
 
 
 def mcnemar_p(lost: int, gained: int) -> float:
-    """McNemar's exact test, two-sided: how likely so uneven a split of the questions that changed is by chance.
+    """McNemar's exact test, two-sided: how likely chance alone splits the changed questions at least this unevenly.
 
-    The binomial tail of min(lost, gained) successes in lost + gained fair trials, doubled; 1 where nothing changed.
+    Twice the binomial tail of min(lost, gained) successes in lost + gained fair trials; 1 if nothing changed.
     """
     count = lost + gained
     if lost == gained:
@@ -34,7 +34,7 @@ def mcnemar_p(lost: int, gained: int) -> float:
 def flips_of(
     tasks: Sequence[str], reference: Sequence[Measures], model: Sequence[Measures]
 ) -> dict[str, dict[str, Flips]]:
-    """Questions lost and gained, by task and by each metric that is 0 or 1 for one answer. tasks: of the questions."""
+    """Questions lost and gained, by task and 0-or-1 metric. tasks: one per question."""
     found: dict[str, dict[str, Flips]] = {}
     for task, metrics in TASK_METRICS.items():
         pairs = [(one, other) for each, one, other in zip(tasks, reference, model, strict=True) if each == task]
@@ -48,7 +48,7 @@ def flips_of(
 
 @dataclass(frozen=True)
 class Fall:
-    """How one answer changed: the metric that fell the most, and its values. place: in the list of answers."""
+    """How one answer changed: the metric that fell most, and its values. place: index of the answer."""
 
     place: int
     metric: str
@@ -57,12 +57,12 @@ class Fall:
 
     @property
     def size(self) -> float:
-        """How much it fell; negative where every metric rose."""
+        """How much it fell; negative if every metric rose."""
         return self.before - self.after
 
 
 def falls_of(reference: Sequence[Measures], model: Sequence[Measures]) -> list[Fall]:
-    """For every answer how its worst metric changed, in the order of the answers."""
+    """The change of each answer's worst metric, answer by answer."""
     falls = []
     for place, (before, after) in enumerate(zip(reference, model, strict=True)):
         metric = max(before, key=lambda name: before[name] - after[name])
@@ -71,7 +71,7 @@ def falls_of(reference: Sequence[Measures], model: Sequence[Measures]) -> list[F
 
 
 def worst(falls: Sequence[Fall], tasks: Sequence[str], count: int) -> list[Fall]:
-    """The `count` deepest falls of at least LEAST_FALL, taken from all tasks by turns so that none hides the others."""
+    """The `count` largest falls of at least LEAST_FALL, round-robin over tasks so that no task hides the others."""
     queues: dict[str, list[Fall]] = {}
     for fall in sorted(falls, key=lambda each: (-each.size, each.place)):
         if fall.size >= LEAST_FALL:
@@ -85,18 +85,17 @@ def worst(falls: Sequence[Fall], tasks: Sequence[str], count: int) -> list[Fall]
 
 
 def first_box(prediction: Prediction) -> Box | None:
-    """The first box of an answer; None where none can be read."""
+    """The first box in an answer; None if none can be read."""
     assert prediction.size_px is not None, "an answer about a picture comes with its size"
     boxes = parse_boxes(prediction.text, *prediction.size_px)
     return boxes[0] if boxes else None
 
 
 def drift(a: Box, b: Box) -> float:
-    """The farthest that any edge moved, in thousandths of the side along its axis."""
+    """How far the farthest edge moved, in thousandths of the picture's side along its axis."""
     return float(max(abs(one - other) for one, other in zip(a.norm, b.norm, strict=True)))
 
 
 def drift_counts(drifts: Sequence[float]) -> tuple[int, ...]:
-    """How many drifts lie between the neighbours of DRIFT_EDGES."""
-    counts, _ = np.histogram(drifts, DRIFT_EDGES)
-    return tuple(int(count) for count in counts)
+    """Histogram of drifts over DRIFT_EDGES."""
+    return tuple(np.histogram(drifts, DRIFT_EDGES)[0].tolist())

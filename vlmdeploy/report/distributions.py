@@ -1,7 +1,7 @@
-"""Next-token distributions on given answers: what a model would have said at each token, whatever it says by itself.
+"""Teacher-forced next-token distributions: what a model predicts at each token of a given answer.
 
-The reference's log-probabilities are kept in a file, row by row, and every other model is compared with it while it
-runs: memory holds the logits of one answer.
+The reference's log-probabilities are kept in a file. Every other model is compared with them while it runs, so memory
+holds the logits of one answer only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """A question and the tokens of an answer, a stop id included. pixels: float32 [1, 3, S, S]; None: no picture."""
+    """A question and the tokens of its answer, stop id included. pixels: float32 [1, 3, S, S]; None: no picture."""
 
     sample: Sample
     prompt: Ints
@@ -36,19 +36,16 @@ class GivenAnswer:
 
 
 class DistributionModel(Protocol):
-    """Whatever gives logits."""
+    """Gives logits."""
 
     def answer_logits(self, given: GivenAnswer) -> Floats:
-        """Logits of every token of the answer, float32 [answer, vocab]."""
+        """Logits of every answer token, float32 [answer, vocab]. Raises BackendError if one is not finite."""
 
 
 def given_answers(
     samples: Sequence[Sample], texts: Sequence[str], maker: QuestionMaker, context_tokens: int
 ) -> Iterator[GivenAnswer]:
-    """The questions with those answers, made when they are asked for; what the context does not hold is cut off.
-
-    Raises DataError and PromptError.
-    """
+    """The questions with those answers, lazily; the context limits answers. Raises DataError and PromptError."""
     for sample, text in zip(samples, texts, strict=True):
         question = maker.question(sample)
         answer = maker.answer_ids(text)[: max(0, context_tokens - len(question.ids))]
@@ -67,14 +64,14 @@ def log_softmax(logits: Floats) -> Doubles:
 
 
 class ReferenceFile:
-    """Log-probabilities of the reference, float32 [tokens, vocab], in a file that is appended to and then read."""
+    """The reference's log-probabilities, float32 [tokens, vocab], in a file."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.path = path
         self.vocab_size = vocab_size
 
     def write(self, model: DistributionModel, givens: Iterator[GivenAnswer]) -> int:
-        """Fill the file anew; the number of tokens. Raises ExportError if the disk refuses."""
+        """Overwrite the file; returns the number of tokens. Raises ExportError if writing fails."""
         tokens = 0
         with told_unwritable(self.path), self.path.open("wb") as file:
             for given in givens:
@@ -84,8 +81,8 @@ class ReferenceFile:
         return tokens
 
     def rows(self, start: int, stop: int) -> Doubles:
-        """Some tokens' log-probabilities, float64, normalized again: what rounding to float32 takes from the sum would
-        be all that the KL divergence of a nearly equal model consists of. Raises DataError if the file is cut."""
+        """Log-probabilities of some tokens, float64, normalized again: rounding to float32 changes their sum by as much
+        as the whole KL divergence of a nearly equal model. Raises DataError if the file is truncated."""
         size = 4 * self.vocab_size
         with self.path.open("rb") as file:
             file.seek(start * size)
@@ -97,7 +94,7 @@ class ReferenceFile:
 
 @dataclass
 class TokenRecord:
-    """What was found at every token, in order; `picture` numbers tokens whose questions share a picture."""
+    """Values per token, in order; `picture`: equal numbers for tokens whose questions share a picture."""
 
     kl: list[float]
     equal: list[float]
@@ -108,7 +105,7 @@ class TokenRecord:
 
 
 def compare(model: DistributionModel, reference: ReferenceFile, givens: Iterator[GivenAnswer]) -> TokenRecord:
-    """KL divergence of the model from the reference, equal best tokens, and -log p of the given ones; natural logs."""
+    """KL divergence of the model from the reference, equal top-1 tokens, and -log p of the given tokens, in nats."""
     record, start = TokenRecord([], [], [], [], []), 0
     numbers: dict[object, int] = {}
     for given in givens:
@@ -128,7 +125,7 @@ def compare(model: DistributionModel, reference: ReferenceFile, givens: Iterator
 
 
 def agreement_of(record: TokenRecord, source: str) -> Agreement:
-    """The record in figures; intervals by a bootstrap over pictures."""
+    """Summary statistics of a record; intervals by bootstrap over pictures."""
     kl = np.array(record.kl)
     groups = np.array(record.picture, np.int64)
     columns = np.stack([kl, record.equal, record.surprise, np.ones(len(kl))], axis=1)

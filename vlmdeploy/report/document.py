@@ -1,8 +1,8 @@
-"""The report as data: everything that the page, the tables and the plots show is read from here, and only from here.
+"""The report as data: the only source of what the page, the tables and the plots show.
 
-`report.json` is this, by `asdict`; `read_report_json` reads it back. Shares are 0..1, differences are model minus
-reference, sizes bytes, times milliseconds, boxes pixels of the upright picture. Names of pictures are files in the
-report's folder.
+`report.json` is its `asdict`; `read_report_json` reads it back. Shares are 0..1, differences are model minus reference,
+sizes bytes, times milliseconds, boxes pixels of the upright picture. Pictures are named by their file in the report's
+folder.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ JSON_NAME = "report.json"
 
 @dataclass(frozen=True)
 class ReportedModel:
-    """One model of the report: a bundle, or a checkpoint that PyTorch ran.
+    """One model of the report: a bundle, or a checkpoint run in PyTorch.
 
-    precision: by part, as the manifest has it; {"all": dtype} for a checkpoint. sha256: of the checkpoint's bytes, for
-    a bundle of the one it was made from. size_bytes: on disk. versions: of what made the bundle.
+    precision: by part, as in the manifest; {"all": dtype} for a checkpoint. sha256: of the checkpoint; for a bundle, of
+    the checkpoint it was made from. size_bytes: on disk. versions: of the software that made the bundle.
     """
 
     name: str
@@ -43,9 +43,9 @@ class ReportedModel:
 
 @dataclass(frozen=True)
 class Flips:
-    """Questions whose 0-or-1 metric differs from the reference's: lost ones it had right, gained ones it had wrong.
+    """Questions whose 0-or-1 metric differs from the reference's: the reference had lost ones right, gained ones wrong.
 
-    p_value: of McNemar's exact test, two-sided, questions taken as independent (those about one picture are not quite).
+    p_value: McNemar's exact test, two-sided; it treats questions as independent, which those about one picture are not.
     """
 
     lost: int
@@ -58,9 +58,9 @@ class Agreement:
     """How a model's next-token distributions differ from the reference's, on the tokens of given answers.
 
     kl: mean KL divergence of model from reference in nats per token; kl_median, kl_p99, kl_max over tokens. top1: share
-    of tokens where both put the same one first. perplexity: of the given answers, exp of the mean negative
-    log-probability per token; reference_perplexity: the reference's on the same tokens. Intervals hold 95 %, by a
-    bootstrap over pictures. source: which questions and answers these are, in words.
+    of tokens where both rank the same one first. perplexity: exp of the mean negative log-probability per token of the
+    given answers; reference_perplexity: the reference's on the same tokens. 95 % intervals by bootstrap over pictures.
+    source: which questions and answers, in words.
     """
 
     source: str
@@ -77,7 +77,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class BoxExample:
-    """A picture with the box that was meant, and those that the reference and the model answered (None: no box)."""
+    """A picture with the true box, and those of the reference and the model (None: no box)."""
 
     picture: str
     question: str
@@ -90,10 +90,10 @@ class BoxExample:
 
 @dataclass(frozen=True)
 class Grounding:
-    """Boxes beside the reference's. Drift: the farthest that any edge of the box moved, in thousandths of the picture's
-    side along that edge's axis, over the `both` questions to which both models gave a box.
+    """Box drift from the reference: how far the farthest edge moved, in thousandths of the picture's side along that
+    edge's axis, over the `both` questions where both models gave a box.
 
-    counts[i] is the number of drifts from edges[i] (inclusive) to edges[i + 1] (exclusive; the last inclusive).
+    counts[i]: drifts from edges[i] (inclusive) to edges[i + 1] (exclusive; the last inclusive).
     """
 
     both: int
@@ -106,7 +106,7 @@ class Grounding:
 
 @dataclass(frozen=True)
 class Regression:
-    """A question that the model answers worse than the reference; `metric` is the one that fell the most."""
+    """A question that the model answers worse than the reference; `metric` is the one that fell most."""
 
     task: str
     kind: str
@@ -122,10 +122,10 @@ class Regression:
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Held-out errors of quantized linears: relative to the mean square of their outputs (None: not measured).
+    """Held-out errors of quantized linears, relative to the mean square of their outputs (None: not measured).
 
     rows: one per layer ("vision 0", "decoder 3", ...), columns: kinds of linear with their expert ("language qkv").
-    errors[row][column]; ratios: the same beside round-to-nearest's. bits[row][column] of the codes.
+    errors[row][column]; ratios: error / round-to-nearest's error. bits[row][column] of the codes.
     """
 
     rows: tuple[str, ...]
@@ -137,10 +137,9 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """All that is known of one model. What compares with the reference is None for the reference itself.
+    """The results of one model. Comparisons with the reference are None for the reference itself.
 
-    layer_errors: None where there is no quantization report. measurement: None where nothing was measured, and
-    `unmeasured` says why.
+    layer_errors: None without a quantization report. unmeasured: why `measurement` is None.
     """
 
     subject: ReportedModel
@@ -161,8 +160,8 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """A model in the plot of accuracy, latency and memory; dominated: another is at least as good in all three, and
-    better in one. latency_ms: to the first token plus `new_tokens` decoded ones; memory: the highest of all phases."""
+    """A model in the plot of accuracy, latency and memory. latency_ms: the first token plus `new_tokens` decoded ones.
+    peak_bytes: highest of all phases. is_dominated: another model is at least as good in all three, better in one."""
 
     name: str
     accuracy: float
@@ -173,7 +172,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What the points mean. accuracy: the mean over tasks of each one's first metric, named in `metrics`."""
+    """The points of the plot. accuracy: mean of the first metric of every task; `metrics` names them."""
 
     metrics: tuple[str, ...]
     new_tokens: int
@@ -182,7 +181,7 @@ class Frontier:
 
 @dataclass(frozen=True)
 class DataUsed:
-    """The data set: what it was taken for, a hash of its rows, and how many questions of each task were asked."""
+    """The data set: which format it was read as, a hash of its rows, and how many questions of each task were asked."""
 
     path: str
     description: str
@@ -195,7 +194,7 @@ class DataUsed:
 
 @dataclass(frozen=True)
 class Failure:
-    """A model that could not be made or scored, and the one line that says why."""
+    """A model that could not be made or scored, and a one-line reason."""
 
     name: str
     error: str
@@ -203,7 +202,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report. `reference` is the name of the model that all others are compared with, the first of `models`."""
+    """A whole report. reference: the name of the first model, which all others are compared with."""
 
     title: str
     created: str  # date and time with zone, ISO 8601
@@ -219,13 +218,13 @@ class Report:
 
     @property
     def measured(self) -> list[tuple[ModelResult, Measurement]]:
-        """The models that were measured, each with its measurement."""
+        """The measured models with their measurements."""
         return [(model, model.measurement) for model in self.models if model.measurement is not None]
 
 
 def read_report_json(path: Path) -> Report:
-    """A report read back. Raises DataError for a file that is none."""
+    """Read a report back. Raises DataError for any other file."""
     try:
         return record_of(Report, read_object(path, DataError), str(path), DataError)
     except DataError as error:
-        raise DataError(f"{path}: is no report of this version ({error})") from error
+        raise DataError(f"{path}: is not a report of this version ({error})") from error

@@ -1,5 +1,5 @@
-"""What one model did: its answers, its agreement with the reference, its measurements; kept in a file, so that a run
-that was killed, or a sweep that grows, asks no model twice."""
+"""What one model did: its answers, its agreement with the reference, its measurements. Kept in a file, so that a
+restarted run or a growing sweep asks no model twice."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """One answer: what `Prediction` holds beside its sample."""
+    """One answer: a `Prediction` without its sample."""
 
     text: str
     ids: tuple[int, ...]
@@ -29,14 +29,13 @@ class KeptAnswer:
 
     @classmethod
     def of(cls, prediction: Prediction) -> "KeptAnswer":
-        """The part that is kept."""
+        """Drop the sample."""
         return cls(prediction.text, prediction.ids, prediction.size_px)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers in the order of the questions; agreement, text_only: None for the reference. A bundle is measured, or
-    `unmeasured` says why not."""
+    """Answers in question order; agreement, text_only: None for the reference; unmeasured: why measurement is None."""
 
     answers: tuple[KeptAnswer, ...]
     agreement: Agreement | None
@@ -55,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Store:
-    """Evaluations by what decided them, one JSON file each."""
+    """Evaluations by key, one JSON file each."""
 
     folder: Path
 
@@ -64,16 +63,16 @@ class Store:
         return self.folder / f"{key}.json"
 
     def get(self, key: str, count: int) -> Evaluation | None:
-        """What was kept under a key, for `count` questions; None where there is nothing that can be used."""
+        """The evaluation of `count` questions under a key; None if it is missing or damaged."""
         path = self.path(key)
         try:
             found = record_of(Evaluation, read_object(path, DataError), str(path), DataError)
         except DataError:
-            return None  # evaluated again, and written anew
+            return None  # the caller evaluates again and overwrites it
         return found if found.format == FORMAT and len(found.answers) == count else None
 
     def put(self, key: str, evaluation: Evaluation) -> Evaluation:
-        """Keep an evaluation under a key, and return it."""
+        """Write an evaluation under a key and return it."""
         content = json.dumps(asdict(evaluation), allow_nan=False).encode()
         with told_unwritable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +81,7 @@ class Store:
 
 
 def key_of(**decided_by: object) -> str:
-    """A key for everything that decides an evaluation: paths do not, contents do."""
+    """Hash everything that decides an evaluation: contents, never paths."""
     text = json.dumps(decided_by, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -92,8 +91,7 @@ def _content_hash(picture: Picture) -> str:
 
 
 def samples_hash(samples: Sequence[Sample]) -> str:
-    """A hash of the questions, their reference answers and the bytes of their pictures, wherever these lie. Raises
-    DataError without any question."""
+    """A hash of questions, reference answers and picture bytes, independent of paths. Raises DataError if empty."""
     if not samples:
         raise DataError("there are no questions to ask")
     digest = hashlib.sha256()

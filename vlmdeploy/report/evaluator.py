@@ -1,7 +1,7 @@
-"""Evaluating the models of a report, one at a time: answers, agreement with the reference, measurements.
+"""Evaluates the models of a report, one at a time: answers, agreement with the reference, measurements.
 
-Each evaluation is kept as soon as it is whole. The reference's distributions lie in files beside them, because the
-others are compared with them one by one.
+Each evaluation is stored as soon as it is complete. The reference's distributions are stored beside them, since every
+other model is compared with them.
 """
 
 import base64
@@ -33,8 +33,8 @@ DISTRIBUTIONS = "distributions."
 
 @dataclass(frozen=True)
 class Asked:
-    """The questions: all of them, and those whose distributions are compared, with pictures and without; by the keys
-    PICTURED and TEXTS, where there are any. sources: a word on each."""
+    """The questions. compared: those whose distributions are compared, under PICTURED and TEXTS if there are any;
+    sources: a description of each."""
 
     samples: list[Sample]
     compared: dict[str, list[Sample]]
@@ -42,7 +42,7 @@ class Asked:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """What tells these questions, by ALL, PICTURED and TEXTS, from others."""
+        """Hashes of the questions under ALL, PICTURED and TEXTS."""
         return {ALL: samples_hash(self.samples)} | {name: samples_hash(each) for name, each in self.compared.items()}
 
 
@@ -57,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models; `folder` holds what is needed on the way, `store` what is kept."""
+    """Evaluates models; `folder` holds intermediate files, `store` the results."""
 
     asked: Asked
     options: OpenOptions
@@ -67,8 +67,8 @@ class Evaluator:
     progress: Progress
 
     def evaluate(self, models: Sequence[Path], subjects: Sequence[ReportedModel]) -> Iterator[Evaluation]:
-        """Every model's evaluation, the reference's first, one at a time in memory; asking is over before the first one
-        comes. Raises what opening and asking raise."""
+        """Yield every model's evaluation, the reference's first, one at a time in memory; all models are evaluated
+        before the first is yielded. Raises what opening and asking raise."""
         reference = Reference(self, models[0], self._key(models[0], subjects[0]))
         others = list(zip(models[1:], subjects[1:], strict=True))
         keys = [reference.key, *(self._key(path, subject, reference) for path, subject in others)]
@@ -88,13 +88,13 @@ class Evaluator:
         return kept
 
     def reference(self, path: Path, subject: ReportedModel) -> "Reference":
-        """The reference, evaluated, its distributions written."""
+        """The reference, evaluated and its distributions written."""
         reference = Reference(self, path, self._key(path, subject))
         reference.prepare()
         return reference
 
     def evaluation(self, path: Path, subject: ReportedModel, reference: "Reference") -> Evaluation:
-        """A model's evaluation: the kept one, or else it is made now and kept."""
+        """A model's evaluation, from the store if it is there."""
         key = self._key(path, subject, reference)
         return self._kept(key) or self.store.put(key, reference.compared(path))
 
@@ -103,7 +103,7 @@ class Evaluator:
         return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
     def _decided_by(self) -> dict[str, object]:
-        """What an evaluation depends on, beside the models."""
+        """What an evaluation depends on besides the models."""
         options = self.options
         return {
             "samples": self.asked.hashes,
@@ -127,7 +127,7 @@ class Evaluator:
         return Evaluation(answers, agreement, text_only, None, "a checkpoint in PyTorch, which is no deployment")
 
     def _measure(self, model: OpenedModel, path: Path) -> Measurement:
-        """A question of middling length, asked in a process of its own."""
+        """Measure the bundle in its own process, on a question of median length."""
         samples = self.asked.compared.get(PICTURED) or self.asked.samples
         sample = sorted(samples, key=lambda each: len(each.turns[-1].user))[len(samples) // 2]
         room = model.context_tokens - len(model.maker.question(sample).ids) - 1
@@ -147,21 +147,21 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that the others are compared with; `key` is its evaluation's."""
+    """The model that the others are compared with; `key` is the key of its evaluation."""
 
     runner: Evaluator
     path: Path
     key: str
 
     def prepare(self) -> Evaluation:
-        """Its evaluation; its distributions are written too. The model is not opened where all that is kept."""
+        """Evaluate it and write its distributions. Does not open the model if both are stored."""
         runner, asked = self.runner, self.runner.asked
         kept = runner.store.get(self.key, len(asked.samples))
         if kept is not None and self._is_written():
             return kept
         model = open_model(self.path, runner.options)
         try:
-            self._mark().unlink(missing_ok=True)  # what lies here is another reference's until all is written anew
+            self._mark().unlink(missing_ok=True)  # the files belong to no reference until all are rewritten
             evaluation = kept or runner.store.put(self.key, runner.answered(model, self.path))
             for name, samples in asked.compared.items():
                 texts = self._texts(name, samples, model)
@@ -173,16 +173,19 @@ class Reference:
         return evaluation
 
     def _mark(self) -> Path:
-        """What says whose distributions lie here, all of them."""
+        """The file that names the reference whose distributions are complete here."""
         return self.runner.folder / f"{DISTRIBUTIONS}of"
 
     def _is_written(self) -> bool:
-        """Whether the distributions here are its own, and the answers that they belong to are there."""
+        """Whether this reference's distributions and their answers are stored."""
         is_own = self._mark().is_file() and self._mark().read_text(errors="replace") == self.key
-        return is_own and all(self._has_texts(name, samples) for name, samples in self.runner.asked.compared.items())
+        return is_own and all(
+            not _unanswered(samples) or self._kept_texts(name, samples) is not None
+            for name, samples in self.runner.asked.compared.items()
+        )
 
     def compared(self, path: Path) -> Evaluation:
-        """The evaluation of another model."""
+        """Evaluate another model."""
         runner, model, agreements = self.runner, open_model(path, self.runner.options), {}
         try:
             for name, samples in runner.asked.compared.items():
@@ -198,21 +201,16 @@ class Reference:
         return ReferenceFile(self.runner.folder / f"{DISTRIBUTIONS}{name}", vocab_size)
 
     def _texts(self, name: str, samples: list[Sample], model: OpenedModel | None = None) -> list[str]:
-        """The answers that all models are compared on: the data's, or where it has none the reference's own.
-
-        model: the reference, which is opened first.
-        """
+        """The answers that all models are compared on: the data's, else the reference's own, for which `model`, the
+        opened reference, is needed the first time."""
         unanswered, kept = _unanswered(samples), self._kept_texts(name, samples)
         if unanswered and kept is None:
-            assert model is not None, "the reference answers before it is compared with"
+            assert model is not None, "the reference answers before others are compared with it"
             own = answer_all(model, unanswered)
             kept = Evaluation(tuple(KeptAnswer.of(each) for each in own), None, None, None, None)
             self._text_store().put(f"{name}.{self.key}", kept)
         own_texts = iter([answer.text for answer in kept.answers] if kept else [])
         return [sample.references[0] if sample.references else next(own_texts) for sample in samples]
-
-    def _has_texts(self, name: str, samples: list[Sample]) -> bool:
-        return not _unanswered(samples) or self._kept_texts(name, samples) is not None
 
     def _kept_texts(self, name: str, samples: list[Sample]) -> Evaluation | None:
         count = len(_unanswered(samples))
@@ -231,7 +229,7 @@ def _givens(model: OpenedModel, samples: list[Sample], texts: list[str]) -> Iter
 
 
 def _picture_argument(picture: Picture) -> str:
-    """A picture as the measuring process takes it, wherever it is stored."""
+    """A picture as the measuring process takes it: a path or a data URL."""
     if isinstance(picture, Path):
         return str(picture.absolute())
     content = io.BytesIO()
@@ -240,7 +238,7 @@ def _picture_argument(picture: Picture) -> str:
 
 
 def _content_of(path: Path, subject: ReportedModel, tokenizer: Path | None) -> str:
-    """A hash of all that a model's answers depend on. tokenizer: of a checkpoint, where its folder's is not meant."""
+    """A hash of everything that a model's answers depend on. tokenizer: replaces the one in a checkpoint's folder."""
     from vlmdeploy.model.tokenizer import find_tokenizer
 
     if has_manifest(path):

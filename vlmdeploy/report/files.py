@@ -1,4 +1,4 @@
-"""A report as files in a folder: JSON, the page, tables, plots and a summary. What they say is decided elsewhere."""
+"""Writes a report's files: JSON, the page, tables, plots and a summary."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,8 @@ PLOTS = "plots"
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write all files of a report into an existing folder that holds its pictures; returns their paths.
 
-    The files are the same, byte by byte, for the same report. Text that is not valid UTF-8, such as half of a surrogate
-    pair, is written as a backslash escape; report.json holds all of it. Raises DataError, before anything is written,
-    for a number that is not finite and for a picture that is missing or damaged.
+    The same report gives the same bytes. Text that UTF-8 cannot encode (lone surrogates) is backslash-escaped. Raises
+    DataError, before anything is written, for a number that is not finite and a missing or damaged picture.
     """
     document = Document(report)
     drawn = _draw(document, all_plots(report))
@@ -43,7 +42,7 @@ def _draw(document: Document, plots: list[Plot]) -> dict[str, tuple[Plot, str, b
         with styled():
             figure = plot.draw()
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # to work it out again for each file would take most of the time
+            figure.set_layout_engine("none")  # laying out again for each file would take most of the time
         drawn[plot.name] = plot, svg_of(figure, plot.name, document.sentence(plot.message)), png_of(figure)
     return drawn
 

@@ -1,9 +1,7 @@
-"""A model of the report, opened: it answers questions, gives next-token distributions, and tells what it is.
+"""The models of a report, opened: bundles in the runtime, checkpoints in PyTorch; and checks that all are versions of
+one model."""
 
-Bundles run in the runtime, checkpoints in PyTorch.
-"""
-
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +13,35 @@ from vlmdeploy.bundle import Manifest, has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import Ints, token_types_of
-from vlmdeploy.report.distributions import Floats, GivenAnswer
+from vlmdeploy.overriding import override
+from vlmdeploy.report.distributions import DistributionModel, Floats, GivenAnswer
 from vlmdeploy.report.document import ReportedModel
 from vlmdeploy.runtime.session import Session
 from vlmdeploy.score.answerers import Answerer, BundleAnswerer, QuestionMaker
 from vlmdeploy.score.metrics import Prediction
 
-FINGERPRINT_ROWS = 64  # of the embedding table, to tell one model from another
+SIZES = ("decoder layers", "KV heads", "hidden width", "vocabulary", "image side", "rows of an image")
+FINGERPRINT_ROWS = 64  # of the embedding table
+FARTHEST_EMBEDDING = 0.35  # relative error of these rows: int4 codes with groups of 128 stay below 0.15
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What two models must share to be compared: the family and sizes, the vocabulary, and nearly the embedding.
+    """What two comparable models share: family, sizes (see SIZES), tokenizer and, nearly, the embedding.
 
-    tokenizer: its JSON; embedding: some rows, float32 [rows, hidden].
+    tokenizer: its JSON, "" if there is none; embedding: some rows, float32 [rows, hidden].
     """
 
     family: str
-    sizes: tuple[tuple[str, int], ...]
+    sizes: tuple[int, ...]
     tokenizer: str
     embedding: Floats
 
 
-class OpenedModel(ABC):
-    """What the report asks of a model.
+class OpenedModel(Answerer, DistributionModel):
+    """A model that answers questions and gives logits.
 
-    maker: how its prompts are made; context_tokens: the longest prompt and answer; vocab_size: of a distribution.
+    maker: makes its prompts; context_tokens: the longest prompt and answer together; vocab_size: of a distribution.
     """
 
     path: Path
@@ -49,12 +50,12 @@ class OpenedModel(ABC):
     vocab_size: int
     _answerer: Answerer
 
+    @override
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """One prediction for each sample, in their order."""
         return self._answerer.answers(samples)
 
+    @override
     def answer_logits(self, given: GivenAnswer) -> Floats:
-        """Logits of every token of the answer, float32 [answer, vocab]. Raises BackendError where one is not finite."""
         ids = np.concatenate((given.prompt, given.answer[:-1]))
         logits = self._logits(ids, given.pixels, len(given.answer))
         if not np.isfinite(logits).all():
@@ -66,11 +67,10 @@ class OpenedModel(ABC):
 
     @abstractmethod
     def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
-        """Of the last positions, float32 [last, vocab]."""
+        """Logits of the last positions, float32 [last, vocab]."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the engine; PyTorch frees weights with the object."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class OpenOptions:
 
 
 def open_model(path: Path, options: OpenOptions) -> OpenedModel:
-    """Open a bundle or a checkpoint. Raises what opening it raises."""
+    """Open a bundle or a checkpoint. Raises what opening raises."""
     return OpenedBundle(path, options) if has_manifest(path) else OpenedCheckpoint(path, options)
 
 
 class OpenedBundle(OpenedModel):
-    """A bundle, opened by the runtime."""
+    """A bundle in the runtime."""
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
         self.path = path
@@ -103,13 +103,13 @@ class OpenedBundle(OpenedModel):
     def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
         return self.session.logits(ids, pixels, last=last)
 
+    @override
     def close(self) -> None:
-        """See OpenedModel."""
         self.session.close()
 
 
 class OpenedCheckpoint(OpenedModel):
-    """A checkpoint in PyTorch, whole."""
+    """A checkpoint in PyTorch."""
 
     def __init__(self, path: Path, options: OpenOptions) -> None:
         from vlmdeploy.model.tokenizer import checkpoint_tokenizer, import_tokenizer
@@ -136,12 +136,9 @@ class OpenedCheckpoint(OpenedModel):
         last_logits: Floats = logits[0, -last:].numpy()
         return last_logits
 
-    def close(self) -> None:
-        """See OpenedModel; PyTorch frees the weights with the object."""
-
 
 def subject_of(path: Path, name: str) -> ReportedModel:
-    """What a model is, from its files. Raises BundleError, ConfigError and WeightsError."""
+    """Describe a model from its files. Raises BundleError, ConfigError and WeightsError."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if has_manifest(path):
         return _bundle_subject(path, name, read_manifest(path), size)
@@ -166,7 +163,7 @@ def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> Rep
 
 
 def identity_of(path: Path, tokenizer: Path | None) -> Identity:
-    """What tells one model from another. Raises ConfigError, WeightsError and BundleError."""
+    """Read a model's identity from its files. Raises ConfigError, WeightsError and BundleError."""
     return _bundle_identity(path) if has_manifest(path) else _checkpoint_identity(path, tokenizer)
 
 
@@ -176,14 +173,11 @@ def _bundle_identity(path: Path) -> Identity:
 
     manifest = read_manifest(path)
     cache, info = manifest.cache, manifest.embedding
-    sizes = {
-        "decoder layers": cache.num_layers, "KV heads": cache.kv_heads, "hidden width": info.hidden,
-        "vocabulary": info.vocab_size, "image side": manifest.image.size_px,
-        "rows of an image": manifest.tokens.rows_per_image,
-    }  # fmt: skip
+    image, tokens = manifest.image, manifest.tokens
+    sizes = (cache.num_layers, cache.kv_heads, info.hidden, info.vocab_size, image.size_px, tokens.rows_per_image)
     rows = EmbeddingTable(path, info)[_fingerprint_rows(info.vocab_size)]
     text = (path / TOKENIZER_NAME).read_text(encoding="utf-8") if manifest.has_tokenizer else ""
-    return Identity(manifest.family, tuple(sizes.items()), text, rows)
+    return Identity(manifest.family, sizes, text, rows)
 
 
 def _checkpoint_identity(path: Path, tokenizer: Path | None) -> Identity:
@@ -192,32 +186,26 @@ def _checkpoint_identity(path: Path, tokenizer: Path | None) -> Identity:
 
     checkpoint = Checkpoint(path)
     spec, decoder = checkpoint.spec, checkpoint.spec.decoder
-    sizes = {
-        "decoder layers": decoder.num_layers, "KV heads": decoder.num_kv_heads, "hidden width": decoder.hidden,
-        "vocabulary": decoder.vocab_size, "image side": spec.image.size_px,
-        "rows of an image": spec.tokens.rows_per_image,
-    }  # fmt: skip
+    widths = (decoder.num_layers, decoder.num_kv_heads, decoder.hidden, decoder.vocab_size)
     wanted = _fingerprint_rows(decoder.vocab_size)
     rows = np.concatenate([checkpoint.rows("embedding.weight", row, row + 1).numpy() for row in wanted.tolist()])
     source = find_tokenizer(tokenizer or path)
     text = "" if source is None else import_tokenizer(source).to_str(pretty=True)
-    return Identity(spec.family, tuple(sizes.items()), text, rows)
+    return Identity(spec.family, (*widths, spec.image.size_px, spec.tokens.rows_per_image), text, rows)
 
 
-def _fingerprint_rows(vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _fingerprint_rows(vocab_size: int) -> Ints:
     return np.unique(np.linspace(0, vocab_size - 1, FINGERPRINT_ROWS).astype(np.int64))
 
 
-FARTHEST_EMBEDDING = 0.35  # relative error of the rows: int4 codes with groups of 128 stay below 0.15
-
-
 def check_same_model(first: Path, one: Identity, second: Path, other: Identity) -> None:
-    """Raise ConfigError, naming the first thing that differs, unless both come from one model."""
+    """Raise ConfigError, naming the first difference, unless both are versions of one model."""
+    advice = "compare versions of one model only"
     if one.family != other.family:
-        raise ConfigError(f"{second}: is a {other.family}, {first} a {one.family}: only one model's versions compare")
-    for (name, wanted), (_, found) in zip(one.sizes, other.sizes, strict=True):
+        raise ConfigError(f"{second}: is a {other.family}, {first} a {one.family}: {advice}")
+    for name, wanted, found in zip(SIZES, one.sizes, other.sizes, strict=True):
         if wanted != found:
-            raise ConfigError(f"{second}: {name} {found}, and {wanted} in {first}: only one model's versions compare")
+            raise ConfigError(f"{second}: {name} {found}, and {wanted} in {first}: {advice}")
     if one.tokenizer and other.tokenizer and one.tokenizer != other.tokenizer:
         raise ConfigError(f"{second}: its tokenizer is not that of {first}: answers would not compare token by token")
     size = float(np.linalg.norm(one.embedding))
@@ -225,5 +213,5 @@ def check_same_model(first: Path, one: Identity, second: Path, other: Identity) 
     if not distance < FARTHEST_EMBEDDING:
         raise ConfigError(
             f"{second}: its embedding table differs from that of {first} by {distance:.2f} of its size, more than "
-            f"rounding does ({FARTHEST_EMBEDDING}): is it made from another checkpoint?"
+            f"rounding explains ({FARTHEST_EMBEDDING}): was it made from another checkpoint?"
         )

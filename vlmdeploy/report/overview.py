@@ -1,4 +1,4 @@
-"""The report in one table, a line for each model: the page, summary.md and the terminal show the same cells."""
+"""The report in one table, one line per model: the page, summary.md and the terminal show the same cells."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ NOTHING = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Cell:
-    """What one column shows of a model. difference: to the reference, with the verdict on it; missing: why not."""
+    """A model's value in one column. difference: from the reference, with its verdict; missing: why there is none."""
 
     value: Shown | None
     missing: str = NOTHING
@@ -20,7 +20,7 @@ class Cell:
 
 
 def columns(report: Report) -> list[tuple[str, str]]:
-    """(heading, metric or unit) of every column after the model's name; those of the tasks come first."""
+    """(heading, metric or unit) of every column after the model's name; tasks come first."""
     tasks = [(task_name(task), metric_name(metric)) for task, metric in main_metrics(report.models[0])]
     compared = [("Equal answers", ""), ("KL", "nats/token")] if report.models[1:] else []
     costs = [("On disk", ""), ("First token", "ms, median"), ("Decode", "tokens/s"), ("Memory", "highest")]
@@ -28,7 +28,7 @@ def columns(report: Report) -> list[tuple[str, str]]:
 
 
 def cells(report: Report, place: int) -> list[Cell]:
-    """What the columns show of a model."""
+    """A model's cells."""
     model, key = report.models[place], ("models", place)
 
     def cell(form: str, *path: str, is_known: bool, missing: str = NOTHING) -> Cell:
@@ -64,7 +64,7 @@ def _score(report: Report, place: int, task: str, metric: str) -> Cell:
 
 
 def text_table(document: Document) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows as text, without the names of the models."""
+    """Headings and rows as text, without model names."""
     report = document.report
     headings = [f"{heading}, {unit}" if unit else heading for heading, unit in columns(report)]
     return headings, [[_text(document, cell) for cell in cells(report, place)] for place in range(len(report.models))]
@@ -77,7 +77,7 @@ def _text(document: Document, cell: Cell) -> str:
 
 
 def terminal_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, narrow: all tasks in one column."""
+    """Headings and rows with all tasks in one column, to be narrow."""
     headings, texts = text_table(Document(report))
     tasks = [task_name(task) for task, _ in main_metrics(report.models[0])]
     rows = []

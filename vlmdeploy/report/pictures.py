@@ -1,5 +1,5 @@
-"""Pictures that a report shows: written once each, upright and small enough for a page, which holds them as data URLs
-and draws boxes over them as vector graphics."""
+"""The pictures of a report: each written once, upright and small enough for the page, which embeds them as data URLs
+and draws boxes over them as SVG."""
 
 import base64
 import io
@@ -12,32 +12,32 @@ from vlmdeploy.runtime.image import load_image
 
 LONGEST_SIDE_PX = 640
 FOLDER = "pictures"
-LOSSLESS_SIDE_PX = 256  # pictures no larger than this stay exact: every pixel of theirs is seen
+LOSSLESS_SIDE_PX = 256  # pictures up to this size stay exact: they are shown enlarged
 JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture's file in the report's folder, and how much smaller it is than the picture."""
+    """A picture's file in the report's folder, and its scale."""
 
     name: str
     scale: float
 
     def scaled(self, box: PixelBox) -> PixelBox:
-        """A box of the upright picture in pixels of the shown one."""
+        """Convert a box from the upright picture's pixels to the shown picture's."""
         x0, y0, x1, y1 = (edge * self.scale for edge in box)
         return x0, y0, x1, y1
 
 
 @dataclass
 class PictureFolder:
-    """The report's folder of pictures; `add` writes a picture the first time it is asked for."""
+    """The report's folder of pictures; `add` writes each picture once."""
 
     folder: Path
     shown: dict[Picture, ShownPicture] = field(default_factory=dict)
 
     def add(self, picture: Picture) -> ShownPicture:
-        """The picture's file. Raises DataError if it cannot be read."""
+        """Write a picture, if it is new. Raises DataError if it cannot be read."""
         if picture not in self.shown:
             image = load_image(picture)
             scale = min(1.0, LONGEST_SIDE_PX / max(image.size))
@@ -52,7 +52,7 @@ class PictureFolder:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture to be shown; boxes are given in its pixels."""
+    """A picture in the page, as a data URL."""
 
     url: str
     width_px: int
@@ -60,12 +60,12 @@ class Embedded:
 
     @property
     def is_small(self) -> bool:
-        """Whether it will be shown enlarged, so that its pixels should stay sharp."""
+        """Whether it is shown enlarged, so its pixels should stay sharp."""
         return max(self.width_px, self.height_px) <= LOSSLESS_SIDE_PX
 
 
 def embed_picture(folder: Path, name: str) -> Embedded:
-    """A picture of the report's folder. Raises DataError if it is not there."""
+    """Embed a picture of the report's folder. Raises DataError if it is missing."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts:
         raise DataError(f'{name!r}: expected the name of a picture inside the report, such as "pictures/0.png"')
@@ -81,6 +81,6 @@ def embed_picture(folder: Path, name: str) -> Embedded:
 
 
 def rectangle(box: PixelBox) -> dict[str, float]:
-    """A box as SVG draws it; a model may have named its corners the other way round."""
+    """A box as an SVG rectangle; a model may swap its corners."""
     (left, right), (top, bottom) = sorted(box[0::2]), sorted(box[1::2])
     return {"x": left, "y": top, "width": right - left, "height": bottom - top}

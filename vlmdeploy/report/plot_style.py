@@ -1,7 +1,7 @@
-"""How plots look and become files: colours, sizes, labels that keep out of each other's way, SVG for the page and PNG.
+"""How plots look and become files: colours, sizes, labels that do not overlap, SVG for the page and PNG.
 
-Colours are those of Okabe and Ito, told apart with every kind of colour vision. In the page's SVG each is a variable
-of its style sheet, so that plots follow a dark page; PNG files have the light ones.
+Colours are Okabe and Ito's, distinct with every kind of colour vision. In the page's SVG each is a variable of the
+style sheet, so plots follow a dark page; PNG files use the light ones.
 """
 
 import io
@@ -68,7 +68,7 @@ SVG_TAG = re.compile(r"\{[^}]*\}")
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Everything drawn inside has our style; characters that the font lacks are nothing to warn about."""
+    """Apply our style to everything drawn inside; do not warn about characters that the font lacks."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -77,7 +77,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, **options: Any) -> "Figure":
-    """An empty figure with a grid of axes, drawn without a screen. options: those of `Figure.subplots`."""
+    """An empty figure with a grid of axes, without a display. options: see `Figure.subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,13 +90,13 @@ def new_figure(width_in: float, height_in: float, rows: int = 1, columns: int = 
 def place_labels(
     axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str]
 ) -> None:
-    """Write a label near each point, where it covers neither another label nor a point; a line leads to far ones."""
+    """Write a label near each point without covering other labels or points; a line connects distant ones."""
     from matplotlib.transforms import Bbox
 
     figure = axes.figure.get_figure(root=True)
     assert figure is not None, "axes of a figure"
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # labels must not move what they were placed by
+    figure.set_layout_engine("none")  # placing labels must not move the axes
     pixels = axes.transData.transform(points)
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
     bounds = axes.get_window_extent().padded(2)
@@ -118,7 +118,7 @@ def place_labels(
 def _free_offset(
     width: float, height: float, pixel: Sequence[float], taken: Sequence["Bbox"], bounds: "Bbox"
 ) -> tuple[float, float]:
-    """Left middle of a label, in pixels from its point: the nearest free place, right of the point first."""
+    """Offset in pixels from a point to the left middle of its label: the nearest free place, right first."""
     from matplotlib.transforms import Bbox
 
     best, least = (0.0, 0.0), float("inf")
@@ -143,17 +143,16 @@ def _offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
 
 
 def _lead(axes: "Axes", point: tuple[float, float], pixel: Sequence[float], box: "Bbox") -> None:
-    """A thin line from a point to a label that does not touch it."""
+    """Draw a thin line from a point to its label, if they do not touch."""
     x, y = min(max(pixel[0], box.x0), box.x1), min(max(pixel[1], box.y0), box.y1)
     if (x - pixel[0]) ** 2 + (y - pixel[1]) ** 2 > 14**2:
         end = axes.transData.inverted().transform((x, y))
-        axes.plot(
-            [point[0], end[0]], [point[1], end[1]], color=GREY, linewidth=0.6, zorder=1, scalex=False, scaley=False
-        )
+        line = ([point[0], end[0]], [point[1], end[1]])
+        axes.plot(*line, color=GREY, linewidth=0.6, zorder=1, scalex=False, scaley=False)
 
 
 def png_of(figure: "Figure") -> bytes:
-    """The figure as a PNG file, the same bytes every time."""
+    """The figure as PNG, the same bytes every time."""
     buffer = io.BytesIO()
     with styled():
         figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor=SURFACE, metadata={"Software": None})
@@ -161,9 +160,9 @@ def png_of(figure: "Figure") -> bytes:
 
 
 def svg_of(figure: "Figure", name: str, message: str) -> str:
-    """The figure as an SVG element to stand in HTML, the same text every time.
+    """The figure as an SVG element for HTML, the same text every time.
 
-    name: unique in the page, it begins all ids. message: what a reader who cannot see it is told.
+    name: prefix of all ids, unique in the page. message: text for screen readers.
     """
     import matplotlib
 
@@ -182,7 +181,7 @@ def svg_of(figure: "Figure", name: str, message: str) -> str:
 
 
 def _strip(parent: ET.Element) -> None:
-    """Drop metadata and style sheets: in HTML the latter would reach the whole page."""
+    """Drop metadata, and style sheets, which would apply to the whole page."""
     for child in list(parent):
         if SVG_TAG.sub("", child.tag) in ("metadata", "style"):
             parent.remove(child)
@@ -191,7 +190,7 @@ def _strip(parent: ET.Element) -> None:
 
 
 def _rewrite(element: ET.Element, prefix: str) -> None:
-    """Names without namespaces, ids of this plot alone, colours and font of the page."""
+    """Strip namespaces, prefix ids, use the page's colours and font."""
     element.tag = SVG_TAG.sub("", element.tag)
     attributes = {SVG_TAG.sub("", name): value for name, value in element.attrib.items()}
     element.attrib.clear()

@@ -1,6 +1,6 @@
-"""The plots of a report, one function each; all take the whole report and return a matplotlib Figure.
+"""The plots of a report, one function each, returning a matplotlib Figure.
 
-Colour says what kind a thing is, never which model: models are named in words, so that twenty can be told apart.
+Colour shows the kind of a thing, never the model: models are labelled with their names, so twenty stay distinct.
 """
 
 import math
@@ -28,8 +28,7 @@ from vlmdeploy.report.plot_style import (
     new_figure,
     place_labels,
 )
-from vlmdeploy.report.wording import main_metrics, memory_phases, metric_name, task_name, verdict
-from vlmdeploy.score.metrics import Score
+from vlmdeploy.report.wording import main_differences, memory_phases, metric_name, task_name, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +44,9 @@ def _axes(figure: "Figure") -> "Axes":
 
 
 def draw_frontier(report: Report, other: str) -> "Figure":
-    """Accuracy against "latency_ms" or "peak_bytes": the upper left is best; dominated models are grey and hollow."""
+    """Accuracy against "latency_ms" or "peak_bytes"; dominated models are grey and hollow."""
     frontier = report.frontier
-    assert frontier is not None, "only drawn where there are points"
+    assert frontier is not None, "drawn only if there are points"
     unit, words = 1.0, f"first token and {frontier.new_tokens:,} more, ms"
     if other == "peak_bytes":
         unit, name = _memory_unit(point.peak_bytes for point in frontier.points)
@@ -70,12 +69,12 @@ def draw_frontier(report: Report, other: str) -> "Figure":
 
 
 def _memory_unit(sizes: Iterable[int]) -> tuple[float, str]:
-    """Bytes in the unit of an axis, and its name."""
+    """Bytes per unit of an axis, and the unit's name."""
     return (1e9, "GB") if max(sizes, default=0) >= 2e9 else (1e6, "MB")
 
 
 def _limits_around(axes: "Axes", places: Sequence[tuple[float, float]]) -> None:
-    """Room for labels; one point, or several at one place, get a range of their own."""
+    """Leave room for labels; widen the range if all points coincide."""
     xs, ys = zip(*places, strict=True)
     for low, high, set_limits in ((min(xs), max(xs), axes.set_xlim), (min(ys), max(ys), axes.set_ylim)):
         spread = (high - low) or max(abs(high) * 0.1, 1.0)
@@ -102,14 +101,14 @@ def _model_rows(axes: "Axes", models: Iterable[ModelResult]) -> None:
 
 
 def draw_differences(report: Report) -> "Figure":
-    """A forest plot: for each task's first metric, every model's paired difference and its interval."""
+    """A forest plot: every model's paired difference and its interval, for the first metric of each task."""
     models = [model for model in report.models[1:] if model.differences]
-    columns = list(dict.fromkeys(pair for model in models for pair in main_metrics(model)))
-    columns = [(task, metric) for task, metric in columns if any(metric in _of(model, task) for model in models)]
+    differences = [main_differences(model) for model in models]
+    columns = list(dict.fromkeys(pair for each in differences for pair in each))
     figure = new_figure(FULL_IN, 1.15 + ROW_IN * len(models), columns=max(1, len(columns)), sharey=True)
     for axes, (task, metric) in zip(figure.axes, columns, strict=False):
-        for row, model in enumerate(models):
-            difference = _of(model, task).get(metric)
+        for row, each in enumerate(differences):
+            difference = each.get((task, metric))
             if difference is not None:
                 colour = VERDICT_COLOURS.get(verdict(difference), MUTED)
                 marker = {VERMILLION: "<", BLUE: ">"}.get(colour, "o")
@@ -122,10 +121,6 @@ def draw_differences(report: Report) -> "Figure":
         _symmetric(axes)
     figure.supxlabel("difference to the reference, points (95 % interval)", fontsize=8.5, color=MUTED)
     return figure
-
-
-def _of(model: ModelResult, task: str) -> dict[str, Score]:
-    return (model.differences or {}).get(task, {})
 
 
 def _symmetric(axes: "Axes") -> None:
@@ -142,13 +137,13 @@ def _symmetric(axes: "Axes") -> None:
 
 
 def _round_step(limit: float) -> float:
-    """The largest of 1, 2, 5 x 10^n that is not above the limit."""
+    """The largest of 1, 2, 5 x 10^n up to the limit."""
     power = 10.0 ** math.floor(math.log10(limit))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= limit * 1.0001)
 
 
 def draw_divergence(report: Report) -> "Figure":
-    """Mean KL divergence with its interval on a log axis, on questions about pictures and on text alone."""
+    """Mean KL divergence with its interval on a log axis, for questions about pictures and for text alone."""
     models = [model for model in report.models if model.agreement or model.text_only]
     found = [(model.agreement, model.text_only) for model in models]
     positive = [value for pair in found for each in pair if each for value in (each.kl.value, each.kl_p99) if value > 0]
@@ -173,7 +168,7 @@ def draw_divergence(report: Report) -> "Figure":
 
 
 def _log_ticks(axes: "Axes", low: float, high: float) -> None:
-    """Powers of ten as plain numbers; a value of 0 is drawn at the left edge."""
+    """Label powers of ten as plain numbers; 0 is drawn at the left edge."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xlim(low / 1.3, high * 2)
@@ -199,7 +194,7 @@ def _legend(figure: "Figure", entries: Sequence[tuple[str, str, str]]) -> None:
 
 
 def draw_drift(report: Report) -> "Figure":
-    """How far the models' boxes moved from the reference's: a histogram per model, as shares of its boxes."""
+    """A histogram per model of how far its boxes moved from the reference's, in percent of its boxes."""
     models = [model for model in report.models if model.grounding is not None]
     columns = min(MAX_PANELS_PER_ROW, len(models))
     rows = math.ceil(len(models) / columns)
@@ -226,14 +221,14 @@ def draw_drift(report: Report) -> "Figure":
 
 
 def _thin_ticks(axes: "Axes", number: int) -> None:
-    """At most eleven labels under a histogram."""
+    """Show at most eleven labels under a histogram."""
     step = max(1, math.ceil(number / 11))
     for place, label in enumerate(axes.get_xticklabels()):
         label.set_visible(place % step == 0)
 
 
 def draw_first_token(report: Report) -> "Figure":
-    """Medians of preprocessing, vision and prefill, one after the other; the number is the median of their sum."""
+    """Stacked medians of preprocessing, vision and prefill; the label is the median of their sum."""
     figure = new_figure(HALF_IN, 1.0 + ROW_IN * 1.15 * len(report.measured))
     axes = _axes(figure)
     for row, (_, measurement) in enumerate(report.measured):
@@ -253,7 +248,7 @@ def draw_first_token(report: Report) -> "Figure":
 
 
 def draw_memory(report: Report) -> "Figure":
-    """The peak of each phase beside the others; the dark line is what the process held before opening the bundle."""
+    """The peak of each phase; the dark line is the process's memory before it opened the bundle."""
     shown = [(model, each.memory) for model, each in report.measured if each.memory.phases]
     phases = memory_phases(report)
     figure = new_figure(HALF_IN, 1.0 + (0.16 + 0.085 * len(phases)) * len(shown))
@@ -275,7 +270,7 @@ def draw_memory(report: Report) -> "Figure":
 
 
 def draw_layer_errors(errors: LayerErrors) -> "Figure":
-    """Heat maps, layers by kinds of linear: the held-out error (log colours), and its ratio to round-to-nearest's."""
+    """Heat maps, layers by kinds of linear: held-out error (log colours), and its ratio to round-to-nearest's."""
     from matplotlib.colors import LogNorm
 
     tables = [_table(errors.errors), _table(errors.ratios)]
@@ -303,8 +298,7 @@ def _heat_map(
     import matplotlib
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    see_through = (0, 0, 0, 0)  # where nothing was measured
-    colour_map = matplotlib.colormaps[colours].with_extremes(bad=see_through)
+    colour_map = matplotlib.colormaps[colours].with_extremes(bad=(0, 0, 0, 0))  # NaN is transparent
     shown = np.maximum(table, norm.vmin)  # a log axis has no 0; NaN stays
     image = axes.imshow(shown, norm=norm, cmap=colour_map, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(errors.columns)), [short_label(name) for name in errors.columns], rotation=90)
@@ -321,7 +315,7 @@ def _heat_map(
 
 
 def _log_steps(low: float, high: float) -> list[float]:
-    """At most eight round numbers within the range, evenly spread on a log axis where they can be."""
+    """At most six round numbers within the range, evenly spread on a log axis if possible."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 1.4, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         steps = [factor * 10.0**power for power in powers for factor in factors]

@@ -1,5 +1,5 @@
-"""`vlmdeploy report`: every model is asked the same questions, measured in a process of its own, and compared with the
-first one. What is done is kept in OUT.partial until the report is whole."""
+"""`vlmdeploy report`: asks every model the same questions, measures each in its own process, and compares them with the
+first one. Partial results are stored in OUT.partial until the report is complete."""
 
 import platform
 import shlex
@@ -35,10 +35,10 @@ PACKAGES = ("numpy", "onnxruntime", "torch", "tokenizers", "pillow", "matplotlib
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report is made of. ref: a checkpoint, or None: the first bundle is the reference.
+    """Options of a report. ref: the reference checkpoint; None: the first bundle is the reference.
 
-    per_task: at most this many questions of each task. agreement_questions: with pictures, and text_questions without,
-    whose token distributions are compared.
+    per_task: limit of questions per task. agreement_questions, text_questions: how many questions with and without
+    pictures to compare token distributions on.
     """
 
     bundles: tuple[Path, ...]
@@ -62,11 +62,11 @@ def make_report(
     failures: tuple[Failure, ...] = (),
     store: Store | None = None,
 ) -> Report:
-    """Make the report at options.out. failures: of models that never came to be. store: where evaluations are kept
-    beyond this report.
+    """Make the report at options.out. failures: models that could not be made. store: keeps evaluations beyond this
+    report.
 
-    Raises DataError for the questions, ConfigError where models are not versions of one, and what opening them raises;
-    nothing is left at options.out then, and what was evaluated is kept for the next try.
+    Raises DataError for bad questions, ConfigError unless all are versions of one model, and what opening them raises.
+    After an error nothing is left at options.out, and finished evaluations are kept for the next try.
     """
     check_output(options.out, options.force, is_report)
     models = ((options.ref,) if options.ref is not None else ()) + options.bundles
@@ -109,7 +109,7 @@ def make_report(
 
 @contextmanager
 def _removed_if_empty(partial: Path) -> Iterator[None]:
-    """After an error OUT.partial stays only if something is kept in it."""
+    """After an error, remove OUT.partial if it holds no results."""
     try:
         yield
     except BaseException:
@@ -119,14 +119,14 @@ def _removed_if_empty(partial: Path) -> Iterator[None]:
 
 
 def prepare_reference(options: ReportOptions, folder: Path, progress: Progress = no_progress) -> str:
-    """Evaluate the reference of a sweep and keep its distributions in `folder`; the key that `evaluate_one` takes."""
+    """Evaluate a sweep's reference and store its distributions in `folder`; returns the key for `evaluate_one`."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
     runner = _runner_in(folder, options, progress)
     return runner.reference(options.ref, subject_of(options.ref, options.ref.name)).key
 
 
 def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_key: str) -> None:
-    """Evaluate one bundle of a sweep and keep it in `folder`; the checkpoint, prepared there, is not read again."""
+    """Evaluate one bundle of a sweep and store the result in `folder`, where the reference was prepared."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
     runner = _runner_in(folder, options, no_progress)
     reference = Reference(runner, options.ref, reference_key)
@@ -147,15 +147,14 @@ def is_report(folder: Path) -> bool:
 
 
 def _check_partial(partial: Path) -> None:
-    """Raise ExportError for a folder of somebody else: what is kept on the way is deleted with the last step."""
+    """Raise ExportError if the folder holds other files: the last step deletes it."""
     for path in partial.iterdir() if partial.is_dir() else ():
         if path.name not in (EVALUATIONS, TEXTS, LOCK) and not path.name.startswith(DISTRIBUTIONS):
-            raise ExportError(f"{partial}: holds {path.name}, which no unfinished report leaves; choose another --out")
+            raise ExportError(f"{partial}: holds {path.name}, which is not from a report; choose another --out")
 
 
 def model_names(models: Sequence[Path]) -> list[str]:
-    """A short name of each: its folder's, with as much of the way to it as tells them apart. Raises ConfigError if one
-    is given twice."""
+    """A short name of each: the shortest path suffixes that differ. Raises ConfigError if one is given twice."""
     absolute, resolved = [model.absolute() for model in models], [model.resolve() for model in models]
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
@@ -172,9 +171,7 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
     unscored = None if source.questions is None else source.questions.unscored
     if unscored is not None:
         raise DataError(f"{source.path}: {unscored}: a report needs answers to score")
-    samples = list(source.samples())
-    if options.per_task is not None:
-        samples = choose(samples, options.per_task, options.seed)
+    samples = choose(source.samples(), options.per_task, options.seed)
     if not samples:
         raise DataError(f"{source.path}: holds no questions")
     check_scorable(samples, source.path)
@@ -187,14 +184,14 @@ def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
             raise ConfigError(f"{path}: no such folder, expected a bundle")
         if not has_manifest(path):
             raise ConfigError(
-                f"{path}: is no bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
+                f"{path}: is not a bundle, expected one made by `vlmdeploy export`; --ref takes a checkpoint"
             )
     if options.ref is not None and has_manifest(options.ref):
         raise ConfigError(
-            f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is it"
+            f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is the reference"
         )
     for path in models:
-        layer_errors(path)  # a damaged one is told before all is asked, and not behind
+        layer_errors(path)  # report a damaged one before asking all questions, not after
     first = identity_of(models[0], options.asked.tokenizer)
     for path in models[1:]:
         check_same_model(models[0], first, path, identity_of(path, None))
@@ -206,7 +203,8 @@ def _asked(samples: list[Sample], options: ReportOptions) -> Asked:
     source = "questions without a picture"
     if not texts:
         source = "questions whose pictures were left out"
-        texts = [_without_picture(sample) for sample in _spread(pictured, options.text_questions)]
+        spread = _spread(pictured, options.text_questions)
+        texts = [replace(sample, image=None, boxes=(), answer=None, answers=()) for sample in spread]
     compared = {
         PICTURED: _spread(pictured, options.agreement_questions),
         TEXTS: _spread(texts, options.text_questions),
@@ -214,10 +212,6 @@ def _asked(samples: list[Sample], options: ReportOptions) -> Asked:
     words = {PICTURED: "questions with pictures", TEXTS: source}
     found = {name: each for name, each in compared.items() if each}
     return Asked(samples, found, {name: f"{words[name]}; {_answers_from(each)}" for name, each in found.items()})
-
-
-def _without_picture(sample: Sample) -> Sample:
-    return replace(sample, image=None, boxes=(), answer=None, answers=())
 
 
 def _answers_from(samples: list[Sample]) -> str:
@@ -228,14 +222,14 @@ def _answers_from(samples: list[Sample]) -> str:
 
 
 def _spread(samples: list[Sample], count: int) -> list[Sample]:
-    """At most `count` of them, evenly over the list."""
+    """At most `count` samples, evenly spread over the list."""
     step = max(1.0, len(samples) / max(1, count))
     return [samples[int(place * step)] for place in range(min(count, len(samples)))]
 
 
 def _data_used(source: DataSource, asked: Asked, options: ReportOptions) -> DataUsed:
     pictures = {sample.image for sample in asked.samples if sample.image is not None}
-    here = f"{Path.cwd()}/"  # a path below is shown as people would write it here
+    here = f"{Path.cwd()}/"  # show paths below it as relative
     return DataUsed(
         str(source.path).removeprefix(here), source.description.replace(here, ""), asked.hashes[ALL],
         questions_by_task(asked.samples), len(pictures), options.seed, options.asked.template,

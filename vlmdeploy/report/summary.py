@@ -1,4 +1,4 @@
-"""The report in one screen of Markdown: a sentence on each model, and one table."""
+"""The report as one screen of Markdown: a sentence per model, and one table."""
 
 import re
 from collections.abc import Iterator
@@ -14,19 +14,13 @@ MAX_NAME = 80
 def render_summary(document: Document) -> str:
     """The whole summary.md."""
     report = document.report
-    lines = [f"# {escaped(report.title)}", ""]
-    lines += [
-        f"Compared with **{escaped(report.reference)}**, the reference, on {escaped(report.data.description)}.",
-        "",
-    ]
+    compared = f"Compared with **{escaped(report.reference)}**, the reference, on {escaped(report.data.description)}."
+    lines = [f"# {escaped(report.title)}", "", compared, ""]
     for place, model in enumerate(report.models):
         sentence = document.sentence(model_sentence(report, place))
         lines.append(f"- **{escaped(model.subject.name)}**: {sentence}.")
-    lines += ["", *_table(document)]
-    lines += [
-        "",
-        "Differences to the reference are in points with 95 % intervals; one that holds 0 is no loss and no gain.",
-    ]
+    note = "Differences from the reference are in points with 95 % intervals; one that contains 0 is no loss or gain."
+    lines += ["", *_table(document), "", note]
     if report.failures:
         failures = (f"- **{escaped(each.name)}**: {escaped(each.error, 300)}" for each in report.failures)
         lines += ["", "Could not be made or scored:", "", *failures]
@@ -34,14 +28,14 @@ def render_summary(document: Document) -> str:
 
 
 def escaped(text: str, length: int = MAX_NAME) -> str:
-    """Text on one line that Markdown takes for nothing but text."""
+    """Text on one line, escaped for Markdown."""
     words = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     shown = words if len(words) <= length else f"{words[:length]}\N{HORIZONTAL ELLIPSIS}"
     return SPECIAL.sub(r"\\\1", shown) or "(empty)"
 
 
 def _table(document: Document) -> Iterator[str]:
-    """Headings, the line below them, then a line for each model."""
+    """Headings, the rule below them, then one line per model."""
     headings, rows = text_table(document)
     yield _line(["model", *map(escaped, headings)])
     yield _line(["---", *["---:"] * len(headings)])

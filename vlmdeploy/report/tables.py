@@ -1,7 +1,7 @@
-"""A report as tables for other programs: CSV files with the numbers unrounded, one line for each thing measured.
+"""A report as CSV files for other programs, with unrounded numbers.
 
-An empty cell means that there is no such number: the reference differs from nothing, or nothing was measured. Text is
-written as it is, whatever a spreadsheet might make of it.
+An empty cell means that there is no such number: the reference has no difference, or nothing was measured. Text is
+written verbatim, even if a spreadsheet would read it as a formula.
 """
 
 import csv
@@ -36,7 +36,7 @@ PHASES = ("preprocess", "vision", "prefill", "first_token", "decode_per_token")
 
 
 def all_tables(report: Report) -> dict[str, Rows]:
-    """The rows of every table by the name of its file, headings first."""
+    """The rows of every table by file name, headings first."""
     tables = {
         "scores.csv": (SCORE_COLUMNS, score_rows),
         "agreement.csv": (AGREEMENT_COLUMNS, agreement_rows),
@@ -52,14 +52,14 @@ def all_tables(report: Report) -> dict[str, Rows]:
 
 
 def csv_text(rows: Iterable[Sequence[Cell]]) -> str:
-    """Rows as RFC 4180 has it, lines ending in CR LF; floats as Python writes them, so that they read back equal."""
+    """RFC 4180 with CR LF line ends; floats as Python writes them, so they read back equal."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows(rows)
     return buffer.getvalue()
 
 
 def score_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for each task and metric."""
+    """One line per task and metric."""
     for task, metrics in model.tasks.items():
         for metric, score in metrics.items():
             difference = (model.differences or {}).get(task, {}).get(metric)
@@ -73,7 +73,7 @@ def _score(score: Score | None) -> tuple[float | None, float | None, float | Non
 
 
 def agreement_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for pictures, and one for text alone."""
+    """One line for pictures, and one for text alone."""
     parts: tuple[tuple[str, Agreement | None], ...] = (("pictures", model.agreement), ("text_only", model.text_only))
     for part, found in parts:
         if found is not None:
@@ -83,7 +83,7 @@ def agreement_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
 
 
 def latency_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for each phase."""
+    """One line per phase."""
     measurement = model.measurement
     if measurement is None:
         return
@@ -95,7 +95,7 @@ def latency_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
 
 
 def memory_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for each phase."""
+    """One line per phase."""
     if model.measurement is None:
         return
     memory = model.measurement.memory
@@ -106,7 +106,7 @@ def memory_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
 
 
 def layer_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for each linear that has bits or an error."""
+    """One line per linear that has bits or an error."""
     errors = model.layer_errors
     if errors is None:
         return
@@ -117,7 +117,7 @@ def layer_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
 
 
 def regression_rows(model: ModelResult) -> Iterator[Sequence[Cell]]:
-    """A line for each of the worst regressions."""
+    """One line per shown regression."""
     for each in model.regressions:
         change = (each.metric, each.before, each.after, each.picture)
         yield each.task, each.kind, *change, each.question, each.expected, each.reference_answer, each.answer

@@ -1,6 +1,6 @@
-"""The words of a report: names of tasks and metrics, the one sentence on each model, and what each plot says.
+"""The words of a report: names of tasks and metrics, the sentence on each model, and the message of each plot.
 
-Page and summary share them. A difference is called a loss or a gain only if its interval does not hold 0.
+Page and summary share them. A difference is a loss or a gain only if its interval excludes 0.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ METRICS = {
 MANY_NAMES = 4
 NAME_LENGTH = 40  # of a model in a sentence
 POINTS = "\N{NO-BREAK SPACE}points (95\N{NO-BREAK SPACE}%: "
-SAME_SIZE = 0.02  # sizes and times that differ by less are called the same
+SAME_SIZE = 0.02  # sizes and times that differ by less count as the same
 
 
 def model_name(model: ModelResult | FrontierPoint) -> str:
@@ -45,44 +45,44 @@ def task_title(task: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """A metric in words; one of a kind of question names the kind: "exact match, sum"."""
+    """A metric in words, with its kind of question if it has one: "exact match, sum"."""
     name, _, kind = metric.partition("/")
     return METRICS.get(name, name) + (f", {kind.replace('_', ' ')}" if kind else "")
 
 
 def kind_name(metric: str) -> str:
-    """The kind of question of a metric of one kind: "exact_match/left_right" is "left right"."""
+    """The kind of question in a metric's name: "exact_match/left_right" is "left right"."""
     return metric.partition("/")[2].replace("_", " ")
 
 
 def kinds_of(metrics: Iterable[str]) -> list[str]:
-    """Those of a task's metrics that are of one kind of question."""
+    """A task's metrics for single kinds of question."""
     return [metric for metric in metrics if "/" in metric]
 
 
 def sources(report: Report, part: str) -> str:
-    """What the "agreement" or "text_only" of the models was taken on, in words."""
+    """The questions that the models' "agreement" or "text_only" was measured on, in words."""
     found = [getattr(model, part) for model in report.models]
     return joined(list(dict.fromkeys(each.source for each in found if each is not None)) or ["nothing"])
 
 
 def memory_phases(report: Report) -> list[str]:
-    """The phases that any model's memory was measured in."""
+    """The phases with a measured memory of any model."""
     return list(dict.fromkeys(phase for _, each in report.measured for phase in each.memory.phases))
 
 
 def has_device_memory(report: Report) -> bool:
-    """Whether any model's memory on a GPU is known."""
+    """Whether any model's GPU memory is known."""
     return any(each.memory.device_planned_bytes is not None for _, each in report.measured)
 
 
 def unmeasured(report: Report) -> dict[str, list[str]]:
-    """Names of the models that were not measured, by the reason."""
+    """Names of the unmeasured models, by reason."""
     return _by_reason((model.unmeasured, model.subject.name) for model in report.models if model.measurement is None)
 
 
 def energy_unknown(report: Report) -> dict[str, list[str]]:
-    """Names of the measured models whose energy is unknown, by the reason."""
+    """Names of the measured models with unknown energy, by reason."""
     return _by_reason((each.energy_unknown, model.subject.name) for model, each in report.measured if not each.energy)
 
 
@@ -104,8 +104,15 @@ def main_metrics(model: ModelResult) -> list[tuple[str, str]]:
     return [(task, next(iter(metrics))) for task, metrics in model.tasks.items() if metrics]
 
 
+def main_differences(model: ModelResult) -> dict[tuple[str, str], Score]:
+    """The differences of the main metrics, by (task, metric)."""
+    differences = model.differences or {}
+    pairs = ((task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {}))
+    return {(task, metric): differences[task][metric] for task, metric in pairs}
+
+
 def verdict(difference: Score) -> str:
-    """What an interval of a paired difference allows to say."""
+    """What the interval of a paired difference shows."""
     if difference.low > 0:
         return "a gain"
     if difference.high < 0:
@@ -116,7 +123,7 @@ def verdict(difference: Score) -> str:
 
 
 def peak_key(report: Report, place: int) -> Key | None:
-    """Where the highest memory of all phases stands, for a model that was measured."""
+    """The key of a measured model's highest memory over all phases."""
     measurement = report.models[place].measurement
     if measurement is None or not measurement.memory.phases:
         return None
@@ -126,7 +133,7 @@ def peak_key(report: Report, place: int) -> Key | None:
 
 
 def model_sentence(report: Report, place: int) -> list[Phrase]:
-    """One plain sentence on a model, without its name: what it lost, how much smaller and faster it is."""
+    """One sentence on a model, without its name: what it lost, how much smaller and faster it is."""
     model = report.models[place]
     if place == 0:
         clauses = [_scores(report), *_reference_costs(report)]
@@ -154,12 +161,12 @@ def _reference_costs(report: Report) -> list[list[Phrase]]:
 
 
 def _losses(model: ModelResult, place: int) -> list[Phrase]:
-    """The first task with its difference, then those of the others that lost or gained, then that the rest did not."""
-    differences = model.differences or {}
-    main = [(task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {})]
-    if not main:
+    """The first task with its difference, other tasks with a loss or gain, then the tasks without."""
+    differences = main_differences(model)
+    if not differences:
         return ["not compared with the reference"]
-    verdicts = {task: verdict(differences[task][metric]) for task, metric in main}
+    main = list(differences)
+    verdicts = {task: verdict(found) for (task, _), found in differences.items()}
     told = [pair for pair in main if pair == main[0] or verdicts[pair[0]] in ("a gain", "a loss")]
     pieces: list[Phrase] = []
     for task, metric in told:
@@ -174,7 +181,7 @@ def _losses(model: ModelResult, place: int) -> list[Phrase]:
 
 
 def difference(key: Key, opening: str = " (") -> list[Phrase]:
-    """A paired difference and its interval, which stand at that place."""
+    """The paired difference at a key, with its interval."""
     value, low, high = (Shown("points", (*key, end)) for end in ("value", "low", "high"))
     return [value, opening, low, " to ", high, ")"]
 
@@ -201,7 +208,7 @@ def _first_token(place: int) -> Key:
 
 
 def _compared(mine: float, other: float, keys: tuple[Key, Key], words: tuple[str, str, str]) -> list[Phrase]:
-    """How many times less or more, or the same."""
+    """By which factor a value is less or more, or that it is the same."""
     if mine <= 0 or other <= 0 or abs(mine / other - 1) < SAME_SIZE:
         return [words[2]] if mine > 0 and other > 0 else []
     less = mine < other
@@ -218,25 +225,25 @@ def joined(names: Sequence[str], word: str = "and") -> str:
 
 
 def frontier_message(report: Report, other: str) -> list[Phrase]:
-    """What the plot of accuracy against `other` ("latency_ms" or "peak_bytes") says."""
+    """The message of the plot of accuracy against `other` ("latency_ms" or "peak_bytes")."""
     frontier = report.frontier
-    assert frontier is not None, "only drawn where there are points"
+    assert frontier is not None, "drawn only if there are points"
     best = _extreme(frontier, lambda point: -point.accuracy)
     least = _extreme(frontier, lambda point: float(getattr(point, other)))
     word, form, unit = ("fastest", "amount", " ms") if other == "latency_ms" else ("smallest in memory", "size", "")
     kept = [model_name(point) for point in frontier.points if not point.is_dominated]
-    pieces: list[Phrase] = [f"Most accurate: {model_name(frontier.points[best])} ("]
-    pieces += [
+    return [
+        f"Most accurate: {model_name(frontier.points[best])} (",
         Shown("share", ("frontier", "points", best, "accuracy")),
         f"); {word}: {model_name(frontier.points[least])} (",
+        Shown(form, ("frontier", "points", least, other)),
+        f"{unit}). ",
+        f"Not dominated: {joined(_limited(kept, 2 * MANY_NAMES))}." if kept else "All are dominated.",
     ]
-    pieces += [Shown(form, ("frontier", "points", least, other)), f"{unit}). "]
-    return [
-        *pieces,
-        f"Not dominated: {joined(kept if len(kept) <= 2 * MANY_NAMES else [*kept[: 2 * MANY_NAMES], 'others'])}."
-        if kept
-        else "All are dominated.",
-    ]
+
+
+def _limited(names: list[str], most: int) -> list[str]:
+    return names if len(names) <= most else [*names[:most], "others"]
 
 
 def _extreme(frontier: Frontier, key: Callable[[FrontierPoint], float]) -> int:
@@ -244,26 +251,24 @@ def _extreme(frontier: Frontier, key: Callable[[FrontierPoint], float]) -> int:
 
 
 def differences_message(report: Report) -> list[Phrase]:
-    """Which models lose or gain, by name, with the tasks."""
+    """The models with a loss or a gain, and the tasks."""
     losses, gains = _with_verdict(report, "a loss"), _with_verdict(report, "a gain")
-    loss = f"Intervals wholly below 0, a loss: {joined(losses)}." if losses else "No interval lies wholly below 0."
-    return [f"{loss} Wholly above, a gain: {joined(gains)}." if gains else loss]
+    loss = f"Intervals entirely below 0, a loss: {joined(losses)}." if losses else "No interval is entirely below 0."
+    return [f"{loss} Entirely above, a gain: {joined(gains)}." if gains else loss]
 
 
 def _with_verdict(report: Report, wanted: str) -> list[str]:
-    """The models of which a task has that verdict, "name (task, task)"; after MANY_NAMES of them "others"."""
+    """The models with that verdict on a task, "name (task, task)"; at most MANY_NAMES, then "others"."""
     found = []
     for model in report.models[1:]:
-        differences = model.differences or {}
-        main = [(task, metric) for task, metric in main_metrics(model) if metric in differences.get(task, {})]
-        tasks = [task_name(task) for task, metric in main if verdict(differences[task][metric]) == wanted]
+        tasks = [task_name(task) for (task, _), each in main_differences(model).items() if verdict(each) == wanted]
         if tasks:
             found.append(f"{model_name(model)} ({', '.join(tasks)})")
-    return found if len(found) <= MANY_NAMES else [*found[:MANY_NAMES], "others"]
+    return _limited(found, MANY_NAMES)
 
 
 def range_message(report: Report, found: Mapping[int, tuple[Key, float]], form: str, unit: str) -> list[Phrase]:
-    """Which models have the least and the most of something. found: by place of the model, where it stands, and it."""
+    """The models with the least and the most of something. found: by place of the model, a number's key and value."""
     least, most = min(found, key=lambda place: found[place][1]), max(found, key=lambda place: found[place][1])
     names = [model_name(report.models[place]) for place in (least, most)]
     pieces: list[Phrase] = [f"{names[0]}: ", Shown(form, found[least][0]), unit]

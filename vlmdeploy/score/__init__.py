@@ -1,1 +1,1 @@
-"""Answers and metrics: what `validate` says of a model in PyTorch or of a bundle."""
+"""Answers and metrics: `validate` for a model in PyTorch or a bundle."""

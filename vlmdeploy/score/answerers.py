@@ -1,7 +1,7 @@
-"""Scores of a model on a data set: the same questions and the same metrics for a PyTorch model and for a bundle.
+"""Scores a model on a data set: the same questions and metrics for a PyTorch model and for a bundle.
 
-An answerer turns samples into predictions, greedily; `validate` scores them, and `agreement` compares two validations
-question by question. Torch-free, so that a bundle can be validated where it runs; the PyTorch answerer stands apart.
+An answerer turns samples into greedy predictions; `validate` scores them, and `agreement` compares two validations
+question by question. Torch-free, so a bundle can be validated where it runs; the PyTorch answerer is a separate module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,23 +16,25 @@ from vlmdeploy.bundle import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.data.samples import Picture, Sample, check_boxes
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.layout import Ints
+from vlmdeploy.overriding import override
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
 from vlmdeploy.runtime.image import load_image, preprocess
-from vlmdeploy.score.metrics import Prediction, Score, Scores, check_scorable, score, wilson_interval
+from vlmdeploy.score.intervals import wilson_interval
+from vlmdeploy.score.metrics import Prediction, Score, Scores, check_scorable, score
 
 MAX_NEW_TOKENS = 64
 
 
 class Answerer(Protocol):
-    """Whatever answers questions."""
+    """Answers questions."""
 
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """One prediction for each sample, in their order. Raises DataError and PromptError."""
+        """One prediction per sample, in order. Raises DataError and PromptError."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The scores of one model, and the predictions they were computed from, in the order of the samples."""
+    """The scores of one model, and the predictions behind them in sample order."""
 
     scores: Scores
     predictions: tuple[Prediction, ...]
@@ -41,9 +43,9 @@ class Validation:
 def validate(
     answerer: Answerer, samples: Sequence[Sample], progress: Callable[[int], None] | None = None
 ) -> Validation:
-    """Answer and score all samples; `progress` is told the number answered so far.
+    """Answer and score all samples; `progress` gets the number answered so far.
 
-    Raises DataError, before anything is answered, if there are no samples or one cannot be scored.
+    Raises DataError, before answering, if there are no samples or one cannot be scored.
     """
     if not samples:
         raise DataError("there are no samples to validate on")
@@ -55,7 +57,7 @@ def validate(
 def answer_all(
     answerer: Answerer, samples: Sequence[Sample], progress: Callable[[int], None] | None = None
 ) -> tuple[Prediction, ...]:
-    """Answer all samples, scored or not; `progress` is told the number answered so far."""
+    """Answer all samples, scored or not; `progress` gets the number answered so far."""
     predictions: list[Prediction] = []
     for prediction in answerer.answers(samples):
         predictions.append(prediction)
@@ -65,9 +67,9 @@ def answer_all(
 
 
 def agreement(a: Validation, b: Validation) -> Score:
-    """Share of questions to which both gave the same ids, or texts where ids are not known, with Wilson's interval.
+    """Share of questions with equal ids (equal texts, if ids are unknown), with Wilson's interval.
 
-    Raises DataError if they were not asked the same questions in the same order.
+    Raises DataError unless both answered the same questions in the same order.
     """
     asked_a, asked_b = ([prediction.sample for prediction in each.predictions] for each in (a, b))
     if asked_a != asked_b:
@@ -81,11 +83,11 @@ def _is_same(a: Prediction, b: Prediction) -> bool:
 
 
 class PromptRules(Protocol):
-    """What a checkpoint's ModelSpec and a bundle's Manifest both say about prompts and pictures."""
+    """What a checkpoint's ModelSpec and a bundle's Manifest share about prompts and pictures."""
 
     @property
     def image(self) -> ImageRecipe:
-        """How pictures are prepared."""
+        """How to prepare pictures."""
 
     @property
     def tokens(self) -> TokenRules:
@@ -93,16 +95,16 @@ class PromptRules(Protocol):
 
     @property
     def templates(self) -> tuple[ChatTemplate, ...]:
-        """How conversations may be written down."""
+        """The chat templates."""
 
     @property
     def default_template(self) -> str:
-        """The template to use where none is named."""
+        """The template to use if none is named."""
 
 
 @dataclass(frozen=True)
 class PreparedPicture:
-    """Pixels as the vision encoder wants them, float32 [3, S, S], and the upright picture's width and height."""
+    """The vision encoder's pixels, float32 [3, S, S], and the upright picture's width and height."""
 
     pixels: NDArray[np.float32]
     size_px: tuple[int, int]
@@ -118,9 +120,9 @@ class PreparedQuestion:
 
 
 class QuestionMaker:
-    """Turns samples into prompts; a picture that several samples in a row ask about is read once.
+    """Turns samples into prompts; reads a picture once if several samples in a row ask about it.
 
-    `template`: the one for rows that name none, instead of the model's default.
+    template: for rows that name none, instead of the model's default.
     """
 
     def __init__(self, rules: PromptRules, tokenizer: Tokenizer, template: str | None = None) -> None:
@@ -130,8 +132,8 @@ class QuestionMaker:
         self._last: tuple[Picture, PreparedPicture] | None = None
 
     def question(self, sample: Sample) -> PreparedQuestion:
-        """The sample's prompt and picture. Raises DataError on a bad picture or one of another size than its boxes
-        refer to, PromptError on an unknown template."""
+        """The sample's prompt and picture. Raises DataError for a bad picture or one that does not fit its boxes,
+        PromptError for an unknown template."""
         template = self._find_template(sample.template or self._template)
         ids = prompt_ids(sample.conversation(), template, self._rules.tokens, self._tokenizer)
         picture = None if sample.image is None else self._picture(sample.image)
@@ -140,14 +142,14 @@ class QuestionMaker:
         return PreparedQuestion(sample, ids, picture)
 
     def prediction(self, question: PreparedQuestion, new_ids: Sequence[int]) -> Prediction:
-        """What the new ids say, up to the first stop id."""
+        """Decode the new ids up to the first stop id."""
         stops = (place for place, token_id in enumerate(new_ids) if token_id in self._rules.tokens.stop_ids)
         ids = tuple(new_ids[: next(stops, len(new_ids))])
         size_px = None if question.picture is None else question.picture.size_px
         return Prediction(question.sample, self._tokenizer.decode(ids).strip(), ids, size_px)
 
     def answer_ids(self, text: str) -> Ints:
-        """A given answer as the model would have written it, the stop id included, int64 [answer]."""
+        """The ids of a given answer, stop id included, int64 [answer]."""
         return np.array([*self._tokenizer.encode(text), self._rules.tokens.stop_ids[0]], np.int64)
 
     def _find_template(self, name: str) -> ChatTemplate:
@@ -168,7 +170,7 @@ IdsAndImages = tuple[NDArray[Any], NDArray[Any] | None]  # int64 [seq]; float32 
 
 
 class IdsSession(Protocol):
-    """What a BundleAnswerer needs of a runtime session."""
+    """The part of a runtime session that BundleAnswerer uses."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -186,19 +188,19 @@ class IdsSession(Protocol):
         """Greedy continuation of each prompt, int64 [new]."""
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Release the engine."""
 
 
-class BundleAnswerer:
-    """Answers with an opened bundle as a user would: one prompt at a time, or as many as its calls take."""
+class BundleAnswerer(Answerer):
+    """Answers with an opened bundle, in batches of as many prompts as it runs side by side."""
 
     def __init__(self, session: IdsSession, max_new_tokens: int = MAX_NEW_TOKENS, template: str | None = None) -> None:
         self._session = session
         self._max_new_tokens = max_new_tokens
         self._maker = QuestionMaker(session.manifest, session.tokenizer, template)
 
+    @override
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """One prediction for each sample, in their order. Raises DataError and PromptError."""
         stream = iter(samples)
         while block := list(islice(stream, self._session.prompts_at_once)):
             questions = [self._maker.question(sample) for sample in block]
@@ -211,9 +213,9 @@ class BundleAnswerer:
             return self._session.generate_ids_batch(prompts, self._max_new_tokens)
         except PromptError as error:
             if len(questions) > 1:
-                return [answer for question in questions for answer in self._answer([question])]  # names the wrong one
+                return [answer for question in questions for answer in self._answer([question])]  # find the bad one
             raise PromptError(f"question {questions[0].sample.turns[-1].user[:80]!r}: {error}") from error
 
     def close(self) -> None:
-        """Give back what the bundle's engine holds."""
+        """Release the bundle's engine."""
         self._session.close()

@@ -1,4 +1,4 @@
-"""95 % intervals of scores: Wilson's for a share, and a bootstrap over groups of values that share their luck."""
+"""95 % intervals of scores: Wilson's for a share, and a bootstrap over groups of dependent values."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -20,14 +20,14 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     share, spread = successes / count, Z_95**2 / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 / (1 + spread) * float(np.sqrt(share * (1 - share) / count + spread / (4 * count)))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # at 0 and 1 rounding would bite
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # clipped: rounding errors at 0, 1
 
 
 def bootstrap_interval(strata: Sequence[Floats], groups: Sequence[npt.NDArray[np.int64]]) -> tuple[float, float]:
-    """95 % percentile interval of the unweighted mean of the strata's means, whole groups being resampled.
+    """95 % percentile interval of the unweighted mean of the strata's means, resampling whole groups. Seeded.
 
-    strata: values [n_s] of each; groups: int64 [n_s], equal numbers for values that are not independent. Seeded.
-    A stratum that a resample happens to miss does not enter that resample's mean.
+    strata: values [n_s] of each; groups: int64 [n_s], equal numbers for dependent values. A stratum that a resample
+    misses does not enter that resample's mean.
     """
     together = np.concatenate(groups)
     sums, counts = np.zeros((2, len(together), len(strata)))
@@ -45,7 +45,7 @@ def bootstrap_interval(strata: Sequence[Floats], groups: Sequence[npt.NDArray[np
 def grouped_resamples(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
     """Column sums of seeded resamples of whole groups, [NUM_RESAMPLES, columns].
 
-    values [n, columns]; groups int64 [n], equal numbers for values that are not independent.
+    values [n, columns]; groups int64 [n], equal numbers for dependent values.
     """
     names, members = np.unique(groups, return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))
@@ -56,6 +56,6 @@ def grouped_resamples(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
 
 
 def percentile_interval(values: Floats) -> tuple[float, float]:
-    """What 95 % of the values lie between."""
+    """The bounds of the central 95 % of the values."""
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)

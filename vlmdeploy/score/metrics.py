@@ -1,24 +1,24 @@
 """The one definition of every metric, for training, validation of checkpoints and validation of bundles.
 
-Texts are compared lower-cased, every run of white space as one space, none at the ends; nothing else is forgiven,
-except where a benchmark's own rule does (`text_rules`, `choices`).
+Texts are compared in lower case with single spaces and none at the ends; nothing else is normalized, except by a
+benchmark's own rule (`text_rules`, `choices`).
   vqa, reg   exact_match      share of answers equal to the reference, or to one of them
   caption    exact_match and token_f1, the harmonic mean of precision and recall over words, repeated words counted
   rec        acc@0.5          share of answers whose first box has an IoU of at least 0.5 with the reference
              mean_iou         that IoU, 0 without a box
              parse_rate       share of answers in which a box can be read
-  yes_no     accuracy         share of answers that say yes where yes is right, or no where no is
-             parse_rate       share in which one of the two words can be read
+  yes_no     accuracy         share of answers that say the right one of yes and no
+             parse_rate       share in which exactly one of the two words can be read
              of the set: precision, recall and f1 of yes
   multiple_choice  accuracy   share of answers that choose the right option; without options: that quote the reference
              parse_rate       share in which a choice can be read
-             of the set: circular_accuracy, share of questions with all rotations right, where there are rotations
+             of the set: circular_accuracy, share of questions with all rotations right, if there are rotations
   vqa_accuracy, anls, relaxed_accuracy, exact_match   the metric of that name, of TextVQA, DocVQA, ChartQA, OCRVQA
   ocrbench   contains         share of answers that contain a reference; times 1000 it is OCRBench's score
-A task's value is the unweighted mean over its kinds, `extra` rows left out (unless the task has no others), and for the
-tasks from yes_no on the mean over all questions, as those benchmarks want it; where a task has several kinds, each one
-stands beside it as metric/kind. Intervals hold 95 %: Wilson's for a share of questions, a bootstrap over pictures for
-the rest, because questions about one picture share their luck. Metrics of the set have no value for a single answer.
+A task's value is the unweighted mean over its kinds without `extra` rows (unless it has no others), and from yes_no on
+the mean over all questions, as those benchmarks define it; a task with several kinds also reports each as metric/kind.
+95 % intervals are Wilson's for a share of questions, else a bootstrap over pictures, because questions about one
+picture are not independent. Metrics of the set have no value for a single answer.
 """
 
 from collections import Counter, defaultdict
@@ -35,8 +35,7 @@ from vlmdeploy.data.samples import PixelBox, Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.runtime.boxes import parse_boxes
 from vlmdeploy.score.choices import chosen_option, meets_open_question, said_yes_or_no
-from vlmdeploy.score.intervals import bootstrap_interval as bootstrap_interval
-from vlmdeploy.score.intervals import wilson_interval as wilson_interval
+from vlmdeploy.score.intervals import bootstrap_interval, wilson_interval
 from vlmdeploy.score.set_scores import all_right, yes_scores
 from vlmdeploy.score.text_rules import anls, contains_answer, relaxed_accuracy, stripped_match, vqa_accuracy
 
@@ -60,7 +59,7 @@ SHARES = frozenset(  # metrics that are 0 or 1 for one answer
 IOU_THRESHOLD = 0.5
 LONGEST_SHOWN = 80  # characters of a question in a message
 LEAST_REFERENCES = 4  # of vqa_accuracy: three others must agree
-FORMULAS = "Handwritten Mathematical Expression Recognition"  # OCRBench's category in which spaces do not count
+FORMULAS = "Handwritten Mathematical Expression Recognition"  # OCRBench's category that ignores spaces
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,7 +79,7 @@ Scores = dict[str, dict[str, Score]]  # task -> metric, or metric/kind
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered: `text` and its `ids` without the stop id; size_px is the picture's width and height."""
+    """A model's answer: `text` and its `ids` without the stop id; size_px: the picture's width and height."""
 
     sample: Sample
     text: str
@@ -89,10 +88,7 @@ class Prediction:
 
 
 def check_scorable(samples: Iterable[Sample], data: Path | None = None) -> None:
-    """Raise DataError, naming the first sample that cannot be scored: unknown task, or no reference.
-
-    data: the file they come from, which the message then names too.
-    """
+    """Raise DataError for the first sample that cannot be scored. data: the file to name in the message."""
     of_file = "" if data is None else f"{data}: "
     for sample in samples:
         if sample.task == UNSCORED:
@@ -115,7 +111,7 @@ def check_scorable(samples: Iterable[Sample], data: Path | None = None) -> None:
 
 
 def _named(sample: Sample) -> str:
-    """The question as a message calls it: by the data set's own name, and by how it begins."""
+    """The question in a message: its key and its first characters."""
     text = sample.turns[-1].user
     return f'question "{sample.key}" ({text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."!r})'
 
@@ -127,7 +123,7 @@ def _check_reference(sample: Sample, expected: Sequence[str], where: str) -> Non
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
-    """Scores of every task that occurs, in the order of TASK_METRICS. Raises DataError if a sample has no reference."""
+    """Scores of every task in the data, in the order of TASK_METRICS. Raises DataError if a sample has no reference."""
     check_scorable(prediction.sample for prediction in predictions)
     scores: Scores = {}
     for task, metrics in TASK_METRICS.items():
@@ -143,8 +139,8 @@ def score(predictions: Sequence[Prediction]) -> Scores:
 
 
 def paired_differences(first: Sequence[Prediction], second: Sequence[Prediction]) -> Scores:
-    """How much better the second model is, metric by metric, on the same samples in the same order; every interval is a
-    bootstrap over pictures of the difference itself, which is far narrower than two intervals side by side."""
+    """How much better the second model is, per metric, on the same samples in the same order. Intervals are a bootstrap
+    over pictures of the difference itself, far narrower than two intervals side by side."""
     differences: Scores = {}
     for task, metrics in TASK_METRICS.items():
         places = [place for place, prediction in enumerate(first) if prediction.sample.task == task]
@@ -152,32 +148,26 @@ def paired_differences(first: Sequence[Prediction], second: Sequence[Prediction]
             continue
         samples = [first[place].sample for place in places]
         before, after = ([measure(model[place]) for place in places] for model in (first, second))
-        differences[task] = {
-            metric: _difference(samples, np.array([b[metric] - a[metric] for a, b in zip(before, after, strict=True)]))
-            for metric in metrics
-        }
+        differences[task] = {}
+        for metric in metrics:
+            values = np.array([b[metric] - a[metric] for a, b in zip(before, after, strict=True)])
+            differences[task][metric] = _mean(samples, values, _counted_strata(samples))
     return differences
 
 
-def _difference(samples: Sequence[Sample], values: Floats) -> Score:
-    strata = _counted_strata(samples)
-    pictures = _picture_numbers(samples)
-    interval = bootstrap_interval([values[places] for places in strata], [pictures[places] for places in strata])
-    value = float(np.mean([values[places].mean() for places in strata]))
-    return Score(value, *interval, sum(map(len, strata)))
-
-
 def _counted_strata(samples: Sequence[Sample]) -> list[list[int]]:
-    """Places of the samples of one task that enter its value: kind by kind, or in one where kinds do not count."""
+    """Places of the samples that enter their task's value: one list per kind, or one list if kinds do not count."""
     if samples[0].task not in MEANS_OVER_KINDS:
         return [list(range(len(samples)))]
+    counted = [place for place, sample in enumerate(samples) if not sample.extra]
+    return list(_by_kind(samples, counted or range(len(samples))).values())
+
+
+def _by_kind(samples: Sequence[Sample], places: Iterable[int]) -> dict[str, list[int]]:
     kinds: dict[str, list[int]] = defaultdict(list)
-    counted: dict[str, list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples):
-        kinds[sample.kind].append(place)
-        if not sample.extra:
-            counted[sample.kind].append(place)
-    return list((counted or kinds).values())
+    for place in places:
+        kinds[samples[place].kind].append(place)
+    return kinds
 
 
 def as_json(scores: Scores) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -187,7 +177,7 @@ def as_json(scores: Scores) -> dict[str, dict[str, dict[str, dict[str, float]]]]
 
 
 def measure(prediction: Prediction) -> dict[str, float]:
-    """The metrics of one answer, each 0..1, by the name they have in TASK_METRICS."""
+    """The metrics of one answer, each 0..1, by their name in TASK_METRICS."""
     return MEASURES[prediction.sample.task](prediction)
 
 
@@ -248,17 +238,17 @@ MEASURES: dict[str, Callable[[Prediction], dict[str, float]]] = {
 
 
 def normalized(text: str) -> str:
-    """Lower case, runs of white space as one space, none at the ends."""
+    """Lower case, single spaces, none at the ends."""
     return " ".join(text.lower().split())
 
 
 def exact_match(text: str, reference: str) -> bool:
-    """Whether both texts are equal once normalized."""
+    """Whether both normalized texts are equal."""
     return normalized(text) == normalized(reference)
 
 
 def token_f1(text: str, reference: str) -> float:
-    """F1 over the words of both texts, 0..1; a word counts as often as it occurs. Two empty texts agree."""
+    """F1 over the words of both texts, 0..1, counting repeats. Two empty texts agree."""
     words, expected = Counter(normalized(text).split()), Counter(normalized(reference).split())
     if not words and not expected:
         return 1.0
@@ -266,36 +256,30 @@ def token_f1(text: str, reference: str) -> float:
 
 
 def box_iou(a: PixelBox, b: PixelBox) -> float:
-    """Area shared by two boxes over the area they cover together, 0..1; 0 for a box with its corners swapped."""
+    """Intersection over union of two boxes, 0..1; 0 for a box with swapped corners."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    shared = width * height
-    return shared / (_area(a) + _area(b) - shared)
-
-
-def _area(box: PixelBox) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (areas - width * height)
 
 
 def _task_scores(metric: str, predictions: Sequence[Prediction], values: Floats) -> dict[str, Score]:
-    """The metric of one task and, if it has several kinds, of each kind. values [n], one for each prediction."""
-    samples = [prediction.sample for prediction in predictions]
-    kinds: dict[str, list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples):
-        kinds[sample.kind].append(place)
-    scores = {metric: _score(metric, samples, values, _counted_strata(samples))}
+    """The metric of one task and, if it has several kinds, of each kind. values [n], one per prediction."""
+    samples, is_share = [prediction.sample for prediction in predictions], metric in SHARES
+    kinds = _by_kind(samples, range(len(samples)))
+    scores = {metric: _mean(samples, values, _counted_strata(samples), is_share)}
     if len(kinds) > 1:
         for kind in sorted(kinds):
-            scores[f"{metric}/{kind}"] = _score(metric, samples, values, [kinds[kind]])
+            scores[f"{metric}/{kind}"] = _mean(samples, values, [kinds[kind]], is_share)
     return scores
 
 
-def _score(metric: str, samples: Sequence[Sample], values: Floats, strata: list[list[int]]) -> Score:
-    """Unweighted mean over strata, which are places in values, of the mean in each."""
+def _mean(samples: Sequence[Sample], values: Floats, strata: list[list[int]], is_share: bool = False) -> Score:
+    """Unweighted mean over strata (places in values) of the mean in each. is_share: values are 0 or 1."""
     count = sum(map(len, strata))
     value = float(np.mean([values[places].mean() for places in strata]))
-    if len(strata) == 1 and metric in SHARES:
+    if len(strata) == 1 and is_share:
         return Score(value, *wilson_interval(round(float(values[strata[0]].sum())), count), count)
     pictures = _picture_numbers(samples)
     interval = bootstrap_interval([values[places] for places in strata], [pictures[places] for places in strata])
@@ -303,7 +287,7 @@ def _score(metric: str, samples: Sequence[Sample], values: Floats, strata: list[
 
 
 def _set_scores(predictions: Sequence[Prediction], measured: Sequence[dict[str, float]]) -> dict[str, Score]:
-    """What the answers of one task are worth together; empty where its task has no such metric."""
+    """The metrics of the whole set of one task's answers, if it has any."""
     samples = [prediction.sample for prediction in predictions]
     if samples[0].task == "yes_no":
         is_yes = np.array(["yes" in sample.references for sample in samples])
@@ -319,7 +303,7 @@ def _set_scores(predictions: Sequence[Prediction], measured: Sequence[dict[str, 
 
 
 def _picture_numbers(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
-    """For each sample the number of its picture, int64 [n]; a sample without one has a number of its own."""
+    """Each sample's picture as a number, int64 [n]; samples without a picture get distinct numbers."""
     numbers: dict[object, int] = {}
     keys = [sample.image if sample.image is not None else place for place, sample in enumerate(samples)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -1,8 +1,8 @@
-"""Files of answers: written for others to score, and read back to score without a model.
+"""Answer files: written for others to score, and read back to score without a model.
 
-A table has a row per question and the column `prediction`. The answers to a VLMEvalKit TSV keep all its columns but the
-picture, so that VLMEvalKit's own evaluation takes the file (MODEL_DATASET.xlsx, or .tsv with PRED_FORMAT=tsv); other
-data gives index, image, question, answer. The suffix chooses the form: .tsv, .xlsx (needs openpyxl) or .jsonl.
+A table has one row per question and the column `prediction`. For a VLMEvalKit TSV it keeps all columns except the
+picture, so VLMEvalKit's own evaluation reads the file (MODEL_DATASET.xlsx, or .tsv with PRED_FORMAT=tsv); other data
+has the columns index, image, question, answer. The suffix chooses the format: .tsv, .xlsx (needs openpyxl) or .jsonl.
 """
 
 import csv
@@ -20,28 +20,30 @@ from vlmdeploy.data.samples import Sample, check_boxes
 from vlmdeploy.data.source import DataSource
 from vlmdeploy.data.tsv_table import INDEX, LONGEST_CELL
 from vlmdeploy.errors import DataError, ExportError
+from vlmdeploy.overriding import override
 from vlmdeploy.runtime.image import load_image
+from vlmdeploy.score.answerers import Answerer
 from vlmdeploy.score.metrics import Prediction
 
 SUFFIXES = (".tsv", ".xlsx", ".jsonl")
 PREDICTION = "prediction"
-COLUMNS = (INDEX, "image", "question", "answer", PREDICTION)  # where the data is no TSV
+COLUMNS = (INDEX, "image", "question", "answer", PREDICTION)  # if the data is not a TSV
 LONGEST_XLSX_CELL = 32767  # characters, Excel's limit
-WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # those that a float holds exactly
-NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that XML 1.0 has not
+WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # a float holds these exactly
+NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # not allowed in XML 1.0
 
 Cells: TypeAlias = Mapping[str, str]
 
 
 def is_predictions(path: Path) -> bool:
-    """Whether this is a file of answers, by its suffix."""
+    """Whether this is an answer file, by its suffix."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def output_paths(out: Path, models: Sequence[Path]) -> list[Path]:
-    """Where each model's answers go: `out`, or beside it with the model's name in front where there are several.
+    """Each model's answer file: `out`; for several models, beside it with the model's name in front.
 
-    Raises ExportError if two of these would be one file.
+    Raises ExportError if two models would write one file.
     """
     if len(models) == 1:
         return [out]
@@ -53,7 +55,7 @@ def output_paths(out: Path, models: Sequence[Path]) -> list[Path]:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Raise ExportError unless answers may be written there; ModuleNotFoundError if openpyxl is missing for .xlsx."""
+    """Raise ExportError unless the path can be written, ModuleNotFoundError if .xlsx needs openpyxl."""
     if path.suffix.lower() not in SUFFIXES:
         raise ExportError(f"{path}: ends in {path.suffix or 'nothing'!r}, expected one of {', '.join(SUFFIXES)}")
     if path.is_dir():
@@ -65,9 +67,9 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_predictions(path: Path, source: DataSource, predictions: Sequence[Prediction]) -> None:
-    """Write the answers in one step, replacing what is there; `check_output` comes first.
+    """Write the answers atomically, replacing the file; call `check_output` first.
 
-    Raises DataError for a text that the form cannot hold, ExportError if the disk refuses.
+    Raises DataError for a text that the format cannot hold, ExportError if writing fails.
     """
     columns, rows = _table(source, predictions)
     write = {".tsv": _write_tsv, ".xlsx": _write_xlsx, ".jsonl": _write_jsonl}[path.suffix.lower()]
@@ -91,13 +93,8 @@ def _table(source: DataSource, predictions: Sequence[Prediction]) -> tuple[list[
 
 def _plain_row(prediction: Prediction) -> Cells:
     sample = prediction.sample
-    return {
-        INDEX: sample.key,
-        "image": str(sample.image or ""),
-        "question": sample.turns[-1].user,
-        "answer": sample.answer or "",
-        PREDICTION: prediction.text,
-    }
+    values = (sample.key, str(sample.image or ""), sample.turns[-1].user, sample.answer or "", prediction.text)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _write_tsv(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
@@ -114,18 +111,18 @@ def _write_jsonl(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
 
 
 def _write_xlsx(file: BinaryIO, columns: list[str], rows: list[Cells]) -> None:
-    """One sheet of texts. Indexes that are whole numbers are written so: VLMEvalKit looks them up as numbers."""
+    """One sheet of texts. Whole-number indexes are written as numbers: VLMEvalKit looks them up as such."""
     import openpyxl
     from openpyxl.cell import WriteOnlyCell
 
-    _check_lengths(columns, rows)  # before the sheet is begun, which cannot be left half written
+    _check_lengths(columns, rows)  # before starting the sheet, which cannot be left half written
     has_numbers = all(WHOLE_NUMBER.fullmatch(row[INDEX]) for row in rows)
     workbook = openpyxl.Workbook(write_only=True)
     sheet = workbook.create_sheet("Sheet1")
 
     def text_cell(text: str) -> Any:
         cell = WriteOnlyCell(sheet, NOT_IN_XLSX.sub("\N{REPLACEMENT CHARACTER}", text))
-        cell.data_type = "s"  # also what begins with "=", which is no formula here
+        cell.data_type = "s"  # text that starts with "=" is not a formula
         return cell
 
     sheet.append([text_cell(column) for column in columns])
@@ -140,16 +137,16 @@ def _check_lengths(columns: list[str], rows: list[Cells]) -> None:
         for column in columns:
             if len(row[column]) > LONGEST_XLSX_CELL:
                 found = f'column "{column}" of index "{row[INDEX]}" has {len(row[column])} characters'
-                raise DataError(f"{found}, a cell of .xlsx holds {LONGEST_XLSX_CELL}: write .tsv instead")
+                raise DataError(f"{found}, an .xlsx cell holds {LONGEST_XLSX_CELL}: write .tsv instead")
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The answers in a file, by index; columns other than index and prediction do not matter.
+    """Read the answers in a file, by index; ignores columns other than index and prediction.
 
     Raises DataError, naming the file, if it cannot be read, a column is missing or an index occurs twice.
     """
     if not is_predictions(path):
-        raise DataError(f"{path}: no file of answers; expected a file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: not an answer file; expected a file that ends in {', '.join(SUFFIXES)}")
     read = {".tsv": _read_tsv, ".xlsx": _read_xlsx, ".jsonl": _read_jsonl}[path.suffix.lower()]
     answers: dict[str, str] = {}
     for index, text in read(path):
@@ -189,7 +186,7 @@ def _pairs(path: Path, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str
     for name in (INDEX, PREDICTION):
         if header.count(name) != 1:
             found = ", ".join(header)[:200] or "nothing"
-            raise DataError(f'{path}: has no one column "{name}"; its header holds {found}')
+            raise DataError(f'{path}: column "{name}" must be in the header once; it holds {found}')
     places = header.index(INDEX), header.index(PREDICTION)
     for number, row in enumerate(rows[1:], 2):
         if any(_text(cell) for cell in row):
@@ -199,7 +196,7 @@ def _pairs(path: Path, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str
 
 
 def _text(cell: Any) -> str:
-    """A cell as a text; spreadsheets may hold 3 as 3.0."""
+    """A cell as text; spreadsheets may store 3 as 3.0."""
     if cell is None:
         return ""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
@@ -221,20 +218,19 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
             yield str(row[INDEX]), row[PREDICTION]
 
 
-class PredictionsAnswerer:
-    """Answers with what a file holds. Answers to other questions than those asked do not matter."""
+class PredictionsAnswerer(Answerer):
+    """Answers from a file; ignores its answers to other questions. Raises DataError for a missing answer."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._answers = read_predictions(path)
 
+    @override
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """One prediction for each sample, in their order. Raises DataError for the first question without an answer."""
         for sample in samples:
             if sample.key not in self._answers:
-                raise DataError(
-                    f'{self._path}: has no answer to index "{sample.key}"; is it of another data set or split?'
-                )
+                problem = f'has no answer to index "{sample.key}"; is it for another data set or split?'
+                raise DataError(f"{self._path}: {problem}")
             size_px = None
             if sample.task == "rec" and sample.image is not None:
                 size_px = load_image(sample.image).size

@@ -1,4 +1,4 @@
-"""What `vlmdeploy validate` shows: the scores of one model, and how others that were asked the same differ."""
+"""What `vlmdeploy validate` shows: the scores of one model, and how others differ on the same questions."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import vlmdeploy
 from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
-from vlmdeploy.data.source import DataSource, open_source
+from vlmdeploy.data.source import open_source
 from vlmdeploy.errors import BackendError, DataError
 from vlmdeploy.progress import Progress
 from vlmdeploy.score.answerers import (
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is asked: rows of `data`, at most `per_task` of each task (None: all), drawn with `seed`.
+    """Which rows of `data` to ask: at most `per_task` of each task (None: all), drawn with `seed`.
 
-    predictions: where the answers are written too; None: nowhere.
+    predictions: the file to write answers to; None: none.
     """
 
     data: Path
@@ -47,7 +47,7 @@ class ScoreOptions:
     template: str | None = None
     tokenizer: Path | None = None
     threads: int | None = None
-    provider: str | None = None  # of bundles; None: what each was made for
+    provider: str | None = None  # of bundles; None: each bundle's own
     device: str = "cpu"  # of checkpoints
     questions: QuestionOptions | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -57,9 +57,9 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The scores of models that were asked the same questions; the others are compared with the first.
+    """The scores of models on the same questions; the others are compared with the first.
 
-    source: what the data was taken for, and by which rule it was scored. written: files of answers, one of each model.
+    source: the format and scoring rule of the data. written: one answer file per model.
     """
 
     data: str
@@ -69,11 +69,11 @@ class Scorecard:
     written: tuple[str, ...] = ()
 
     def equal_answers(self) -> tuple[Score, ...]:
-        """For each other model, the share of questions that it answered with the first one's token ids."""
+        """For each other model, the share of questions with the same token ids as the first."""
         return tuple(agreement(self.validations[0], other) for other in self.validations[1:])
 
     def differences(self) -> tuple[Scores, ...]:
-        """For each other model, how much better than the first it is, with intervals of the paired difference."""
+        """For each other model, its paired differences from the first."""
         first = self.validations[0].predictions
         return tuple(paired_differences(first, other.predictions) for other in self.validations[1:])
 
@@ -96,7 +96,7 @@ class Scorecard:
         return {**document, "compared": compared} if compared else document
 
     def rows(self) -> list[list[str]]:
-        """A line per metric: its name, the count, and each model's value with its interval."""
+        """One row per metric: its name, the count, and each model's value with its interval."""
         rows = []
         for task, metrics in self.validations[0].scores.items():
             for name, score in metrics.items():
@@ -118,7 +118,7 @@ class Scorecard:
         return rows
 
     def columns(self) -> list[str]:
-        """Titles of the rows' cells."""
+        """Column titles."""
         return ["task metric", "questions", *self.models]
 
 
@@ -131,18 +131,16 @@ def _points(score: Score) -> str:
 
 
 def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Progress) -> Scorecard:
-    """Ask models (checkpoints, bundles or files of answers) the same questions.
+    """Ask models (checkpoints, bundles or answer files) the same questions.
 
-    Raises DataError, also where the questions cannot be scored and no answers are to be written, ExportError if answers
-    may not be written there, and what opening the models raises.
+    Raises DataError, also if the questions cannot be scored and no answers are to be written, ExportError if answers
+    cannot be written, and what opening the models raises.
     """
     outputs = [] if options.predictions is None else output_paths(options.predictions, models)
     for path in outputs:
         check_output(path, options.force)
     source = open_source(options.data, options=options.questions, to_score=True)
-    samples = list(source.samples())
-    if options.per_task is not None:
-        samples = choose(samples, options.per_task, options.seed)
+    samples = choose(source.samples(), options.per_task, options.seed)
     unscored = None if source.questions is None else source.questions.unscored
     if unscored is not None and not outputs:
         raise DataError(f"{source.path}: {unscored}: --predictions FILE writes the answers without scoring them")
@@ -154,21 +152,15 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
         answerer = open_answerer(model, options)
         validations.append(_ask(answerer, samples, report, is_scored=unscored is None))
         if isinstance(answerer, BundleAnswerer):
-            answerer.close()  # the next one may need the memory
+            answerer.close()  # the next model may need the memory
         if outputs:
             write_predictions(outputs[place], source, validations[-1].predictions)
-    return _scorecard(source, models, validations, outputs)
+    names, written = tuple(map(str, models)), tuple(map(str, outputs))
+    return Scorecard(str(source.path), names, tuple(validations), source.description, written)
 
 
 def _ask(answerer: Answerer, samples: list[Sample], report: Callable[[int], None], is_scored: bool) -> Validation:
     return validate(answerer, samples, report) if is_scored else Validation({}, answer_all(answerer, samples, report))
-
-
-def _scorecard(
-    source: DataSource, models: tuple[Path, ...], validations: list[Validation], outputs: list[Path]
-) -> Scorecard:
-    names, written = tuple(map(str, models)), tuple(map(str, outputs))
-    return Scorecard(str(source.path), names, tuple(validations), source.description, written)
 
 
 def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -176,7 +168,7 @@ def _reporter(progress: Progress, stage: str, total: int) -> Callable[[int], Non
 
 
 def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
-    """A bundle's runtime, a checkpoint in PyTorch, or a file of answers; which one, its files tell."""
+    """Open a bundle in the runtime, a checkpoint in PyTorch, or an answer file, depending on the path."""
     if is_predictions(model):
         return PredictionsAnswerer(model)
     if has_manifest(model):
@@ -192,8 +184,8 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
 
 
 def load_on(checkpoint: Path, device: str) -> "VisionLanguageModel":
-    """The PyTorch model of a checkpoint: in float32 on a CPU; on a CUDA device in the checkpoint's own 16-bit type,
-    float16 where it names none, quantized decoder linears as codes. Raises BackendError without such a device."""
+    """Load a checkpoint in PyTorch: float32 on a CPU; on a CUDA device the checkpoint's 16-bit type (default float16),
+    with quantized decoder linears as codes. Raises BackendError without such a device."""
     if device == "cpu":
         return vlmdeploy.load_model(checkpoint)
     import torch

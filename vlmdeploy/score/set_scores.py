@@ -1,7 +1,7 @@
-"""Scores that a whole set of answers has, but no single answer: precision, recall and F1 of yes, and questions that
-count only if all their rotations are right. They enter no paired difference."""
+"""Scores of a whole set of answers: precision, recall and F1 of yes, and questions that count only if all their
+rotations are right. They have no paired difference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,40 +17,27 @@ Interval: TypeAlias = tuple[float, float, float]
 
 
 def yes_scores(is_yes: Bools, said_yes: Bools, pictures: Ints) -> dict[str, Interval]:
-    """Precision, recall and F1 of the answer yes, as POPE reports them; 0 where they are not defined.
+    """Precision, recall and F1 of the answer yes, as POPE reports them; 0 if undefined.
 
-    is_yes, said_yes, pictures [n]: the truth, whether the answer was yes, and the picture's number. Intervals hold
-    95 %, a bootstrap over pictures. Source: Li et al. 2023 (POPE); VLMEvalKit, yorn.py, POPE_rating.
+    is_yes, said_yes, pictures [n]: the truth, whether the answer was yes, and the picture's number. 95 % intervals by
+    bootstrap over pictures. Source: Li et al. 2023 (POPE); VLMEvalKit, yorn.py, POPE_rating.
     """
     events = np.stack([is_yes & said_yes, is_yes, said_yes], axis=1).astype(np.float64)  # [n, 3]
-    resampled = grouped_resamples(events, pictures)  # [resamples, 3]
-    scores: dict[str, Callable[[Floats], Floats]] = {"precision": _precision, "recall": _recall, "f1": _f1}
-    return {
-        name: (float(score(events.sum(axis=0)[None])[0]), *percentile_interval(score(resampled)))
-        for name, score in scores.items()
-    }
+    values, resampled = _yes_ratios(events.sum(axis=0)[None]), _yes_ratios(grouped_resamples(events, pictures))
+    return {name: (float(value[0]), *percentile_interval(resampled[name])) for name, value in values.items()}
 
 
-def _precision(sums: Floats) -> Floats:
-    return _ratio(sums[:, 0], sums[:, 2])
-
-
-def _recall(sums: Floats) -> Floats:
-    return _ratio(sums[:, 0], sums[:, 1])
-
-
-def _f1(sums: Floats) -> Floats:
-    return _ratio(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
-
-
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+def _yes_ratios(sums: Floats) -> dict[str, Floats]:
+    """Each [n], from sums [n, 3] of hits, true yes and said yes."""
+    hits, true, said = sums.T
+    parts = {"precision": (hits, said), "recall": (hits, true), "f1": (2 * hits, true + said)}
+    return {name: np.divide(a, b, out=np.zeros_like(a), where=b > 0) for name, (a, b) in parts.items()}
 
 
 def all_right(right: Sequence[bool], groups: Sequence[str]) -> tuple[Interval, int]:
-    """Share of groups without a wrong answer, with Wilson's interval, and how many groups there are.
+    """Share of groups without a wrong answer, with Wilson's interval, and the number of groups.
 
-    right, groups [n]: of each answer. Source: Liu et al. 2023 (MMBench), circular evaluation.
+    right, groups [n]: one per answer. Source: Liu et al. 2023 (MMBench), circular evaluation.
     """
     flawless: dict[str, bool] = {}
     for is_right, group in zip(right, groups, strict=True):

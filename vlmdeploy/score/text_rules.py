@@ -1,6 +1,6 @@
-"""What an answer in free text is worth beside its references, 0..1, by the rules of the public VQA benchmarks.
+"""Scores of a free-text answer against its references, 0..1, by the rules of public VQA benchmarks.
 
-Each function is one rule, and names where the rule is written down. The rules of choosing stand in `choices`.
+Each function is one rule and names its source. `choices` has the rules for choices.
 """
 
 import math
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from vlmdeploy.score.answer_text import leveled_answer
 
-AGREEING_PEOPLE = 3  # so many of the others make an answer fully right
+AGREEING_PEOPLE = 3  # this many other people make an answer fully right
 ANLS_THRESHOLD = 0.5
 CHART_TOLERANCE = 0.05
 
 
 def vqa_accuracy(text: str, references: Sequence[str]) -> float:
-    """How many people gave this answer: min(1, others that agree / 3), averaged over leaving out each reference once.
+    """min(1, agreeing references / 3), averaged over leaving out each reference once.
 
-    Both sides are leveled first. TextVQA and VQAv2 have ten references; with fewer than four nothing reaches 1.
+    Both sides are normalized first. TextVQA and VQAv2 have ten references; with fewer than four nothing reaches 1.
     Source: Antol et al. 2015 (VQA), section 4; VLMEvalKit, vqa_eval.py, method "vqa_score".
     """
     answer = leveled_answer(text)
@@ -26,10 +26,10 @@ def vqa_accuracy(text: str, references: Sequence[str]) -> float:
 
 
 def anls(text: str, references: Sequence[str]) -> float:
-    """Normalized Levenshtein similarity to the nearest reference, 0 where it is below one half.
+    """Normalized Levenshtein similarity to the nearest reference; 0 below one half.
 
-    Case and runs of white space do not count; the distance is divided by the longer text as it was written.
-    Source: Biten et al. 2019 (ST-VQA), equation 1, threshold 0.5; DocVQA and InfographicVQA score so.
+    Ignores case and repeated spaces; the divisor is the length of the longer raw text.
+    Source: Biten et al. 2019 (ST-VQA), equation 1, threshold 0.5; used by DocVQA and InfographicVQA.
     """
     similarity = max(1 - _relative_distance(text, reference) for reference in references)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
@@ -57,9 +57,9 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def relaxed_accuracy(text: str, references: Sequence[str]) -> float:
-    """1 if a number is within 5 % of a reference, or a text equals one but for case; else 0.
+    """1 if a number is within 5 % of a reference, or a text equals one ignoring case; else 0.
 
-    "12%" is the number 0.12. A reference of 0 must be met as a text.
+    "12%" is the number 0.12. A reference of 0 is compared as text.
     Source: Masry et al. 2022 (ChartQA), section 5.1; VLMEvalKit, vqa_eval.py, relaxed_correctness.
     """
     return float(any(_is_near(text.strip(), reference) for reference in references))
@@ -73,7 +73,7 @@ def _is_near(text: str, reference: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The number that a text is, None if it is none; words such as "nan" and "inf" are texts."""
+    """Parse a number; None for other text, including "nan" and "inf"."""
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -82,7 +82,7 @@ def _number(text: str) -> float | None:
 
 
 def contains_answer(text: str, references: Sequence[str], is_formula: bool = False) -> float:
-    """1 if the answer contains a reference, else 0: without regard to case, of a formula to spaces.
+    """1 if the answer contains a reference, else 0: ignoring case, or, for a formula, spaces.
 
     Source: Liu et al. 2023 (OCRBench), section 3; VLMEvalKit, OCRBench.evaluate.
     """
@@ -99,7 +99,7 @@ def _one_line(text: str) -> str:
 
 
 def stripped_match(text: str, references: Sequence[str]) -> float:
-    """1 if the answer equals a reference but for case and for white space at its ends, else 0.
+    """1 if the answer equals a reference, ignoring case and outer white space, else 0.
 
     Source: VLMEvalKit, vqa_eval.py, method "accuracy", which OCRVQA and GQA use.
     """

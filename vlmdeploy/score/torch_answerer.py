@@ -1,4 +1,4 @@
-"""Answers of the PyTorch reference to a data set's questions, batched."""
+"""Batched answers of the PyTorch reference to a data set's questions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -13,8 +13,9 @@ from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import token_types_of
 from vlmdeploy.model.batch import Layout, derive_layout
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.overriding import override
 from vlmdeploy.runtime.chat import Tokenizer
-from vlmdeploy.score.answerers import MAX_NEW_TOKENS, PreparedQuestion, QuestionMaker
+from vlmdeploy.score.answerers import MAX_NEW_TOKENS, Answerer, PreparedQuestion, QuestionMaker
 from vlmdeploy.score.metrics import Prediction
 
 BATCHES_PER_BLOCK = 8
@@ -22,11 +23,11 @@ BATCHES_PER_BLOCK = 8
 Item = TypeVar("Item")
 
 
-class TorchAnswerer:
+class TorchAnswerer(Answerer):
     """Answers with the PyTorch reference, `batch_size` prompts at a time.
 
-    Within a block of several batches each picture is encoded once, and prompts of like task and length share a batch.
-    An answer ends after `max_new_tokens`, or where the context is full.
+    Within a block of several batches, each picture is encoded once, and prompts of similar task and length share one.
+    An answer ends after `max_new_tokens`, or when the context is full.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class TorchAnswerer:
         self._maker = QuestionMaker(model.spec, tokenizer, template)
         self._device = model.embedding.weight.device
 
+    @override
     def answers(self, samples: Iterable[Sample]) -> Iterator[Prediction]:
-        """One prediction for each sample, in their order. Raises DataError and PromptError."""
         stream = iter(samples)
         while block := list(islice(stream, BATCHES_PER_BLOCK * self._batch_size)):
             yield from self._answer_block([self._maker.question(sample) for sample in block])
@@ -60,7 +61,7 @@ class TorchAnswerer:
         return [self._maker.prediction(question, new_ids[place]) for place, question in enumerate(questions)]
 
     def _encode_pictures(self, questions: Sequence[PreparedQuestion]) -> dict[Picture, Tensor]:
-        """The decoder rows [rows, hidden] of every picture that is asked about."""
+        """The decoder rows [rows, hidden] of every picture."""
         pictures = {question.sample.image: question.picture for question in questions}
         found = [(path, picture) for path, picture in pictures.items() if path is not None and picture is not None]
         image_rows: dict[Picture, Tensor] = {}
@@ -80,7 +81,7 @@ class TorchAnswerer:
         return [row[:limit] for row, limit in zip(new_ids, limits, strict=True)]
 
     def _padded(self, batch: Sequence[PreparedQuestion]) -> tuple[Tensor, Layout]:
-        """The prompts, int64 [batch, seq] padded on the right, and their layout."""
+        """The right-padded prompts, int64 [batch, seq], and their layout."""
         tokens, shape = self._model.spec.tokens, (len(batch), max(len(question.ids) for question in batch))
         ids, types, mask = np.full(shape, tokens.pad_id), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for row, question in enumerate(batch):
@@ -100,7 +101,7 @@ class TorchAnswerer:
 
 
 def _likeness(question: PreparedQuestion) -> tuple[str, int]:
-    """What sorts prompts of like length, and likely answers of like length, into one batch."""
+    """Sort key that groups prompts, and probably answers, of similar length."""
     return question.sample.task, len(question.ids)
 
 

@@ -1,1 +1,1 @@
-"""Many versions of one model: quantized, exported, scored and reported together."""
+"""Many versions of one model, quantized, exported, scored and reported together."""

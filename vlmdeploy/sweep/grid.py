@@ -1,10 +1,10 @@
-"""The grid of a sweep: a TOML file whose lists are combined with each other, and single points beside them.
+"""The grid of a sweep: a TOML file of lists, combined with each other, and single points.
 
 algorithm = ["routed", "pooled", "rtn"]   # whose tokens calibrate an expert; rtn: rounded; none: floats
 bits = [4, 3]
 vision = ["int8", "int4"]
 
-[[point]]                                 # what it leaves out is the default, not the grid's
+[[point]]                                 # missing keys take the default, not the grid's values
 name = "fp32"
 target = "ort-fp32"
 """
@@ -22,7 +22,7 @@ from vlmdeploy.errors import ConfigError
 from vlmdeploy.quant.precision import PRECISIONS, TARGETS
 
 ALGORITHMS = ("routed", "pooled", "text-only", "rtn", "none")
-BITS = {"ort-int8": 8}  # what a target's decoder holds, where only that is possible
+BITS = {"ort-int8": 8}  # targets with only one decoder width
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PART_VALUES = tuple(kind for kind in PRECISIONS if kind != "int3")
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -42,8 +42,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One version of the model. None: the target's default. Of floats bits and quality mean nothing, and group only
-    where a part holds codes."""
+    """One version of the model. None: the target's default. Float targets ignore bits and quality, and group unless a
+    part holds codes."""
 
     name: str
     algorithm: str = "routed"
@@ -60,23 +60,23 @@ class Point:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether data decides the codes."""
+        """Whether calibration data decides the codes."""
         return self.algorithm not in ("rtn", "none")
 
     @property
     def has_codes(self) -> bool:
-        """Whether a part that was chosen here holds integer codes, whatever the target."""
+        """Whether a part with a chosen precision holds integer codes, whatever the target."""
         return any(kind.startswith("int") for kind in self.precisions.values())
 
     @property
     def precisions(self) -> dict[str, str]:
-        """The parts whose precision is chosen here."""
+        """The parts with a chosen precision."""
         chosen = {name: getattr(self, name) for name in ("vision", "connector", "lm_head", "embedding")}
         return {part: kind for part, kind in chosen.items() if kind is not None}
 
     @property
     def checkpoint(self) -> str:
-        """The name of the quantized checkpoint that it is made from; points of one name share it."""
+        """The name of its quantized checkpoint, which other points may share."""
         parts = (f"{part}-{kind}" for part, kind in self.precisions.items() if part != "embedding")
         quality = () if self.quality == "default" else (self.quality,)
         group = "whole" if self.group == -1 else str(self.group)
@@ -84,12 +84,12 @@ class Point:
 
 
 def read_grid(path: Path) -> list[Point]:
-    """The points of a grid file, in its order and each once. Raises ConfigError that names file, key and value."""
+    """The unique points of a grid file, in order. Raises ConfigError, naming file, key and value."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; expected a grid") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deeply
         raise ConfigError(f"{path}: is not TOML ({error})") from error
     single = content.pop("point", [])
     if not isinstance(single, list) or not all(isinstance(item, dict) for item in single):
@@ -101,7 +101,7 @@ def read_grid(path: Path) -> list[Point]:
 
 
 def _grid_points(content: Mapping[str, Any], path: Path) -> Iterator[Point]:
-    """Every combination of the lists; a value that is no list counts as a list of one."""
+    """Every combination of the lists; a single value counts as a list of one."""
     lists = {}
     for key, value in content.items():
         values = value if isinstance(value, list) else [value]
@@ -135,7 +135,7 @@ def _checked(key: str, value: Any, path: Path) -> Any:
 
 
 def _resolved(point: Point, path: Path) -> Point:
-    """Floats have no algorithm, and some targets only one width of codes."""
+    """Apply the target's limits: floats have no algorithm, some targets have one width of codes."""
     if point.target.endswith(("fp32", "fp16")):
         group = point.group if point.has_codes else 128
         return replace(point, algorithm="none", bits=4, group=group, quality="default")
@@ -150,7 +150,7 @@ def _resolved(point: Point, path: Path) -> Point:
 
 
 def _named(point: Point, settings: Mapping[str, Any]) -> Point:
-    """A name of what the file says about the point, in a fixed order."""
+    """Name a point by the settings in the file, in a fixed order."""
     if point.algorithm == "none":
         words = [point.target, *(_group_words(point, settings) if point.has_codes else [])]
     else:
@@ -169,7 +169,7 @@ def _group_words(point: Point, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _each_once(points: list[Point], path: Path) -> Iterator[Point]:
-    """Points that differ in more than their name; two of one name must be the same."""
+    """Drop repeated points; two different points must not share a name."""
     seen: dict[str, Point] = {}
     for point in points:
         if point.name not in seen:

@@ -1,7 +1,7 @@
-"""`vlmdeploy sweep`: every point of a grid is quantized, exported, scored and measured, and a report compares them.
+"""`vlmdeploy sweep`: quantizes, exports, scores and measures every point of a grid, and compares them in a report.
 
-Points run one after the other, or on the machines of a Ray cluster, one at a time on each: two at once would spoil each
-other's times. A point that fails is marked in the report; the same command goes on where it was.
+Points run one after the other, or on a Ray cluster, one at a time per machine: two at once would distort each other's
+times. The report lists failed points; the same command resumes a sweep.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ REPORT = "report"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What a sweep is made of. report: how points are asked and measured; its bundles and out are filled in here.
+    """Options of a sweep. report: how to ask and measure points; the sweep sets its bundles and out.
 
-    ray: an address, "auto" for the running cluster, "local" for one on this machine, None: one after the other.
+    ray: an address, "auto" for the running cluster, "local" for one on this machine, None: run points in turn here.
     cpus: of each point on a cluster; None: all of a machine.
     """
 
@@ -48,7 +48,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The report, the points of the grid, and those that failed with the line that says why."""
+    """The report, the points of the grid, and the failures."""
 
     report: Report
     points: tuple[Point, ...]
@@ -56,7 +56,7 @@ class SweepResult:
 
 
 def run_sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResult:
-    """Run a sweep, or go on with it. Raises ConfigError for the grid or other settings than the run before had,
+    """Run or resume a sweep. Raises ConfigError for a bad grid or settings that differ from the previous run's,
     ExportError if all points failed, and what the reference raises."""
     points = read_grid(options.grid)
     shared = _shared(options)
@@ -70,12 +70,13 @@ def run_sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepR
         bundles = tuple(shared.bundle(point) for point in points if point.name not in failed)
         if not bundles:
             raise ExportError(f"{options.out}: every point failed; the first: {failures[0].name}: {failures[0].error}")
-        report = make_report(_report_options(shared, bundles), progress, failures, Store(shared.out / EVALUATIONS))
+        reported = replace(shared.report, bundles=bundles, force=True)
+        report = make_report(reported, progress, failures, Store(shared.out / EVALUATIONS))
     return SweepResult(report, tuple(points), failures)
 
 
 def _quantize_and_export(points: list[Point], shared: Shared, run: RunTasks, progress: Progress) -> tuple[Failure, ...]:
-    """First every checkpoint that points need, then the points whose checkpoint came to be."""
+    """Make every checkpoint that points need, then run the points whose checkpoint succeeded."""
     makers = {point.checkpoint: point for point in points if point.is_calibrated}
     errors: dict[str, str] = {}
     total, done = len(makers) + len(points), 0
@@ -97,7 +98,7 @@ def _quantize_and_export(points: list[Point], shared: Shared, run: RunTasks, pro
 
 
 def _shared(options: SweepOptions) -> Shared:
-    """Every path absolute: machines of a cluster start elsewhere."""
+    """Make all paths absolute: machines of a cluster have other working folders."""
     out, ckpt, asked, questions = options.out.absolute(), options.ckpt.absolute(), options.report.asked, None
     if options.report.questions is not None:
         questions = replace(options.report.questions, images=_absolute(options.report.questions.images))
@@ -115,27 +116,20 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def _report_options(shared: Shared, bundles: tuple[Path, ...]) -> ReportOptions:
-    return replace(shared.report, bundles=bundles, force=True)
-
-
 def _check_inputs(options: SweepOptions, points: Sequence[Point]) -> str:
     """The checkpoint's fingerprint. Raises ConfigError, WeightsError or DataError for what would fail every point."""
     if options.ray is None and options.cpus is not None:
-        raise ConfigError("--cpus is of no use without --ray: leave it out; --threads is for one machine")
+        raise ConfigError("--cpus needs --ray: leave it out; --threads is for one machine")
     if options.calib is None and any(point.is_calibrated for point in points):
-        raise ConfigError(
-            f"{options.grid}: has calibrated points: give --calib DATA, or use algorithm rtn and none only"
-        )
+        advice = "give --calib DATA, or use algorithm rtn and none only"
+        raise ConfigError(f"{options.grid}: has calibrated points: {advice}")
     if options.calib is not None:
         open_source(options.calib)
     if has_manifest(options.ckpt):
         raise ConfigError(f"--ckpt {options.ckpt}: is a bundle, expected a float checkpoint")
     checkpoint = Checkpoint(options.ckpt)
     if checkpoint.is_quantized:
-        raise ConfigError(
-            f"--ckpt {options.ckpt}: is quantized already, expected the float checkpoint it was made from"
-        )
+        raise ConfigError(f"--ckpt {options.ckpt}: is already quantized, expected the float checkpoint")
     checkpoint_tokenizer(options.ckpt, options.report.asked.tokenizer)
     return checkpoint.fingerprint()
 
@@ -144,8 +138,5 @@ def sweep_json(result: SweepResult) -> dict[str, Any]:
     """The document that `sweep --json` prints."""
     failed = {failure.name: failure.error for failure in result.failures}
     points = [{**asdict(point), "error": failed.get(point.name)} for point in result.points]
-    return {
-        "points": points,
-        "reference": result.report.reference,
-        "failures": [asdict(item) for item in result.failures],
-    }
+    failures = [asdict(failure) for failure in result.failures]
+    return {"points": points, "reference": result.report.reference, "failures": failures}

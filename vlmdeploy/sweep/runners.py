@@ -1,5 +1,4 @@
-"""Running the tasks of a sweep: one after the other on this machine, or on the machines of a Ray cluster, one at a time
-on each."""
+"""Runs the tasks of a sweep: one after the other on this machine, or on a Ray cluster, one at a time per machine."""
 
 import importlib
 import socket
@@ -11,15 +10,15 @@ from typing import Any
 from vlmdeploy.errors import BackendError, ConfigError
 from vlmdeploy.sweep.task import Task, run_task
 
-ANSWER_S = 10.0  # in which a cluster must accept a connection
+ANSWER_S = 10.0  # a cluster must accept a connection within this time
 RunTasks = Callable[[list[Task]], Iterator[tuple[Task, str | None]]]
 
 
 @contextmanager
 def task_runner(address: str | None, cpus: int | None) -> Iterator[RunTasks]:
-    """What runs the tasks, open while they run; address None: one after the other, here. cpus: of a task on a cluster.
+    """A function that runs tasks; address None: one after the other, here. cpus: of each task on a cluster.
 
-    Raises ConfigError and BackendError where there is no such cluster, ModuleNotFoundError where Ray is not installed.
+    Raises ConfigError, BackendError if there is no such cluster, and ModuleNotFoundError if Ray is not installed.
     """
     if address is None:
         yield _in_turn
@@ -37,7 +36,7 @@ def _in_turn(tasks: list[Task]) -> Iterator[tuple[Task, str | None]]:
 
 
 def _check_listens(address: str) -> None:
-    """Raise OSError where an address is a host and a port and nobody listens there: Ray would try for minutes."""
+    """Raise OSError if nothing listens at a host and port: Ray would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal() and int(port) < 1 << 16:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
@@ -45,14 +44,14 @@ def _check_listens(address: str) -> None:
 
 @dataclass(frozen=True)
 class _RayRunner:
-    """Runs tasks on a Ray cluster. Its machines must see the sweep's folders under the same paths."""
+    """Runs tasks on a Ray cluster, whose machines must see the sweep's folders under the same paths."""
 
     ray: Any
     cpus: int
 
     @classmethod
     def connect(cls, address: str, cpus: int | None) -> "_RayRunner":
-        """See `task_runner`."""
+        """Connect to the cluster; raises as `task_runner` does."""
         if not address.strip():
             raise ConfigError("--ray is empty, expected an address, auto or local")
         ray = importlib.import_module("ray")
@@ -62,7 +61,7 @@ class _RayRunner:
         except (OSError, ValueError, RuntimeError) as error:
             found = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BackendError(
-                f"--ray {address}: there is no cluster to connect to ({found}): `ray start --head` starts one, or use "
+                f"--ray {address}: cannot connect to a cluster ({found}): start one with `ray start --head`, or use "
                 "--ray local"
             ) from error
         of_machines = [int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]]
@@ -72,7 +71,7 @@ class _RayRunner:
         return cls(ray, cpus or max(of_machines))
 
     def run(self, tasks: list[Task]) -> Iterator[tuple[Task, str | None]]:
-        """Results as they come. A machine that is lost fails its task, not the sweep."""
+        """Yield results as tasks finish. Losing a machine fails its task, not the sweep."""
         remote = self.ray.remote(num_cpus=self.cpus, max_retries=1)(run_task)
         waiting = {remote.remote(task): task for task in tasks}
         while waiting:

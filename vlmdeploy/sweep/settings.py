@@ -1,4 +1,4 @@
-"""What tells one sweep from another: the file beside its results, which a continued sweep is held against."""
+"""The settings file of a sweep, which a resumed sweep must match."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ CALIBRATION = ("calib", "calibration")
 
 
 def check_output_folder(shared: Shared) -> None:
-    """Raise ConfigError or ExportError, before anything is written, for a folder that no sweep made."""
+    """Raise ConfigError or ExportError, before writing anything, for a folder that is not a sweep's."""
     check_name(shared.out)
     if shared.out.is_symlink() and not shared.out.exists():
-        raise ConfigError(f"{shared.out}: is a link to nothing; choose another --out")
+        raise ConfigError(f"{shared.out}: is a broken link; choose another --out")
     if not shared.out.exists():
         return
     if not shared.out.is_dir():
@@ -29,15 +29,15 @@ def check_output_folder(shared: Shared) -> None:
     found = {item.name for item in shared.out.iterdir()}
     others = sorted(found - {LOCK, f"{SETTINGS}.new"})
     if others and SETTINGS not in found:
-        raise ConfigError(f"{shared.out}: holds {others[0]} and is no sweep; choose another --out")
+        raise ConfigError(f"{shared.out}: holds {others[0]} and is not a sweep; choose another --out")
     check_output(shared.report.out, True, is_report)
 
 
 def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) -> None:
-    """Keep what decides the results beside the grid, or raise ConfigError where another run's differ. Calibration may
-    come later, and be left out where no point needs it.
+    """Store the settings that decide results, or raise ConfigError if they differ from an earlier run's. Calibration
+    may be added later, and omitted if no point needs it.
 
-    fingerprint: of the checkpoint. The folder is locked.
+    fingerprint: of the checkpoint. The caller has locked the folder.
     """
     path = shared.out / SETTINGS
     before = _read_settings(path) if path.is_file() else {}
@@ -60,14 +60,14 @@ def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) ->
 
 
 def _calibration_of(shared: Shared) -> dict[str, Any]:
-    """What decides calibrated points; calib None: there are none."""
+    """The settings that decide calibrated points; calib None: there are none."""
     settings = {key: str(value) for key, value in shared.calibration.items()}
     return {"calib": None if shared.calib is None else str(shared.calib), "calibration": settings}
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Of the settings of a sweep, what is read again."""
+    """The settings that are read back."""
 
     ckpt: str
     points: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -84,12 +84,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_made(point: Point, before: Mapping[str, Any], shared: Shared) -> None:
-    """Raise ConfigError where the bundle of this name was made from other settings, which a name does not tell."""
+    """Raise ConfigError if the bundle of this name was made with other settings."""
     if not shared.bundle(point).exists():
         return
     for key, value in asdict(point).items():
         if key in before and before[key] != value:
             raise ConfigError(
                 f'{shared.out}: its point "{point.name}" was made with {key} {before[key]}, now it is {value}: '
-                "name it anew, or choose another --out"
+                "rename it, or choose another --out"
             )

@@ -1,5 +1,5 @@
-"""One task of a sweep, in a process of its own, so that what crashes it crashes nothing else: quantizing a checkpoint,
-or exporting and evaluating a point. Tasks share nothing but folders."""
+"""One task of a sweep, in its own process so that a crash stays there: quantizing a checkpoint, or exporting and
+evaluating a point. Tasks share only folders."""
 
 import json
 import os
@@ -22,8 +22,8 @@ LOG_LINES = 5
 
 @dataclass(frozen=True)
 class Shared:
-    """What all tasks of a sweep know. out: the sweep's folder, the same on all machines. reference_key: of the
-    checkpoint's evaluation in it, empty before that is made."""
+    """The data that all tasks of a sweep share. out: the sweep's folder, the same on all machines. reference_key: of
+    the checkpoint's evaluation there, empty until it exists."""
 
     ckpt: Path
     calib: Path | None
@@ -34,11 +34,11 @@ class Shared:
     reference_key: str = ""
 
     def checkpoint(self, point: Point) -> Path:
-        """Where a point's quantized checkpoint lies."""
+        """The folder of a point's quantized checkpoint."""
         return self.out / "checkpoints" / point.checkpoint
 
     def bundle(self, point: Point) -> Path:
-        """Where a point's bundle lies."""
+        """The folder of a point's bundle."""
         return self.out / "bundles" / point.name
 
 
@@ -52,10 +52,8 @@ class Task:
 
 
 def run_task(task: Task) -> str | None:
-    """Run a task in a fresh interpreter; None where it went well, else the line that says what went wrong.
-
-    A task that is killed, for memory or by a crash of a library, is told so. Ctrl-C ends it.
-    """
+    """Run a task in a fresh interpreter; None if it succeeded, else a one-line error, also if the process was killed or
+    crashed. Ctrl-C ends it."""
     with child_process("vlmdeploy.sweep.task", errors=subprocess.PIPE) as process:
         written, errors = process.communicate(pickle.dumps((task, os.getpid())))
     if process.returncode == 0:
@@ -71,7 +69,7 @@ def run_task(task: Task) -> str | None:
 
 
 def perform(task: Task) -> None:
-    """Do the work here. What is there already is not made again."""
+    """Do the work in this process; skip what already exists."""
     if task.kind == "quantize":
         _quantize(task.point, task.shared)
         return
@@ -116,8 +114,8 @@ def _export(point: Point, shared: Shared) -> None:
 
 
 def main() -> None:
-    """The task's process: a pickled task on stdin; on failure one JSON document on stdout, where nothing else goes:
-    what libraries print is for stderr."""
+    """The task's process: a pickled task on stdin; on failure one JSON document on stdout. What libraries print goes to
+    stderr."""
     end_with_parent()
     task, parent = pickle.load(sys.stdin.buffer)
     if os.getppid() != parent:
@@ -131,7 +129,7 @@ def main() -> None:
 
 
 def _error_of(task: Task) -> str | None:
-    """Do the work; the line for an error that the user can solve."""
+    """Do the work; returns a one-line message for errors that the user can solve."""
     try:
         perform(task)
     except VlmdeployError as error:
