@@ -38,7 +38,7 @@ from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bundle import FileEntry, hash_file
-from vlmdeploy.calib.request import quantize, quantize_options
+from vlmdeploy.calib.request import QuantizeOptions, quantize
 from vlmdeploy.progress import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
@@ -201,7 +201,7 @@ def interrupted(ckpt: Path, data: Path, out: Path, at: str = "decoder.layers.0",
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(ckpt, out, quantize_options(data, group=16, **options), stop)
+        quantize(ckpt, out, QuantizeOptions(data, group=16, **options), stop)
     return partial_folder(out)
 
 
@@ -239,7 +239,7 @@ def test_shards_of_a_run_are_read_back_once_at_most(
         return hash_file(path)
 
     monkeypatch.setattr("vlmdeploy.calib.state.hash_file", noted)
-    quantize(ckpt, tmp_path / "out", quantize_options(data, group=16), no_progress)
+    quantize(ckpt, tmp_path / "out", QuantizeOptions(data, group=16), no_progress)
     assert sorted(hashed) == sorted(f"{unit}.safetensors" for unit in UNITS)
 
 
@@ -322,9 +322,10 @@ def test_damaged_choice_of_an_unfinished_run_is_named(ckpt: Path, data: Path, tm
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
+    (("--bits", 8), "\"parts.decoder\" is 'int4' there and 'int8' now"),
+    (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
     (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'),
-    (("--group", 32), '"group_sizes"'),
+    (("--group", 32), '"group_sizes.decoder"'),
 ])  # fmt: skip
 def test_unfinished_run_of_other_settings_is_refused_and_the_key_named(
     ckpt: Path, data: Path, tmp_path: Path, options: tuple[object, ...], message: str

@@ -144,6 +144,13 @@ def test_two_streams_give_the_cross_term(rows: Tensor, undisturbed: Tensor, weig
     assert_same_sums(problem.cross, mean_product(undisturbed - rows, rows, places))
 
 
+def test_process_without_rows_of_an_expert_has_every_sum(rows: Tensor, undisturbed: Tensor, weights: Tensor) -> None:
+    """It had no cross term, and the other processes waited for it forever."""
+    tokens = replace(some_tokens(), vision_mask=np.zeros(sum(LENGTHS), np.bool_))
+    problem = Statistics(Processes()).problem(NAME, weights, Grid(4, 8), tokens, "vision", reading(rows, undisturbed))
+    assert problem.tokens == 0 and problem.cross is not None and not problem.cross.any()
+
+
 def judged(weights: Tensor) -> Tensor:
     """256 of the 300 outputs are judged on held-out tokens."""
     return weights[torch.linspace(0, OUT - 1, 256).long()].double()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.train.config import first_difference, load_config
+from vlmdeploy.records import first_difference
+from vlmdeploy.train.config import load_config
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 RECIPE = (DIGITS / "train.toml").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ Long runs keep what is finished in OUT.partial, one run at a time."""
 import ctypes
 import fcntl
 import glob
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmdeploy.errors import ExportError
+from vlmdeploy.errors import ExportError, VlmdeployError
+from vlmdeploy.records import Config, first_difference, read_object
 
 _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
@@ -105,6 +107,44 @@ def _exchange(first: Path, second: Path) -> bool:
 def partial_folder(out: Path) -> Path:
     """Where the state of an unfinished run lies."""
     return out.with_name(out.name + ".partial")
+
+
+def open_partial(folder: Path, name: str, settings: Config, force: bool, error: type[VlmdeployError]) -> None:
+    """Prepare OUT.partial, which is locked, to start a run or to continue one whose `name` holds the same settings.
+
+    Raises `error`, naming the key, for an unfinished run with other settings; `force` discards that run.
+    """
+    path = folder / name
+    if path.is_file():
+        difference = first_difference(settings, read_state(path, error))
+        if difference is None:
+            return
+        if not force:
+            key, ours, theirs = difference
+            raise error(
+                f'{folder}: holds an unfinished run with other settings: "{key}" is {theirs!r} there and {ours!r} now; '
+                "continue with the old settings, or start anew with --force"
+            )
+        empty_partial(folder, name)
+    elif any(item.name not in (LOCK, f"{name}.new") for item in folder.iterdir()):
+        raise error(f"{folder}: exists and holds no {name}: not an unfinished run; move it away")
+    write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+
+
+def read_state(path: Path, error: type[VlmdeployError]) -> Config:
+    """A JSON object in OUT.partial. Raises `error`, which says how to start anew."""
+    with damage_explained(path, error):
+        return read_object(path, error)
+
+
+@contextmanager
+def damage_explained(path: Path, error: type[VlmdeployError]) -> Iterator[None]:
+    """Add to an error about a damaged file of OUT.partial how to start anew."""
+    try:
+        yield
+    except error as problem:
+        found = str(problem).removeprefix(f"{path}: ")
+        raise error(f"{path}: damaged ({found}); remove {path.parent} to start anew") from problem
 
 
 def empty_partial(folder: Path, last: str) -> None:

@@ -41,6 +41,19 @@ def read_object(
     return value
 
 
+def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose values differ in two trees of plain values, and both values (None: absent)."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return None if ours == theirs else (key, ours, theirs)
+    for name in dict.fromkeys((*ours, *theirs)):
+        found = first_difference(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
+        if found:
+            return found
+    return None
+
+
 def record_of(
     kind: type[Record],
     data: Any,

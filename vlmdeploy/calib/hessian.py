@@ -1,9 +1,7 @@
-"""Sums over tokens: the Hessian X^T X of a linear's input, and what a second, undisturbed stream adds to it.
+"""The Hessian of a linear's inputs, and what its spectrum says.
 
 Sums are float32 and divided once, at the end. Only the upper triangle is summed, in panels of columns.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,33 +42,6 @@ class HessianSum:
             block.copy_(block.triu() + block.triu(1).t())
         self.total = torch.empty(0)
         return hessian
-
-
-@dataclass
-class CrossSum:
-    """(X_float - X)^T X over the tokens given so far, [in, in]: how the inputs are disturbed already."""
-
-    total: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, width: int) -> "CrossSum":
-        """Before the first token."""
-        return cls(torch.zeros(width, width))
-
-    def add(self, difference: Tensor, x: Tensor) -> None:
-        """Add some tokens; difference is X_float - X, both [tokens, in]."""
-        self.total.addmm_(difference.t(), x)
-        self.tokens += len(x)
-
-    def reduce(self, processes: Processes) -> None:
-        """Add up what all processes have seen."""
-        processes.sum_in_place(self.total)
-        (self.tokens,) = processes.sum_counts(self.tokens)
-
-    def mean(self) -> Tensor:
-        """Divided by the tokens; the sum is used up."""
-        return self.total.div_(max(1, self.tokens))
 
 
 def start_vector(width: int) -> Tensor:

@@ -2,7 +2,7 @@
 used, and the settings that decide the result."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,14 +17,13 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_ca
 from vlmdeploy.calib.perplexity import answer_perplexities
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.run import (
-    DEFAULT_MEMORY_BYTES,
     Calibration,
     QuantizeResult,
     RunOptions,
     quantize_checkpoint,
 )
 from vlmdeploy.calib.solver import GptqSolver
-from vlmdeploy.calib.state import SETTINGS, first_difference, unfinished_settings
+from vlmdeploy.calib.state import SETTINGS, unfinished_settings
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
 from vlmdeploy.data.samples import Picture, Sample
@@ -43,90 +42,56 @@ from vlmdeploy.quant.precision import (
     with_overrides,
 )
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
+from vlmdeploy.records import first_difference
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.spec.model import with_settings
 
 TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
 CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
-BITS_TYPES = {3: "int3", 4: "int4", 8: "int8"}
+DECODER_BITS = ("3", "4", "8")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What the command line offers; None means the default that its help states."""
+    """The options of `vlmdeploy quantize`, under the names of its parameters; None: the default that its help states.
 
-    data: Path
-    picture_prompt: str | None = None
-    skip_broken: bool = False
+    reuse: keep an output that was made with the same settings, even under `force`.
+    """
+
+    calib: Path
+    calib_prompt: str | None = None
     samples: int = 512
     tokens: int | None = None
-    across_perplexity: bool = False
-    seed: int = 0
-    template: str | None = None
-    tokenizer: Path | None = None
-    bits: int = 4
-    group: int = DEFAULT_GROUP
-    symmetric: bool = True
-    precisions: dict[str, str] = field(default_factory=dict)
-    overrides: tuple[str, ...] = ()
-    budget: str | None = None
+    skip_broken: bool = False
     quality: Literal["default", "high"] = "default"
+    select: Literal["random", "perplexity"] = "random"
+    tokenizer: Path | None = None
+    template: str | None = None
+    bits: str = "4"
+    group: int = DEFAULT_GROUP
+    asymmetric: bool = False
+    vision: str | None = None
+    connector: str | None = None
+    lm_head: str | None = None
+    override: tuple[str, ...] = ()
+    budget: str | None = None
     hessian: HessianKind = "routed"
     allow_uncalibrated: bool = False
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    max_memory: str = "1GB"
+    seed: int = 0
     force: bool = False
     reuse: bool = False
 
+    @property
+    def memory_bytes(self) -> int:
+        """Activations kept in memory. Raises ConfigError for a malformed size."""
+        return parse_size(self.max_memory, "--max-memory")
 
-def quantize_options(
-    data: Path,
-    max_memory: str = "1GB",
-    *,
-    calib_prompt: str | None = None,
-    samples: int = 512,
-    tokens: int | None = None,
-    skip_broken: bool = False,
-    quality: Literal["default", "high"] = "default",
-    select: str = "random",
-    tokenizer: Path | None = None,
-    template: str | None = None,
-    bits: str = "4",
-    group: int = DEFAULT_GROUP,
-    asymmetric: bool = False,
-    vision: str | None = None,
-    connector: str | None = None,
-    lm_head: str | None = None,
-    override: tuple[str, ...] = (),
-    budget: str | None = None,
-    hessian: HessianKind = "routed",
-    allow_uncalibrated: bool = False,
-    seed: int = 0,
-    force: bool = False,
-) -> QuantizeOptions:
-    """The options under the names that the command line gives them. Raises ConfigError for a senseless size."""
-    parts = {"vision": vision, "connector": connector, "lm_head": lm_head}
-    return QuantizeOptions(
-        data=data,
-        picture_prompt=calib_prompt,
-        skip_broken=skip_broken,
-        samples=samples,
-        tokens=tokens,
-        across_perplexity=select == "perplexity",
-        seed=seed,
-        template=template,
-        tokenizer=tokenizer,
-        bits=int(bits),
-        group=group,
-        symmetric=not asymmetric,
-        precisions={part: precision for part, precision in parts.items() if precision},
-        overrides=override,
-        budget=budget,
-        quality=quality,
-        hessian=hessian,
-        allow_uncalibrated=allow_uncalibrated,
-        memory_bytes=parse_size(max_memory, "--max-memory"),
-        force=force,
-    )
+    @property
+    def parts(self) -> dict[str, str]:
+        """The precision of every part for which one was chosen."""
+        chosen = {"vision": self.vision, "connector": self.connector, "lm_head": self.lm_head}
+        return {"decoder": f"int{self.bits}", **{part: kind for part, kind in chosen.items() if kind}}
 
 
 def use_threads(count: int | None) -> None:
@@ -142,6 +107,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     """
     check_name(out)
     budget = None if options.budget is None else Budget.parse(options.budget)
+    memory_bytes = options.memory_bytes
     checkpoint = Checkpoint(ckpt)
     if checkpoint.is_quantized:
         raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
@@ -151,7 +117,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     settings = all_settings(checkpoint, plan, options, everyone, processes)
     if budget is not None:
         plan = known_plan(out, settings, plan) or allocate_plan(
-            checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress
+            checkpoint, plan, everyone, budget, memory_bytes, options.seed, progress
         )
         settings["grids"] = grids_of(plan)
     run_options = RunOptions(
@@ -159,7 +125,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.hessian,
         options.quality == "high",
         options.allow_uncalibrated,
-        options.memory_bytes,
+        memory_bytes,
         options.force,
         options.reuse,
     )
@@ -184,12 +150,11 @@ def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> Prec
 
 def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:
     """The precision of every linear. Raises ExportError for precisions, groups and overrides that cannot be."""
-    if options.bits not in BITS_TYPES:
-        raise ConfigError(f"--bits is {options.bits}, expected {', '.join(map(str, BITS_TYPES))}")
-    parts = {"decoder": BITS_TYPES[options.bits], **options.precisions}
-    plan = plan_precision(checkpoint.spec, "ort-int4", parts, options.group, options.symmetric)
+    if options.bits not in DECODER_BITS:
+        raise ConfigError(f"--bits is {options.bits}, expected {', '.join(DECODER_BITS)}")
+    plan = plan_precision(checkpoint.spec, "ort-int4", options.parts, options.group, not options.asymmetric)
     names = {target: tuple(source.name for source in rule.sources) for target, rule in checkpoint.rules.items()}
-    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.overrides, names))
+    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.override, names))
 
 
 def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
@@ -208,11 +173,11 @@ def read_calibration(
 ) -> tuple[Calibration, tuple[CalibrationSample, ...]]:
     """The samples of this process, and those of all of them. Raises DataError and CalibrationError."""
     with_settings(checkpoint.spec, None, options.template)  # an unknown template is no fault of a sample
-    source = open_source(options.data, options.picture_prompt)
+    source = open_source(options.calib, options.calib_prompt)
     stream = source.samples(options.skip_broken)
     drawn = draw_samples(list(stream), CANDIDATES_PER_SAMPLE * options.samples, options.seed)
     found = _readable(drawn, checkpoint, options, stream.skipped)
-    if options.across_perplexity:
+    if options.select == "perplexity":
         found = _across_perplexity(found, checkpoint, options, progress)
     chosen = hold_out(_balanced(found, checkpoint, options))
     if not chosen:
@@ -286,8 +251,8 @@ def all_settings(
         "samples": len(samples),
         "parts": plan.parts,
         "group_sizes": plan.group_sizes,
-        "symmetric": options.symmetric,
-        "overrides": list(options.overrides),
+        "symmetric": not options.asymmetric,
+        "overrides": list(options.override),
         "budget": options.budget,
         "quality": options.quality,
         "hessian": options.hessian,

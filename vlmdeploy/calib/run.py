@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial
+from vlmdeploy.artifact import LOCK, check_output, locked, open_partial, partial_folder, remove_partial
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.checkpoint_writer import (
@@ -33,9 +33,7 @@ from vlmdeploy.calib.state import (
     SETTINGS,
     RunState,
     UnitRecord,
-    first_difference,
     is_shard,
-    open_settings,
     unfinished_settings,
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
@@ -46,6 +44,7 @@ from vlmdeploy.progress import Progress
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import LinearReport, read_report
+from vlmdeploy.records import first_difference
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -116,14 +115,18 @@ def quantize_checkpoint(
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
             return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
         if not options.force:
-            raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
+            key, ours, theirs = difference
+            raise CalibrationError(
+                f'{out}: exists, made with other settings: "{key}" is {theirs!r} there and {ours!r} now; replace it '
+                "with --force"
+            )
     check_output(out, options.force, is_quantized_by_us)
     coverage = check_coverage(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
     )
     folder = partial_folder(out.absolute())
     with _only_run(folder, processes), _system_errors_explained(folder):
-        processes.first_does(lambda: open_settings(folder, options.settings, options.force))
+        processes.first_does(lambda: open_partial(folder, SETTINGS, options.settings, options.force, CalibrationError))
         run = QuantizationRun(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
         records = run.all_units()
         report = run.report(records)

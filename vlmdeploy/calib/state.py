@@ -8,8 +8,7 @@ what it names is on the disk and whole, and what no record names is thrown away.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, empty_partial, write_file
+from vlmdeploy.artifact import LOCK, damage_explained, read_state, write_file
 from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -64,7 +63,7 @@ class RunState:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            with _start_anew(path):
+            with damage_explained(path, CalibrationError):
                 content = record_of(_Content, read_object(path, CalibrationError), str(path), CalibrationError)
             records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
         if records:
@@ -180,51 +179,7 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def unfinished_settings(folder: Path) -> dict[str, Any] | None:
+def unfinished_settings(folder: Path) -> Config | None:
     """The settings of the unfinished run in OUT.partial, None if there is none."""
-    return _read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
-
-
-def _read_settings(path: Path) -> Config:
-    with _start_anew(path):
-        return read_object(path, CalibrationError)
-
-
-@contextmanager
-def _start_anew(path: Path) -> Iterator[None]:
-    """Say of a damaged file of the state how to go on."""
-    try:
-        yield
-    except CalibrationError as error:
-        found = str(error).removeprefix(f"{path}: ")
-        raise CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew") from error
-
-
-def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
-    """Get OUT.partial ready: to start, or to go on with the same settings.
-
-    Raises CalibrationError, naming the difference, if a run with other settings is unfinished there; `force` drops it.
-    """
     path = folder / SETTINGS
-    if path.is_file():
-        difference = first_difference(settings, _read_settings(path))
-        if difference is None:
-            return
-        if not force:
-            raise CalibrationError(
-                f"{folder}: holds an unfinished run with other settings: {difference}; continue with the old settings, "
-                "or start anew with --force"
-            )
-        empty_partial(folder, SETTINGS)
-    elif any(item.name not in (LOCK, SETTINGS + ".new") for item in folder.iterdir()):
-        raise CalibrationError(f"{folder}: exists and holds no {SETTINGS}: not an unfinished run; move it away")
-    text = json.dumps(settings, indent=1).encode()
-    write_file(path, lambda file: file.write(text))
-
-
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """In words, the first setting that differs; None if none does."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            return f'"{key}" is {theirs.get(key)!r} there and {ours.get(key)!r} now'
-    return None
+    return read_state(path, CalibrationError) if path.is_file() else None

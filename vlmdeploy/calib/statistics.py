@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import Tokens
-from vlmdeploy.calib.hessian import CrossSum, HessianSum
+from vlmdeploy.calib.hessian import HessianSum
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import HeldOut, Problem, judged_rows
 from vlmdeploy.errors import CalibrationError
@@ -44,22 +44,21 @@ class Statistics:
         Raises CalibrationError, naming linear and sample, for activations that are not finite.
         """
         source = self._source(expert)
-        total, cross = HessianSum(weights.shape[1]), None
+        total, cross = HessianSum(weights.shape[1]), None  # cross: (X_float - X)^T X
         rows = tokens.select(source, held_out=False)
-        for piece in chunks(rows):
+        for piece in chunks(rows) if len(rows) else [rows]:  # a process without rows must still take part in the sums
             x, *undisturbed = _finite(name, inputs(piece), piece, tokens)
             total.add(x)
             if undisturbed:
-                cross = cross or CrossSum.empty(weights.shape[1])
-                cross.add(undisturbed[0] - x, x)
+                cross = torch.zeros_like(total.total) if cross is None else cross
+                cross.addmm_((undisturbed[0] - x).t(), x)
         total.samples = tokens.samples_in(rows)
         total.reduce(self.processes)
         if cross is not None:
-            cross.reduce(self.processes)
+            self.processes.sum_in_place(cross)
+            cross.div_(max(1, total.tokens))
         held_out = self._held_out(name, weights, tokens, source, inputs)
-        count, samples = total.tokens, total.samples
-        disturbance = None if cross is None else cross.mean()
-        return Problem(name, weights, grid, total.mean(), count, samples, held_out, disturbance)
+        return Problem(name, weights, grid, total.mean(), total.tokens, total.samples, held_out, cross)
 
     def _source(self, expert: str | None) -> str | None:
         if expert is None or self.kind == "pooled":

@@ -119,19 +119,6 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
-def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose values differ in two trees of plain values, with both (None: absent)."""
-    if isinstance(ours, list) and isinstance(theirs, list):
-        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        return None if ours == theirs else (key, ours, theirs)
-    for name in dict.fromkeys((*ours, *theirs)):
-        found = first_difference(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
-        if found:
-            return found
-    return None
-
-
 def _read_spec(path: Path, model: Config) -> ModelSpec:
     try:
         possible = possible_families(model, None)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, locked, partial_folder, staged_folder
-from vlmdeploy.errors import ConfigError
+from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, staged_folder
+from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress
@@ -29,10 +29,10 @@ from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.stages import build_optimizer
 from vlmdeploy.train.state import (
+    RECIPE,
     Status,
     load_optimizer,
     load_place,
-    open_partial,
     read_status,
 )
 from vlmdeploy.train.trainee import Trainee
@@ -69,7 +69,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
     source = load_source(config.data_path, config.recipe.data_class)
     folder = partial_folder(out.absolute())
     with locked(folder), _lines_on_stderr():
-        open_partial(folder, config.values, force)
+        open_partial(folder, RECIPE, config.values, force, TrainingError)
         run_workers(train, (config.path, folder), config.recipe.workers, Watch(folder, progress))
         record = build_record(config, read_status(folder))
         with staged_folder(out, force, is_ours) as staging:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, write_file
+from vlmdeploy.artifact import write_file
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.records import read_object, record_of
-from vlmdeploy.train.config import first_difference
 from vlmdeploy.train.optimizer import FlatOptimizer
 
 STATE, STATUS, RECIPE = "state.pt", "status.json", "recipe.json"
@@ -48,28 +47,6 @@ class Status:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
-    """Get the folder ready for a run of the recipe with these values: to start it, or to go on.
-
-    Raises TrainingError, naming the key, if a run of another recipe is unfinished there; with `force` that is dropped.
-    """
-    if (folder / RECIPE).is_file():
-        difference = first_difference(values, read_object(folder / RECIPE, TrainingError))
-        if difference is None:
-            return
-        if not force:
-            key, ours, theirs = difference
-            raise TrainingError(
-                f'{folder}: holds an unfinished run of another recipe: "{key}" is {theirs!r} there and {ours!r} now; '
-                "continue with the old recipe, or start anew with --force"
-            )
-        for name in (STATE, STATUS, RECIPE):
-            (folder / name).unlink(missing_ok=True)
-    elif any(path.name != LOCK for path in folder.iterdir()):
-        raise TrainingError(f"{folder}: exists and holds no {RECIPE}: not an unfinished run; move it away")
-    _write_text(folder / RECIPE, json.dumps(values, indent=1))
-
-
 def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
     """Replace state.pt in one step; it is on the disk when this returns."""
     content = {**vars(place), **optimizer.state()}
@@ -100,14 +77,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def write_status(folder: Path, status: Status) -> None:
     """Replace status.json in one step."""
-    _write_text(folder / STATUS, json.dumps(asdict(status)), sync=False)
+    content = json.dumps(asdict(status)).encode()
+    write_file(folder / STATUS, lambda file: file.write(content), sync=False)
 
 
 def read_status(folder: Path) -> Status:
     """The last status; all zero before the first."""
     path = folder / STATUS
     return record_of(Status, read_object(path, TrainingError, is_optional=True), str(path), TrainingError)
-
-
-def _write_text(path: Path, text: str, sync: bool = True) -> None:
-    write_file(path, lambda file: file.write(text.encode()), sync)
