@@ -18,15 +18,8 @@ from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import UnitRecord, shard_name
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
-from vlmdeploy.quant.gptq_format import (
-    CONFIG_NAME,
-    GptqConfig,
-    Grid,
-    ModuleGrid,
-    config_json,
-    dynamic_overrides,
-    encode_linear,
-)
+from vlmdeploy.quant.gptq_config import CONFIG_NAME, GptqConfig, ModuleGrid, config_json, dynamic_overrides
+from vlmdeploy.quant.gptq_format import encode_linear
 from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
@@ -113,8 +106,7 @@ def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dic
     modules = []
     for linear in matrices(checkpoint.spec):
         for source in checkpoint.rules[linear.target].sources:
-            grid: Grid | None = plan[linear.target].grid
-            modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, grid))
+            modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, plan[linear.target].grid))
     damping = [linear["damping"] for linear in report["linears"] if linear["damping"] is not None]
     provenance = {
         "meta": {"quantizer": [f"vlmdeploy:{vlmdeploy.__version__}"]},

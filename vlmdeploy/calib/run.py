@@ -26,7 +26,7 @@ from vlmdeploy.calib.checkpoint_writer import (
     unit_tensors,
 )
 from vlmdeploy.calib.coverage import Coverage, check_coverage
-from vlmdeploy.calib.flow import Flow, Weights
+from vlmdeploy.calib.flow import Flow, Quantizer, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
@@ -40,6 +40,7 @@ from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.overriding import override
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import PrecisionPlan
@@ -196,7 +197,7 @@ def _named(target: str) -> Iterator[None]:
 
 
 @dataclass
-class QuantizationRun:
+class QuantizationRun(Quantizer):
     """One run: goes through the units, quantizes the linears they ask for, and commits each finished unit."""
 
     checkpoint: Checkpoint
@@ -296,10 +297,8 @@ class QuantizationRun:
             tokens, width = self.calibration.tokens, spec.decoder.hidden
         return state.load_flow(unit, tokens, width, self._runner.streams, self._runner.pool)
 
-    # ---- what units ask for ----
-
+    @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """Quantize a linear from the tokens that reach it; the weights for each stream."""
         self._show(target)
         weights = self.checkpoint.parameter(target).flatten(1)
         grid = self.plan[target].grid
@@ -319,8 +318,8 @@ class QuantizationRun:
         values = torch.from_numpy(dequantize(codes))
         return (values, weights) if self._runner.streams == 2 else (values,)
 
+    @override
     def unused(self, target: str) -> None:
-        """Round to nearest a linear whose output nothing reads."""
         if self.plan[target].grid is not None:
             weights = self.checkpoint.parameter(target).flatten(1)
             self._keep(target, self._rounded(target, weights, "nothing reads its output"))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Ints
-from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.flow import Flow, Weights
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of
+from vlmdeploy.calib.flow import Flow, Quantizer, Weights
+from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.solver import judged_rows
 from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
 from vlmdeploy.calib.units import UnitRunner
@@ -27,6 +28,7 @@ from vlmdeploy.model.connector import Connector
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
 from vlmdeploy.model.products import PRODUCTS
 from vlmdeploy.model.vision import VisionLayer
+from vlmdeploy.overriding import override
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.gptq import GptqOptions, best_loops, factorize, quantize_gptq
 from vlmdeploy.quant.grid import Grid, dequantize
@@ -35,7 +37,7 @@ DAMPING = 0.01
 
 
 @dataclass
-class ErrorMeter:
+class ErrorMeter(Quantizer):
     """A quantizer that leaves linears as they are and notes, for every grid in question, each judged row's error."""
 
     checkpoint: Checkpoint
@@ -43,8 +45,8 @@ class ErrorMeter:
     grids: Callable[[str], list[Grid]]
     errors: dict[str, dict[Grid, Tensor]] = field(default_factory=dict)
 
+    @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """The float weights."""
         weights = self.checkpoint.parameter(target).flatten(1)
         grids = self.grids(target)
         if grids:
@@ -53,8 +55,9 @@ class ErrorMeter:
                 self.errors[target] = _row_errors(weights, problem.hessian, grids)
         return (weights,)
 
+    @override
     def unused(self, target: str) -> None:
-        """No output, no cost."""
+        pass  # no output, no cost
 
 
 def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid]) -> dict[Grid, Tensor]:
@@ -207,30 +210,23 @@ def measure_costs(
 
     runner: with `meter` as its quantizer.
     """
-    pictures, tokens, spec = pictures_of(samples), prompt_tokens(samples), runner.spec
-    total = 2 * (spec.vision.num_layers + spec.decoder.num_layers)
-    flow = runner.embed_pictures(pictures)
-    vision_inputs, decoder_inputs = [], []
-    for index in range(spec.vision.num_layers):
-        progress("sensitivity, forward", index, total)
-        vision_inputs.append(_copy(runner, flow))
-        flow = runner.vision_layer(index, flow)
-    features = _copy(runner, flow)
-    images = runner.connector(flow)
-    flow = runner.embed_prompts(samples, tokens, images, pictures)
-    images.close()
-    for index in range(spec.decoder.num_layers):
-        progress("sensitivity, forward", spec.vision.num_layers + index, total)
-        decoder_inputs.append(_copy(runner, flow))
-        flow = runner.decoder_layer(index, flow, samples)
-    runner.head(flow)
+    num_vision = runner.spec.vision.num_layers
+    total = 2 * (num_vision + runner.spec.decoder.num_layers)
+    kept: list[Flow] = []
+    last = hidden_states(
+        runner,
+        samples,
+        lambda _, done, all_layers: progress("sensitivity, forward", done, total),
+        lambda flow: kept.append(_copy(runner, flow)),
+    )
+    runner.head(last)
     progress("sensitivity, backward", total // 2, total)
     gradients = GradientMeter()
-    answers = BackwardPass(runner, samples, pictures, gradients, seed).run(
-        vision_inputs, features, decoder_inputs, flow
-    )
-    for kept in (*vision_inputs, features, *decoder_inputs, flow):
-        kept.close()
+    vision_inputs, features, decoder_inputs = kept[:num_vision], kept[num_vision], kept[num_vision + 1 :]
+    backward = BackwardPass(runner, samples, pictures_of(samples), gradients, seed)
+    answers = backward.run(vision_inputs, features, decoder_inputs, last)
+    for flow in (*kept, last):
+        flow.close()
     return _costs(meter, gradients, answers)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.calib.hessian import effective_rank, largest_eigenvalue, start_vector
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.gptq import (
     ClipWeights,
     Factor,
@@ -96,7 +97,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class GptqSolver:
+class GptqSolver(Solver):
     """GPTQ with the damping, and with or without refinement, that held-out tokens favour.
 
     sweeps None: the default of the bits. dampings: those tried, the first one where nothing is held out.
@@ -108,8 +109,8 @@ class GptqSolver:
     dampings: tuple[float, ...] = DAMPINGS
     loops: Loops = field(default_factory=best_loops)
 
+    @override
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
-        """See Solver."""
         best, factor = self._choose(problem)
         if best.is_rtn:
             quantized = quantize_clipped(

@@ -40,7 +40,7 @@ class Checkpoint:
             raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")
         self.config = read_object(self.folder / "config.json", expected="a checkpoint in Hugging Face layout")
         self.generation_config = read_object(self.folder / "generation_config.json", is_optional=True)
-        self.shard_of = _tensor_shards(self.folder)
+        self.shard_of = tensor_shards(self.folder)
         self.codes = StoredCodes(self.folder, self.shard_of)
         try:
             family = find_family(self.config, self.codes.names())
@@ -154,7 +154,7 @@ class Checkpoint:
         return values
 
 
-def _tensor_shards(folder: Path) -> dict[str, str]:
+def tensor_shards(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or the single file; checked against the files' own headers."""
     index_path = folder / INDEX_NAME
     if index_path.is_file():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.model.products import RowMixer, SiluGate
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
@@ -96,8 +97,8 @@ class CausalAttention(RowMixer):
         super().__init__()
         self.spec = spec
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """As wide as all query heads."""
         return rows, self.spec.num_heads * self.spec.head_dim
 
     def forward(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.vision import ActivationName
 
 ACTIVATIONS = {"gelu": F.gelu}
@@ -47,8 +48,8 @@ class Blocks(RowMixer):
         super().__init__()
         self.side = side
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A row for each block."""
         return (isqrt(rows) // self.side) ** 2, width * self.side**2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ class Attention(RowMixer):
         self.num_heads = num_heads
         self.head_dim = head_dim
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A third as wide."""
         return rows, self.num_heads * self.head_dim
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,8 +91,8 @@ class AroundRows(RowMixer):
         self.begin = nn.Parameter(torch.empty(width))
         self.end = nn.Parameter(torch.empty(width))
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """Two rows more."""
         return rows + 2, width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +104,8 @@ class AroundRows(RowMixer):
 class WithoutFirst(RowMixer):
     """All rows but the first one, the class token's."""
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A row less."""
         return rows - 1, width
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,17 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmdeploy.errors import QuantizationError, WeightsError
-from vlmdeploy.quant.gptq_format import (
-    PARTS,
-    GptqConfig,
-    Grid,
-    StoredLinear,
-    check_g_idx,
-    decode_linear,
-    grid_of,
-    read_config,
-)
-from vlmdeploy.quant.grid import Quantized
+from vlmdeploy.quant.gptq_config import GptqConfig, grid_of, read_config
+from vlmdeploy.quant.gptq_format import PARTS, StoredLinear, check_g_idx, decode_linear
+from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.quant.packing import num_words
 from vlmdeploy.spec.weight_rules import Source
 

@@ -1,34 +1,18 @@
-"""Quantized linears as GPTQ checkpoints hold them: qweight, qzeros, scales and g_idx, encoded, decoded, and read from a
-folder that any GPTQ library wrote.
+"""Encode and decode a quantized linear of a GPTQ checkpoint: qweight, qzeros, scales and g_idx.
 
 value[out, in] = scale[g_idx[in], out] * (code - zero point[g_idx[in], out]). Format "gptq" (v1) stores zero points
-minus one, "gptq_v2" stores them as they are; bits are packed as `packing` says. The names of `gptq_config` are
-re-exported, so that callers need only this module.
+minus one, "gptq_v2" stores them unchanged. `packing` packs the bits, `gptq_config` reads and writes the config.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
-from vlmdeploy.quant.gptq_config import (
-    BITS,
-    CONFIG_NAME,
-    CheckpointFormat,
-    GptqConfig,
-    ModuleGrid,
-    Override,
-    config_json,
-    dynamic_overrides,
-    grid_of,
-    read_config,
-)
+from vlmdeploy.errors import QuantizationError, WeightsError
+from vlmdeploy.quant.gptq_config import BITS, CheckpointFormat
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, dequantize
 from vlmdeploy.quant.packing import (
     WORD_BITS,
@@ -40,25 +24,6 @@ from vlmdeploy.quant.packing import (
     unpack_words,
 )
 
-__all__ = [
-    "CONFIG_NAME",
-    "CheckpointFormat",
-    "GptqConfig",
-    "GptqFolder",
-    "Grid",
-    "ModuleGrid",
-    "Override",
-    "StoredLinear",
-    "config_json",
-    "decode_linear",
-    "dynamic_overrides",
-    "encode_linear",
-    "grid_of",
-    "read_config",
-]
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ALL_ROWS = slice(None)
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -280,79 +245,3 @@ def _group_of_input(tensors: Tensors, grid: Grid, num_in: int, groups: int, name
             f"group of 0 to {groups - 1} for each input"
         )
     return g_idx.astype(np.int64)
-
-
-class GptqFolder:
-    """A checkpoint folder in GPTQ format. Opening reads the config and the headers only."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        config = read_config(self.folder)
-        if config is None:
-            raise ConfigError(f"{self.folder}: neither {CONFIG_NAME} nor config.json describes a quantization")
-        self.config: GptqConfig = config
-        self._file_of = _tensor_files(self.folder)
-
-    def names(self) -> list[str]:
-        """The quantized linears, e.g. "model.layers.0.mlp.down_proj", sorted."""
-        return sorted(key.removesuffix(".qweight") for key in self._file_of if key.endswith(".qweight"))
-
-    def linear(self, name: str, rows: slice = ALL_ROWS) -> StoredLinear:
-        """One quantized linear, or some of its output rows. Raises WeightsError if it is damaged or not quantized."""
-        if f"{name}.qweight" not in self._file_of:
-            raise WeightsError(f"{self.folder}: no tensor {name}.qweight")
-        present = [part for part in PARTS if f"{name}.{part}" in self._file_of]
-        tensors = {part: _read_tensor(self._file_of[f"{name}.{part}"], f"{name}.{part}") for part in present}
-        grid = grid_of(self.config, name, 0)
-        if grid is None:
-            raise WeightsError(f"{self.folder}: {name} has codes, but the config says that it is kept in float")
-        grid = grid_of(self.config, name, input_width(tensors, grid.bits)) or grid
-        return decode_linear(tensors, grid, self.config.checkpoint_format, name, rows, self.config.desc_act)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor: from the index, or from the header of the only safetensors file."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index}: no readable weight_map: {error!r}") from error
-    files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise WeightsError(
-            f"{folder}: {len(files)} safetensors files and no {INDEX_NAME}; expected one file or an index"
-        )
-    with _opened(files[0]) as tensors:
-        return dict.fromkeys(tensors.keys(), files[0])
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def _read_tensor(path: Path, name: str) -> Array:
-    """A tensor as stored; bf16, which numpy does not know, as float32."""
-    with _opened(path) as tensors:
-        try:
-            if tensors.get_slice(name).get_dtype() != "BF16":
-                values: Array = tensors.get_tensor(name)
-                return values
-        except (SafetensorError, AttributeError) as error:  # numpy lacks float8 and others
-            raise WeightsError(f"{path}: {name}: {error}") from error
-    return _read_bf16(path, name)
-
-
-def _read_bf16(path: Path, name: str) -> Floats:
-    """A bf16 tensor of a safetensors file, found through the file's header (8 bytes of length, then JSON)."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(length))[name]
-        start, end = entry["data_offsets"]
-        stream.seek(8 + length + start)
-        halves = np.frombuffer(stream.read(end - start), "<u2").astype(np.uint32)
-    return (halves << np.uint32(16)).view(np.float32).reshape(entry["shape"])

@@ -126,34 +126,19 @@ _block_columns = _compiled(_block, fastmath={"contract"})
 _descend_columns = _compiled(_descend, fastmath={"contract"})
 
 
-def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
-    """See `numpy_loops.search_scales`."""
+def _search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
     top = np.float32(max_code)
     in_parallel(lambda *rows: _search_rows(weights, omega, scales, zeros, top, best, *rows), len(weights), ROWS_AT_ONCE)
 
 
-def quantize_block(
-    targets: Floats,
-    weights: Floats,
-    lower: Floats,
-    scales: Floats,
-    zeros: Floats,
-    groups: Ints,
-    columns: Ints,
-    codes: Codes,
-    max_code: int,
-) -> None:
-    """See `numpy_loops.quantize_block`."""
-    arrays = (targets, weights, lower, scales, zeros, groups, columns, codes, np.float32(max_code))
-    in_parallel(lambda *outs: _block_columns(*arrays, *outs), targets.shape[1])
+def _over_outputs(compiled: Any) -> Callable[..., None]:
+    """A loop whose first array is [.., out] and whose last argument is max_code, spread over the outputs."""
+
+    def loop(*arguments: Any) -> None:
+        *arrays, max_code = arguments
+        in_parallel(lambda *outs: compiled(*arrays, np.float32(max_code), *outs), arrays[0].shape[1])
+
+    return loop
 
 
-def descend(
-    slopes: Floats, errors: Floats, codes: Codes, scales: Floats, zeros: Floats, hessian: Floats, max_code: int
-) -> None:
-    """See `numpy_loops.descend`."""
-    arrays = (slopes, errors, codes, scales, zeros, hessian, np.float32(max_code))
-    in_parallel(lambda *outs: _descend_columns(*arrays, *outs), slopes.shape[1])
-
-
-COMPILED_LOOPS = Loops(search_scales, quantize_block, descend, is_compiled=True)
+COMPILED_LOOPS = Loops(_search_scales, _over_outputs(_block_columns), _over_outputs(_descend_columns), is_compiled=True)

@@ -10,6 +10,7 @@ from importlib import import_module
 from math import isqrt
 from types import ModuleType
 
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.vision import ActivationName, VisionSpec
 
 
@@ -57,16 +58,16 @@ class Downsample(ConnectorStep):
     out_width: int
     name: str = "conv"
 
+    @override
     def rows(self, before: int) -> int:
-        """A quarter."""
         return (isqrt(before) // 2) ** 2
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """The kernel, as a product of blocks of four neighbours."""
-        return (StepMatrix("", self.out_width, 4 * self.in_width, "arrange"),)
+        return (StepMatrix("", self.out_width, 4 * self.in_width, "arrange"),)  # times blocks of four neighbours
 
+    @override
     def small_values(self) -> int:
-        """The bias."""
         return self.out_width
 
 
@@ -78,8 +79,8 @@ class Projection(ConnectorStep):
     out_width: int
     name: str = "linear"
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """The one."""
         return (StepMatrix("", self.out_width, self.in_width),)
 
 
@@ -91,8 +92,8 @@ class Norm(ConnectorStep):
     eps: float
     name: str = "norm"
 
+    @override
     def small_values(self) -> int:
-        """Weight and bias."""
         return 2 * self.width
 
 
@@ -113,8 +114,8 @@ class GatedMlp(ConnectorStep):
     out_width: int
     name: str = "mlp"
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """Gate and up, then down."""
         return (
             StepMatrix("gate_up", 2 * self.mlp_width, self.in_width),
             StepMatrix("down", self.out_width, self.mlp_width, "gate"),
@@ -128,12 +129,12 @@ class BoundaryRows(ConnectorStep):
     width: int
     name: str = "boundary"
 
+    @override
     def rows(self, before: int) -> int:
-        """Two more."""
         return before + 2
 
+    @override
     def small_values(self) -> int:
-        """Both rows."""
         return 2 * self.width
 
 

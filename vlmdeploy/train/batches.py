@@ -15,8 +15,8 @@ from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.runtime.chat import Tokenizer, Turn, render
 from vlmdeploy.train.config import TrainConfig
-from vlmdeploy.train.forward import TEXT_POSITION, TextRows
-from vlmdeploy.train.packing import Pair, TokenWeights, make_pair, pack_rows
+from vlmdeploy.train.forward import TEXT_POSITION
+from vlmdeploy.train.packing import Pair, TextRows, make_pair, pack_rows
 from vlmdeploy.train.training_data import Dialogue, TrainingData
 
 CACHED_TEXTS = 10_000
@@ -55,24 +55,15 @@ class BatchMaker:
 
     def _text_rows(self, dialogues: Sequence[Sequence[Dialogue]]) -> TextRows:
         pairs = [[self._pair(dialogue) for dialogue in of_image] for of_image in dialogues]
-        rows = pack_rows(pairs, self._recipe.text.row_tokens, TEXT_POSITION)
-        return TextRows(
-            ids=torch.from_numpy(rows.ids),
-            positions=torch.from_numpy(rows.positions),
-            pairs=torch.from_numpy(rows.pairs),
-            targets=torch.from_numpy(rows.targets),
-            weights=torch.from_numpy(rows.weights),
-            chunk_tokens=self._recipe.text.chunk_tokens,
-        )
+        return pack_rows(pairs, self._recipe.text, TEXT_POSITION)
 
     def _pair(self, dialogue: Dialogue) -> Pair:
         """The last turn, with as much of the history as a chunk holds."""
         text, last = self._recipe.text, dialogue[-1]
-        weights = TokenWeights(text.end_weight, text.box_units_weight, text.box_marks_weight)
         assert last.assistant is not None, "a dialogue to learn from ends with an answer"
         for first in range(len(dialogue)):
             prompt = self._prompt([*dialogue[first:-1], Turn(last.user)])
-            pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], weights)
+            pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], text)
             if len(pair.ids) <= text.chunk_tokens:
                 return pair
         raise TrainingError(

@@ -18,26 +18,11 @@ from vlmdeploy.model.decoder import DecoderLayer, LayerWiring, RmsNorm
 from vlmdeploy.model.products import Attention
 from vlmdeploy.model.vision import VisionEncoder
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.decoder import DecoderSpec
+from vlmdeploy.train.packing import TextRows
 
 TEXT_POSITION = 4  # BOS 0, begin 1, every patch 2, end 3
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """The packed texts of a batch, without BOS and image; text is a multiple of the chunk length.
-
-    ids, positions, pairs int64 [batch, text]: the token, its position id, and which pair of its row it belongs to
-    (-1: padding). targets int64 [batch, text]: the token to predict there; weights float32: its weight in the loss.
-    No pair is longer than a chunk, so a token finds all of its pair in its own chunk and the one before.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    pairs: Tensor
-    targets: Tensor
-    weights: Tensor
-    chunk_tokens: int
 
 
 @dataclass(frozen=True)
@@ -58,8 +43,8 @@ class Fixed:
 class PlainAttention(Attention):
     """Attention of the encoder in plain matrix products, whose backward is faster on a CPU."""
 
+    @override
     def forward(self, qkv: Tensor) -> Tensor:
-        """See Attention."""
         q, k, v = self.heads(qkv)
         mixed = (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
         return mixed.transpose(1, 2).flatten(2)

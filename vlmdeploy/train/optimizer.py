@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmdeploy.train.config import OptimizerConfig
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 RMS_OF_ADAM = 0.2
+ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,14 @@ class Member:
         return flat[self.start : self.stop].view(self.shape)
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """Constants of the update."""
-
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    momentum: float = 0.95
-    clip: float = 1.0
-
-
 class FlatOptimizer:
     """Owns the parameters of `module` and their gradients as flat buffers; `step` updates them in place.
 
     roles: for each parameter name its (lr_scale, decays, blocks), see Member.
     """
 
-    def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], hyper: Hyper) -> None:
-        self.hyper = hyper
+    def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], config: OptimizerConfig) -> None:
+        self.config = config
         parameters = dict(module.named_parameters())
         self.members: list[Member] = []
         loose = [Member(name, 0, tuple(value.shape), *roles[name]) for name, value in parameters.items()]
@@ -90,7 +81,7 @@ class FlatOptimizer:
         for member in self.members:
             if not member.blocks:
                 self._lr_scale[member.start : member.stop] = member.lr_scale
-                self._decay[member.start : member.stop] = hyper.weight_decay * float(member.decays)
+                self._decay[member.start : member.stop] = config.weight_decay * float(member.decays)
 
     def state(self) -> dict[str, Any]:
         """What load_state needs to go on exactly here; the tensors are the optimizer's own."""
@@ -106,31 +97,31 @@ class FlatOptimizer:
     def step(self, lr: float) -> None:
         """Update the parameters from the gradients, and zero those."""
         norm = torch.linalg.vector_norm(self.grads)
-        self.grads.mul_((self.hyper.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         self.num_steps += 1
         self._adam(lr)
         self._muon(lr)
         self.grads.zero_()
 
     def _adam(self, lr: float) -> None:
-        hyper, part = self.hyper, slice(0, self.adam_total)
+        config, part = self.config, slice(0, self.adam_total)
         grads, values, first = self.grads[part], self.values[part], self.first[part]
-        first.lerp_(grads, 1 - hyper.beta1)
-        self.second.lerp_(grads.square(), 1 - hyper.beta2)
-        bias1, bias2 = 1 - hyper.beta1**self.num_steps, 1 - hyper.beta2**self.num_steps
-        update = first / ((self.second / bias2).sqrt_().add_(hyper.eps)).mul_(bias1)
+        first.lerp_(grads, 1 - config.beta1)
+        self.second.lerp_(grads.square(), 1 - config.beta2)
+        bias1, bias2 = 1 - config.beta1**self.num_steps, 1 - config.beta2**self.num_steps
+        update = first / ((self.second / bias2).sqrt_().add_(ADAM_EPS)).mul_(bias1)
         update.addcmul_(self._decay, values).mul_(self._lr_scale)
         values.sub_(update, alpha=lr)
 
     def _muon(self, lr: float) -> None:
         part = slice(self.adam_total, None)
         grads, first = self.grads[part], self.first[part]
-        first.lerp_(grads, 1 - self.hyper.momentum)
-        grads.lerp_(first, self.hyper.momentum)  # Nesterov
+        first.lerp_(grads, 1 - self.config.momentum)
+        grads.lerp_(first, self.config.momentum)  # Nesterov
         for slab in self._slabs:
             values = slab.view(self.values)
             directions = orthogonal(slab.view(self.grads)).float()
-            values.mul_(1 - lr * self.hyper.weight_decay * slab.lr_scale)
+            values.mul_(1 - lr * self.config.weight_decay * slab.lr_scale)
             values.addcmul_(directions, slab.lr_scale, value=-lr * RMS_OF_ADAM * max(slab.shape) ** 0.5)
 
 

@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 from vlmdeploy.train.config import OptimizerConfig, StageConfig
-from vlmdeploy.train.optimizer import FlatOptimizer, Hyper
+from vlmdeploy.train.optimizer import FlatOptimizer
 from vlmdeploy.train.trainee import Trainee
 
 NOT_MATRICES = ("embedding", "positions", "lm_head", "head.")  # tables and classifiers: AdamW's
@@ -17,14 +17,7 @@ def build_optimizer(trainee: Trainee, stage: StageConfig, config: OptimizerConfi
     """A fresh optimizer over the parameters that the stage trains; they move into its buffer."""
     module = _trained_part(trainee, stage)
     roles = {name: _role(name, tuple(value.shape), stage) for name, value in module.named_parameters()}
-    hyper = Hyper(
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        momentum=config.momentum,
-        clip=config.clip,
-    )
-    return FlatOptimizer(module, roles, hyper)
+    return FlatOptimizer(module, roles, config)
 
 
 def _trained_part(trainee: Trainee, stage: StageConfig) -> nn.Module:

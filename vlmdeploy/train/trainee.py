@@ -12,7 +12,8 @@ from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.train.batches import Batch
-from vlmdeploy.train.forward import TextRows, head_logits, text_states, use_plain_attention
+from vlmdeploy.train.forward import head_logits, text_states, use_plain_attention
+from vlmdeploy.train.packing import TextRows
 
 BOX_WEIGHT = 3.0  # in the patch losses
 BOX_BETA = 0.05  # errors below this share of the image side count squared
