@@ -1,5 +1,4 @@
-"""How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens,
-given the picture and the question. The model is streamed, one layer in memory at a time."""
+"""The float model's perplexity of each sample's answer, computed with one layer in memory at a time."""
 
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from vlmdeploy.progress import Progress
 
 
 class FloatWeights(Quantizer):
-    """A quantizer that leaves every linear as it is."""
+    """A quantizer that keeps every linear in float."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -37,7 +36,7 @@ class FloatWeights(Quantizer):
 def answer_perplexities(
     checkpoint: Checkpoint, samples: tuple[CalibrationSample, ...], pool: Pool, progress: Progress
 ) -> list[float]:
-    """The perplexity of every sample's answer; Inf for a sample without one."""
+    """The perplexity of every sample's answer; Inf without an answer."""
     runner = UnitRunner(checkpoint, FloatWeights(checkpoint), pool)
     flow = hidden_states(runner, samples, progress)
     norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
@@ -61,7 +60,7 @@ def hidden_states(
     progress: Progress,
     watch: Callable[[Flow], None] = lambda flow: None,
 ) -> Flow:
-    """The rows that leave the last decoder layer. watch: sees what enters each layer and the connector."""
+    """The output rows of the last decoder layer. watch: called with the input of each layer and of the connector."""
     spec, pictures, tokens = runner.spec, pictures_of(samples), prompt_tokens(samples)
     total = spec.vision.num_layers + spec.decoder.num_layers
     flow = runner.embed_pictures(pictures)

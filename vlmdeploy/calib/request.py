@@ -1,5 +1,5 @@
-"""What `vlmdeploy quantize` is asked for, checked and resolved: the precision of every linear, the samples that are
-used, and the settings that decide the result."""
+"""Resolve the options of `vlmdeploy quantize`: the precision of every linear, the calibration samples, and the settings
+that determine the result."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -46,16 +46,16 @@ from vlmdeploy.records import first_difference
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.spec.model import with_settings
 
-TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
-CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
+TOKENS_PER_INPUT = 4  # default calibration tokens of an expert, per input of its widest linear
+CANDIDATES_PER_SAMPLE = 4  # samples read per sample used
 DECODER_BITS = ("3", "4", "8")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The options of `vlmdeploy quantize`, under the names of its parameters; None: the default that its help states.
+    """The options of `vlmdeploy quantize`, named like its parameters; None: the default in its help.
 
-    reuse: keep an output that was made with the same settings, even under `force`.
+    reuse: keep an output made with the same settings, even with `force`.
     """
 
     calib: Path
@@ -84,24 +84,24 @@ class QuantizeOptions:
 
     @property
     def memory_bytes(self) -> int:
-        """Activations kept in memory. Raises ConfigError for a malformed size."""
+        """Memory limit of activations. Raises ConfigError for a malformed size."""
         return parse_size(self.max_memory, "--max-memory")
 
     @property
     def parts(self) -> dict[str, str]:
-        """The precision of every part for which one was chosen."""
+        """The chosen precision of each part."""
         chosen = {"vision": self.vision, "connector": self.connector, "lm_head": self.lm_head}
         return {"decoder": f"int{self.bits}", **{part: kind for part, kind in chosen.items() if kind}}
 
 
 def use_threads(count: int | None) -> None:
-    """Let PyTorch, and with it every loop of ours, use so many threads."""
+    """Set the number of threads of PyTorch, which our own loops use too."""
     if count is not None:
         torch.set_num_threads(count)
 
 
 def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
-    """Quantize a float checkpoint with calibration data; see `quantize.quantize_checkpoint`.
+    """Quantize a float checkpoint with calibration data; see `quantize_checkpoint`.
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
@@ -135,8 +135,10 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
 
 
 def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> PrecisionPlan | None:
-    """The plan with the grids that a run with these settings chose before, finished or not: measuring again could
-    choose others. Raises ConfigError if they are damaged."""
+    """The grids that an earlier run with these settings chose: measuring again could choose others.
+
+    None if there was no such run. Raises ConfigError if its grids are damaged.
+    """
     partial = partial_folder(out.absolute())
     before = {partial / SETTINGS: unfinished_settings(partial), out / REPORT_NAME: read_report(out).get("settings")}
     for path, found in before.items():
@@ -144,12 +146,12 @@ def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> Prec
             try:
                 return with_grids(plan, found.get("grids"))
             except ConfigError as error:
-                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start over") from error
     return None
 
 
 def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:
-    """The precision of every linear. Raises ExportError for precisions, groups and overrides that cannot be."""
+    """The precision of every linear. Raises ExportError for invalid precisions, groups and overrides."""
     if options.bits not in DECODER_BITS:
         raise ConfigError(f"--bits is {options.bits}, expected {', '.join(DECODER_BITS)}")
     plan = plan_precision(checkpoint.spec, "ort-int4", options.parts, options.group, not options.asymmetric)
@@ -158,7 +160,7 @@ def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Preci
 
 
 def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
-    """The plan with linears left in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
+    """Keep linears in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
     odd = [
         target
         for target, precision in plan.by_target.items()
@@ -171,8 +173,8 @@ def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
 def read_calibration(
     checkpoint: Checkpoint, options: QuantizeOptions, processes: Processes, progress: Progress
 ) -> tuple[Calibration, tuple[CalibrationSample, ...]]:
-    """The samples of this process, and those of all of them. Raises DataError and CalibrationError."""
-    with_settings(checkpoint.spec, None, options.template)  # an unknown template is no fault of a sample
+    """The samples of this process, and of all processes. Raises DataError and CalibrationError."""
+    with_settings(checkpoint.spec, None, options.template)  # fail early: no sample is to blame for an unknown template
     source = open_source(options.calib, options.calib_prompt)
     stream = source.samples(options.skip_broken)
     drawn = draw_samples(list(stream), CANDIDATES_PER_SAMPLE * options.samples, options.seed)
@@ -190,7 +192,7 @@ def read_calibration(
 def _readable(
     samples: list[Sample], checkpoint: Checkpoint, options: QuantizeOptions, skipped: Skipped
 ) -> list[CalibrationSample]:
-    """Samples as prompts. A broken one, or one longer than the context, is counted or raised."""
+    """Tokenize samples. A broken or too long sample is counted with --skip-broken, else raised."""
     source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer)
     tokenizer, found = Tokenizer(import_tokenizer(source)), []
     for sample in samples:
@@ -207,7 +209,7 @@ def _readable(
 def _balanced(
     samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions
 ) -> list[CalibrationSample]:
-    """At most `samples` of them, chosen so that both experts get their tokens; an eighth more, which is held out."""
+    """Choose at most `samples` samples that give both experts their tokens, plus an eighth to hold out."""
     decoder = checkpoint.spec.decoder
     wanted = options.tokens or TOKENS_PER_INPUT * max(decoder.hidden, decoder.mlp_width)
     counts = [int(sample.vision_mask.sum()) for sample in samples]
@@ -219,7 +221,7 @@ def _balanced(
 def _across_perplexity(
     samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
 ) -> list[CalibrationSample]:
-    """Samples spread evenly over the range of perplexities that the float model gives their answers."""
+    """Choose samples evenly over the range of the float model's answer perplexities."""
     with TemporaryDirectory() as folder:
         pool = Pool(Path(folder), options.memory_bytes)
         scores = answer_perplexities(checkpoint, tuple(samples), pool, progress)
@@ -227,7 +229,7 @@ def _across_perplexity(
 
 
 def _share(samples: tuple[CalibrationSample, ...], processes: Processes) -> list[int]:
-    """The samples of this process: every picture with all that is asked about it goes to one process."""
+    """Indexes of this process's samples. All samples of a picture go to one process."""
     keys = list(dict.fromkeys(sample.image or index for index, sample in enumerate(samples)))
     number = {key: place for place, key in enumerate(keys)}
     return [
@@ -244,7 +246,7 @@ def all_settings(
     samples: tuple[CalibrationSample, ...],
     processes: Processes,
 ) -> dict[str, Any]:
-    """Everything that decides the result: equal settings give the same checkpoint."""
+    """Everything that determines the result: equal settings give the same checkpoint."""
     return {
         "checkpoint_sha256": processes.first_does(checkpoint.fingerprint),
         "calibration_sha256": _samples_hash(samples),

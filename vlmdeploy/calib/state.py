@@ -1,8 +1,8 @@
-"""OUT.partial of a quantization run: what is finished, so that a killed run goes on with the unit it was in.
+"""OUT.partial of a quantization run, from which a killed run resumes at the unit it was in.
 
-For each finished unit there is a file with its tensors (a shard of the result), the rows that go on to the next unit
-(one file for each process and stream), and a record with sizes and hashes. The record is written last, in one step:
-what it names is on the disk and whole, and what no record names is thrown away.
+Each finished unit has a file with its tensors (a shard of the result), its output rows (one file per process and
+stream), and a record with sizes and hashes. The record is written last and atomically: files that it names are whole
+and on disk, files that no record names are deleted.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class _Content:
-    """What the file of a record holds."""
+    """The content of a record file."""
 
     files: dict[str, FileEntry]
     linears: tuple[LinearReport, ...]
@@ -57,7 +57,7 @@ class RunState:
     processes: Processes
 
     def finished(self, units: list[str]) -> list[UnitRecord]:
-        """Records of the leading units that are finished. Raises CalibrationError if one is damaged."""
+        """Records of the finished units, which come first. Raises CalibrationError if one is damaged."""
         records = []
         for unit in units:
             path = self._record_path(unit)
@@ -71,16 +71,16 @@ class RunState:
         return records
 
     def _check_files(self, records: list[UnitRecord]) -> None:
-        """Every shard, and the rows that the last unit handed on, must be as they were written."""
+        """Check the hashes of every shard and of the last unit's output rows."""
         wanted = [(name, entry) for record in records for name, entry in record.files.items() if is_shard(name)]
         wanted += [(name, entry) for name, entry in records[-1].files.items() if not is_shard(name)]
         for name, entry in wanted:
             path = self.folder / name
             if not path.is_file() or hash_file(path) != entry:
-                raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start anew")
+                raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start over")
 
     def tidy(self, records: list[UnitRecord]) -> None:
-        """Delete whatever an interrupted unit left."""
+        """Delete what an interrupted unit left."""
         if not self.processes.is_first:
             return
         named = {name for record in records for name in record.files}
@@ -95,7 +95,7 @@ class RunState:
     def save_unit(
         self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
     ) -> UnitRecord:
-        """Commit a unit; then the rows that the unit before handed on are no longer needed."""
+        """Commit a unit, then delete the output rows of the unit before."""
         flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
         record = self.processes.first_does(lambda: self._commit(unit, tensors, linears, flows))
         self.processes.wait()
@@ -118,7 +118,7 @@ class RunState:
         return UnitRecord(unit, files, linears)
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
-        """The rows that a unit handed on."""
+        """Load the output rows of a unit."""
         flow = Flow(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
         for index, state in enumerate(flow.states):
             with (self.folder / self._flow_name(unit, index)).open("rb") as file:
@@ -170,7 +170,7 @@ class RunState:
 
 
 def shard_name(unit: str) -> str:
-    """The file with a unit's tensors."""
+    """File name of a unit's tensors."""
     return f"{unit}.safetensors"
 
 
@@ -180,6 +180,6 @@ def is_shard(name: str) -> bool:
 
 
 def unfinished_settings(folder: Path) -> Config | None:
-    """The settings of the unfinished run in OUT.partial, None if there is none."""
+    """The settings of the unfinished run in OUT.partial, or None."""
     path = folder / SETTINGS
     return read_state(path, CalibrationError) if path.is_file() else None

@@ -34,10 +34,10 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear as a file holds it, all inputs in their own order.
+    """A linear as stored, inputs in their own order.
 
     codes uint8 [out, in]; scales float32 [out, groups]; zeros uint8 [out, groups]; g_idx int64 [in]: the group of each
-    input, which need not be contiguous, nor the last group full.
+    input. Groups need not be contiguous, nor the last one full.
     """
 
     codes: Codes
@@ -48,8 +48,8 @@ class StoredLinear:
     group_size: int
 
     def dequantize(self) -> Floats:
-        """Float values, scale * (code - zero point), float32 [out, in], whatever the groups."""
-        if self._groups_are_neighbours() and len(self.g_idx) % self.group_size == 0:  # 15 times faster
+        """Float values scale * (code - zero point), float32 [out, in], for any groups."""
+        if self._groups_are_contiguous() and len(self.g_idx) % self.group_size == 0:  # 15 times faster
             grid = Grid(self.bits, self.group_size, symmetric=False)
             return dequantize(Quantized(self.codes, self.scales, grid, self.zeros))
         values: Floats = self.codes.astype(np.float32)
@@ -58,12 +58,12 @@ class StoredLinear:
         return values
 
     def quantized(self) -> Quantized:
-        """The same in the form that the exporters take; zeros are None where all are the symmetric zero point.
+        """Convert for the exporters; zeros are None if all are the symmetric zero point.
 
-        Raises QuantizationError for groups that are not neighbours or not full, and for scales that fp16 cannot hold.
+        Raises QuantizationError for groups that are not contiguous or not full, and for scales that fp16 cannot hold.
         """
         width = len(self.g_idx)
-        if not self._groups_are_neighbours():
+        if not self._groups_are_contiguous():
             raise QuantizationError(
                 "dynamic groups (act-order without static groups): neighbouring inputs do not share a scale, so no "
                 "backend can hold these codes; dequantize them instead"
@@ -78,18 +78,18 @@ class StoredLinear:
         grid = Grid(self.bits, self.group_size, symmetric)
         return Quantized(self.codes, self.scales, grid, None if symmetric else self.zeros)
 
-    def _groups_are_neighbours(self) -> bool:
+    def _groups_are_contiguous(self) -> bool:
         return bool((self.g_idx == np.arange(len(self.g_idx)) // self.group_size).all())
 
 
 def encode_linear(
     quantized: Quantized, name: str = "linear", checkpoint_format: CheckpointFormat = "gptq"
 ) -> dict[str, Array]:
-    """The four tensors of a linear under their short names.
+    """Encode a linear as four tensors under their short names.
 
     qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales float16 [groups, out], g_idx
-    int32 [in]. Raises QuantizationError, naming the linear, for sizes that do not fill words and groups, and for values
-    that the format cannot hold.
+    int32 [in]. Raises QuantizationError, naming the linear, for sizes that do not fill words and groups, and for
+    values that the format cannot hold.
     """
     grid = quantized.grid
     _check_encodable(quantized, name)
@@ -139,13 +139,13 @@ def decode_linear(
     rows: slice = ALL_ROWS,
     desc_act: bool = False,
 ) -> StoredLinear:
-    """A linear from its tensors by short name, as any GPTQ library wrote them; `rows` takes some outputs only.
+    """Decode a linear written by any GPTQ library from its tensors by short name; `rows` selects outputs.
 
-    g_idx may be absent or empty (k // group size) unless the config says desc_act, qzeros too if the grid is symmetric;
-    the last word and the last group may be partly filled; scales may be fp16 or wider. Zero points of a v1 file are its
+    g_idx may be absent or empty (k // group size) unless the config says desc_act, qzeros too if the grid is symmetric.
+    The last word and the last group may be partly filled; scales may be fp16 or wider. Zero points of a v1 file are its
     words plus one in every field, with carries, as GPTQModel reads them (there a zero point 0 borrowed from its
-    neighbour); 3-bit fields wrap alone. Raises WeightsError, naming the linear, where shapes, types or values do not
-    fit each other.
+    neighbour); 3-bit fields wrap alone. Raises WeightsError, naming the linear, for inconsistent shapes, types or
+    values.
     """
     qweight, scales = _typed(tensors, "qweight", "i", name), _typed(tensors, "scales", "f", name)
     num_out, num_in = qweight.shape[1], input_width(tensors, grid.bits)
@@ -165,12 +165,12 @@ def decode_linear(
 
 
 def input_width(tensors: Tensors, bits: int) -> int:
-    """How many inputs a linear has: g_idx tells; without it every code of the last word counts."""
+    """The number of inputs: the length of g_idx, else all codes that fit the words."""
     return _size(tensors, "g_idx") or len(tensors["qweight"]) * WORD_BITS // bits
 
 
 def check_g_idx(size: int, num_in: int, grid: Grid, desc_act: bool, name: str) -> None:
-    """Raise WeightsError, naming the linear, unless `size` entries (0: absent or empty) give each input its group."""
+    """Raise WeightsError, naming the linear, unless a g_idx of `size` entries (0: none) gives each input its group."""
     if size not in (0, num_in):
         raise WeightsError(f"{name}.g_idx: {size} entries, expected {num_in}, one for each input")
     if not size and desc_act and grid.group_size < num_in:
@@ -185,7 +185,7 @@ def _size(tensors: Tensors, part: str) -> int:
 
 
 def _check_scales(scales: Array, grid: Grid, name: str) -> None:
-    """Raise WeightsError where a scale, or a weight on its grid, is beyond float32."""
+    """Raise WeightsError if a scale, or a weight on its grid, overflows float32."""
     largest = float(np.abs(scales).max(initial=0))
     if not largest * grid.max_code <= LARGEST_FLOAT:
         found = f"values up to {largest:.3g}" if np.isfinite(largest) else "values that are not finite"
@@ -193,7 +193,7 @@ def _check_scales(scales: Array, grid: Grid, name: str) -> None:
 
 
 def _typed(tensors: Tensors, part: str, kind: str, name: str) -> Array:
-    """A tensor of the linear, checked to be a matrix of int32 (kind "i") or of floats ("f")."""
+    """Look up a tensor and check that it is a matrix of int32 (kind "i") or of floats ("f")."""
     if part not in tensors:
         raise WeightsError(f"{name}.{part}: missing; a GPTQ linear has {', '.join(PARTS)}")
     values = tensors[part]

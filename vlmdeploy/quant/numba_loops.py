@@ -1,7 +1,7 @@
-"""The inner loops compiled by numba, which needs no compiler on the user's machine. `numpy_loops` describes them; these
-work in tiles of outputs that stay in the first-level cache, and release Python's lock.
+"""The inner loops compiled by numba, which needs no compiler on the user's machine. `numpy_loops` documents them; these
+work in tiles of outputs that stay in the L1 cache, and release the GIL.
 
-Compiled code is cached on disk by numba; where no cache can be written it is compiled anew in each process.
+Numba caches the compiled code on disk; without a writable cache, each process compiles it again.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import numpy as np
 from vlmdeploy.quant.grid import Codes, Floats
 from vlmdeploy.quant.loops import TILE, Ints, Loops, in_parallel
 
-ROWS_AT_ONCE = 16  # rows of a weight matrix handed to one thread of the scale search
+ROWS_AT_ONCE = 16  # rows per range of the scale search
 
 
 def _compiled(function: Callable[..., None], fastmath: bool | set[str] = False) -> Any:
     try:
         return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
-    except RuntimeError:  # numba's way to say that it found no folder for its cache
+    except RuntimeError:  # numba found no folder for its cache
         return numba.njit(nogil=True, fastmath=fastmath)(function)
 
 
@@ -120,7 +120,7 @@ def _descend(
         slopes[:, left : left + width] = tile[:, :width]
 
 
-# Sums may be reordered, so that they use vector units; Inf and NaN keep their meaning.
+# Allow reordered sums, for vector units; Inf and NaN keep their meaning.
 _search_rows = _compiled(_search, fastmath={"reassoc", "contract", "nsz"})
 _block_columns = _compiled(_block, fastmath={"contract"})
 _descend_columns = _compiled(_descend, fastmath={"contract"})

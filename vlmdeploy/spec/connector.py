@@ -1,8 +1,7 @@
-"""The connector as data: the steps from patch features to rows of the decoder.
+"""The connector as data: the steps from patch features to decoder rows.
 
-Each step says about itself how many rows it gives, which matrices it holds and how many small values. A new kind of
-step is a subclass of ConnectorStep in a file of its own; the files of the same name in `model` and `export.graphs`
-compute it and write it as a graph.
+A new kind of step is a subclass of ConnectorStep in a file of its own; the files of the same name in `model` and
+`export.graphs` compute it and write it as a graph.
 """
 
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from vlmdeploy.spec.vision import ActivationName, VisionSpec
 
 @dataclass(frozen=True)
 class StepMatrix:
-    """A matrix [out, in] of a step. name: inside the step, "" where it holds one only. fed_by: the module of the step
-    that makes its inputs, "" for what enters the step."""
+    """A matrix [out, in] of a step. name: within the step, "" for its only matrix. fed_by: the module of the step that
+    computes its inputs, "" for the input of the step."""
 
     name: str
     out_width: int
@@ -26,12 +25,12 @@ class StepMatrix:
 
 
 class ConnectorStep:
-    """What every step offers; by itself it changes rows one by one and holds nothing."""
+    """The base of all steps: row-wise and without parameters."""
 
     name: str
 
     def rows(self, before: int) -> int:
-        """How many rows of an image leave the step when so many enter."""
+        """Output rows of one image, given its input rows."""
         return before
 
     def matrices(self) -> tuple[StepMatrix, ...]:
@@ -39,11 +38,11 @@ class ConnectorStep:
         return ()
 
     def small_values(self) -> int:
-        """How many values it holds beside its matrices: biases, norms, learned rows."""
+        """Number of parameters besides the matrices: biases, norms, learned rows."""
         return 0
 
     def counterpart(self, package: str) -> ModuleType:
-        """The module of another package that knows this step: it has the same name as the step's own module."""
+        """The module of another package that handles this step: the namesake of the step's own module."""
         return import_module(type(self).__module__.replace(".spec.", f".{package}."))
 
 
@@ -51,7 +50,7 @@ class ConnectorStep:
 class Downsample(ConnectorStep):
     """Convolution with kernel and stride 2 over the patch grid, with bias: [patches, in] -> [patches / 4, out].
 
-    An odd last row and column are lost.
+    Drops an odd last row and column.
     """
 
     in_width: int
@@ -124,7 +123,7 @@ class GatedMlp(ConnectorStep):
 
 @dataclass(frozen=True)
 class BoundaryRows(ConnectorStep):
-    """A learned row before and one after the rows of an image."""
+    """A learned row before and after the rows of an image."""
 
     width: int
     name: str = "boundary"
@@ -140,7 +139,7 @@ class BoundaryRows(ConnectorStep):
 
 @dataclass(frozen=True)
 class ConnectorSpec:
-    """The steps from patch features to rows of the decoder, in order. Names are unique inside one connector."""
+    """The steps from patch features to decoder rows, in order. Their names are unique."""
 
     steps: tuple[ConnectorStep, ...]
 
@@ -152,7 +151,7 @@ class ConnectorSpec:
         return rows
 
     def multiplied_rows(self, vision: VisionSpec) -> int:
-        """Rows of one image that leave the last step with matrices: as many as pass through those matrices."""
+        """Output rows of one image at the last step with matrices: as many rows as those matrices multiply."""
         rows = multiplied = vision.num_patches
         for step in self.steps:
             rows = step.rows(rows)

@@ -71,7 +71,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # whatever unpickling stumbles over
-        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start anew") from error
+        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start over") from error
     return content
 
 
