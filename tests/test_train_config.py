@@ -68,7 +68,7 @@ def test_family_that_the_keys_leave_open_or_exclude_is_asked_for(tmp_path: Path,
     path = write_recipe(tmp_path, (IDS, ids))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value).startswith(f"{path}: [model]: {message} (what the other keys fit; ")
+    assert str(caught.value).startswith(f"{path}: [model]: {message} (as the other keys allow; ")
 
 
 @pytest.mark.parametrize(

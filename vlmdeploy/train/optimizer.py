@@ -1,8 +1,8 @@
 """The optimizer: all parameters in one flat buffer, matrices updated by Muon, the rest by AdamW.
 
-One buffer makes the exchange between workers, the clipping and the moving average one operation each, and the whole
-state three tensors. Muon: K. Jordan et al. 2024 (momentum, made orthogonal by Newton-Schulz iterations); its step is
-scaled to the size of an AdamW step as in Moonlight (arXiv 2502.16982), so that both share a learning rate.
+With one buffer, exchange between workers, clipping and moving average are one operation each, and the state is three
+tensors. Muon: K. Jordan et al. 2024 (momentum, orthogonalized by Newton-Schulz iterations), its step
+scaled to AdamW's as in Moonlight (arXiv 2502.16982), so both share a learning rate.
 """
 
 import itertools
@@ -22,9 +22,9 @@ ADAM_EPS = 1e-8
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter's place in the flat buffer and how it is updated.
+    """A parameter's place in the flat buffer, and its update.
 
-    lr_scale multiplies the learning rate; blocks > 0: a matrix that is so many matrices one above the other, for Muon.
+    lr_scale multiplies the learning rate. blocks > 0: the number of stacked matrices, for Muon; 0: AdamW.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Member:
 
     @property
     def stop(self) -> int:
-        """The first place after it."""
+        """End of its range."""
         return self.start + torch.Size(self.shape).numel()
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """Of each of the matrices it is made of."""
+        """Shape of each stacked matrix."""
         return (self.shape[0] // self.blocks, self.shape[1]) if self.blocks else (0, 0)
 
     def view(self, flat: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Member:
 class FlatOptimizer:
     """Owns the parameters of `module` and their gradients as flat buffers; `step` updates them in place.
 
-    roles: for each parameter name its (lr_scale, decays, blocks), see Member.
+    roles: (lr_scale, decays, blocks) by parameter name, see Member.
     """
 
     def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], config: OptimizerConfig) -> None:
@@ -84,18 +84,18 @@ class FlatOptimizer:
                 self._decay[member.start : member.stop] = config.weight_decay * float(member.decays)
 
     def state(self) -> dict[str, Any]:
-        """What load_state needs to go on exactly here; the tensors are the optimizer's own."""
+        """The state to resume from, sharing the optimizer's tensors."""
         return {"values": self.values, "first": self.first, "second": self.second, "num_steps": self.num_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over the parameters and moments of an optimizer over the same parameters."""
+        """Copy parameters and moments from the state of an optimizer over the same parameters."""
         for name in ("values", "first", "second"):
             getattr(self, name).copy_(state[name])
         self.num_steps = state["num_steps"]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update the parameters from the gradients, and zero those."""
+        """Update the parameters and zero the gradients."""
         norm = torch.linalg.vector_norm(self.grads)
         self.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         self.num_steps += 1
@@ -127,7 +127,7 @@ class FlatOptimizer:
 
 @dataclass(frozen=True)
 class Slab:
-    """Matrices of one shape [rows, columns] that stand one after the other in the flat buffer; lr_scale [n, 1, 1]."""
+    """Consecutive matrices of one shape [rows, columns] in the flat buffer; lr_scale [n, 1, 1]."""
 
     start: int
     stop: int

@@ -1,7 +1,7 @@
-"""Question-answer pairs become packed rows of tokens: one row per image, as many pairs as fit behind it.
+"""Pack question-answer pairs into rows of tokens: one row per image, with as many pairs as fit.
 
-Only answers (and the end token) are predicted; the digits of a box and its marks have their own weights in the loss,
-because the last digit of a coordinate is noise and its commas are free.
+Only answers and the end token are learned. The digits and marks of a box have their own loss weights, because the last
+digit of a coordinate is noise and its commas are certain.
 """
 
 import re
@@ -22,7 +22,7 @@ BOX = re.compile(r"\[\[[0-9,;]+\]\]")
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenized prompt and answer: ids without the end token; targets and weights for each of them."""
+    """A tokenized prompt and answer: ids without the end token, with the target and weight of each."""
 
     ids: Ints
     targets: Ints
@@ -31,11 +31,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class TextRows:
-    """The packed texts of a batch, without BOS and image; text is a multiple of the chunk length.
+    """The packed texts of a batch, without BOS and image; `text` is a multiple of the chunk length.
 
     ids, positions, pairs int64 [batch, text]: the token, its position id, and which pair of its row it belongs to
     (-1: padding). targets int64 [batch, text]: the token to predict there; weights float32: its weight in the loss.
-    No pair is longer than a chunk, so a token finds all of its pair in its own chunk and the one before.
+    No pair is longer than a chunk, so a token's pair lies in its own chunk and the one before.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class TextRows:
 
 
 def make_pair(encode: Callable[[str], list[int]], prompt: str, answer: str, end_id: int, text: TextConfig) -> Pair:
-    """Tokens of one pair. prompt and answer are encoded apart: the tokenizer must not merge across the gap."""
+    """Tokenize a pair. Encodes prompt and answer separately, so the tokenizer does not merge across the gap."""
     asked, told = encode(prompt), encode(answer)
     ids = [*asked, *told]
     targets = [*ids[1:], end_id]
