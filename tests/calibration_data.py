@@ -2,7 +2,7 @@
 
 data = write_calibration_data(tmp_path / "data", num_pictures=6, num_texts=6)
 ckpt = write_calibration_checkpoint(tmp_path / "ckpt")
-result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST)
+out = quantize(ckpt, data, tmp_path / "out", "--bits", 8)
 """
 
 import json
@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import Result
 
-from tests.tiny_bundle import TEXT_MODEL, byte_tokenizer, picture, write_text_checkpoint
+from tests.tiny_bundle import (
+    TEXT_MODEL,
+    byte_tokenizer,
+    only_error_line,
+    picture,
+    run_cli,
+    write_text_checkpoint,
+)
 from tests.tiny_checkpoint import Tensors, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy.calib.calibration_set import CalibrationSample
 from vlmdeploy.layout import position_ids, token_types_of, vision_expert_mask
@@ -26,6 +34,23 @@ GROUPED_MODEL: dict[str, Any] = {**TEXT_MODEL, **WORD_VOCAB, "kv_heads": 2, "mlp
 WORDS = ("red", "dog", "seven", "left", "over", "tree", "why", "blue", "cup", "two", "cat", "sun")
 PICTURE_SIZE = (8, 8)  # what the tiny encoder takes: resized noise would be grey
 Row = dict[str, Any]
+
+
+def run_quantize(ckpt: Path, data: Path, out: Path, *options: object) -> Result:
+    """`vlmdeploy quantize` in this process. `options` come last and may replace those of FAST."""
+    return run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST, *options)
+
+
+def quantize(ckpt: Path, data: Path, out: Path, *options: object) -> Path:
+    """The quantized checkpoint."""
+    result = run_quantize(ckpt, data, out, *options)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def refusal(ckpt: Path, data: Path, out: Path, *options: object) -> str:
+    """The one line with which `vlmdeploy quantize` refuses."""
+    return only_error_line(run_quantize(ckpt, data, out, *options))
 
 
 def write_calibration_checkpoint(folder: Path, family: str = "cogvlm", **overrides: Any) -> Path:

@@ -97,7 +97,7 @@ def test_rows_from_before_a_sum_cannot_be_read(rows: Rows, quantizer: Doubling, 
     """A block that uses its input twice would compute with changed rows, and nothing would tell."""
     waiting = over_rows(module, "m", quantizer)(rows)
     _ = rows + product(quantizer)(rows)
-    with pytest.raises(AssertionError, match="as they were before"):
+    with pytest.raises(AssertionError, match="rows were changed after"):
         read(waiting)
 
 

@@ -29,16 +29,19 @@ from tests.calibration_data import (
     FAST,
     messages,
     overflow_for_pictures,
+    quantize,
+    refusal,
     write_calibration_checkpoint,
     write_calibration_data,
     write_changed_checkpoint,
     write_rows,
 )
 from tests.stored_linears import gptq_linears
-from tests.tiny_bundle import ROOT, content_of, flip_byte, only_error_line, run_cli
+from tests.tiny_bundle import ROOT, content_of, flip_byte, run_cli
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bundle import FileEntry, hash_file
-from vlmdeploy.calib.request import quantize, quantize_options
+from vlmdeploy.calib.request import QuantizeOptions
+from vlmdeploy.calib.request import quantize as quantize_here
 from vlmdeploy.progress import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
@@ -201,12 +204,8 @@ def interrupted(ckpt: Path, data: Path, out: Path, at: str = "decoder.layers.0",
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(ckpt, out, quantize_options(data, group=16, **options), stop)
+        quantize_here(ckpt, out, QuantizeOptions(data, group=16, **options), stop)
     return partial_folder(out)
-
-
-def refusal(ckpt: Path, data: Path, out: Path, *options: object) -> str:
-    return only_error_line(run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST, *options))
 
 
 def test_interrupted_run_has_no_output_and_continues_in_another_process(
@@ -223,8 +222,7 @@ def test_two_streams_are_continued_too(ckpt: Path, data: Path, tmp_path: Path) -
     interrupted(ckpt, data, tmp_path / "killed", "decoder.layers.1", quality="high")
     for name in ("killed", "whole"):
         options = ("--quality", "high", "--max-memory", "1KB" if name == "whole" else "1GB")
-        result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / name, *FAST, *options)
-        assert result.exit_code == 0, result.stderr
+        quantize(ckpt, data, tmp_path / name, *options)
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
 
 
@@ -239,7 +237,7 @@ def test_shards_of_a_run_are_read_back_once_at_most(
         return hash_file(path)
 
     monkeypatch.setattr("vlmdeploy.calib.state.hash_file", noted)
-    quantize(ckpt, tmp_path / "out", quantize_options(data, group=16), no_progress)
+    quantize_here(ckpt, tmp_path / "out", QuantizeOptions(data, group=16), no_progress)
     assert sorted(hashed) == sorted(f"{unit}.safetensors" for unit in UNITS)
 
 
@@ -292,7 +290,7 @@ def test_record_of_another_shape_is_named(ckpt: Path, data: Path, tmp_path: Path
     record = interrupted(ckpt, data, tmp_path / "out", "vision.layers.0") / "vision.embed.json"
     record.write_text(json.dumps(content))
     error = refusal(ckpt, data, tmp_path / "out")
-    assert f"{record}: damaged (" in error and f"remove {record.parent} to start anew" in error
+    assert f"{record}: damaged (" in error and f"remove {record.parent} to start over" in error
 
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b'"text"', b"[" * 20000])
@@ -322,9 +320,10 @@ def test_damaged_choice_of_an_unfinished_run_is_named(ckpt: Path, data: Path, tm
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (("--bits", 8), "\"parts\" is"), (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
+    (("--bits", 8), "\"parts.decoder\" is 'int4' there and 'int8' now"),
+    (("--hessian", "pooled"), "\"hessian\" is 'routed' there and 'pooled' now"),
     (("--quality", "high"), '"quality"'), (("--samples", 6), '"calibration_sha256"'),
-    (("--group", 32), '"group_sizes"'),
+    (("--group", 32), '"group_sizes.decoder"'),
 ])  # fmt: skip
 def test_unfinished_run_of_other_settings_is_refused_and_the_key_named(
     ckpt: Path, data: Path, tmp_path: Path, options: tuple[object, ...], message: str
@@ -335,12 +334,11 @@ def test_unfinished_run_of_other_settings_is_refused_and_the_key_named(
     assert records(tmp_path / "out") == UNITS[:2], "nothing was thrown away"
 
 
-def test_force_starts_anew_with_other_settings(ckpt: Path, data: Path, tmp_path: Path) -> None:
+def test_force_starts_over_with_other_settings(ckpt: Path, data: Path, tmp_path: Path) -> None:
     interrupted(ckpt, data, tmp_path / "out")
     for name in ("out", "fresh"):
         options = ("--bits", 8, "--force")
-        result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / name, *FAST, *options)
-        assert result.exit_code == 0, result.stderr
+        quantize(ckpt, data, tmp_path / name, *options)
     assert content_of(tmp_path / "out") == content_of(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
 
@@ -357,14 +355,14 @@ def test_force_killed_while_it_clears_can_be_given_again(
         if next(calls) == removed:
             raise KeyboardInterrupt
 
-    command = ("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "out", *FAST, "--bits", 8, "--force")
+    options = ("--bits", 8, "--force")
     files = [path.name for path in partial.iterdir() if path.is_file()]
     assert len(files) - 2 == 9, "beside lock and settings: records, shards and rows"
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", killed)
-        assert only_error_line(run_cli(*command)) == "Error: interrupted"
+        assert refusal(ckpt, data, tmp_path / "out", *options) == "Error: interrupted"
     assert (partial / SETTINGS).is_file()
-    assert run_cli(*command).exit_code == 0
+    quantize(ckpt, data, tmp_path / "out", *options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from tests.calibration_data import (
-    FAST,
     messages,
     overflow_for_pictures,
     random_samples,
+    refusal,
+    run_quantize,
     write_calibration_checkpoint,
     write_calibration_data,
     write_changed_checkpoint,
     write_rows,
 )
-from tests.tiny_bundle import only_error_line, only_json_document, run_cli
+from tests.tiny_bundle import only_json_document, run_cli
 from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, hold_out, pictures_of, prompt_tokens
@@ -144,6 +145,13 @@ def test_two_streams_give_the_cross_term(rows: Tensor, undisturbed: Tensor, weig
     assert_same_sums(problem.cross, mean_product(undisturbed - rows, rows, places))
 
 
+def test_process_without_rows_of_an_expert_has_every_sum(rows: Tensor, undisturbed: Tensor, weights: Tensor) -> None:
+    """It had no cross term, and the other processes waited for it forever."""
+    tokens = replace(some_tokens(), vision_mask=np.zeros(sum(LENGTHS), np.bool_))
+    problem = Statistics(Processes()).problem(NAME, weights, Grid(4, 8), tokens, "vision", reading(rows, undisturbed))
+    assert problem.tokens == 0 and problem.cross is not None and not problem.cross.any()
+
+
 def judged(weights: Tensor) -> Tensor:
     """256 of the 300 outputs are judged on held-out tokens."""
     return weights[torch.linspace(0, OUT - 1, 256).long()].double()
@@ -253,21 +261,17 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_calibration_checkpoint(tmp_path_factory.mktemp("routed") / "ckpt", vision_layers=1)
 
 
-def quantize(ckpt: Path, data: Path, out: Path, *options: object) -> Any:
-    return run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", out, *FAST, *options)
-
-
 def test_floor_is_a_quarter_of_the_widest_input(ckpt: Path, tmp_path: Path) -> None:
     """96 inputs want 24 tokens; a picture brings 17."""
     one, two = (write_calibration_data(tmp_path / str(count), num_pictures=count, num_texts=6) for count in (1, 2))
-    error = only_error_line(quantize(ckpt, one, tmp_path / "out"))
+    error = refusal(ckpt, one, tmp_path / "out")
     assert "the vision expert gets 17 calibration tokens, at least 24 are needed: give data with more pictures" in error
-    assert quantize(ckpt, two, tmp_path / "out").exit_code == 0
+    assert run_quantize(ckpt, two, tmp_path / "out").exit_code == 0
 
 
 def test_few_tokens_or_samples_are_warned_about_and_recorded(ckpt: Path, tmp_path: Path) -> None:
     data = write_calibration_data(tmp_path / "data", num_pictures=4, num_texts=4)
-    result = quantize(ckpt, data, tmp_path / "out", "--json")
+    result = run_quantize(ckpt, data, tmp_path / "out", "--json")
     report = only_json_document(result)
     warning = "the vision expert is calibrated with 68 tokens from 4 samples; 384 tokens from 64 samples or more give"
     assert any(line.startswith(f"Warning: {warning}") for line in result.stderr.splitlines())
@@ -283,8 +287,8 @@ def text_only(ckpt: Path) -> Path:
     """A checkpoint calibrated with text alone, which reaches no part of the vision side."""
     data = write_calibration_data(ckpt.parent / "texts", num_pictures=0, num_texts=12)
     out = ckpt.parent / "uncalibrated"
-    assert quantize(ckpt, data, out).exit_code == 1
-    assert quantize(ckpt, data, out, "--allow-uncalibrated").exit_code == 0
+    assert run_quantize(ckpt, data, out).exit_code == 1
+    assert run_quantize(ckpt, data, out, "--allow-uncalibrated").exit_code == 0
     return out
 
 
@@ -310,7 +314,7 @@ def test_connector_with_too_few_rows_is_told_like_an_expert(tmp_path: Path) -> N
     """Seven pictures give the vision expert 35 tokens, the connector 28 rows: it was once rounded in silence."""
     ckpt = write_calibration_checkpoint(tmp_path / "ckpt", "cogvlm2", vision_layers=1, layers=1, vision_mlp=32)
     data = write_calibration_data(tmp_path / "data", num_pictures=7, num_texts=4)
-    result = quantize(ckpt, data, tmp_path / "out")
+    result = run_quantize(ckpt, data, tmp_path / "out")
     told = result.exit_code == 1 and "connector" in result.stderr
     linears = [] if told else json.loads((tmp_path / "out" / "quantization_report.json").read_text())["linears"]
     assert told or not [linear["name"] for linear in linears if linear["note"].startswith("uncalibrated")]
@@ -319,9 +323,7 @@ def test_connector_with_too_few_rows_is_told_like_an_expert(tmp_path: Path) -> N
 def test_activation_that_overflows_is_named_on_the_command_line(tmp_path: Path) -> None:
     ckpt = write_changed_checkpoint(tmp_path / "ckpt", overflow_for_pictures, vision_layers=1)
     rows: list[Any] = [{"image": f"{number}.png", "messages": messages("What?", "It")} for number in range(4)]
-    error = only_error_line(
-        quantize(ckpt, write_rows(tmp_path / "data", rows), tmp_path / "out", "--connector", "fp32")
-    )
+    error = refusal(ckpt, write_rows(tmp_path / "data", rows), tmp_path / "out", "--connector", "fp32")
     assert "decoder.layers.0.vision.qkv.weight" in error and "0.png" in error and "Inf or NaN" in error
 
 
@@ -332,7 +334,7 @@ def test_identical_activations_are_quantized_to_finite_values(tmp_path: Path, va
         tmp_path / "ckpt", lambda tensors: tensors["model.embed_tokens.weight"].fill(value), vision_layers=1
     )
     data = write_calibration_data(tmp_path / "data", num_pictures=4, num_texts=4)
-    result = quantize(ckpt, data, tmp_path / "out")
+    result = run_quantize(ckpt, data, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     name = "decoder.layers.0.language.qkv.weight"
     quantized, weights = (Checkpoint(folder).parameter(name) for folder in (tmp_path / "out", ckpt))

@@ -1,6 +1,7 @@
 """Contract tests of checkpoints in GPTQ format that other libraries wrote: what may be missing, and one clear error
 that names the tensor for what does not fit. Agreement: codes loaded as a model are the rounded weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def test_act_order_of_one_group_needs_no_g_idx(tmp_path: Path) -> None:
 def test_part_that_does_not_fit_is_named(tmp_path: Path, edit: Callable[[Tensors], Any], message: str) -> None:
     folder = write_gptq_checkpoint(tmp_path / "ckpt", edit=edit)
     with pytest.raises(WeightsError, match=message):
+        load_model(folder)
+
+
+def test_codes_that_the_config_leaves_out_are_an_error(tmp_path: Path) -> None:
+    folder = write_gptq_checkpoint(tmp_path / "ckpt", config={"dynamic": {f"-:{DOWN}": {}}})
+    with pytest.raises(WeightsError, match=f'"{DOWN}" has codes, but the config says that it is kept in float'):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(TinyCheckpoint().config()))
+    with pytest.raises(WeightsError, match=r'qweight" is quantized, but no config says how'):
         load_model(folder)
 
 

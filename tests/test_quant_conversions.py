@@ -122,7 +122,7 @@ def test_whole_width_of_a_power_of_two_is_split_too() -> None:
 
 
 def test_groups_too_small_for_matmulnbits_are_an_error() -> None:
-    with pytest.raises(QuantizationError, match="groups of 24 are not made of blocks that MatMulNBits knows"):
+    with pytest.raises(QuantizationError, match="groups of 24 are not multiples of a MatMulNBits block"):
         matmul_nbits(quantized_matrix(Grid(4, 24)))
 
 

@@ -10,29 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_torch_file
 
 from tests.reference import gptq_format as reference
 from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
-from vlmdeploy.quant.gptq_format import (
+from vlmdeploy.model.checkpoint import tensor_shards
+from vlmdeploy.model.stored_codes import StoredCodes
+from vlmdeploy.quant.gptq_config import (
     CheckpointFormat,
     GptqConfig,
-    GptqFolder,
     ModuleGrid,
     Override,
-    StoredLinear,
     config_json,
-    decode_linear,
     dynamic_overrides,
-    encode_linear,
     grid_of,
     read_config,
 )
+from vlmdeploy.quant.gptq_format import StoredLinear, decode_linear, encode_linear
 from vlmdeploy.quant.grid import Grid, Quantized, dequantize
+from vlmdeploy.spec.weight_rules import Source
 
 GOLDEN = Path(__file__).parent / "golden" / "gptqmodel-tiny"
 CASES = ["symmetric", "asymmetric", "asymmetric-v2", "act-order"]
@@ -70,12 +67,22 @@ def assert_same(linear: StoredLinear, quantized: Quantized) -> None:
 # Golden: GPTQModel's own files.
 
 
+def linears_of(case: str) -> dict[str, StoredLinear]:
+    """Every quantized linear of a golden folder by its name, such as "model.layers.0.mlp.down_proj"."""
+    expected, codes = np.load(GOLDEN / case / "expected.npz"), stored_codes(case)
+    assert codes.modules == {key.removesuffix(".codes") for key in expected if key.endswith(".codes")}
+    shapes = {name: expected[f"{name}.codes"].shape for name in codes.modules}
+    return {name: codes.linear(Source(f"{name}.weight", shape), 0, shape[0]) for name, shape in shapes.items()}
+
+
+def stored_codes(case: str) -> StoredCodes:
+    return StoredCodes(GOLDEN / case, tensor_shards(GOLDEN / case))
+
+
 @every_case
 def test_gptqmodel_folder_is_read_as_gptqmodel_reads_it(case: str) -> None:
-    folder, expected = GptqFolder(GOLDEN / case), np.load(GOLDEN / case / "expected.npz")
-    assert folder.names() == sorted(key.removesuffix(".codes") for key in expected if key.endswith(".codes"))
-    for name in folder.names():
-        linear = folder.linear(name)
+    expected = np.load(GOLDEN / case / "expected.npz")
+    for name, linear in linears_of(case).items():
         assert (linear.codes == expected[f"{name}.codes"]).all(), name
         assert (linear.zeros == expected[f"{name}.zeros"]).all(), name
         if f"{name}.weight" in expected:
@@ -84,11 +91,12 @@ def test_gptqmodel_folder_is_read_as_gptqmodel_reads_it(case: str) -> None:
 
 @every_case
 def test_bit_loop_agrees_with_gptqmodel_and_with_us(case: str) -> None:
-    folder, tensors = GptqFolder(GOLDEN / case), load_bf16_free(GOLDEN / case)
+    config, tensors = stored_codes(case).config, load_bf16_free(GOLDEN / case)
+    assert config is not None
     name = "model.layers.0.mlp.gate_proj"
-    linear = folder.linear(name)
+    linear = linears_of(case)[name]
     parts = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
-    codes, zeros, weights = reference.decode(parts, linear.bits, folder.config.checkpoint_format == "gptq")
+    codes, zeros, weights = reference.decode(parts, linear.bits, config.checkpoint_format == "gptq")
     assert (linear.codes == codes).all()
     assert (linear.zeros == zeros).all()
     assert (half_weights(linear) == weights).all()
@@ -103,8 +111,7 @@ def load_bf16_free(folder: Path) -> Tensors:
 
 
 def test_gptqmodel_precisions_come_from_its_patterns() -> None:
-    folder = GptqFolder(GOLDEN / "symmetric")
-    sizes = {name: (folder.linear(name).bits, folder.linear(name).group_size) for name in folder.names()}
+    sizes = {name: (linear.bits, linear.group_size) for name, linear in linears_of("symmetric").items()}
     assert "model.layers.0.self_attn.o_proj" not in sizes
     assert sizes["model.layers.1.self_attn.o_proj"] == (4, 32)
     assert sizes["model.layers.0.mlp.gate_proj"] == (3, 32)
@@ -114,22 +121,22 @@ def test_gptqmodel_precisions_come_from_its_patterns() -> None:
 
 
 def test_gptqmodel_codes_are_written_back_byte_for_byte() -> None:
-    folder, tensors = GptqFolder(GOLDEN / "symmetric"), load_bf16_free(GOLDEN / "symmetric")
-    for name in folder.names():
-        for part, values in encode_linear(folder.linear(name).quantized(), name).items():
+    tensors = load_bf16_free(GOLDEN / "symmetric")
+    for name, linear in linears_of("symmetric").items():
+        for part, values in encode_linear(linear.quantized(), name).items():
             stored = tensors[f"{name}.{part}"]
             assert stored.dtype == values.dtype
             assert (stored == values).all(), f"{name}.{part}"
 
 
 def test_zero_point_0_of_a_v1_file_is_read_with_its_borrow() -> None:
-    zeros = GptqFolder(GOLDEN / "asymmetric").linear("model.layers.0.self_attn.q_proj").zeros
+    zeros = linears_of("asymmetric")["model.layers.0.self_attn.q_proj"].zeros
     assert (zeros[::2] == 0).all()  # the fixture's rows of positive weights
     assert (zeros[1::2] > 0).all()
 
 
 def test_act_order_groups_dequantize_but_cannot_be_exported() -> None:
-    linear = GptqFolder(GOLDEN / "act-order").linear("model.layers.0.mlp.up_proj")
+    linear = linears_of("act-order")["model.layers.0.mlp.up_proj"]
     assert (np.diff(linear.g_idx) < 0).any()
     values = linear.scales[:, linear.g_idx] * (linear.codes.astype(np.float32) - linear.zeros[:, linear.g_idx])
     assert (linear.dequantize() == values).all()
@@ -273,23 +280,6 @@ def test_act_order_needs_the_group_of_each_input(left: Tensors) -> None:
     assert_same(decode_linear(tensors, Grid(4, 128), "gptq", "a.b", desc_act=True), whole)
 
 
-def test_act_order_of_a_folder_needs_the_group_of_each_input(tmp_path: Path) -> None:
-    tensors = encode_linear(quantized_matrix(Grid(4, 32)))
-    del tensors["g_idx"]
-    save_file({f"a.b.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    folder = GptqFolder(write_configs(tmp_path, {**CONFIG, "desc_act": True}, None))
-    with pytest.raises(WeightsError, match=r"a\.b\.g_idx: missing"):
-        folder.linear("a.b")
-
-
-def test_type_that_numpy_lacks_is_named(tmp_path: Path) -> None:
-    tensors = {name: torch.from_numpy(value) for name, value in encode_linear(quantized_matrix(Grid(4, 32))).items()}
-    tensors["scales"] = tensors["scales"].to(torch.float8_e4m3fn)
-    save_torch_file({f"a.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"a\.scales: .*float8_e4m3fn"):
-        GptqFolder(write_configs(tmp_path, CONFIG, None)).linear("a")
-
-
 def test_missing_scales_are_named() -> None:
     tensors = encode_linear(quantized_matrix(Grid(4, 32)))
     del tensors["scales"]
@@ -337,7 +327,7 @@ def test_scales_beyond_fp16_are_not_written() -> None:
         encode_linear(replace(quantized, scales=quantized.scales * np.float32(1e7)), "a.b")
 
 
-# Contract: folders.
+# Contract: configs.
 
 CONFIG: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -350,76 +340,21 @@ def write_configs(folder: Path, own: Mapping[str, Any] | None, nested: Mapping[s
     return folder
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
-def test_folder_with_one_file_is_read(tmp_path: Path, file: str) -> None:
-    quantized = quantized_matrix(Grid(4, 32))
-    save_file({f"a.b.{name}": value for name, value in encode_linear(quantized).items()}, tmp_path / file)
-    folder = GptqFolder(write_configs(tmp_path, CONFIG, None))
-    assert folder.names() == ["a.b"]
-    assert_same(folder.linear("a.b"), quantized)
-
-
-def test_sharded_folder_is_read_through_its_index(tmp_path: Path) -> None:
-    weight_map: dict[str, str] = {}
-    for number, grid in enumerate((Grid(4, 128), Grid(3, 128))):
-        tensors = {f"layers.{number}.w.{key}": value for key, value in encode_linear(quantized_matrix(grid)).items()}
-        save_file(tensors, tmp_path / f"{number}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"{number}.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = {**CONFIG, "group_size": -1, "dynamic": {r"layers\.1": {"bits": 3}}}
-    folder = GptqFolder(write_configs(tmp_path, None, config))
-    assert folder.names() == ["layers.0.w", "layers.1.w"]
-    assert_same(folder.linear("layers.0.w"), quantized_matrix(Grid(4, 128)))
-    assert_same(folder.linear("layers.1.w"), quantized_matrix(Grid(3, 128)))
-
-
-def test_bf16_scales_of_a_file_are_read(tmp_path: Path) -> None:
-    tensors = {name: torch.from_numpy(value) for name, value in encode_linear(quantized_matrix(Grid(4, 32))).items()}
-    scales = tensors["scales"].bfloat16()
-    save_torch_file({f"a.{k}": v for k, v in (tensors | {"scales": scales}).items()}, tmp_path / "model.safetensors")
-    linear = GptqFolder(write_configs(tmp_path, CONFIG, None)).linear("a")
-    assert (linear.scales == scales.float().numpy().T).all()
-
-
-def test_folder_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"neither quantize_config\.json nor config\.json describes a quantization"):
-        GptqFolder(tmp_path)
-    write_configs(tmp_path, {**CONFIG, "dynamic": {r"-:a\.": {}}}, None)
-    with pytest.raises(WeightsError, match=r"0 safetensors files and no model\.safetensors\.index\.json"):
-        GptqFolder(tmp_path)
-    tensors = encode_linear(quantized_matrix(Grid(4, 32)))
-    save_file({f"a.b.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    folder = GptqFolder(tmp_path)
-    with pytest.raises(WeightsError, match=r"no tensor a\.c\.qweight"):
-        folder.linear("a.c")
-    with pytest.raises(WeightsError, match=r"a\.b has codes, but the config says that it is kept in float"):
-        folder.linear("a.b")
-
-
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    (write_configs(tmp_path, CONFIG, None) / "model.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(WeightsError, match=r"model\.safetensors: cannot be read as safetensors"):
-        GptqFolder(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: no readable weight_map"):
-        GptqFolder(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config\.json: holds a list of 0, expected an object"):
-        GptqFolder(tmp_path)
-    for content in ("{", "[" * 20000):
-        (tmp_path / "quantize_config.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"quantize_config\.json: not JSON"):
-            GptqFolder(tmp_path)
-
-
-# Contract: configs.
-
-
 def test_folder_without_quantization_has_no_config(tmp_path: Path) -> None:
     assert read_config(tmp_path) is None
     assert read_config(write_configs(tmp_path, None, None)) is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert read_config(tmp_path) is None
+
+
+def test_config_that_is_no_json_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json: holds a list of 0, expected an object"):
+        read_config(tmp_path)
+    for content in ("{", "[" * 20000):
+        (tmp_path / "quantize_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"quantize_config\.json: not JSON"):
+            read_config(tmp_path)
 
 
 def test_written_config_is_read_back_from_either_file(tmp_path: Path) -> None:

@@ -36,18 +36,6 @@ def test_rows_become_columns_of_words(bits: int, rows: int) -> None:
     assert (unpack_rows(words, bits, 64) == codes).all()
 
 
-@pytest.mark.parametrize(
-    ("bits", "code", "word"),
-    [
-        (4, 7, 0x77777777), (4, 8, 0x88888888), (3, 3, 0xDB6DB6DB), (3, 4, 0x24924924), (8, 127, 0x7F7F7F7F),
-        (8, 128, 0x80808080), (2, 1, 0x55555555), (2, 2, 0xAAAAAAAA),
-    ],
-)  # fmt: skip
-def test_first_word_of_equal_codes_is_the_one_seen_in_files(bits: int, code: int, word: int) -> None:
-    words = pack_words(np.full((32, 1), code, np.uint8), bits)
-    assert words.view(np.uint32)[0, 0] == word
-
-
 def test_three_bit_codes_10_and_21_straddle_words() -> None:
     codes = np.zeros((32, 1), np.uint8)
     codes[10], codes[21] = 0b101, 0b101

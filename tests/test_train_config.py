@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.train.config import first_difference, load_config
+from vlmdeploy.records import first_difference
+from vlmdeploy.train.config import load_config
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 RECIPE = (DIGITS / "train.toml").read_text(encoding="utf-8")
@@ -67,7 +68,7 @@ def test_family_that_the_keys_leave_open_or_exclude_is_asked_for(tmp_path: Path,
     path = write_recipe(tmp_path, (IDS, ids))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value).startswith(f"{path}: [model]: {message} (what the other keys fit; ")
+    assert str(caught.value).startswith(f"{path}: [model]: {message} (as the other keys allow; ")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Agreement tests: the packed forward pass of training gives what the reference model gives for each pair alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,13 @@ from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.model.load import load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.train.batches import normalized
-from vlmdeploy.train.forward import TEXT_POSITION, TextRows, head_logits, text_states, use_plain_attention
-from vlmdeploy.train.packing import PackedRows, Pair, TokenWeights, make_pair, pack_rows
+from vlmdeploy.train.config import TextConfig
+from vlmdeploy.train.forward import TEXT_POSITION, head_logits, text_states, use_plain_attention
+from vlmdeploy.train.packing import Pair, make_pair, pack_rows
 
 SAME_FP32 = 1e-4  # the same float32 sums in another order, logits below 10
-CHUNK, ROW = 8, 24
+CHUNK = 8
+TEXT = TextConfig("chat", 24, CHUNK, end_weight=0.5, box_units_weight=0.25, box_marks_weight=0.125)
 LENGTHS = ((8, 5, 3, 7), (1, 2, 8, 8, 4), (6,))
 
 
@@ -30,10 +34,6 @@ def random_pair(length: int, rng: np.random.Generator) -> Pair:
     return Pair(ids[:-1], ids[1:], np.ones(length, np.float32))
 
 
-def text_rows(packed: PackedRows) -> TextRows:
-    return TextRows(**{name: torch.from_numpy(values) for name, values in vars(packed).items()}, chunk_tokens=CHUNK)
-
-
 def image_prefix(model: VisionLanguageModel) -> torch.Tensor:
     tokens = model.spec.tokens
     return torch.tensor([tokens.bos_id] + [tokens.placeholder_id] * tokens.rows_per_image)
@@ -42,8 +42,7 @@ def image_prefix(model: VisionLanguageModel) -> torch.Tensor:
 def test_packed_pairs_get_the_logits_they_get_alone(model: VisionLanguageModel) -> None:
     rng = np.random.default_rng(0)
     pairs = [[random_pair(length, rng) for length in lengths] for lengths in LENGTHS]
-    packed = pack_rows(pairs, ROW, TEXT_POSITION)
-    text = text_rows(packed)
+    text = pack_rows(pairs, TEXT, TEXT_POSITION)
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = image_prefix(model)
     with torch.no_grad():
@@ -57,8 +56,7 @@ def test_packed_pairs_get_the_logits_they_get_alone(model: VisionLanguageModel) 
 
 def test_gradients_are_those_of_the_reference(model: VisionLanguageModel) -> None:
     rng = np.random.default_rng(1)
-    packed = pack_rows([[random_pair(8, rng)]], CHUNK, TEXT_POSITION)
-    text = text_rows(packed)
+    text = pack_rows([[random_pair(8, rng)]], replace(TEXT, row_tokens=CHUNK), TEXT_POSITION)
     images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = image_prefix(model)
     theirs = model(torch.cat((before, text.ids[0]))[None], images)[0, len(before) :]
@@ -76,13 +74,13 @@ def test_gradients_are_those_of_the_reference(model: VisionLanguageModel) -> Non
 
 def test_pair_that_does_not_fit_is_left_out() -> None:
     rng = np.random.default_rng(0)
-    rows = pack_rows([[random_pair(length, rng) for length in (6, 5, 2)]], 8, 4)
+    rows = pack_rows([[random_pair(length, rng) for length in (6, 5, 2)]], replace(TEXT, row_tokens=8), 4)
     assert rows.pairs[0].tolist() == [0] * 6 + [2] * 2
     assert rows.positions[0].tolist() == [4, 5, 6, 7, 8, 9, 4, 5]
 
 
 def test_only_answer_and_end_are_learned() -> None:
-    pair = make_pair(lambda text: [ord(char) for char in text], "ab", "12", 2, TokenWeights(end=0.5))
+    pair = make_pair(lambda text: [ord(char) for char in text], "ab", "12", 2, TEXT)
     assert pair.ids.tolist() == [97, 98, 49, 50]
     assert pair.targets.tolist() == [98, 49, 50, 2]
     assert pair.weights.tolist() == [0, 1, 1, 0.5]
@@ -92,8 +90,7 @@ def test_units_and_marks_of_a_box_weigh_less() -> None:
     def encode(text: str) -> list[int]:
         return [ord(char) for char in text.replace("[[", "[").replace("]]", "]")]
 
-    weights = TokenWeights(end=0.5, box_units=0.25, box_marks=0.125)
-    pair = make_pair(encode, "x", "[[012,345,678,999]]", 2, weights)
+    pair = make_pair(encode, "x", "[[012,345,678,999]]", 2, TEXT)
     coordinate = [1, 1, 0.25, 0.125]
     assert pair.weights.tolist() == [0.125, *coordinate * 4, 0.5]
 

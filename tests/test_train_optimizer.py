@@ -1,16 +1,19 @@
 """Reference tests: the optimizer against numpy versions of Muon and AdamW, and its state."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from tests.comparison import assert_close
-from vlmdeploy.train.optimizer import NEWTON_SCHULZ, FlatOptimizer, Hyper, orthogonal
+from vlmdeploy.train.config import OptimizerConfig
+from vlmdeploy.train.optimizer import ADAM_EPS, NEWTON_SCHULZ, FlatOptimizer, orthogonal
 
 Array = NDArray[np.float64]
 LR = 0.01
-HYPER = Hyper(weight_decay=0.1, beta1=0.8, beta2=0.9, momentum=0.7, clip=1e9)
+CONFIG = OptimizerConfig(weight_decay=0.1, beta1=0.8, beta2=0.9, momentum=0.7, clip=1e9)
 FP32 = 1e-6  # a few float32 operations on values below 3
 BF16_PRODUCTS = 0.05  # directions with entries below 1, from products in bfloat16 with 8 bits
 
@@ -20,9 +23,9 @@ def build_module() -> nn.Module:
     return nn.ModuleDict({"wide": nn.Linear(6, 12), "tall": nn.Linear(12, 6, bias=False)})
 
 
-def build_optimizer(module: nn.Module, hyper: Hyper = HYPER) -> FlatOptimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig = CONFIG) -> FlatOptimizer:
     roles = {"wide.weight": (0.5, True, 2), "wide.bias": (0.5, False, 0), "tall.weight": (1.0, True, 1)}
-    return FlatOptimizer(module, roles, hyper)
+    return FlatOptimizer(module, roles, config)
 
 
 def train(module: nn.Module, optimizer: FlatOptimizer, steps: int) -> None:
@@ -47,10 +50,10 @@ def newton_schulz(matrix: Array) -> Array:
 
 def muon_change(values: Array, grads: Array, lr_scale: float, blocks: int) -> Array:
     """What the first step subtracts: Nesterov momentum, each block made orthogonal and scaled to an Adam-like size."""
-    momentum = (1 - HYPER.momentum) * grads
-    mixed = (1 - HYPER.momentum) * grads + HYPER.momentum * momentum
+    momentum = (1 - CONFIG.momentum) * grads
+    mixed = (1 - CONFIG.momentum) * grads + CONFIG.momentum * momentum
     directions = [newton_schulz(block) * 0.2 * max(block.shape) ** 0.5 for block in np.split(mixed, blocks)]
-    return LR * lr_scale * (np.concatenate(directions) + HYPER.weight_decay * values)
+    return LR * lr_scale * (np.concatenate(directions) + CONFIG.weight_decay * values)
 
 
 def test_first_step_equals_the_textbook() -> None:
@@ -66,7 +69,7 @@ def test_first_step_equals_the_textbook() -> None:
     for name, lr_scale, blocks in (("wide.weight", 0.5, 2), ("tall.weight", 1.0, 1)):
         expected = muon_change(before[name], grads[name], lr_scale, blocks)
         assert_close(name, before[name] - after[name], expected, LR * BF16_PRODUCTS)
-    adam = LR * 0.5 * grads["wide.bias"] / (np.abs(grads["wide.bias"]) + HYPER.eps)
+    adam = LR * 0.5 * grads["wide.bias"] / (np.abs(grads["wide.bias"]) + ADAM_EPS)
     assert_close("wide.bias", before["wide.bias"] - after["wide.bias"], adam, FP32)
 
 
@@ -79,7 +82,7 @@ def test_orthogonal_brings_singular_values_near_one() -> None:
 
 def test_clip_bounds_the_gradient() -> None:
     module = build_module()
-    optimizer = build_optimizer(module, Hyper(clip=1.0, beta1=0.0))
+    optimizer = build_optimizer(module, replace(CONFIG, clip=1.0, beta1=0.0))
     optimizer.grads.fill_(100.0)
     optimizer.step(LR)
     assert_close(

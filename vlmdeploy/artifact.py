@@ -1,11 +1,12 @@
-"""Writing an output folder so that it is either whole or absent: everything goes into a folder aside, which takes the
-final name in one step. An existing folder is replaced only with `force`, and only if vlmdeploy made it.
+"""Publish an output folder atomically: write a staging folder, then rename it. An existing folder is replaced only with
+`force`, and only if vlmdeploy made it.
 
-Long runs keep what is finished in OUT.partial, one run at a time."""
+Long runs keep their finished parts in OUT.partial, which one run at a time may use."""
 
 import ctypes
 import fcntl
 import glob
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmdeploy.errors import ExportError
+from vlmdeploy.errors import ExportError, VlmdeployError
+from vlmdeploy.records import Config, first_difference, read_object
 
 _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
@@ -36,7 +38,7 @@ def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Non
 
 
 def check_name(out: Path) -> None:
-    """Raise ExportError for a path that is not UTF-8: the libraries that write tensors and graphs refuse it late."""
+    """Raise ExportError for a path that is not UTF-8, which the tensor and graph libraries reject only at the end."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -45,9 +47,9 @@ def check_name(out: Path) -> None:
 
 @contextmanager
 def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder aside that becomes `out` when the block ends well and is removed when it does not.
+    """Yield a staging folder that becomes `out` if the block succeeds and is removed if it fails.
 
-    Raises ExportError if `out` may not be written or the disk refuses. What a killed run left aside is removed first.
+    First removes what killed runs left. Raises ExportError if `out` may not or cannot be written.
     """
     check_output(out, force, is_ours)
     out = out.absolute()
@@ -67,7 +69,7 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
 
 
 def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Delete what killed runs left: an unfinished folder, or an old one that was already exchanged."""
+    """Delete what killed runs left: a staging folder, or the old output that it was exchanged for."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
         owner = folder.name[len(out.name) + 2 : -len(_STAGING_SUFFIX)]
         is_leftover = (folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())
@@ -76,15 +78,12 @@ def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
 
 
 def _is_another_process(process_id: int) -> bool:
-    """Whether that process runs and is not this one: in containers a killed run often had our own number."""
+    """Whether another process has this id. In containers a killed run often had our own id."""
     return process_id != os.getpid() and Path(f"/proc/{process_id}").exists()
 
 
 def _publish(staging: Path, out: Path) -> None:
-    """Give the finished folder its name.
-
-    An old folder is exchanged in one step, so that one of the two is always there; `staging` then holds the old one.
-    """
+    """Rename the finished folder. An old one is exchanged atomically and then lies at `staging`."""
     if not out.exists():
         staging.rename(out)
     elif not _exchange(staging, out):
@@ -95,7 +94,7 @@ def _publish(staging: Path, out: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders atomically where the system and the file system can (Linux), else return False."""
+    """Swap two folders atomically; False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -103,13 +102,51 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the state of an unfinished run lies."""
+    """The folder of an unfinished run's state."""
     return out.with_name(out.name + ".partial")
 
 
+def open_partial(folder: Path, name: str, settings: Config, force: bool, error: type[VlmdeployError]) -> None:
+    """Prepare OUT.partial, which is locked, to start a run or to continue one whose `name` holds the same settings.
+
+    Raises `error`, naming the key, for an unfinished run with other settings; `force` discards that run.
+    """
+    path = folder / name
+    if path.is_file():
+        difference = first_difference(settings, read_state(path, error))
+        if difference is None:
+            return
+        if not force:
+            key, ours, theirs = difference
+            raise error(
+                f'{folder}: holds an unfinished run with other settings: "{key}" is {theirs!r} there and {ours!r} now; '
+                "continue with the old settings, or start over with --force"
+            )
+        empty_partial(folder, name)
+    elif any(item.name not in (LOCK, f"{name}.new") for item in folder.iterdir()):
+        raise error(f"{folder}: exists and holds no {name}: not an unfinished run; move it away")
+    write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+
+
+def read_state(path: Path, error: type[VlmdeployError]) -> Config:
+    """Read a JSON object of OUT.partial. Raises `error`, which says how to start over."""
+    with damage_explained(path, error):
+        return read_object(path, error)
+
+
+@contextmanager
+def damage_explained(path: Path, error: type[VlmdeployError]) -> Iterator[None]:
+    """Append to an error about a file of OUT.partial how to start over."""
+    try:
+        yield
+    except error as problem:
+        found = str(problem).removeprefix(f"{path}: ")
+        raise error(f"{path}: damaged ({found}); remove {path.parent} to start over") from problem
+
+
 def empty_partial(folder: Path, last: str) -> None:
-    """Remove all but the lock of an unfinished run's folder, the file that names its settings last: a kill on the way
-    leaves a run that can still be told from others, or nothing but a lock."""
+    """Empty an unfinished run's folder, except for its lock. The settings file `last` goes last: until then, a killed
+    clean-up still looks like an unfinished run."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -119,7 +156,7 @@ def empty_partial(folder: Path, last: str) -> None:
 
 
 def remove_partial(folder: Path, last: str) -> None:
-    """Remove an unfinished run's folder in the order of `empty_partial`."""
+    """Remove an unfinished run's folder, in the order of `empty_partial`."""
     empty_partial(folder, last)
     (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
@@ -127,7 +164,7 @@ def remove_partial(folder: Path, last: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep a second run of the same output out of it. Raises ExportError."""
+    """Create the folder if needed and lock it against other runs. Raises ExportError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("wb")
@@ -142,7 +179,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
-    """Give `path` new content in one step; with `sync` it is on the disk when this returns."""
+    """Replace a file atomically. sync: return only once it is on the disk."""
     aside = path.with_name(path.name + ".new")
     with aside.open("wb") as file:
         write(file)
@@ -154,7 +191,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) 
 
 @contextmanager
 def told_unwritable(path: Path) -> Iterator[None]:
-    """Turn what the system says without naming a file, such as a full disk, into an ExportError about `path`."""
+    """Turn system errors about `path`, or without a file name (a full disk), into an ExportError about `path`."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,7 @@
-"""Device profiles: memory, bandwidth and compute of the GPUs that bundles are for, and where each figure is from.
+"""Device profiles: memory, bandwidth and compute of the GPUs that bundles target, with the source of each figure.
 
-Only NVIDIA's figures and what follows from them by arithmetic; nothing here was measured by us. Tensor-core rates are
-dense: NVIDIA's "with sparsity" figures are halved. A figure that no document gives is None. Judging what fits and how
-fast it could be is left to the callers; what a device really has free is known only on the device.
+All figures are NVIDIA's, or follow from them by arithmetic; none was measured here. Tensor-core rates are dense:
+NVIDIA's "with sparsity" figures are halved. A figure without a source is None.
 """
 
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ RESERVED_CARD_BYTES = GIB // 2
 
 @dataclass(frozen=True)
 class Citation:
-    """Where figures come from: a document, what it says, and the fields of Device that this supports.
+    """A source: a document, what it says, and the fields of Device that it supports.
 
-    is_checked: the text, or somebody's quotation of it, was read when this table was made. False: the document is named
-    and its figure given from memory (it agrees with the other figures of the row); look it up before you depend on it.
+    is_checked: the text, or a quotation of it, was read for this table. False: document and figure are from memory and
+    agree with the rest of the row; look them up before you depend on them.
     """
 
     document: str
@@ -38,10 +37,10 @@ class Citation:
 
 @dataclass(frozen=True)
 class PowerMode:
-    """A mode of a Jetson's `nvpmodel`, by the name it prints; watts None: no budget, bandwidth None: not documented.
+    """A mode of a Jetson's `nvpmodel`, by the name it prints; watts None: no budget, bandwidth None: undocumented.
 
     Both rates are as in Device, from the mode's memory clock, active SMs and GPU clock. They are ceilings: the budget
-    may force lower clocks. is_super: only on a module flashed with a -super configuration, on a carrier that cools it.
+    may force lower clocks. is_super: requires a -super flash and a carrier that cools it.
     """
 
     name: str
@@ -53,9 +52,9 @@ class PowerMode:
 
 @dataclass(frozen=True)
 class Software:
-    """What the TensorRT target needs on a Jetson: the lowest JetPack, and the lowest TensorRT that supports it.
+    """The minimum JetPack and TensorRT of the TensorRT target on a Jetson.
 
-    is_named: NVIDIA's TensorRT pages name this module; otherwise JetPack supports it and TensorRT 11 may or may not.
+    is_named: NVIDIA's TensorRT pages name this module; else JetPack supports it and TensorRT 11 may not.
     """
 
     jetpack: str
@@ -93,27 +92,27 @@ class Device:
 
     @property
     def is_unified(self) -> bool:
-        """Whether the CPU and its programs live in the same memory."""
+        """Whether the GPU shares its memory with the CPU."""
         return self.kind == "jetson"
 
     @property
     def usable_bytes(self) -> int:
-        """What is realistically left for weights, cache and scratch: visible_bytes less the reserve at the top."""
+        """Realistic memory for weights, cache and scratch: visible_bytes minus the reserve above."""
         return self.visible_bytes - (RESERVED_UNIFIED_BYTES if self.is_unified else RESERVED_CARD_BYTES)
 
     @property
     def engine(self) -> Engine:
-        """The library that compiles and runs engines there: TensorRT-RTX for RTX cards, TensorRT elsewhere."""
+        """The library that builds and runs engines: TensorRT-RTX on RTX cards, TensorRT elsewhere."""
         return "tensorrt_rtx" if self.kind == "rtx" else "tensorrt"
 
 
 def names() -> list[str]:
-    """The names of all devices, in the order of the table."""
+    """The names of all devices, in table order."""
     return [device.name for device in DEVICES]
 
 
 def device(name: str) -> Device:
-    """The device of that name, in upper or lower case. Raises ConfigError that lists the names if there is none."""
+    """Find a device by name, ignoring case. Raises ConfigError, listing the names, if there is none."""
     found = [device for device in DEVICES if device.name == name.lower()]
     if not found:
         raise ConfigError(f"device {name!r} is not known: choose one of {', '.join(names())}")

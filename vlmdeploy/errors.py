@@ -1,18 +1,18 @@
-"""Every error that vlmdeploy raises on purpose. A message says what was being done, on what, what was found,
-what was expected and what to do next; the command line prints it as one line and exits with status 1."""
+"""Every error that vlmdeploy raises on purpose. A message says what was found where, what was expected and what to do
+next; the command line prints it as one line and exits with status 1."""
 
 
 class VlmdeployError(Exception):
-    """Base of all errors below; anything else that escapes is a bug of ours.
+    """Base of all errors below; any other exception that escapes is a bug.
 
-    is_told_elsewhere: of several processes that fail together another one tells it.
+    is_told_elsewhere: of several processes that fail together, another one prints it.
     """
 
     is_told_elsewhere = False
 
 
 class ConfigError(VlmdeployError):
-    """A config file or an option that cannot be used: a key is missing, has the wrong type or a senseless value."""
+    """A config file or an option with a missing, mistyped or invalid value."""
 
 
 class WeightsError(VlmdeployError):
@@ -28,11 +28,11 @@ class TrainingError(VlmdeployError):
 
 
 class CalibrationError(VlmdeployError):
-    """Calibration data that cannot calibrate: too few tokens of an expert, too long samples, activations not finite."""
+    """Unusable calibration data: too few tokens of an expert, too long samples, activations that are not finite."""
 
 
 class QuantizationError(VlmdeployError):
-    """Weights that cannot be quantized as asked."""
+    """Weights that cannot be quantized as requested."""
 
 
 class ExportError(VlmdeployError):
@@ -40,7 +40,7 @@ class ExportError(VlmdeployError):
 
 
 class ParityError(VlmdeployError):
-    """Two implementations that should agree do not; names the first tensor that differs."""
+    """Two implementations disagree; names the first tensor that differs."""
 
 
 class BundleError(VlmdeployError):
@@ -48,8 +48,8 @@ class BundleError(VlmdeployError):
 
 
 class PromptError(VlmdeployError):
-    """Messages, ids or images that the model in the bundle cannot take."""
+    """Messages, ids or images that the model cannot take."""
 
 
 class BackendError(VlmdeployError):
-    """An inference engine that is missing, doubled, or failed."""
+    """An inference engine that is missing, installed twice, or failed."""

@@ -1,5 +1,5 @@
-"""The written rules of a prompt's layout: which positions hold image rows, which position id each token gets, and which
-expert it goes to. Numpy only; the PyTorch reference, calibration and the runtime all use these functions.
+"""A prompt's layout: which positions hold image rows, the position id of each token, and its expert. The PyTorch
+reference, calibration and the runtime all use these functions.
 
 Source: the authors' model code of CogVLM and CogVLM2, see docs/families/cogvlm.md.
 """
@@ -21,7 +21,7 @@ Bools = NDArray[np.bool_]
 def token_types_of(ids: Ints, rules: TokenRules, has_image: bool) -> Ints:
     """Token types of one prompt: 1 on the image's rows, 0 elsewhere. ids and result int64 [seq].
 
-    With an image, the places after BOS must hold the placeholder; without one, every token is text (a pad id too).
+    With an image, placeholders must follow BOS; without one, every token is text, pad ids included.
     """
     types = np.zeros(len(ids), np.int64)
     if has_image:
@@ -38,7 +38,7 @@ def token_types_of(ids: Ints, rules: TokenRules, has_image: bool) -> Ints:
 
 
 def position_ids(token_types: Ints, attention_mask: Ints) -> Ints:
-    """Position ids [batch, seq]: the inner rows of an image share one, and masked tokens repeat the last one.
+    """Position ids [batch, seq]. The inner rows of an image share one; masked tokens repeat the previous one.
 
     token_types 0 (text) or 1 (image row), attention_mask 0 (padding) or 1, both int64 [batch, seq].
     """
@@ -57,9 +57,9 @@ def position_ids(token_types: Ints, attention_mask: Ints) -> Ints:
 
 
 def vision_expert_mask(token_types: Ints, rules: TokenRules) -> Bools:
-    """Which positions use the vision expert, [batch, seq]: image rows that are followed by another image row.
+    """Which positions use the vision expert, [batch, seq]: image rows followed by another image row.
 
-    So the last row of an image goes to the language expert, like all text.
+    So the last row of an image uses the language expert, like all text.
     """
     if rules.vision_rows == "none":
         return np.zeros(token_types.shape, np.bool_)
@@ -68,7 +68,7 @@ def vision_expert_mask(token_types: Ints, rules: TokenRules) -> Bools:
 
 
 def _shifted(values: Bools, by: int) -> Bools:
-    """Every value moved `by` places to the right (negative: left) along axis 1, False moved in."""
+    """Shift values `by` places to the right (negative: left) along axis 1, filling with False."""
     result = np.zeros_like(values)
     if by > 0:
         result[:, by:] = values[:, :-by]
@@ -78,14 +78,14 @@ def _shifted(values: Bools, by: int) -> Bools:
 
 
 def expert_of(vision_mask: Bools) -> Literal["language", "vision"]:
-    """The expert of rows that all use the same one, bool [rows]."""
+    """The expert that all rows use, bool [rows]."""
     assert vision_mask.all() or not vision_mask.any(), "rows of one expert"
     return "vision" if vision_mask[0] else "language"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of consecutive prompt positions, start <= i < stop, that use the same expert."""
+    """Consecutive prompt positions start <= i < stop that use the same expert."""
 
     expert: Literal["language", "vision"]
     start: int

@@ -1,6 +1,6 @@
-"""The one reader of typed records: JSON or TOML from a file or another process becomes a dataclass, or one clear error.
+"""Read typed records: turn JSON or TOML into a dataclass, or raise one clear error.
 
-The caller says which error a bad record is: a manifest that does not fit is a BundleError, a recipe a ConfigError.
+The caller chooses the error class: a bad manifest is a BundleError, a bad recipe a ConfigError.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from vlmdeploy.errors import ConfigError, VlmdeployError
 
 Record = TypeVar("Record")
-Config = dict[str, Any]  # a JSON or TOML object as it was parsed
+Config = dict[str, Any]  # a parsed JSON or TOML object
 
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
@@ -22,9 +22,9 @@ NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true 
 def read_object(
     path: Path, error: type[VlmdeployError] = ConfigError, is_optional: bool = False, expected: str = ""
 ) -> Config:
-    """The JSON object in a file; {} where an optional file is absent. Raises `error`.
+    """Read the JSON object in a file; {} if an optional file is absent. Raises `error`.
 
-    expected: what the message about an absent file says should be there.
+    expected: what should be there, for the message about an absent file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -41,6 +41,19 @@ def read_object(
     return value
 
 
+def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose values differ in two trees of plain values, and both values (None: absent)."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return None if ours == theirs else (key, ours, theirs)
+    for name in dict.fromkeys((*ours, *theirs)):
+        found = first_difference(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
+        if found:
+            return found
+    return None
+
+
 def record_of(
     kind: type[Record],
     data: Any,
@@ -48,10 +61,10 @@ def record_of(
     error: type[VlmdeployError] = ConfigError,
     unknown: Literal["ignored", "refused"] = "ignored",
 ) -> Record:
-    """A dataclass from parsed JSON or TOML. Raises `error`, naming `where`, the key, what was found and expected.
+    """Build a dataclass from parsed JSON or TOML. Raises `error`, naming `where`, key, value and what it expected.
 
-    unknown: what becomes of keys that the dataclass lacks. A format with versions ignores them; in a file that
-    somebody wrote by hand they are mistakes.
+    unknown: how to treat keys that the dataclass lacks. Versioned formats ignore them; in hand-written files they are
+    mistakes.
     """
     return typing.cast(Record, _Reader(where, error, unknown == "refused").value(kind, data, ""))
 
@@ -63,7 +76,7 @@ class _Reader:
     refuses_unknown: bool
 
     def value(self, kind: Any, data: Any, key: str) -> Any:
-        """`data` as the type of its field; `key` is its path from the top, joined by dots."""
+        """Check and convert `data` to a field's type; `key` is its dotted path."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if kind is Any:
             return data
@@ -128,7 +141,7 @@ class _Reader:
 
 
 def _shown(data: Any) -> str:
-    """A value on one short line."""
+    """A value in one short line."""
     if isinstance(data, dict):
         return "an object"
     if isinstance(data, list):

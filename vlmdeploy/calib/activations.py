@@ -1,6 +1,6 @@
-"""Activations of all calibration tokens, one row per token: in memory, or in a file where they would be too many.
+"""Activations of all calibration tokens, one row per token, in memory or in a file.
 
-Files are read and written by rows with plain reads, not mapped: mapped pages would count as this process's memory.
+Files are read and written, not mapped: mapped pages would count as this process's memory.
 """
 
 import os
@@ -26,7 +26,7 @@ class Activations(Protocol):
     width: int
 
     def read(self, rows: Ints) -> Tensor:
-        """Some rows, [rows, width], in a tensor of its own."""
+        """Copy some rows, [rows, width]."""
 
     def write(self, rows: Ints, values: Tensor) -> None:
         """Replace some rows."""
@@ -35,11 +35,11 @@ class Activations(Protocol):
         """Add to some rows."""
 
     def close(self) -> None:
-        """Give memory or disk back; a second time does nothing."""
+        """Free the memory or the file. Closing twice is harmless."""
 
 
 class MemoryActivations(Activations):
-    """Held in memory."""
+    """Activations in memory."""
 
     def __init__(self, tokens: int, width: int, pool: "Pool") -> None:
         self.width = width
@@ -65,14 +65,14 @@ class MemoryActivations(Activations):
 
 
 class FileActivations(Activations):
-    """Held in a file that is deleted when closed."""
+    """Activations in a file, deleted on close."""
 
     def __init__(self, path: Path, tokens: int, width: int) -> None:
         self.width = width
         self.path = path
         self._is_open = True
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.posix_fallocate(self._file, 0, max(1, tokens * width * FLOAT_BYTES))  # a full disk shows here
+        os.posix_fallocate(self._file, 0, max(1, tokens * width * FLOAT_BYTES))  # a full disk fails here
 
     @override
     def read(self, rows: Ints) -> Tensor:
@@ -103,7 +103,7 @@ class FileActivations(Activations):
 
 
 def _runs(rows: Ints) -> list[tuple[int, int]]:
-    """Ranges of places in `rows` whose row numbers follow each other."""
+    """Ranges of `rows` that hold consecutive row numbers."""
     edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     return [(start, stop) for start, stop in pairwise(edges) if start < stop]
 
@@ -113,7 +113,7 @@ def _read_into(file: int, values: NDArray[np.float32], offset: int) -> None:
     done = 0
     while done < len(view):
         count = os.preadv(file, [view[done:]], offset + done)
-        assert count, "the file was made long enough"
+        assert count, "the file was allocated in full"
         done += count
 
 
@@ -126,7 +126,7 @@ def _write_all(file: int, values: NDArray[np.float32], offset: int) -> None:
 
 @dataclass
 class Pool:
-    """Makes activations: in memory while all together stay below `limit_bytes`, beyond that as files in `folder`."""
+    """Allocates activations: up to `limit_bytes` in memory, the rest as files in `folder`."""
 
     folder: Path
     limit_bytes: int
@@ -134,7 +134,7 @@ class Pool:
     made: int = 0
 
     def make(self, tokens: int, width: int) -> Activations:
-        """Rows of zeros."""
+        """Allocate rows of zeros."""
         size = tokens * width * FLOAT_BYTES
         self.made += 1
         if self.used_bytes + size <= self.limit_bytes:

@@ -1,4 +1,4 @@
-"""Bits and groups for every linear under a budget: candidates, their measured costs, and the plan that comes out."""
+"""Choose bits and group size of every linear under a budget: measure the cost of each candidate, then allocate."""
 
 import math
 import re
@@ -29,14 +29,14 @@ GRID = re.compile(rf"(?P<type>{'|'.join(BITS)}):(?P<group>[1-9]\d{{0,8}})")
 
 @dataclass(frozen=True)
 class Budget:
-    """Either the bytes of the whole checkpoint, or bits per weight, scales included, over the quantized linears."""
+    """The bytes of the whole checkpoint, or the average bits per quantized weight, scales included."""
 
     total_bytes: int | None = None
     average_bits: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """From "9.0GB", "450MB" or a plain number of bits such as "4.25". Raises ConfigError."""
+        """Parse a size such as "9.0GB", or a number of bits such as "4.25". Raises ConfigError."""
         try:
             bits = float(text)
         except ValueError:
@@ -55,10 +55,9 @@ def allocate_plan(
     seed: int,
     progress: Progress,
 ) -> PrecisionPlan:
-    """The plan with bits and group of every quantized linear chosen by measured cost.
+    """Choose bits and group size of every quantized linear by measured cost.
 
-    Every process measures the same samples, so that all choose alike. Raises QuantizationError if the budget is too
-    small.
+    Every process measures the same samples, so all choose alike. Raises QuantizationError if the budget is too small.
     """
     planned = {linear.target: (linear, plan[linear.target].grid) for linear in matrices(checkpoint.spec)}
     members = {target: linear for target, (linear, grid) in planned.items() if grid is not None}
@@ -92,13 +91,13 @@ def allocate_plan(
 
 
 def grids_of(plan: PrecisionPlan) -> dict[str, str]:
-    """Type and group of every quantized parameter, such as "int4:64"."""
+    """Map every quantized parameter to its type and group size, such as "int4:64"."""
     chosen = plan.by_target.items()
     return {target: f"{item.type}:{item.group_size}" for target, item in chosen if item.bits}
 
 
 def with_grids(plan: PrecisionPlan, grids: Any) -> PrecisionPlan:
-    """The plan with what `grids_of` gave and a file brought back. Raises ConfigError for anything else."""
+    """Apply the output of `grids_of`, read back from a file, to a plan. Raises ConfigError if it is malformed."""
     if not isinstance(grids, dict) or grids.keys() != grids_of(plan).keys():
         raise ConfigError("grids: expected one for every quantized linear")
     by_target = dict(plan.by_target)
@@ -111,14 +110,14 @@ def with_grids(plan: PrecisionPlan, grids: Any) -> PrecisionPlan:
 
 
 def candidate_grids(linear: Matrix, planned: Grid) -> list[Grid]:
-    """Bits and groups that a linear may get: 3, 4, 8 bits, groups that divide its width; if none does, the planned."""
+    """All grids of 3, 4 and 8 bits whose group size divides the width; the planned grid if none does."""
     sizes = [size for size in GROUP_SIZES if linear.in_width % size == 0 and size < linear.in_width]
     found = [Grid(bits, size, planned.symmetric) for bits in CANDIDATE_BITS for size in sizes]
     return found or [planned]
 
 
 def _fixed_bytes(checkpoint: Checkpoint, members: dict[str, Matrix]) -> int:
-    """Bytes of the tensors that stay in float."""
+    """Bytes of the float tensors."""
     return sum(checkpoint.stored_bytes(rule) for target, rule in checkpoint.rules.items() if target not in members)
 
 

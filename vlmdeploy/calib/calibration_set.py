@@ -1,8 +1,7 @@
-"""The samples that a model is calibrated with, as prompts: ids, positions and expert mask by the written rules, answers
-included as the model would have written them. Pictures are opened when their pixels are needed.
+"""Calibration samples as prompts with their answers: ids, positions and expert mask. Pictures are opened on demand.
 
-Every 8th picture, with all samples about it, and every 8th sample without one is held out: such tokens enter no
-Hessian, they judge.
+Every 8th picture, with all its samples, and every 8th text-only sample is held out: its tokens enter no Hessian and
+measure the result.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,14 +19,14 @@ from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.spec.model import ModelSpec
 
 HELD_OUT_EVERY = 8
-LEAST_FOR_HOLDING_OUT = 16  # pictures or texts; below, all of them are needed for calibration
+LEAST_FOR_HOLDING_OUT = 16  # pictures or texts; with fewer, all of them calibrate
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
     """One prompt with its answer: ids, types, positions int64 [seq], vision_mask bool [seq].
 
-    answer_start: the place of the answer's first token; without an answer, the length.
+    answer_start: index of the answer's first token; without an answer, the length.
     """
 
     name: str
@@ -42,7 +41,7 @@ class CalibrationSample:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of several samples one after the other, as activations are stored.
+    """The rows of several samples, concatenated as activations are stored.
 
     offsets int64 [samples + 1]; vision_mask bool [tokens]; held_out bool [samples].
     """
@@ -54,40 +53,40 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Tokens of all samples."""
+        """Number of tokens."""
         return int(self.offsets[-1])
 
     def rows(self, sample: int) -> Ints:
-        """The row numbers of one sample."""
+        """Row numbers of one sample."""
         return np.arange(self.offsets[sample], self.offsets[sample + 1])
 
     def with_rows(self, counts: Sequence[int]) -> "Tokens":
-        """The rows of the same samples where each has so many; they keep their experts if nothing changes."""
+        """The same samples with `counts` rows each. Rows keep their experts only if no count changes."""
         offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
         if np.array_equal(offsets, self.offsets):
             return self
         return replace(self, offsets=offsets, vision_mask=np.zeros(int(offsets[-1]), np.bool_))
 
     def select(self, expert: str | None, held_out: bool) -> Ints:
-        """Row numbers of calibration or held-out samples: those of one expert, or all (None)."""
+        """Row numbers of the calibration or the held-out samples, of one expert or of all (None)."""
         chosen = np.repeat(self.held_out == held_out, np.diff(self.offsets))
         if expert is not None:
             chosen &= self.vision_mask == (expert == "vision")
         return np.flatnonzero(chosen)
 
     def sample_of(self, row: int) -> str:
-        """The name of the sample that a row belongs to."""
+        """Name of the sample that owns a row."""
         return self.names[int(np.searchsorted(self.offsets, row, side="right")) - 1]
 
     def samples_in(self, rows: Ints) -> int:
-        """How many samples these rows come from."""
+        """Number of samples that own these rows."""
         return len(np.unique(np.searchsorted(self.offsets, rows, side="right")))
 
 
 def read_calibration_sample(
     sample: Sample, spec: ModelSpec, tokenizer: Tokenizer, template: str | None
 ) -> CalibrationSample:
-    """A sample as a prompt with its answer. Raises CalibrationError if it is longer than the context."""
+    """Tokenize a sample, answer included. Raises CalibrationError if it exceeds the context."""
     wanted = sample.template or template or spec.default_template
     found = [item for item in spec.templates if item.name == wanted]
     if not found:
@@ -120,20 +119,20 @@ def _name(sample: Sample) -> str:
 
 
 def hold_out(samples: Sequence[CalibrationSample]) -> tuple[CalibrationSample, ...]:
-    """Mark the samples of every 8th picture and every 8th sample without one, where there are enough of that kind."""
+    """Mark the samples of every 8th picture and every 8th text-only sample, if there are enough of that kind."""
     pictures = _every_eighth([sample.image for sample in samples if sample.image is not None])
     texts = _every_eighth([id(sample) for sample in samples if sample.image is None])
     return tuple(replace(sample, held_out=sample.image in pictures or id(sample) in texts) for sample in samples)
 
 
 def _every_eighth(keys: Sequence[Hashable]) -> set[Hashable]:
-    """Every 8th different key, none where there are few."""
+    """Every 8th distinct key, or none if there are few."""
     different = list(dict.fromkeys(keys))
     return set(different[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) if len(different) >= LEAST_FOR_HOLDING_OUT else set()
 
 
 def prompt_tokens(samples: Sequence[CalibrationSample]) -> Tokens:
-    """The decoder's rows of these samples."""
+    """The decoder rows of these samples."""
     offsets = np.concatenate(([0], np.cumsum([len(sample.ids) for sample in samples]))).astype(np.int64)
     masks = [sample.vision_mask for sample in samples]
     return Tokens(
@@ -146,20 +145,20 @@ def prompt_tokens(samples: Sequence[CalibrationSample]) -> Tokens:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The different pictures of the samples, in the order of their first use, and which are held out."""
+    """The distinct pictures of the samples, in order of first use, and which are held out."""
 
     paths: tuple[Picture, ...]
     held_out: Bools
 
     def tokens(self, rows_each: int) -> Tokens:
-        """The rows of a stage that gives `rows_each` of them for every picture."""
+        """The rows of a stage with `rows_each` rows per picture."""
         offsets = np.arange(len(self.paths) + 1, dtype=np.int64) * rows_each
         mask = np.zeros(int(offsets[-1]), np.bool_)
         return Tokens(tuple(map(str, self.paths)), offsets, mask, self.held_out)
 
 
 def pictures_of(samples: Iterable[CalibrationSample]) -> Pictures:
-    """Every picture once."""
+    """Collect every picture once."""
     held: dict[Picture, bool] = {}
     for sample in samples:
         if sample.image is not None:
@@ -168,5 +167,5 @@ def pictures_of(samples: Iterable[CalibrationSample]) -> Pictures:
 
 
 def read_pixels(path: Picture, spec: ModelSpec) -> NDArray[np.float32]:
-    """A picture as the encoder takes it, float32 [3, S, S]."""
+    """Load and preprocess a picture, float32 [3, S, S]."""
     return preprocess(load_image(path), spec.image)

@@ -1,5 +1,5 @@
-"""The quantized checkpoint as a folder: the source's layout and tensor names, GPTQ tensors in place of the quantized
-weights, both config files, tokenizer, licences and the report."""
+"""Write the quantized checkpoint: the source's layout and tensor names with GPTQ tensors for quantized weights, both
+config files, tokenizer, licences and the report."""
 
 import json
 import shutil
@@ -18,22 +18,15 @@ from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import UnitRecord, shard_name
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
-from vlmdeploy.quant.gptq_format import (
-    CONFIG_NAME,
-    GptqConfig,
-    Grid,
-    ModuleGrid,
-    config_json,
-    dynamic_overrides,
-    encode_linear,
-)
+from vlmdeploy.quant.gptq_config import CONFIG_NAME, GptqConfig, ModuleGrid, config_json, dynamic_overrides
+from vlmdeploy.quant.gptq_format import encode_linear
 from vlmdeploy.quant.grid import Quantized
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
 from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.weight_rules import WeightRule
 
-ONE_FILE_BYTES = 1 << 30  # a smaller checkpoint is one file, a larger one a shard for each unit
+ONE_FILE_BYTES = 1 << 30  # up to here one file, beyond it one shard per unit
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     *LICENCE_PATTERNS,
@@ -43,7 +36,7 @@ COPIED = (
 def unit_tensors(
     checkpoint: Checkpoint, unit: str, units: list[str], encoded: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Every tensor of a unit under its published name: GPTQ tensors where there are some, the rest as stored."""
+    """Every tensor of a unit under its published name: GPTQ tensors if quantized, else as stored."""
     tensors: dict[str, Tensor] = {}
     for rule in checkpoint.rules.values():
         if _unit_of(rule, units) != unit:
@@ -56,7 +49,7 @@ def unit_tensors(
 
 
 def _unit_of(rule: WeightRule, units: list[str]) -> str:
-    """The unit in whose shard a parameter is stored; what belongs to none goes with the first or the last one."""
+    """The unit whose shard stores a parameter. Parameters outside every unit go to a neighbouring one."""
     for unit in units:
         if rule.target.startswith(f"{unit}."):
             return unit
@@ -64,7 +57,7 @@ def _unit_of(rule: WeightRule, units: list[str]) -> str:
 
 
 def encoded_parameter(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
-    """GPTQ tensors of a parameter, split into the checkpoint's own linears by rows."""
+    """GPTQ tensors of a parameter, its rows split among the checkpoint's own linears."""
     tensors, start = {}, 0
     for source in rule.sources:
         rows = slice(start, start + source.shape[0])
@@ -78,7 +71,7 @@ def encoded_parameter(rule: WeightRule, codes: Quantized) -> dict[str, Tensor]:
 
 
 def is_quantized_by_us(out: Path) -> bool:
-    """Whether a folder was written by `vlmdeploy quantize`: it has our report, whole."""
+    """Whether `vlmdeploy quantize` wrote a folder, i.e. it holds a valid report."""
     try:
         return bool(read_report(out))
     except ConfigError:
@@ -94,7 +87,7 @@ def publish(
     out: Path,
     force: bool,
 ) -> None:
-    """Put the finished shards together and give the folder its name. The shards in `partial` stay until then."""
+    """Assemble the finished shards from `partial` and publish them as `out`."""
     with staged_folder(out, force, is_quantized_by_us) as folder:
         _write_shards(records, partial, folder)
         quantization = config_json(quantization_config(checkpoint, plan, report))
@@ -109,12 +102,11 @@ def publish(
 
 
 def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dict[str, Any]) -> GptqConfig:
-    """The GPTQ config: the commonest grid for all, regex overrides for what differs, linears kept in float excluded."""
+    """The GPTQ config: the commonest grid as the default, and regex overrides for all other linears."""
     modules = []
     for linear in matrices(checkpoint.spec):
         for source in checkpoint.rules[linear.target].sources:
-            grid: Grid | None = plan[linear.target].grid
-            modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, grid))
+            modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, plan[linear.target].grid))
     damping = [linear["damping"] for linear in report["linears"] if linear["damping"] is not None]
     provenance = {
         "meta": {"quantizer": [f"vlmdeploy:{vlmdeploy.__version__}"]},
@@ -148,6 +140,6 @@ def _write_shards(records: list[UnitRecord], partial: Path, folder: Path) -> Non
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Readable UTF-8. A lone surrogate, as file names that are not UTF-8 bring along, becomes its JSON escape."""
+    """Write readable UTF-8. Lone surrogates, which come from file names that are not UTF-8, become JSON escapes."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")

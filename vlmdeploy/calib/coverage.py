@@ -1,5 +1,4 @@
-"""Whether calibration data reaches every expert: tokens and samples of each, the floor below which nothing can be said,
-and the warnings above it."""
+"""Check that calibration data reaches every expert. Too few tokens are an error, fewer than recommended a warning."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,21 +12,21 @@ from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import ModelSpec
 
 WANTED_PER_INPUT = 4  # tokens per input of the widest linear
-WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are much alike
+WANTED_SAMPLES = 64  # pictures or texts: tokens of one picture are similar
 FLOOR_SHARE = 4  # the floor is a quarter of the widest input
 NAMES = {"vision": "vision encoder", "connector": "connector"}
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The coverage of every expert; with fewer tokens than `floor` a linear is not calibrated."""
+    """The coverage of every expert. A linear with fewer tokens than `floor` is not calibrated."""
 
     experts: tuple[ExpertCoverage, ...]
     floor: int
     warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For the report."""
+        """The coverage as the report stores it."""
         return {"least_tokens": self.floor, "experts": [asdict(expert) for expert in self.experts]}
 
 
@@ -39,8 +38,10 @@ def check_coverage(
     processes: Processes,
     allow_uncalibrated: bool,
 ) -> Coverage:
-    """The coverage that these tokens give. Raises CalibrationError where an expert, the encoder or the connector is to
-    be quantized and gets fewer than the floor, unless `allow_uncalibrated`."""
+    """Count the tokens of every expert, the encoder and the connector, as far as they are quantized.
+
+    Raises CalibrationError if one gets fewer than the floor, unless `allow_uncalibrated`.
+    """
     quantized = [matrix for matrix in matrices(spec) if plan[matrix.target].bits]
     floor = -(-max((matrix.in_width for matrix in quantized), default=0) // FLOOR_SHARE)
     widest = max(spec.decoder.hidden, spec.decoder.mlp_width)

@@ -1,9 +1,8 @@
-"""The rows of all calibration tokens on their way through a layer of the reference.
+"""Run a layer of the reference over the rows of all calibration tokens at once.
 
-`Rows` stand where the layer expects a tensor: its forward pass runs as it is written, over all tokens at once. Modules
-that change rows one by one wait until their results are read. A product waits too; what comes next in the layer makes
-it due: then its matrix is quantized from all rows that reach it, and the rows pass through. So every product runs once
-per token, and one matrix is in memory at a time.
+The layer's own forward pass takes `Rows` instead of a tensor. Rows are lazy: row-wise modules and products are recorded
+and run when the next step reads the rows. A product first has its matrix quantized from all rows that reach it. So
+every product runs once per token, and one matrix is in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,25 +19,25 @@ from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.statistics import Inputs, chunks
 from vlmdeploy.model.products import PRODUCTS, BlockConv, RowMixer
 
-Streams = tuple[Tensor, ...]  # the same rows of each stream
+Streams = tuple[Tensor, ...]  # the same rows in each stream
 Weights = tuple[Tensor, ...]  # of one linear, [out, in]: quantized and, under asymmetric calibration, float
 
 
 class Quantizer(Protocol):
-    """What a layer asks for each of its linears."""
+    """Gives a layer the weights of its linears."""
 
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """Quantize (or leave) a linear and return the weights for each stream."""
+        """Quantize a linear, or leave it in float, and return its weights for each stream."""
 
     def unused(self, target: str) -> None:
-        """Quantize a linear whose output nothing reads."""
+        """Handle a linear whose output nothing reads."""
 
 
 @dataclass
 class Flow:
-    """Stored rows of every token, for each stream; given back when nothing refers to them any more.
+    """The stored rows of every token, for each stream. Freed when the last reference goes.
 
-    version: counts the changes to rows that were whole.
+    version: how often finished rows were changed.
     """
 
     tokens: Tokens
@@ -47,16 +46,16 @@ class Flow:
 
     @classmethod
     def zeros(cls, pool: Pool, tokens: Tokens, width: int, streams: int) -> "Flow":
-        """Rows of zeros."""
+        """Allocate rows of zeros."""
         return cls(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
 
     @property
     def width(self) -> int:
-        """Of a row."""
+        """Width of a row."""
         return self.states[0].width
 
     def read(self, rows: Ints) -> Streams:
-        """Some rows of each stream."""
+        """Read some rows of each stream."""
         return tuple(state.read(rows) for state in self.states)
 
     def write(self, rows: Ints, values: Streams) -> None:
@@ -70,7 +69,7 @@ class Flow:
             state.add(rows, x)
 
     def close(self) -> None:
-        """Give memory or disk back; a second time does nothing."""
+        """Free memory and files. Closing twice is harmless."""
         for state in self.states:
             state.close()
 
@@ -80,7 +79,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Product:
-    """A multiplication. targets, biases: of each expert, or of all rows (None)."""
+    """A matrix product. targets, biases: one per expert, or one for all rows (None)."""
 
     quantizer: Quantizer
     targets: dict[str | None, str]
@@ -89,7 +88,7 @@ class Product:
 
     @classmethod
     def of_experts(cls, modules: Mapping[str | None, nn.Module]) -> "Product":
-        """The products of several experts as one; modules: a Multiplying for each."""
+        """Combine the products of several experts. modules: one Multiplying each."""
         own = {expert: module.product for expert, module in modules.items() if isinstance(module, Multiplying)}
         targets = {expert: product.targets[None] for expert, product in own.items()}
         biases = {expert: product.biases[None] for expert, product in own.items()}
@@ -99,8 +98,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Rows:
-    """Stored rows, and what is still to be done to them: modules that change rows one by one (`before`), at most one
-    product, and modules `after` it."""
+    """Stored rows with pending work: row-wise modules (`before`), at most one product, row-wise modules `after` it."""
 
     pool: Pool
     flow: Flow
@@ -113,18 +111,18 @@ class Rows:
         object.__setattr__(self, "version", self.flow.version)
 
     def then(self, module: nn.Module) -> "Rows":
-        """Through a module that changes rows one by one."""
+        """Append a row-wise module."""
         if self.product is None:
             return Rows(self.pool, self.flow, (*self.before, module))
         return Rows(self.pool, self.flow, self.before, self.product, (*self.after, module))
 
     def times(self, product: Product) -> "Rows":
-        """Through a product."""
+        """Append a product."""
         rows = self if self.product is None else self.stored()
         return Rows(rows.pool, rows.flow, rows.before, product)
 
     def mixed(self, mixer: RowMixer, arguments: Callable[[int], tuple[Any, ...]] = lambda sample: ()) -> "Rows":
-        """Through a mixer, sample by sample; arguments: what else it takes of a sample, made anew for each stream."""
+        """Run a mixer sample by sample. arguments: makes its further arguments for a sample, once per stream."""
         tokens = self.flow.tokens
         counts = [mixer.shape(count, self.width)[0] for count in np.diff(tokens.offsets).tolist()]
         mixed = self._zeros(tokens.with_rows(counts), mixer.shape(0, self.width)[1])
@@ -134,7 +132,7 @@ class Rows:
         return Rows(self.pool, mixed)
 
     def stored(self) -> "Rows":
-        """The same rows with nothing left to be done."""
+        """Do all pending work and store the result."""
         if not (self.before or self.product):
             return self
         flow = self._zeros(self.flow.tokens, self.width)
@@ -143,8 +141,8 @@ class Rows:
         return Rows(self.pool, flow)
 
     def __add__(self, other: "Rows") -> "Rows":
-        """The sum, stored in the place of these rows, which nobody may read again. Rows of experts whose product
-        `other` leaves out stay as they are."""
+        """Add `other` in place: these rows may not be read again. Rows of experts that `other`'s product omits stay
+        unchanged."""
         total = self.stored()
         for rows, values in other._pieces():
             total.flow.add(rows, values)
@@ -153,7 +151,7 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """Of a row, with everything done to it."""
+        """Width of a row after all pending work."""
         first = _through(self.before, torch.empty(0, self.flow.width))
         return _through(self.after, first if self.product is None else torch.empty(0, self.product.out_width)).shape[1]
 
@@ -161,12 +159,12 @@ class Rows:
         return Flow.zeros(self.pool, tokens, width, len(self.flow.states))
 
     def _inputs(self, rows: Ints) -> Streams:
-        """Some rows of each stream as they enter the product, if there is one."""
-        assert self.version == self.flow.version, "rows that something was added to are read as they were before"
+        """Some rows of each stream, as they enter the product (if any)."""
+        assert self.version == self.flow.version, "rows were changed after this view of them was made"
         return tuple(_through(self.before, x) for x in self.flow.read(rows))
 
     def _pieces(self) -> Iterator[tuple[Ints, Streams]]:
-        """All rows with everything done to them, some at a time: those of one expert after those of another."""
+        """All finished rows in pieces, expert by expert."""
         if self.product is None:
             yield from ((rows, self._inputs(rows)) for rows in chunks(np.arange(self.flow.tokens.count)))
             return
@@ -176,7 +174,7 @@ class Rows:
                 yield rows, self._multiplied(self._inputs(rows), weights, expert)
 
     def _samples(self) -> Iterator[tuple[int, Streams]]:
-        """The rows of each sample with everything done to them. Of a product all matrices are needed together."""
+        """The finished rows sample by sample. This needs the matrices of all experts at once."""
         tokens = self.flow.tokens
         weights = {} if self.product is None else {expert: self._weights(expert) for expert in self.product.targets}
         for sample in range(len(tokens.names)):
@@ -187,7 +185,7 @@ class Rows:
             yield sample, values
 
     def _by_expert(self, rows: Ints, inputs: Streams, weights: dict[str | None, Weights]) -> Streams:
-        """The product of one sample's rows, each by its expert."""
+        """Multiply each row of one sample by its expert's matrix."""
         if list(weights) == [None]:
             return self._multiplied(inputs, weights[None], None)
         is_vision = torch.from_numpy(self.flow.tokens.vision_mask[rows])
@@ -212,7 +210,7 @@ class Rows:
 
 
 def _rows_of(tokens: Tokens, expert: str | None) -> Ints:
-    """Row numbers of an expert, held-out ones too."""
+    """Row numbers of an expert, held-out rows included."""
     every = np.arange(tokens.count)
     return every if expert is None else every[tokens.vision_mask == (expert == "vision")]
 
@@ -225,37 +223,37 @@ def _through(modules: tuple[nn.Module, ...], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PerSample:
-    """An argument of a layer that every sample has its own of."""
+    """A layer argument that differs from sample to sample."""
 
     make: Callable[[int], Any]
 
 
 class RowWise(nn.Module):
-    """Stands for a module that changes rows one by one."""
+    """Replaces a row-wise module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, rows: Rows) -> Rows:
-        """The module waits."""
+        """Defer the module."""
         return rows.then(self.module)
 
 
 class Mixing(nn.Module):
-    """Stands for a module that mixes rows."""
+    """Replaces a module that mixes rows."""
 
     def __init__(self, mixer: RowMixer) -> None:
         super().__init__()
         self.mixer = mixer
 
     def forward(self, rows: Rows, *arguments: PerSample) -> Rows:
-        """Sample by sample, at once."""
+        """Run the mixer now, sample by sample."""
         return rows.mixed(self.mixer, lambda sample: tuple(argument.make(sample) for argument in arguments))
 
 
 class Multiplying(nn.Module):
-    """Stands for a product that all rows pass through."""
+    """Replaces a product."""
 
     def __init__(self, quantizer: Quantizer, target: str, module: nn.Linear | BlockConv) -> None:
         super().__init__()
@@ -263,15 +261,12 @@ class Multiplying(nn.Module):
         self.arrange = module.arrange if isinstance(module, BlockConv) else None
 
     def forward(self, rows: Rows) -> Rows:
-        """The product waits; its inputs are arranged at once."""
+        """Defer the product; arrange its inputs now."""
         return (rows if self.arrange is None else rows.mixed(self.arrange)).times(self.product)
 
 
 def over_rows(module: nn.Module, name: str, quantizer: Quantizer) -> nn.Module:
-    """A module of the reference whose forward pass takes Rows: its parts are replaced by what stands for them.
-
-    name: the module's own, which the names of its parameters begin with.
-    """
+    """Make a module of the reference take Rows, by replacing its parts. name: the prefix of its parameter names."""
     if isinstance(module, PRODUCTS):
         return Multiplying(quantizer, f"{name}.weight", module)
     if isinstance(module, RowMixer):

@@ -1,9 +1,7 @@
-"""Sums over tokens: the Hessian X^T X of a linear's input, and what a second, undisturbed stream adds to it.
+"""The Hessian of a linear's inputs, and figures of its spectrum.
 
 Sums are float32 and divided once, at the end. Only the upper triangle is summed, in panels of columns.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ POWER_STEPS = 20
 
 
 class HessianSum:
-    """X^T X over the tokens given so far; x float32 [tokens, in]."""
+    """Accumulates X^T X over tokens; x float32 [tokens, in]."""
 
     def __init__(self, width: int) -> None:
         self.total = torch.zeros(width, width)
@@ -25,18 +23,18 @@ class HessianSum:
         self._panels = [(start, min(start + size, width)) for start in range(0, width, size)]
 
     def add(self, x: Tensor) -> None:
-        """Add some tokens."""
+        """Add tokens."""
         for start, stop in self._panels:
             self.total[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
         self.tokens += len(x)
 
     def reduce(self, processes: Processes) -> None:
-        """Add up what all processes have seen."""
+        """Sum over all processes."""
         processes.sum_in_place(self.total)
         self.tokens, self.samples = processes.sum_counts(self.tokens, self.samples)
 
     def mean(self) -> Tensor:
-        """The Hessian X^T X / tokens, [in, in], both triangles. The sum is used up."""
+        """The Hessian X^T X / tokens, [in, in], both triangles. Consumes the sum."""
         hessian = self.total.div_(max(1, self.tokens))
         for start, stop in self._panels:
             hessian[start:stop, :start] = hessian[:start, start:stop].t()
@@ -46,47 +44,20 @@ class HessianSum:
         return hessian
 
 
-@dataclass
-class CrossSum:
-    """(X_float - X)^T X over the tokens given so far, [in, in]: how the inputs are disturbed already."""
-
-    total: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, width: int) -> "CrossSum":
-        """Before the first token."""
-        return cls(torch.zeros(width, width))
-
-    def add(self, difference: Tensor, x: Tensor) -> None:
-        """Add some tokens; difference is X_float - X, both [tokens, in]."""
-        self.total.addmm_(difference.t(), x)
-        self.tokens += len(x)
-
-    def reduce(self, processes: Processes) -> None:
-        """Add up what all processes have seen."""
-        processes.sum_in_place(self.total)
-        (self.tokens,) = processes.sum_counts(self.tokens)
-
-    def mean(self) -> Tensor:
-        """Divided by the tokens; the sum is used up."""
-        return self.total.div_(max(1, self.tokens))
-
-
 def start_vector(width: int) -> Tensor:
-    """A unit vector that is orthogonal to no direction in particular, the same every time."""
+    """A seeded random unit vector."""
     vector = torch.randn(width, generator=torch.Generator().manual_seed(0))
     return vector / vector.norm()
 
 
 def effective_rank(hessian: Tensor) -> float:
-    """How many directions the activations use: (sum of eigenvalues)^2 / sum of their squares, 1..in."""
+    """The participation ratio, 1..in: (sum of eigenvalues)^2 / sum of their squares."""
     trace = float(hessian.diagonal().sum())
     return (trace / float(torch.linalg.vector_norm(hessian))) ** 2 if trace else 0.0
 
 
 def largest_eigenvalue(hessian: Tensor) -> float:
-    """By power iteration from a seeded random start; from below, a few percent where neighbours are close to it."""
+    """By power iteration: a lower bound, a few percent off if the next eigenvalues are close."""
     vector = start_vector(len(hessian))
     value = 0.0
     for _ in range(POWER_STEPS):

@@ -1,5 +1,6 @@
-"""How surprised the float model is by each sample's answer: exp of the mean negative log-likelihood of its tokens,
-given the picture and the question. The model is streamed, one layer in memory at a time."""
+"""The float model's perplexity of each sample's answer, computed with one layer in memory at a time."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -7,33 +8,35 @@ from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.flow import Flow, Weights
+from vlmdeploy.calib.flow import Flow, Quantizer, Weights
 from vlmdeploy.calib.statistics import Inputs
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import RmsNorm
+from vlmdeploy.overriding import override
 from vlmdeploy.progress import Progress
 
 
-class FloatWeights:
-    """A quantizer that leaves every linear as it is."""
+class FloatWeights(Quantizer):
+    """A quantizer that keeps every linear in float."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
+    @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """The float weights."""
         return (self._checkpoint.parameter(target).flatten(1),)
 
+    @override
     def unused(self, target: str) -> None:
-        """Nothing to do."""
+        pass
 
 
 @torch.no_grad()
 def answer_perplexities(
     checkpoint: Checkpoint, samples: tuple[CalibrationSample, ...], pool: Pool, progress: Progress
 ) -> list[float]:
-    """The perplexity of every sample's answer; Inf for a sample without one."""
+    """The perplexity of every sample's answer; Inf without an answer."""
     runner = UnitRunner(checkpoint, FloatWeights(checkpoint), pool)
     flow = hidden_states(runner, samples, progress)
     norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
@@ -51,18 +54,26 @@ def answer_perplexities(
     return scores
 
 
-def hidden_states(runner: UnitRunner, samples: tuple[CalibrationSample, ...], progress: Progress) -> Flow:
-    """The rows that leave the last decoder layer."""
+def hidden_states(
+    runner: UnitRunner,
+    samples: tuple[CalibrationSample, ...],
+    progress: Progress,
+    watch: Callable[[Flow], None] = lambda flow: None,
+) -> Flow:
+    """The output rows of the last decoder layer. watch: called with the input of each layer and of the connector."""
     spec, pictures, tokens = runner.spec, pictures_of(samples), prompt_tokens(samples)
     total = spec.vision.num_layers + spec.decoder.num_layers
     flow = runner.embed_pictures(pictures)
     for index in range(spec.vision.num_layers):
         progress("perplexity", index, total)
+        watch(flow)
         flow = runner.vision_layer(index, flow)
+    watch(flow)
     images = runner.connector(flow)
     flow = runner.embed_prompts(samples, tokens, images, pictures)
     images.close()
     for index in range(spec.decoder.num_layers):
         progress("perplexity", spec.vision.num_layers + index, total)
+        watch(flow)
         flow = runner.decoder_layer(index, flow, samples)
     return flow

@@ -1,5 +1,5 @@
-"""Calibration over several processes, started by torchrun: each runs a share of the samples, sums are added up, and the
-first process decides and writes. One process is the same thing without any communication."""
+"""Calibration in several processes, started by torchrun. Each runs a share of the samples, sums are all-reduced, and
+the first process decides and writes. A single process needs no communication."""
 
 import os
 from collections.abc import Callable
@@ -17,14 +17,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number and how many there are."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def join(cls) -> "Processes":
-        """The group that torchrun's environment describes; this process alone where there is none."""
+        """Join the group that torchrun's environment describes, if any."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
@@ -42,7 +42,7 @@ class Processes:
             dist.all_reduce(values)
 
     def sum_counts(self, *counts: int) -> tuple[int, ...]:
-        """The sums of whole numbers over all processes."""
+        """Sum integers over all processes."""
         if self.count == 1:
             return counts
         values = torch.tensor(counts, dtype=torch.int64)
@@ -50,7 +50,7 @@ class Processes:
         return tuple(values.tolist())
 
     def first_does(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, in every process; an error of ours is raised in all of them."""
+        """Run `work` in the first process and return its result in all. A VlmdeployError is raised in all of them."""
         if self.count == 1:
             return work()
         holder: list[Value | VlmdeployError | None] = [None]
@@ -66,7 +66,7 @@ class Processes:
         return holder[0]  # type: ignore[return-value]  # the first process's value
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, in every process."""
+        """Collect the values of all processes, in every process."""
         if self.count == 1:
             return [value]
         values: list[Value] = [value] * self.count
@@ -74,6 +74,6 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier()

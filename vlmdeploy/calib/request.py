@@ -1,8 +1,8 @@
-"""What `vlmdeploy quantize` is asked for, checked and resolved: the precision of every linear, the samples that are
-used, and the settings that decide the result."""
+"""Resolve the options of `vlmdeploy quantize`: the precision of every linear, the calibration samples, and the settings
+that determine the result."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,14 +17,13 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, read_ca
 from vlmdeploy.calib.perplexity import answer_perplexities
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.run import (
-    DEFAULT_MEMORY_BYTES,
     Calibration,
     QuantizeResult,
     RunOptions,
     quantize_checkpoint,
 )
 from vlmdeploy.calib.solver import GptqSolver
-from vlmdeploy.calib.state import SETTINGS, first_difference, unfinished_settings
+from vlmdeploy.calib.state import SETTINGS, unfinished_settings
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
 from vlmdeploy.data.samples import Picture, Sample
@@ -43,105 +42,72 @@ from vlmdeploy.quant.precision import (
     with_overrides,
 )
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
+from vlmdeploy.records import first_difference
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.spec.model import with_settings
 
-TOKENS_PER_INPUT = 4  # calibration tokens wanted for each expert, per input of its widest linear
-CANDIDATES_PER_SAMPLE = 4  # samples read for each one that may be used
-BITS_TYPES = {3: "int3", 4: "int4", 8: "int8"}
+TOKENS_PER_INPUT = 4  # default calibration tokens of an expert, per input of its widest linear
+CANDIDATES_PER_SAMPLE = 4  # samples read per sample used
+DECODER_BITS = ("3", "4", "8")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What the command line offers; None means the default that its help states."""
+    """The options of `vlmdeploy quantize`, named like its parameters; None: the default in its help.
 
-    data: Path
-    picture_prompt: str | None = None
-    skip_broken: bool = False
+    reuse: keep an output made with the same settings, even with `force`.
+    """
+
+    calib: Path
+    calib_prompt: str | None = None
     samples: int = 512
     tokens: int | None = None
-    across_perplexity: bool = False
-    seed: int = 0
-    template: str | None = None
-    tokenizer: Path | None = None
-    bits: int = 4
-    group: int = DEFAULT_GROUP
-    symmetric: bool = True
-    precisions: dict[str, str] = field(default_factory=dict)
-    overrides: tuple[str, ...] = ()
-    budget: str | None = None
+    skip_broken: bool = False
     quality: Literal["default", "high"] = "default"
+    select: Literal["random", "perplexity"] = "random"
+    tokenizer: Path | None = None
+    template: str | None = None
+    bits: str = "4"
+    group: int = DEFAULT_GROUP
+    asymmetric: bool = False
+    vision: str | None = None
+    connector: str | None = None
+    lm_head: str | None = None
+    override: tuple[str, ...] = ()
+    budget: str | None = None
     hessian: HessianKind = "routed"
     allow_uncalibrated: bool = False
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    max_memory: str = "1GB"
+    seed: int = 0
     force: bool = False
     reuse: bool = False
 
+    @property
+    def memory_bytes(self) -> int:
+        """Memory limit of activations. Raises ConfigError for a malformed size."""
+        return parse_size(self.max_memory, "--max-memory")
 
-def quantize_options(
-    data: Path,
-    max_memory: str = "1GB",
-    *,
-    calib_prompt: str | None = None,
-    samples: int = 512,
-    tokens: int | None = None,
-    skip_broken: bool = False,
-    quality: Literal["default", "high"] = "default",
-    select: str = "random",
-    tokenizer: Path | None = None,
-    template: str | None = None,
-    bits: str = "4",
-    group: int = DEFAULT_GROUP,
-    asymmetric: bool = False,
-    vision: str | None = None,
-    connector: str | None = None,
-    lm_head: str | None = None,
-    override: tuple[str, ...] = (),
-    budget: str | None = None,
-    hessian: HessianKind = "routed",
-    allow_uncalibrated: bool = False,
-    seed: int = 0,
-    force: bool = False,
-) -> QuantizeOptions:
-    """The options under the names that the command line gives them. Raises ConfigError for a senseless size."""
-    parts = {"vision": vision, "connector": connector, "lm_head": lm_head}
-    return QuantizeOptions(
-        data=data,
-        picture_prompt=calib_prompt,
-        skip_broken=skip_broken,
-        samples=samples,
-        tokens=tokens,
-        across_perplexity=select == "perplexity",
-        seed=seed,
-        template=template,
-        tokenizer=tokenizer,
-        bits=int(bits),
-        group=group,
-        symmetric=not asymmetric,
-        precisions={part: precision for part, precision in parts.items() if precision},
-        overrides=override,
-        budget=budget,
-        quality=quality,
-        hessian=hessian,
-        allow_uncalibrated=allow_uncalibrated,
-        memory_bytes=parse_size(max_memory, "--max-memory"),
-        force=force,
-    )
+    @property
+    def parts(self) -> dict[str, str]:
+        """The chosen precision of each part."""
+        chosen = {"vision": self.vision, "connector": self.connector, "lm_head": self.lm_head}
+        return {"decoder": f"int{self.bits}", **{part: kind for part, kind in chosen.items() if kind}}
 
 
 def use_threads(count: int | None) -> None:
-    """Let PyTorch, and with it every loop of ours, use so many threads."""
+    """Set the number of threads of PyTorch, which our own loops use too."""
     if count is not None:
         torch.set_num_threads(count)
 
 
 def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
-    """Quantize a float checkpoint with calibration data; see `quantize.quantize_checkpoint`.
+    """Quantize a float checkpoint with calibration data; see `quantize_checkpoint`.
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
     check_name(out)
     budget = None if options.budget is None else Budget.parse(options.budget)
+    memory_bytes = options.memory_bytes
     checkpoint = Checkpoint(ckpt)
     if checkpoint.is_quantized:
         raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
@@ -151,7 +117,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
     settings = all_settings(checkpoint, plan, options, everyone, processes)
     if budget is not None:
         plan = known_plan(out, settings, plan) or allocate_plan(
-            checkpoint, plan, everyone, budget, options.memory_bytes, options.seed, progress
+            checkpoint, plan, everyone, budget, memory_bytes, options.seed, progress
         )
         settings["grids"] = grids_of(plan)
     run_options = RunOptions(
@@ -159,7 +125,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.hessian,
         options.quality == "high",
         options.allow_uncalibrated,
-        options.memory_bytes,
+        memory_bytes,
         options.force,
         options.reuse,
     )
@@ -169,8 +135,10 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
 
 
 def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> PrecisionPlan | None:
-    """The plan with the grids that a run with these settings chose before, finished or not: measuring again could
-    choose others. Raises ConfigError if they are damaged."""
+    """The grids that an earlier run with these settings chose: measuring again could choose others.
+
+    None if there was no such run. Raises ConfigError if its grids are damaged.
+    """
     partial = partial_folder(out.absolute())
     before = {partial / SETTINGS: unfinished_settings(partial), out / REPORT_NAME: read_report(out).get("settings")}
     for path, found in before.items():
@@ -178,22 +146,21 @@ def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> Prec
             try:
                 return with_grids(plan, found.get("grids"))
             except ConfigError as error:
-                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+                raise ConfigError(f"{path}: damaged ({error}); remove {path.parent} to start over") from error
     return None
 
 
 def quantization_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> PrecisionPlan:
-    """The precision of every linear. Raises ExportError for precisions, groups and overrides that cannot be."""
-    if options.bits not in BITS_TYPES:
-        raise ConfigError(f"--bits is {options.bits}, expected {', '.join(map(str, BITS_TYPES))}")
-    parts = {"decoder": BITS_TYPES[options.bits], **options.precisions}
-    plan = plan_precision(checkpoint.spec, "ort-int4", parts, options.group, options.symmetric)
+    """The precision of every linear. Raises ExportError for invalid precisions, groups and overrides."""
+    if options.bits not in DECODER_BITS:
+        raise ConfigError(f"--bits is {options.bits}, expected {', '.join(DECODER_BITS)}")
+    plan = plan_precision(checkpoint.spec, "ort-int4", options.parts, options.group, not options.asymmetric)
     names = {target: tuple(source.name for source in rule.sources) for target, rule in checkpoint.rules.items()}
-    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.overrides, names))
+    return _storable(checkpoint, with_overrides(plan, checkpoint.spec, options.override, names))
 
 
 def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
-    """The plan with linears left in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
+    """Keep linears in float whose rows or columns do not fill the 32-bit words of a GPTQ file."""
     odd = [
         target
         for target, precision in plan.by_target.items()
@@ -206,13 +173,13 @@ def _storable(checkpoint: Checkpoint, plan: PrecisionPlan) -> PrecisionPlan:
 def read_calibration(
     checkpoint: Checkpoint, options: QuantizeOptions, processes: Processes, progress: Progress
 ) -> tuple[Calibration, tuple[CalibrationSample, ...]]:
-    """The samples of this process, and those of all of them. Raises DataError and CalibrationError."""
-    with_settings(checkpoint.spec, None, options.template)  # an unknown template is no fault of a sample
-    source = open_source(options.data, options.picture_prompt)
+    """The samples of this process, and of all processes. Raises DataError and CalibrationError."""
+    with_settings(checkpoint.spec, None, options.template)  # fail early: no sample is to blame for an unknown template
+    source = open_source(options.calib, options.calib_prompt)
     stream = source.samples(options.skip_broken)
     drawn = draw_samples(list(stream), CANDIDATES_PER_SAMPLE * options.samples, options.seed)
     found = _readable(drawn, checkpoint, options, stream.skipped)
-    if options.across_perplexity:
+    if options.select == "perplexity":
         found = _across_perplexity(found, checkpoint, options, progress)
     chosen = hold_out(_balanced(found, checkpoint, options))
     if not chosen:
@@ -225,7 +192,7 @@ def read_calibration(
 def _readable(
     samples: list[Sample], checkpoint: Checkpoint, options: QuantizeOptions, skipped: Skipped
 ) -> list[CalibrationSample]:
-    """Samples as prompts. A broken one, or one longer than the context, is counted or raised."""
+    """Tokenize samples. A broken or too long sample is counted with --skip-broken, else raised."""
     source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer)
     tokenizer, found = Tokenizer(import_tokenizer(source)), []
     for sample in samples:
@@ -242,7 +209,7 @@ def _readable(
 def _balanced(
     samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions
 ) -> list[CalibrationSample]:
-    """At most `samples` of them, chosen so that both experts get their tokens; an eighth more, which is held out."""
+    """Choose at most `samples` samples that give both experts their tokens, plus an eighth to hold out."""
     decoder = checkpoint.spec.decoder
     wanted = options.tokens or TOKENS_PER_INPUT * max(decoder.hidden, decoder.mlp_width)
     counts = [int(sample.vision_mask.sum()) for sample in samples]
@@ -254,7 +221,7 @@ def _balanced(
 def _across_perplexity(
     samples: list[CalibrationSample], checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
 ) -> list[CalibrationSample]:
-    """Samples spread evenly over the range of perplexities that the float model gives their answers."""
+    """Choose samples evenly over the range of the float model's answer perplexities."""
     with TemporaryDirectory() as folder:
         pool = Pool(Path(folder), options.memory_bytes)
         scores = answer_perplexities(checkpoint, tuple(samples), pool, progress)
@@ -262,7 +229,7 @@ def _across_perplexity(
 
 
 def _share(samples: tuple[CalibrationSample, ...], processes: Processes) -> list[int]:
-    """The samples of this process: every picture with all that is asked about it goes to one process."""
+    """Indexes of this process's samples. All samples of a picture go to one process."""
     keys = list(dict.fromkeys(sample.image or index for index, sample in enumerate(samples)))
     number = {key: place for place, key in enumerate(keys)}
     return [
@@ -279,15 +246,15 @@ def all_settings(
     samples: tuple[CalibrationSample, ...],
     processes: Processes,
 ) -> dict[str, Any]:
-    """Everything that decides the result: equal settings give the same checkpoint."""
+    """Everything that determines the result: equal settings give the same checkpoint."""
     return {
         "checkpoint_sha256": processes.first_does(checkpoint.fingerprint),
         "calibration_sha256": _samples_hash(samples),
         "samples": len(samples),
         "parts": plan.parts,
         "group_sizes": plan.group_sizes,
-        "symmetric": options.symmetric,
-        "overrides": list(options.overrides),
+        "symmetric": not options.asymmetric,
+        "overrides": list(options.override),
         "budget": options.budget,
         "quality": options.quality,
         "hessian": options.hessian,

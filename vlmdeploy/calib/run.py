@@ -1,7 +1,7 @@
-"""From a float checkpoint and calibration data to a quantized checkpoint, unit by unit.
+"""Quantize a float checkpoint with calibration data, unit by unit.
 
 A unit is an encoder layer, the connector, a decoder layer or the head. Memory holds one linear of one expert with its
-Hessians, and the rows of all calibration tokens as far as they fit; a killed run goes on with the unit it was in.
+Hessian, and as many activations as fit. A killed run resumes at the unit it was in.
 """
 
 import errno
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial
+from vlmdeploy.artifact import LOCK, check_output, locked, open_partial, partial_folder, remove_partial
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.checkpoint_writer import (
@@ -26,26 +26,26 @@ from vlmdeploy.calib.checkpoint_writer import (
     unit_tensors,
 )
 from vlmdeploy.calib.coverage import Coverage, check_coverage
-from vlmdeploy.calib.flow import Flow, Weights
+from vlmdeploy.calib.flow import Flow, Quantizer, Weights
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
     SETTINGS,
     RunState,
     UnitRecord,
-    first_difference,
     is_shard,
-    open_settings,
     unfinished_settings,
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.overriding import override
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import LinearReport, read_report
+from vlmdeploy.records import first_difference
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -53,7 +53,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model is calibrated with: samples in their order, and what was said about choosing them."""
+    """The calibration samples in order, and how they were chosen."""
 
     samples: tuple[CalibrationSample, ...]
     pictures: Pictures
@@ -63,15 +63,15 @@ class Calibration:
 
     @classmethod
     def of(cls, samples: tuple[CalibrationSample, ...], description: str = "", **skipped: Any) -> "Calibration":
-        """From chosen samples."""
+        """Derive pictures and tokens from the samples."""
         return cls(samples, pictures_of(samples), prompt_tokens(samples), description, skipped)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it. `settings` is everything that decides the result, for continuing and for the report.
+    """How to run. settings: everything that determines the result, to compare runs and for the report.
 
-    force replaces a finished output, reuse keeps one that was made with the same settings even then.
+    force: replace a finished output. reuse: keep one made with the same settings, even with `force`.
     """
 
     settings: dict[str, Any]
@@ -85,7 +85,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What was written, in words and as the report beside it. is_told_here: of several processes, this one tells it."""
+    """The outcome and the report. is_told_here: whether this process prints it."""
 
     message: str
     report: dict[str, Any]
@@ -102,10 +102,10 @@ def quantize_checkpoint(
     options: RunOptions,
     progress: Progress,
 ) -> QuantizeResult:
-    """Write the quantized checkpoint at `out`, or continue where a killed run with the same settings was.
+    """Write the quantized checkpoint to `out`, resuming a killed run with the same settings.
 
-    A finished `out` with the same settings is left as it is. Raises CalibrationError, QuantizationError and
-    ExportError; finished units stay in OUT.partial.
+    A finished `out` with the same settings stays unchanged. Raises CalibrationError, QuantizationError and ExportError;
+    finished units stay in OUT.partial.
     """
     processes = Processes.join()
     done = read_report(out)
@@ -116,14 +116,18 @@ def quantize_checkpoint(
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
             return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
         if not options.force:
-            raise CalibrationError(f"{out}: exists, made with other settings: {difference}; replace it with --force")
+            key, ours, theirs = difference
+            raise CalibrationError(
+                f'{out}: exists, made with other settings: "{key}" is {theirs!r} there and {ours!r} now; replace it '
+                "with --force"
+            )
     check_output(out, options.force, is_quantized_by_us)
     coverage = check_coverage(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, options.allow_uncalibrated
     )
     folder = partial_folder(out.absolute())
     with _only_run(folder, processes), _system_errors_explained(folder):
-        processes.first_does(lambda: open_settings(folder, options.settings, options.force))
+        processes.first_does(lambda: open_partial(folder, SETTINGS, options.settings, options.force, CalibrationError))
         run = QuantizationRun(checkpoint, plan, calibration, solver, options, processes, coverage, progress, folder)
         records = run.all_units()
         report = run.report(records)
@@ -137,8 +141,7 @@ def quantize_checkpoint(
 
 @contextmanager
 def _system_errors_explained(folder: Path) -> Iterator[None]:
-    """Errors of the operating system in our words: OUT.partial cannot be written, or something else, such as a file of
-    the source checkpoint, cannot be read."""
+    """Turn system errors into CalibrationErrors: OUT.partial cannot be written, or a source file cannot be read."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -155,19 +158,19 @@ def _system_errors_explained(folder: Path) -> Iterator[None]:
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether a disk or a quota is used up; the tensor library tells the number in its message only."""
+    """Whether the disk or a quota is full. The tensor library gives the error number only in its message."""
     number = error.errno if isinstance(error, OSError) else None
     return number in FULL or any(f"(os error {full})" in str(error) for full in FULL)
 
 
 def _is_inside(folder: Path, error: OSError | SafetensorError) -> bool:
-    """Whether an error is about a file in this folder; the tensor library names it in its message only."""
+    """Whether an error concerns a file in this folder. The tensor library names the file only in its message."""
     name = error.filename if isinstance(error, OSError) else None
     return f"{folder}{os.sep}" in str(error) if name is None else str(name).startswith(f"{folder}{os.sep}")
 
 
 def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
-    """Remove what a run left that was killed after its result had got its name."""
+    """Clean up after a run that was killed right after publishing its result."""
     is_empty = folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
     if is_empty or unfinished_settings(folder) == settings:
         with locked(folder):
@@ -176,7 +179,7 @@ def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def _only_run(folder: Path, processes: Processes) -> Iterator[None]:
-    """The lock of OUT.partial, taken by the first process."""
+    """Lock OUT.partial in the first process."""
     with ExitStack() as stack:
         processes.first_does(lambda: stack.enter_context(locked(folder)))
         yield
@@ -184,7 +187,7 @@ def _only_run(folder: Path, processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def _named(target: str) -> Iterator[None]:
-    """Errors of a linear with its name and a way out."""
+    """Prefix a QuantizationError with the linear's name and append a way out."""
     try:
         yield
     except QuantizationError as error:
@@ -193,8 +196,8 @@ def _named(target: str) -> Iterator[None]:
 
 
 @dataclass
-class QuantizationRun:
-    """One run: goes through the units, quantizes the linears they ask for, and commits each finished unit."""
+class QuantizationRun(Quantizer):
+    """One run: quantizes the linears of every unit and commits each finished unit."""
 
     checkpoint: Checkpoint
     plan: PrecisionPlan
@@ -208,7 +211,7 @@ class QuantizationRun:
 
     def __post_init__(self) -> None:
         self._codes: dict[str, Quantized] | None = None  # kept only by `in_memory`
-        self._encoded: dict[str, dict[str, Tensor]] = {}  # of the unit at work
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # of the current unit
         self._reports: list[LinearReport] = []
         self._statistics = Statistics(self.processes, self.options.hessian)
         pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
@@ -227,7 +230,7 @@ class QuantizationRun:
 
     @torch.no_grad()
     def all_units(self) -> list[UnitRecord]:
-        """Run what is not finished; the records of all units."""
+        """Run the unfinished units and return the records of all."""
         state = RunState(self.folder, self.processes)
         records = self.processes.first_does(lambda: state.finished(self.units))
         state.tidy(records)
@@ -248,7 +251,7 @@ class QuantizationRun:
 
     @torch.no_grad()
     def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:
-        """Run everything and keep the codes: for small models and comparisons."""
+        """Run all units and keep the codes in memory, for small models and comparisons."""
         self._codes = {}
         flow: Flow | None = None
         for unit in self.units:
@@ -259,12 +262,12 @@ class QuantizationRun:
         self.progress(unit, self._done, self._total)
 
     def _run_unit(self, unit: str, flow: Flow | None) -> Flow | None:
-        """The rows that go on after a unit."""
+        """Run a unit and return its output rows."""
         runner, calibration = self._runner, self.calibration
         kind, _, number = unit.rpartition(".")
         if unit == "vision.embed":
             return runner.embed_pictures(calibration.pictures)
-        assert flow is not None, "only the first unit begins with nothing"
+        assert flow is not None, "only the first unit has no input"
         if kind == "vision.layers":
             return runner.vision_layer(int(number), flow)
         if unit == "connector":
@@ -280,7 +283,7 @@ class QuantizationRun:
         return None
 
     def _resume(self, state: RunState, records: list[UnitRecord]) -> Flow | None:
-        """The rows that the last finished unit handed on."""
+        """The output rows of the last finished unit."""
         if not records or len(records) == len(self.units):
             return None
         unit, spec = records[-1].unit, self.checkpoint.spec
@@ -293,10 +296,8 @@ class QuantizationRun:
             tokens, width = self.calibration.tokens, spec.decoder.hidden
         return state.load_flow(unit, tokens, width, self._runner.streams, self._runner.pool)
 
-    # ---- what units ask for ----
-
+    @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """Quantize a linear from the tokens that reach it; the weights for each stream."""
         self._show(target)
         weights = self.checkpoint.parameter(target).flatten(1)
         grid = self.plan[target].grid
@@ -316,8 +317,8 @@ class QuantizationRun:
         values = torch.from_numpy(dequantize(codes))
         return (values, weights) if self._runner.streams == 2 else (values,)
 
+    @override
     def unused(self, target: str) -> None:
-        """Round to nearest a linear whose output nothing reads."""
         if self.plan[target].grid is not None:
             weights = self.checkpoint.parameter(target).flatten(1)
             self._keep(target, self._rounded(target, weights, "nothing reads its output"))
@@ -335,7 +336,7 @@ class QuantizationRun:
             return self.solver.solve(problem)
 
     def _keep(self, target: str, codes: Quantized) -> None:
-        """Packed at once: a layer's codes, a byte each, would be twice as large."""
+        """Keep the codes of a linear, packed: unpacked they take twice the memory."""
         if self._codes is not None:
             self._codes[target] = codes
         elif self.processes.is_first:
@@ -345,7 +346,7 @@ class QuantizationRun:
         self._done += self.checkpoint.size(target)
 
     def report(self, records: list[UnitRecord]) -> dict[str, Any]:
-        """What quantization_report.json holds."""
+        """The content of quantization_report.json."""
         linears = [linear for record in records for linear in record.linears]
         shards = [entry.bytes for record in records for name, entry in record.files.items() if is_shard(name)]
         return {

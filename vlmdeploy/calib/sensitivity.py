@@ -1,10 +1,9 @@
-"""What it costs the model when one linear is quantized in a certain way: an estimate, in second order, of the KL
-divergence from the float model's answers.
+"""The cost of quantizing one linear on a given grid: a second-order estimate of the KL divergence from the float model.
 
-Two measurements, both streamed layer by layer. A forward pass gives every linear's Hessian, hence the error of each of
-its outputs on each grid. A backward pass of log p(token), tokens drawn from the model's own distribution, gives the
-mean square g_n^2 of the gradient at each output (the diagonal of the Fisher information). The cost is
-1/2 * tokens * sum_n g_n^2 (E H E^T)_nn per answer token; errors of different outputs are taken as independent.
+Two measurements, both streamed layer by layer. A forward pass gives every linear's Hessian H, hence the error of each
+output on each grid. A backward pass of log p(token), with tokens sampled from the model, gives the mean squared
+gradient g_n^2 at each output (the diagonal of the Fisher information). The cost per answer token is
+1/2 * tokens * sum_n g_n^2 (E H E^T)_nn, assuming independent errors of the outputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Ints
-from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
-from vlmdeploy.calib.flow import Flow, Weights
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of
+from vlmdeploy.calib.flow import Flow, Quantizer, Weights
+from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.solver import judged_rows
 from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
 from vlmdeploy.calib.units import UnitRunner
@@ -27,6 +27,7 @@ from vlmdeploy.model.connector import Connector
 from vlmdeploy.model.decoder import DecoderLayer, LayerCache, RmsNorm, Step
 from vlmdeploy.model.products import PRODUCTS
 from vlmdeploy.model.vision import VisionLayer
+from vlmdeploy.overriding import override
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.gptq import GptqOptions, best_loops, factorize, quantize_gptq
 from vlmdeploy.quant.grid import Grid, dequantize
@@ -35,16 +36,16 @@ DAMPING = 0.01
 
 
 @dataclass
-class ErrorMeter:
-    """A quantizer that leaves linears as they are and notes, for every grid in question, each judged row's error."""
+class ErrorMeter(Quantizer):
+    """A quantizer that keeps linears in float and records the error of each judged row on every candidate grid."""
 
     checkpoint: Checkpoint
     statistics: Statistics
     grids: Callable[[str], list[Grid]]
     errors: dict[str, dict[Grid, Tensor]] = field(default_factory=dict)
 
+    @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
-        """The float weights."""
         weights = self.checkpoint.parameter(target).flatten(1)
         grids = self.grids(target)
         if grids:
@@ -53,12 +54,13 @@ class ErrorMeter:
                 self.errors[target] = _row_errors(weights, problem.hessian, grids)
         return (weights,)
 
+    @override
     def unused(self, target: str) -> None:
-        """No output, no cost."""
+        pass  # no output, no cost
 
 
 def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid]) -> dict[Grid, Tensor]:
-    """(E H E^T)_nn of the judged rows on each grid."""
+    """(E H E^T)_nn of the judged rows, for each grid."""
     judged, factor, loops = weights[judged_rows(len(weights))], factorize(hessian, DAMPING), best_loops()
     errors = {}
     for grid in grids:
@@ -70,13 +72,13 @@ def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid]) -> dict[Gri
 
 @dataclass
 class GradientMeter:
-    """Sums squared gradients at the outputs of linears, by parameter name."""
+    """Accumulates squared gradients at the outputs of linears, by parameter name."""
 
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def watching(self, module: nn.Module, prefix: str) -> Iterator[None]:
-        """Note the gradient at every linear inside `module` when a backward pass runs in this block."""
+        """Record the gradient at every linear of `module` during backward passes in this block."""
         handles = [
             child.register_full_backward_hook(self._noted(f"{prefix}.{name}.weight"))
             for name, child in module.named_modules()
@@ -95,17 +97,14 @@ class GradientMeter:
         return note
 
     def add(self, target: str, gradient: Tensor) -> None:
-        """Add some tokens, [rows, out]."""
+        """Add the gradients of some tokens, [rows, out]."""
         total = self.squares.setdefault(target, torch.zeros(gradient.shape[1]))
         total += gradient.detach().square().sum(0)
 
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """Sends gradients of the model's own answers back through all units, one unit in memory at a time.
-
-    inputs: for each decoder layer and each encoder layer the rows that entered it, kept from the forward pass.
-    """
+    """Backpropagates sampled answers through all units, one unit in memory at a time."""
 
     runner: UnitRunner
     samples: tuple[CalibrationSample, ...]
@@ -114,7 +113,7 @@ class BackwardPass:
     seed: int
 
     def run(self, vision_inputs: list[Flow], features: Flow, decoder_inputs: list[Flow], last: Flow) -> int:
-        """Fill the meter; the number of answer tokens whose log-probability was sent back."""
+        """Fill the meter and return the number of answer tokens. Takes the layers' input rows of the forward pass."""
         count, gradient = self._head(last)
         for index in reversed(range(len(decoder_inputs))):
             self._decoder_layer(index, decoder_inputs[index], gradient)
@@ -135,7 +134,7 @@ class BackwardPass:
                 logits.retain_grad()
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=random)[:, 0]
                 F.cross_entropy(logits, drawn, reduction="sum").backward()
-            assert x.grad is not None and logits.grad is not None, "the backward pass made them"
+            assert x.grad is not None and logits.grad is not None, "set by the backward pass"
             gradient.states[0].write(rows, x.grad)
             self.meter.add("lm_head.weight", logits.grad)
             count += len(rows)
@@ -154,15 +153,15 @@ class BackwardPass:
                 self._through(_one_prompt(layer, routed), inputs, gradient, rows)
 
     def _through(self, function: Callable[[Tensor], Tensor], inputs: Flow, gradient: Flow, rows: Ints) -> None:
-        """Replace the gradient at a unit's output by the one at its input, for some rows."""
+        """Replace the gradient at a unit's output with the gradient at its input, for some rows."""
         with torch.enable_grad():
             x = inputs.states[0].read(rows).requires_grad_()
             function(x).backward(gradient.states[0].read(rows))
-        assert x.grad is not None, "the backward pass made it"
+        assert x.grad is not None, "set by the backward pass"
         gradient.states[0].write(rows, x.grad)
 
     def _vision(self, layer_inputs: list[Flow], features: Flow, gradient: Flow) -> None:
-        """The connector and the encoder; the gradients of all prompts about a picture are added up."""
+        """Connector and encoder. Sums the gradients of all prompts about a picture."""
         runner, spec = self.runner, self.runner.spec
         back = runner.flow(features.tokens, spec.vision.width)
         connector = runner.load(lambda: Connector(spec.connector), "connector")
@@ -179,7 +178,7 @@ class BackwardPass:
                 with torch.enable_grad():
                     x = features.states[0].read(rows).requires_grad_()
                     connector(x[None, 1:]).backward(total[None])
-                assert x.grad is not None, "the backward pass made it"
+                assert x.grad is not None, "set by the backward pass"
                 back.states[0].write(rows, x.grad)
         for index in reversed(range(len(layer_inputs))):
             name = f"vision.layers.{index}"
@@ -203,34 +202,24 @@ def _one_picture(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 def measure_costs(
     runner: UnitRunner, meter: ErrorMeter, samples: tuple[CalibrationSample, ...], seed: int, progress: Progress
 ) -> dict[str, dict[Grid, float]]:
-    """For every linear that the meter asks about and every grid, the estimated KL divergence per answer token.
-
-    runner: with `meter` as its quantizer.
-    """
-    pictures, tokens, spec = pictures_of(samples), prompt_tokens(samples), runner.spec
-    total = 2 * (spec.vision.num_layers + spec.decoder.num_layers)
-    flow = runner.embed_pictures(pictures)
-    vision_inputs, decoder_inputs = [], []
-    for index in range(spec.vision.num_layers):
-        progress("sensitivity, forward", index, total)
-        vision_inputs.append(_copy(runner, flow))
-        flow = runner.vision_layer(index, flow)
-    features = _copy(runner, flow)
-    images = runner.connector(flow)
-    flow = runner.embed_prompts(samples, tokens, images, pictures)
-    images.close()
-    for index in range(spec.decoder.num_layers):
-        progress("sensitivity, forward", spec.vision.num_layers + index, total)
-        decoder_inputs.append(_copy(runner, flow))
-        flow = runner.decoder_layer(index, flow, samples)
-    runner.head(flow)
+    """Estimate the KL divergence per answer token of every linear and grid. runner: has `meter` as its quantizer."""
+    num_vision = runner.spec.vision.num_layers
+    total = 2 * (num_vision + runner.spec.decoder.num_layers)
+    kept: list[Flow] = []
+    last = hidden_states(
+        runner,
+        samples,
+        lambda _, done, all_layers: progress("sensitivity, forward", done, total),
+        lambda flow: kept.append(_copy(runner, flow)),
+    )
+    runner.head(last)
     progress("sensitivity, backward", total // 2, total)
     gradients = GradientMeter()
-    answers = BackwardPass(runner, samples, pictures, gradients, seed).run(
-        vision_inputs, features, decoder_inputs, flow
-    )
-    for kept in (*vision_inputs, features, *decoder_inputs, flow):
-        kept.close()
+    vision_inputs, features, decoder_inputs = kept[:num_vision], kept[num_vision], kept[num_vision + 1 :]
+    backward = BackwardPass(runner, samples, pictures_of(samples), gradients, seed)
+    answers = backward.run(vision_inputs, features, decoder_inputs, last)
+    for flow in (*kept, last):
+        flow.close()
     return _costs(meter, gradients, answers)
 
 
@@ -244,7 +233,7 @@ def _copy(runner: UnitRunner, flow: Flow) -> Flow:
 def _costs(meter: ErrorMeter, gradients: GradientMeter, answers: int) -> dict[str, dict[Grid, float]]:
     """1/2 * sum over tokens and outputs of squared gradient times squared error, per answer token.
 
-    Only judged rows have errors; they stand for all rows.
+    Extrapolated from the judged rows to all rows.
     """
     costs: dict[str, dict[Grid, float]] = {}
     for target, errors in meter.errors.items():

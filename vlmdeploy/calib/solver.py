@@ -1,6 +1,7 @@
-"""One linear: from its weights and the Hessians of its own tokens to codes, by the recipe that is best on held-out
-tokens. The calibration error is never the judge: near as many tokens as inputs it looks perfect while new tokens fare
-worse than with rounding to nearest.
+"""Quantize one linear with the recipe that is best on held-out tokens.
+
+The calibration error is no criterion: with about as many tokens as inputs it looks perfect, while new tokens do worse
+than with rounding to nearest.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.calib.hessian import effective_rank, largest_eigenvalue, start_vector
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.gptq import (
     ClipWeights,
     Factor,
@@ -31,17 +33,16 @@ from vlmdeploy.quant.quantization_report import LinearReport
 
 DAMPINGS = (0.01, 0.05, 0.2)
 FEW_TOKEN_DAMPINGS = (0.05, 0.2)  # with fewer tokens than inputs
-SAMPLE_ROWS = 256  # rows of the matrix that the recipes are tried on
-INVERSE_STEPS = 10  # of the smallest eigenvalue's iteration
+SAMPLE_ROWS = 256  # rows of the matrix on which recipes are tried
+INVERSE_STEPS = 10  # of inverse iteration
 DEFAULT_SWEEPS = {3: 2, 4: 1}  # by bits; none for others
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out tokens that judge: inputs float32 [kept, in], an even share of all `tokens` of them.
+    """Held-out inputs float32 [kept, in], an even sample of `tokens` tokens.
 
-    disturbance [kept, rows]: under asymmetric calibration what the float model's `judged_rows` give beyond this input,
-    W (x_float - x).
+    disturbance [kept, rows], under asymmetric calibration: W (x_float - x) for the `judged_rows` of W.
     """
 
     inputs: Tensor
@@ -49,7 +50,7 @@ class HeldOut:
     disturbance: Tensor | None = None
 
     def loss(self, errors: Tensor) -> float:
-        """Mean squared distance of the outputs from the float model's, for errors [rows, in] of the judged rows."""
+        """Mean squared distance from the float model's outputs, for weight errors [rows, in] of the judged rows."""
         distance = self.inputs @ errors.t()
         if self.disturbance is not None:
             distance -= self.disturbance
@@ -74,20 +75,20 @@ class Problem:
 
     @property
     def has_few_tokens(self) -> bool:
-        """Fewer tokens than inputs: the Hessian is singular, its small eigenvalues are noise."""
+        """Whether the Hessian is singular: there are fewer tokens than inputs."""
         return self.tokens < self.weights.shape[1]
 
 
 class Solver(Protocol):
-    """Turns a problem into codes."""
+    """Quantizes one linear."""
 
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
-        """Codes of the whole matrix. Raises QuantizationError."""
+        """Quantize the whole matrix. Raises QuantizationError."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe and how it did on the judged rows."""
+    """A recipe and its loss on the judged rows."""
 
     damping: float
     sweeps: int
@@ -96,10 +97,10 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class GptqSolver:
-    """GPTQ with the damping, and with or without refinement, that held-out tokens favour.
+class GptqSolver(Solver):
+    """GPTQ with the damping and the number of sweeps that are best on held-out tokens.
 
-    sweeps None: the default of the bits. dampings: those tried, the first one where nothing is held out.
+    sweeps None: the default for the bits. dampings: the candidates; the first is used if nothing is held out.
     """
 
     act_order: bool = True
@@ -108,8 +109,8 @@ class GptqSolver:
     dampings: tuple[float, ...] = DAMPINGS
     loops: Loops = field(default_factory=best_loops)
 
+    @override
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
-        """See Solver."""
         best, factor = self._choose(problem)
         if best.is_rtn:
             quantized = quantize_clipped(
@@ -120,11 +121,11 @@ class GptqSolver:
         return quantized, self._report(problem, quantized, best, factor)
 
     def _choose(self, problem: Problem) -> tuple[Trial, Factor]:
-        """The best recipe and its factorized Hessian. Only one factor is in memory at a time."""
+        """The best recipe and its factorized Hessian. Holds one factor in memory at a time."""
         best: Trial | None = None
         factor: Factor | None = None
         for damping in reversed(self._dampings(problem)):
-            factor = None  # before the next one is made
+            factor = None  # free it before the next one
             factor = factorize(problem.hessian, damping, self.act_order)
             for candidate in self._try(problem, factor):
                 if best is None or candidate.loss < best.loss:
@@ -141,7 +142,7 @@ class GptqSolver:
         return usual if problem.held_out is not None else usual[:1]
 
     def _try(self, problem: Problem, factor: Factor) -> Iterator[Trial]:
-        """Recipes with this factor, judged on a part of the rows."""
+        """Try the recipes with this factor on the judged rows."""
         sweeps = self._sweeps(problem)
         if problem.held_out is None:
             yield Trial(factor.damping, sweeps, 0.0)
@@ -201,21 +202,21 @@ class GptqSolver:
 
 
 def judged_rows(count: int) -> Tensor:
-    """The rows of a matrix that recipes are judged on: all of a small one, else evenly spaced ones."""
+    """The rows on which recipes are judged: all rows of a small matrix, else evenly spaced ones."""
     if count <= SAMPLE_ROWS:
         return torch.arange(count)
     return torch.linspace(0, count - 1, SAMPLE_ROWS).long()
 
 
 def held_out_loss(problem: Problem, judged: Quantized) -> float:
-    """The mean squared distance, on held-out tokens, between the outputs of the float model and of these rows."""
+    """Mean squared distance on held-out tokens between the float model's outputs and those of these rows."""
     assert problem.held_out is not None, "the caller checks"
     weights = problem.weights[judged_rows(len(problem.weights))]
     return problem.held_out.loss(torch.from_numpy(dequantize(judged)) - weights)
 
 
 def measured_report(problem: Problem, quantized: Quantized, report: LinearReport) -> LinearReport:
-    """The report with what can be said of any method: tokens, spectrum, errors."""
+    """Add to a report what holds for any method: tokens, spectrum, errors."""
     rows = judged_rows(len(problem.weights))
     weights, grid = problem.weights[rows], problem.grid
     kept = Quantized(
@@ -243,7 +244,7 @@ def measured_report(problem: Problem, quantized: Quantized, report: LinearReport
 
 
 def smallest_eigenvalue(factor: Factor) -> float:
-    """Of the damped Hessian, by inverse iteration through its factor; from above, a few percent on flat spectra."""
+    """Of the damped Hessian, by inverse iteration: an upper bound, a few percent off on flat spectra."""
     scale = torch.from_numpy(factor.conditional[factor.order])
     vector = start_vector(len(scale))[:, None]
     value = 0.0

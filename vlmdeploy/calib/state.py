@@ -1,15 +1,14 @@
-"""OUT.partial of a quantization run: what is finished, so that a killed run goes on with the unit it was in.
+"""OUT.partial of a quantization run, from which a killed run resumes at the unit it was in.
 
-For each finished unit there is a file with its tensors (a shard of the result), the rows that go on to the next unit
-(one file for each process and stream), and a record with sizes and hashes. The record is written last, in one step:
-what it names is on the disk and whole, and what no record names is thrown away.
+Each finished unit has a file with its tensors (a shard of the result), its output rows (one file per process and
+stream), and a record with sizes and hashes. The record is written last and atomically: files that it names are whole
+and on disk, files that no record names are deleted.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, empty_partial, write_file
+from vlmdeploy.artifact import LOCK, damage_explained, read_state, write_file
 from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -44,7 +43,7 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class _Content:
-    """What the file of a record holds."""
+    """The content of a record file."""
 
     files: dict[str, FileEntry]
     linears: tuple[LinearReport, ...]
@@ -58,13 +57,13 @@ class RunState:
     processes: Processes
 
     def finished(self, units: list[str]) -> list[UnitRecord]:
-        """Records of the leading units that are finished. Raises CalibrationError if one is damaged."""
+        """Records of the finished units, which come first. Raises CalibrationError if one is damaged."""
         records = []
         for unit in units:
             path = self._record_path(unit)
             if not path.is_file():
                 break
-            with _start_anew(path):
+            with damage_explained(path, CalibrationError):
                 content = record_of(_Content, read_object(path, CalibrationError), str(path), CalibrationError)
             records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
         if records:
@@ -72,16 +71,16 @@ class RunState:
         return records
 
     def _check_files(self, records: list[UnitRecord]) -> None:
-        """Every shard, and the rows that the last unit handed on, must be as they were written."""
+        """Check the hashes of every shard and of the last unit's output rows."""
         wanted = [(name, entry) for record in records for name, entry in record.files.items() if is_shard(name)]
         wanted += [(name, entry) for name, entry in records[-1].files.items() if not is_shard(name)]
         for name, entry in wanted:
             path = self.folder / name
             if not path.is_file() or hash_file(path) != entry:
-                raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start anew")
+                raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start over")
 
     def tidy(self, records: list[UnitRecord]) -> None:
-        """Delete whatever an interrupted unit left."""
+        """Delete what an interrupted unit left."""
         if not self.processes.is_first:
             return
         named = {name for record in records for name in record.files}
@@ -96,7 +95,7 @@ class RunState:
     def save_unit(
         self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
     ) -> UnitRecord:
-        """Commit a unit; then the rows that the unit before handed on are no longer needed."""
+        """Commit a unit, then delete the output rows of the unit before."""
         flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
         record = self.processes.first_does(lambda: self._commit(unit, tensors, linears, flows))
         self.processes.wait()
@@ -119,7 +118,7 @@ class RunState:
         return UnitRecord(unit, files, linears)
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
-        """The rows that a unit handed on."""
+        """Load the output rows of a unit."""
         flow = Flow(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
         for index, state in enumerate(flow.states):
             with (self.folder / self._flow_name(unit, index)).open("rb") as file:
@@ -171,7 +170,7 @@ class RunState:
 
 
 def shard_name(unit: str) -> str:
-    """The file with a unit's tensors."""
+    """File name of a unit's tensors."""
     return f"{unit}.safetensors"
 
 
@@ -180,51 +179,7 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def unfinished_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the unfinished run in OUT.partial, None if there is none."""
-    return _read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
-
-
-def _read_settings(path: Path) -> Config:
-    with _start_anew(path):
-        return read_object(path, CalibrationError)
-
-
-@contextmanager
-def _start_anew(path: Path) -> Iterator[None]:
-    """Say of a damaged file of the state how to go on."""
-    try:
-        yield
-    except CalibrationError as error:
-        found = str(error).removeprefix(f"{path}: ")
-        raise CalibrationError(f"{path}: damaged ({found}); remove {path.parent} to start anew") from error
-
-
-def open_settings(folder: Path, settings: dict[str, Any], force: bool) -> None:
-    """Get OUT.partial ready: to start, or to go on with the same settings.
-
-    Raises CalibrationError, naming the difference, if a run with other settings is unfinished there; `force` drops it.
-    """
+def unfinished_settings(folder: Path) -> Config | None:
+    """The settings of the unfinished run in OUT.partial, or None."""
     path = folder / SETTINGS
-    if path.is_file():
-        difference = first_difference(settings, _read_settings(path))
-        if difference is None:
-            return
-        if not force:
-            raise CalibrationError(
-                f"{folder}: holds an unfinished run with other settings: {difference}; continue with the old settings, "
-                "or start anew with --force"
-            )
-        empty_partial(folder, SETTINGS)
-    elif any(item.name not in (LOCK, SETTINGS + ".new") for item in folder.iterdir()):
-        raise CalibrationError(f"{folder}: exists and holds no {SETTINGS}: not an unfinished run; move it away")
-    text = json.dumps(settings, indent=1).encode()
-    write_file(path, lambda file: file.write(text))
-
-
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """In words, the first setting that differs; None if none does."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            return f'"{key}" is {theirs.get(key)!r} there and {ours.get(key)!r} now'
-    return None
+    return read_state(path, CalibrationError) if path.is_file() else None

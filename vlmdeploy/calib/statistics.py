@@ -1,4 +1,4 @@
-"""Routed statistics of one linear: its Hessian from the tokens that really reach it, calibration and held-out apart."""
+"""Routed statistics of one linear: its Hessian over the tokens that reach it, and its held-out inputs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import Tokens
-from vlmdeploy.calib.hessian import CrossSum, HessianSum
+from vlmdeploy.calib.hessian import HessianSum
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import HeldOut, Problem, judged_rows
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.quant.grid import Grid
 
 CHUNK_TOKENS = 1024
-HELD_OUT_TOKENS = 2048  # kept as they are: fewer numbers than a second Hessian of a wide input
+HELD_OUT_TOKENS = 2048  # kept in full: smaller than a second Hessian of a wide input
 
 HessianKind = Literal["routed", "pooled", "text-only"]
 Inputs = Callable[[Ints], tuple[Tensor, ...]]
-"""The linear's input for some rows, [rows, in]: of the quantized stream and, if there are two, of the float one."""
+"""The linear's input for some rows, [rows, in]: in the quantized stream and, if there are two, in the float one."""
 
 
 def chunks(rows: Ints) -> Iterator[Ints]:
-    """Row numbers in pieces of bounded size."""
+    """Split row numbers into pieces of bounded size."""
     return (rows[start : start + CHUNK_TOKENS] for start in range(0, len(rows), CHUNK_TOKENS))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Collects what `Problem` needs. kind: whose tokens a Hessian is made of; all but "routed" are for comparison."""
+    """Collects the data of a `Problem`. kind: whose tokens enter a Hessian; all but "routed" are for comparison."""
 
     processes: Processes
     kind: HessianKind = "routed"
@@ -39,27 +39,26 @@ class Statistics:
     def problem(
         self, name: str, weights: Tensor, grid: Grid, tokens: Tokens, expert: str | None, inputs: Inputs
     ) -> Problem:
-        """Statistics of one linear. expert: whose tokens reach it; None: all tokens do.
+        """Collect the statistics of one linear. expert: whose tokens reach it, or None for all.
 
         Raises CalibrationError, naming linear and sample, for activations that are not finite.
         """
         source = self._source(expert)
-        total, cross = HessianSum(weights.shape[1]), None
+        total, cross = HessianSum(weights.shape[1]), None  # cross: (X_float - X)^T X
         rows = tokens.select(source, held_out=False)
-        for piece in chunks(rows):
+        for piece in chunks(rows) if len(rows) else [rows]:  # a process without rows must still take part in the sums
             x, *undisturbed = _finite(name, inputs(piece), piece, tokens)
             total.add(x)
             if undisturbed:
-                cross = cross or CrossSum.empty(weights.shape[1])
-                cross.add(undisturbed[0] - x, x)
+                cross = torch.zeros_like(total.total) if cross is None else cross
+                cross.addmm_((undisturbed[0] - x).t(), x)
         total.samples = tokens.samples_in(rows)
         total.reduce(self.processes)
         if cross is not None:
-            cross.reduce(self.processes)
+            self.processes.sum_in_place(cross)
+            cross.div_(max(1, total.tokens))
         held_out = self._held_out(name, weights, tokens, source, inputs)
-        count, samples = total.tokens, total.samples
-        disturbance = None if cross is None else cross.mean()
-        return Problem(name, weights, grid, total.mean(), count, samples, held_out, disturbance)
+        return Problem(name, weights, grid, total.mean(), total.tokens, total.samples, held_out, cross)
 
     def _source(self, expert: str | None) -> str | None:
         if expert is None or self.kind == "pooled":
@@ -69,7 +68,7 @@ class Statistics:
     def _held_out(
         self, name: str, weights: Tensor, tokens: Tokens, source: str | None, inputs: Inputs
     ) -> HeldOut | None:
-        """Held-out tokens, evenly spaced where there are many; None where no process has any."""
+        """Held-out tokens, evenly spaced if there are many; None if no process has any."""
         rows = tokens.select(source, held_out=True)
         limit = HELD_OUT_TOKENS // self.processes.count
         kept = rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
@@ -88,7 +87,7 @@ class Statistics:
 
 
 def _finite(name: str, streams: tuple[Tensor, ...], rows: Ints, tokens: Tokens) -> tuple[Tensor, ...]:
-    """The streams as they are. Raises CalibrationError where one of them is not finite."""
+    """Return the streams unchanged. Raises CalibrationError if one is not finite."""
     for x in streams:
         finite = torch.isfinite(x).all(1)
         if not bool(finite.all()):

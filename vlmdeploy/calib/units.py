@@ -1,9 +1,10 @@
-"""The model's units (encoder layers, connector, decoder layers, head), each run over all calibration tokens while its
-linears are quantized stage by stage: a linear's Hessian is made of inputs that went through everything quantized before
-it, then it is quantized, and then its tokens pass through the quantized weights.
+"""Run the model's units (encoder layers, connector, decoder layers, head) over all calibration tokens.
 
-Under asymmetric calibration a second stream passes through the float weights beside the first. How a layer is put
-together is the reference's own forward pass, run over `Rows`.
+A unit's linears are quantized in order: each sees inputs from the quantized linears before it, is quantized, and
+multiplies its tokens by the quantized weights.
+
+Asymmetric calibration runs a second stream through the float weights. The wiring of a layer is the reference's own
+forward pass over `Rows`.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ Samples = tuple[CalibrationSample, ...]
 
 
 class CalibratedLayer(LayerParts):
-    """A decoder layer over Rows: every expert's matrix is quantized from the rows of its own tokens."""
+    """A decoder layer over Rows: each expert's matrix is quantized from its own tokens."""
 
     def __init__(self, spec: DecoderSpec, index: int, quantizer: Quantizer) -> None:
         super().__init__(spec)
@@ -36,7 +37,7 @@ class CalibratedLayer(LayerParts):
         self.matrices = tuple(decoder_matrices(spec, index))
 
     def routed(self, name: str, x: Rows, step: PerSample) -> Rows:
-        """The product waits. What nothing reads is only rounded, as soon as keys and values are there."""
+        """Defer the product. Matrices whose output nothing reads are handled once keys and values exist."""
         if name == "dense":
             for matrix in self.matrices:
                 if not matrix.is_read:
@@ -64,7 +65,7 @@ class UnitRunner:
         return Flow.zeros(self.pool, tokens, width, self.streams)
 
     def load(self, build: Callable[[], nn.Module], name: str, has_products: bool = True) -> nn.Module:
-        """A module with the checkpoint's float weights; without those of its products unless it `has_products`."""
+        """Build a module with the checkpoint's float weights; without its products' weights unless `has_products`."""
         with torch.device("meta"):
             module = build()
         parts = [(part, child) for part, child in module.named_modules() if isinstance(child, PRODUCTS)]
@@ -76,13 +77,13 @@ class UnitRunner:
         return module
 
     def over_rows(self, build: Callable[[], nn.Module], name: str) -> nn.Module:
-        """A module that takes Rows; its products ask for their weights when they are due."""
+        """Build a module that takes Rows; its products get their weights from the quantizer."""
         return over_rows(self.load(build, name, has_products=False), name, self.quantizer)
 
     def embed_pictures(self, pictures: Pictures) -> Flow:
-        """What enters the encoder's first layer: a class token and the patches of every picture."""
+        """The input of the encoder's first layer: class token and patches of every picture."""
         encoder = self.load(lambda: VisionEncoder(replace(self.spec.vision, num_layers=0)), "vision")
-        assert isinstance(encoder, VisionEncoder), "what the builder makes"
+        assert isinstance(encoder, VisionEncoder), "build() makes one"
         flow = self.flow(pictures.tokens(self.spec.vision.num_patches + 1), self.spec.vision.width)
         for index, path in enumerate(pictures.paths):
             embedded = encoder.embed(torch.from_numpy(read_pixels(path, self.spec))[None])[0]
@@ -90,12 +91,12 @@ class UnitRunner:
         return flow
 
     def vision_layer(self, index: int, flow: Flow) -> Flow:
-        """One encoder layer; the flow is changed."""
+        """Run one encoder layer, in place."""
         layer = self.over_rows(lambda: VisionLayer(self.spec.vision), f"vision.layers.{index}")
         return self._stored(layer(Rows(self.pool, flow)))
 
     def connector(self, flow: Flow) -> Flow:
-        """Encoder output to decoder rows, boundary rows included: a new flow; the old one is closed."""
+        """Turn encoder output into decoder rows, boundary rows included. Closes the input."""
         rows = Rows(self.pool, flow).mixed(WithoutFirst())
         flow.close()
         for step in self.spec.connector.steps:
@@ -104,10 +105,10 @@ class UnitRunner:
         return self._stored(rows)
 
     def embed_prompts(self, samples: Samples, tokens: Tokens, images: Flow, pictures: Pictures) -> Flow:
-        """What enters decoder layer 0: embeddings, and each picture's rows where the type is 1."""
+        """The input of decoder layer 0: embeddings, and each picture's rows where the type is 1."""
         flow = self.flow(tokens, self.spec.decoder.hidden)
         number_of = {path: index for index, path in enumerate(pictures.paths)}
-        table: dict[int, Tensor] = {}  # the rows of the embedding that occur
+        table: dict[int, Tensor] = {}  # rows of the embedding in use
         for index, sample in enumerate(samples):
             rows, is_text = tokens.rows(index), sample.types == 0
             for token in sample.ids[is_text].tolist():
@@ -120,7 +121,7 @@ class UnitRunner:
         return flow
 
     def decoder_layer(self, index: int, flow: Flow, samples: Samples) -> Flow:
-        """One decoder layer; the flow is changed."""
+        """Run one decoder layer, in place."""
         layer = self.over_rows(
             lambda: CalibratedLayer(self.spec.decoder, index, self.quantizer), f"decoder.layers.{index}"
         )
@@ -128,7 +129,7 @@ class UnitRunner:
         return self._stored(layer(Rows(self.pool, flow), PerSample(step_of), PerSample(lambda sample: LayerCache())))
 
     def steps(self, samples: Samples) -> Callable[[int], Step]:
-        """Rotary tables and causal mask of each sample."""
+        """Make rotary tables and causal mask of each sample."""
         decoder = Decoder(replace(self.spec.decoder, num_layers=0))
         decoder.inv_freq = self.checkpoint.inv_freq()
 
@@ -139,7 +140,7 @@ class UnitRunner:
         return step_of
 
     def head(self, flow: Flow) -> None:
-        """The head, calibrated on the normed rows of the language expert: no other row is ever asked for logits."""
+        """Quantize the head on the normed rows of the language expert, the only rows whose logits are read."""
         norm = self.load(lambda: RmsNorm(self.spec.decoder.hidden, self.spec.decoder.norm_eps), "decoder.norm")
         self.quantizer.linear(
             "lm_head.weight", flow.tokens, "language", lambda rows: tuple(norm(x) for x in flow.read(rows))

@@ -26,7 +26,7 @@ from vlmdeploy.cli.options import (
 
 CONTEXT = "Longest prompt and answer.  [default: the checkpoint's]"
 TEMPLATE = "The prompt template used by default.  [default: the checkpoint's]"
-CALIBRATION = ("calib_prompt", "samples", "tokens", "skip_broken", "quality")  # of `export`, for quantize_options
+CALIBRATION = ("calib_prompt", "samples", "tokens", "skip_broken", "quality")  # of `export`, for QuantizeOptions
 ENGINES = ("capabilities", "device_name", "chunk_rows", "max_memory")  # for read_build_options
 PARTS = ("vision", "connector", "lm_head", "embedding")  # for ExportOptions, as one dictionary
 
@@ -69,12 +69,10 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch.  [default: one per core]")
 @force_option
 @json_option
-def quantize(
-    ckpt: Path, calib: Path, out: Path, as_json: bool, threads: int | None, max_memory: str, **options: Any
-) -> None:
+def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Quantize a checkpoint with calibration data; the same command continues an interrupted run."""
+    from vlmdeploy.calib.request import QuantizeOptions, use_threads
     from vlmdeploy.calib.request import quantize as quantize_checkpoint
-    from vlmdeploy.calib.request import quantize_options, use_threads
     from vlmdeploy.quant.quantization_table import (
         COVERAGE_COLUMNS,
         ERROR_COLUMNS,
@@ -85,7 +83,7 @@ def quantize(
 
     use_threads(threads)
     with progress_bar() as progress:
-        result = quantize_checkpoint(ckpt, out, quantize_options(calib, max_memory, **options), progress)
+        result = quantize_checkpoint(ckpt, out, QuantizeOptions(**options), progress)
     if not result.is_told_here:
         return
     for message in result.warnings:
@@ -130,7 +128,7 @@ def export(
     **options: Any,
 ) -> None:
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
-    from vlmdeploy.calib.request import quantize_options
+    from vlmdeploy.calib.request import QuantizeOptions
     from vlmdeploy.export.calibrated import export_calibrated, holds_codes
     from vlmdeploy.export.engines.build import read_build_options
     from vlmdeploy.export.exporter import export_bundle
@@ -151,7 +149,7 @@ def export(
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, chosen, progress)
         else:
-            manifest, warnings = export_calibrated(ckpt, out, chosen, quantize_options(calib, **data), progress)
+            manifest, warnings = export_calibrated(ckpt, out, chosen, QuantizeOptions(calib, **data), progress)
     for message in warnings:
         warn(message)
     if as_json:

@@ -16,7 +16,7 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.precision import TARGETS
 
-BITS_OF_TARGET = {"ort-int4": 4, "ort-int8": 8, "rtx-int4": 4, "trt-int4": 4}
+BITS_OF_TARGET = {"ort-int4": "4", "ort-int8": "8", "rtx-int4": "4", "trt-int4": "4"}
 
 
 def holds_codes(ckpt: Path) -> bool:
@@ -33,12 +33,13 @@ def export_calibrated(
         raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
     aside = out.absolute().with_name(f"{out.name}.quantized")
     asked = TARGETS[options.target] | options.precisions
-    parts = {part: asked[part] for part in ("vision", "connector", "lm_head")}
     wanted = replace(
         calibration,
         bits=BITS_OF_TARGET[options.target],
         group=options.group,
-        precisions=parts,
+        vision=asked["vision"],
+        connector=asked["connector"],
+        lm_head=asked["lm_head"],
         tokenizer=options.tokenizer,
         template=options.default_template,
         seed=options.seed,

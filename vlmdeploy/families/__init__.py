@@ -1,5 +1,5 @@
-"""The model families. Each module here (besides `config`) reads one kind of checkpoint and is found by
-being here: it offers NAME, detect, spec and weights as `vlmdeploy.spec.model.Family` describes."""
+"""The model families. Each module in this folder, besides `config`, reads one kind of checkpoint and implements
+`vlmdeploy.spec.model.Family`."""
 
 import pkgutil
 from importlib import import_module
@@ -18,15 +18,16 @@ def all_families() -> tuple[Family, ...]:
 
 
 def find_family(config: Config, tensor_names: frozenset[str]) -> Family:
-    """The family that reads a checkpoint with this config.json and these tensors; ConfigError if there is none."""
+    """The family of a checkpoint with this config.json and these tensors. Raises ConfigError if there is none."""
     matches = possible_families(config, tensor_names)
     assert len(matches) == 1, f"families that claim the same checkpoint: {[family.NAME for family in matches]}"
     return matches[0]
 
 
 def possible_families(config: Config, tensor_names: frozenset[str] | None) -> tuple[Family, ...]:
-    """The families that may read a checkpoint with this config.json: several where its tensors are not known (None) and
-    would tell. Raises ConfigError if there is none.
+    """The families that may read a checkpoint with this config.json; without tensor names (None) there may be several.
+
+    Raises ConfigError if there is none.
     """
     if "vision_config" not in config:
         kind = config.get("model_type") or config.get("architectures")

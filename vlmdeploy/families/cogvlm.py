@@ -27,8 +27,8 @@ from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 NAME = "cogvlm"
 ARCHITECTURE = "CogVLMForCausalLM"
-DOWNSAMPLE_TENSOR = "model.vision.conv.weight"  # what tells CogVLM2 from CogVLM; the architecture string is the same
-KV_HEADS_KEY = "num_multi_query_heads"  # of CogVLM2's code alone, whose released config.json leaves it out
+DOWNSAMPLE_TENSOR = "model.vision.conv.weight"  # only CogVLM2 has it; both have the same architecture string
+KV_HEADS_KEY = "num_multi_query_heads"  # only in CogVLM2's code; its released config.json omits it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONNECTOR_NORM_EPS = 1e-5  # the framework's default, not the encoder's 1e-6
@@ -45,7 +45,7 @@ RELEASED: Config = {  # chat-v1.1; base-490 and grounding-generalist have the sa
 
 @dataclass(frozen=True)
 class TokenDefaults:
-    """Special ids for a config that does not give them."""
+    """Default special ids."""
 
     bos_id: int
     pad_id: int
@@ -68,8 +68,8 @@ def is_cogvlm(config: Config) -> bool:
 
 
 def is_cogvlm2(config: Config, tensor_names: frozenset[str] | None) -> bool | None:
-    """Whether a checkpoint of that architecture is CogVLM2's: its tensors tell; where they are not known (None), a key
-    that only CogVLM2 has, or the special ids of a released model. None: it may be either.
+    """Whether a checkpoint of that architecture is CogVLM2's, by its tensors or, without them (None), by a key that
+    only CogVLM2 has or by the special ids of a released model. None: it may be either.
     """
     if tensor_names is not None:
         return DOWNSAMPLE_TENSOR in tensor_names
@@ -104,7 +104,7 @@ def build_spec(
     downsample: bool,
     defaults: TokenDefaults,
 ) -> ModelSpec:
-    """The whole spec around a decoder; shared with CogVLM2."""
+    """Build the whole spec around a decoder; shared with CogVLM2."""
     vision = read_vision(reader.section("vision_config"))
     connector = build_connector(vision, decoder, downsample)
     return ModelSpec(
@@ -147,7 +147,7 @@ def read_vision(reader: ConfigReader) -> VisionSpec:
 def read_decoder(
     reader: ConfigReader, num_kv_heads: int, rope: RopeSpec, experts: tuple[ExpertSpec, ...]
 ) -> DecoderSpec:
-    """The decoder's geometry; the KV heads and what is constant in the authors' code come from the family."""
+    """The decoder's geometry. KV heads and constants of the authors' code come from the family."""
     hidden, num_heads = reader.count("hidden_size"), reader.count("num_attention_heads")
     reader.choice("hidden_act", ("silu",), "silu")
     reader.choice("tie_word_embeddings", (False,), False)
@@ -169,7 +169,7 @@ def read_decoder(
 
 
 def build_connector(vision: VisionSpec, decoder: DecoderSpec, downsample: bool) -> ConnectorSpec:
-    """Linear, norm, GELU, gated MLP and the two boundary rows; CogVLM2 puts a convolution before them."""
+    """Linear, norm, GELU, gated MLP and two boundary rows; CogVLM2 starts with a convolution."""
     if downsample and vision.grid < 2:
         raise ConfigError("config.json: vision_config: image_size holds 1 x 1 patches, expected at least 2 x 2")
     steps: tuple[ConnectorStep, ...] = (
@@ -200,7 +200,7 @@ def read_tokens(reader: ConfigReader, defaults: TokenDefaults, rows_per_image: i
 
 
 def read_generation(config: Config) -> GenerationDefaults:
-    """The proposals of generation_config.json; greedy where there is none."""
+    """The defaults of generation_config.json, else greedy."""
     reader = ConfigReader(config, "generation_config.json")
     return GenerationDefaults(
         do_sample=bool(config.get("do_sample", False)),
@@ -247,7 +247,7 @@ def _gate_up(target: str, gate: str, up: str, mlp_width: int, in_width: int) -> 
 
 
 def vision_rules(vision: VisionSpec) -> tuple[WeightRule, ...]:
-    """The encoder's tensors; q, k and v are one matrix in the checkpoint already."""
+    """The encoder's tensors. The checkpoint stores q, k and v as one matrix."""
     root, width, patch = "model.vision.patch_embedding", vision.width, vision.patch_px
     rules = [
         _copy("vision.patch.weight", f"{root}.proj.weight", width, 3, patch, patch),
@@ -267,7 +267,7 @@ def vision_rules(vision: VisionSpec) -> tuple[WeightRule, ...]:
 
 
 def connector_rules(spec: ModelSpec) -> tuple[WeightRule, ...]:
-    """The connector's tensors, with the convolution where the spec has one."""
+    """The connector's tensors, step by step."""
     root, proj = "model.vision", "model.vision.linear_proj"
     rules: list[WeightRule] = []
     for step in spec.connector.steps:
@@ -291,7 +291,7 @@ def connector_rules(spec: ModelSpec) -> tuple[WeightRule, ...]:
 
 
 def decoder_rules(decoder: DecoderSpec) -> tuple[WeightRule, ...]:
-    """The decoder's tensors: norms shared by the experts, everything else once per expert."""
+    """The decoder's tensors. Experts share the norms only."""
     hidden, attention_width = decoder.hidden, decoder.num_heads * decoder.head_dim
     rules = [
         _copy("embedding.weight", "model.embed_tokens.weight", decoder.vocab_size, hidden),
@@ -317,7 +317,7 @@ def decoder_rules(decoder: DecoderSpec) -> tuple[WeightRule, ...]:
 
 
 def _inv_freq_rule(decoder: DecoderSpec) -> WeightRule:
-    """One table for all layers: the checkpoint repeats it in each."""
+    """One table for all layers, which the checkpoint repeats in each."""
     shape = (decoder.head_dim // 2,)
     names = (f"model.layers.{index}.self_attn.rotary_emb.inv_freq" for index in range(decoder.num_layers))
     return WeightRule("decoder.inv_freq", shape, tuple(Source(name, shape) for name in names), "same", optional=True)

@@ -1,7 +1,7 @@
 """CogVLM2 (llama3-chat-19B, English and Chinese): CogVLM with a 2 x 2 convolution before the connector, grouped KV
 heads, a bias on the vision expert's QKV and Llama-3's vocabulary.
 
-The number of KV heads and the rotary base stand in the authors' code, not in the published config.json.
+The number of KV heads and the rotary base are constants of the authors' code, not in the published config.json.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ RELEASED: Config = {  # llama3-chat-19B, English and Chinese
 
 
 def detect(config: Config, tensor_names: frozenset[str] | None) -> bool:
-    """The CogVLM architecture string together with the downsampling convolution."""
+    """The CogVLM architecture string and the downsampling convolution."""
     return is_cogvlm(config) and is_cogvlm2(config, tensor_names) is not False
 
 

@@ -1,5 +1,4 @@
-"""Typed reading of a checkpoint's config.json: each key with its type and either REQUIRED or a default, so that a
-missing or senseless value is named where it stands."""
+"""Read a checkpoint's config.json with types: each key is REQUIRED or has a default, and errors name the key."""
 
 from typing import Any, Final, TypeVar
 
@@ -32,7 +31,7 @@ class ConfigReader:
         return ConfigReader(value, f"{self.where}: {key}")
 
     def count(self, key: str, default: int | _Required = REQUIRED, most: int = MOST) -> int:
-        """A whole number of at least 1, and of at most `most`: what no model has would take forever, or overflow."""
+        """A whole number from 1 to `most`, which bounds time and memory."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self._error(key, value, "a whole number of at least 1")
@@ -48,7 +47,7 @@ class ConfigReader:
         return value
 
     def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """One token id or a list of them, without repetition."""
+        """One token id or a list of them, without duplicates."""
         value = self._get(key, list(default))
         ids = value if isinstance(value, list) else [value]
         if not ids or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
@@ -63,7 +62,7 @@ class ConfigReader:
         return float(value)
 
     def choice(self, key: str, allowed: tuple[Any, ...], default: Any = REQUIRED) -> Any:
-        """One of the values that we support."""
+        """One of the supported values."""
         value = self._get(key, default)
         if value not in allowed:
             raise self._error(key, value, " or ".join(map(repr, allowed)))

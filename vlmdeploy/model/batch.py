@@ -1,6 +1,6 @@
-"""A batch's layout for the PyTorch reference: inputs checked, token types, positions and expert mask derived.
+"""Check a batch for the PyTorch reference and derive token types, positions and expert mask by `vlmdeploy.layout`.
 
-The rules themselves are in `vlmdeploy.layout`; padding may stand on either side, rows with and without an image mix.
+Padding may be on either side; a batch may mix rows with and without an image.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from vlmdeploy.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Layout:
-    """The resolved layout of a batch: int64 [batch, seq] each, vision_mask bool."""
+    """The layout of a batch: int64 [batch, seq] each, vision_mask bool."""
 
     token_type_ids: Tensor
     position_ids: Tensor
@@ -32,7 +32,7 @@ def derive_layout(
     positions: Tensor | None,
     attention_mask: Tensor | None,
 ) -> Layout:
-    """Check a batch and fill in what was not given; shapes as in VisionLanguageModel.forward. Raises PromptError."""
+    """Check a batch and derive what was not given; shapes as in VisionLanguageModel.forward. Raises PromptError."""
     _check_ids(spec, input_ids)
     _check_images(spec, images)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -67,11 +67,11 @@ def _check_images(spec: ModelSpec, images: Tensor | None) -> None:
 
 
 def _derived_types(spec: ModelSpec, ids: Ints, mask: Ints, num_images: int) -> Ints:
-    """Token types [batch, seq]: an image row is one whose real tokens hold placeholders right after BOS."""
+    """Token types [batch, seq]: a row has an image if placeholders follow its BOS."""
     types = np.zeros_like(ids)
     if num_images == 0:
         return types
-    every_row = num_images == len(ids)  # then a row without placeholders is told what it lacks
+    every_row = num_images == len(ids)  # then a row without placeholders is an error that says what it lacks
     with_image = [row for row in range(len(ids)) if every_row or _holds_image(spec, ids[row][mask[row] == 1])]
     if len(with_image) != num_images:
         raise PromptError(

@@ -1,7 +1,7 @@
-"""Checkpoints in Hugging Face layout: opened by their headers, read one tensor (or a few rows) at a time, written back.
+"""Read checkpoints in Hugging Face layout, one tensor or a few rows at a time.
 
-Only safetensors are read, never pickles and never code from the checkpoint. Every tensor of the checkpoint is used by
-exactly one rule of its family and every parameter is filled exactly once.
+Reads safetensors only, never pickles or code. Exactly one rule of the family uses each tensor, and every parameter is
+filled exactly once.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 class Checkpoint:
-    """A checkpoint folder. Opening reads configs and headers only; `rows` and `parameter` read values."""
+    """A checkpoint folder. Opening it reads configs and headers only."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -40,35 +40,35 @@ class Checkpoint:
             raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")
         self.config = read_object(self.folder / "config.json", expected="a checkpoint in Hugging Face layout")
         self.generation_config = read_object(self.folder / "generation_config.json", is_optional=True)
-        self.shard_of = _tensor_shards(self.folder)
+        self.shard_of = tensor_shards(self.folder)
         self.codes = StoredCodes(self.folder, self.shard_of)
         try:
             family = find_family(self.config, self.codes.names())
             self.spec: ModelSpec = family.spec(self.config, self.generation_config)
         except ConfigError as error:
-            raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the name of the config file
+            raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the config file's name
         self.rules = {rule.target: rule for rule in family.weights(self.spec)}
         self._fingerprint: str | None = None
         _check_tensors(self)
 
     def shape(self, target: str) -> tuple[int, ...]:
-        """The shape of one of our parameters."""
+        """The shape of a parameter."""
         return self.rules[target].shape
 
     def size(self, target: str) -> int:
-        """How many values one of our parameters has."""
+        """The number of values of a parameter."""
         return prod(self.shape(target))
 
     def __contains__(self, target: object) -> bool:
-        """Whether the checkpoint fills this parameter (an optional one may be absent)."""
+        """Whether the checkpoint fills a parameter; optional ones may be absent."""
         return target in self.rules and bool(self.present(self.rules[str(target)]))
 
     def parameter(self, target: str) -> Tensor:
-        """The whole parameter, float32, in our shape. Raises WeightsError if a value is not finite."""
+        """A whole parameter, float32. Raises WeightsError if a value is not finite."""
         return self.rows(target, 0, self.shape(target)[0])
 
     def inv_freq(self) -> Tensor:
-        """The stored rotary frequencies, or the exact ones where the checkpoint has none, float32 [head_dim / 2]."""
+        """The stored rotary frequencies, else the exact ones, float32 [head_dim / 2]."""
         target = "decoder.inv_freq"
         return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
 
@@ -78,7 +78,7 @@ class Checkpoint:
         return bool(self.codes.modules)
 
     def stored_grid(self, target: str) -> Grid | None:
-        """The grid of a parameter whose sources are all stored as codes of one grid, else None."""
+        """The grid of a parameter, if all its sources are codes of one grid, else None."""
         sources = self.rules[target].sources
         if self.rules[target].op != "stack" or not all(source in self.codes for source in sources):
             return None
@@ -93,12 +93,12 @@ class Checkpoint:
         )
 
     def quantized_rows(self, target: str, start: int, stop: int) -> Quantized:
-        """Rows of a parameter stored as codes. Raises QuantizationError where no backend can hold them."""
+        """Rows of a quantized parameter. Raises QuantizationError if no backend can hold them."""
         ranges = _row_ranges(self.rules[target], start, stop)
         return stacked([self.codes.quantized(source, first, last) for source, first, last in ranges])
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json's content and every byte of the shards, which are read once and never again."""
+        """SHA-256 of config.json's content and all shards, computed once."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
             for file in sorted(set(self.shard_of.values())):
@@ -119,13 +119,13 @@ class Checkpoint:
         return values.reshape(rule.shape)[start:stop]
 
     def raw(self, name: str) -> Tensor:
-        """A tensor of the checkpoint as it is stored, by its name there."""
+        """A tensor as stored, by its name in the checkpoint."""
         with safe_open(self.folder / self.shard_of[name], framework="pt") as shard:
             values: Tensor = shard.get_tensor(name)
         return values
 
     def stored_bytes(self, rule: WeightRule) -> int:
-        """Bytes that a rule's float tensors take in the files."""
+        """Stored bytes of a rule's float tensors."""
         total = 0
         for source in self.present(rule):
             with safe_open(self.folder / self.shard_of[source.name], framework="pt") as shard:
@@ -134,7 +134,7 @@ class Checkpoint:
         return total
 
     def present(self, rule: WeightRule) -> list[Source]:
-        """The sources of a rule that the checkpoint holds, as floats or as codes."""
+        """The sources of a rule that are present, as floats or as codes."""
         return [source for source in rule.sources if source.name in self.shard_of or source in self.codes]
 
     def _check_same(self, rule: WeightRule, values: Tensor) -> None:
@@ -143,7 +143,7 @@ class Checkpoint:
                 raise WeightsError(f'{self.folder}: tensor "{source.name}" differs from "{rule.sources[0].name}"')
 
     def _read(self, source: Source, start: int, stop: int) -> Tensor:
-        """Rows of one stored tensor. The file is opened anew each time: that gives its mapped pages back."""
+        """Rows of one stored tensor. Reopening the file each time frees its mapped pages."""
         if source in self.codes:
             return self.codes.values(source, start, stop)
         path = self.folder / self.shard_of[source.name]
@@ -154,8 +154,8 @@ class Checkpoint:
         return values
 
 
-def _tensor_shards(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or the single file; checked against the files' own headers."""
+def tensor_shards(folder: Path) -> dict[str, str]:
+    """Map tensor names to file names, from the index or the single file, checked against the file headers."""
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         weight_map = read_object(index_path).get("weight_map")
@@ -176,7 +176,7 @@ def _tensor_shards(folder: Path) -> dict[str, str]:
         raise WeightsError(f'{folder}: tensor "{doubled[0]}" is stored in more than one file')
     if weight_map is not None and weight_map != dict(found):
         odd = sorted(set(weight_map.items()) ^ set(found))[0]
-        raise WeightsError(f'{index_path}: tensor "{odd[0]}" and file "{odd[1]}" do not fit: index and shards differ')
+        raise WeightsError(f'{index_path}: tensor "{odd[0]}" and file "{odd[1]}" do not match: index and shards differ')
     return dict(found)
 
 
@@ -203,7 +203,7 @@ def _shard_names(path: Path) -> list[str]:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor is named by exactly one rule; every rule finds its tensors, in the right shape and a float type."""
+    """Check that exactly one rule names each tensor, and that every source has the right shape and a float type."""
     where, stored = f"{checkpoint.folder}: {checkpoint.spec.family}", checkpoint.codes.names()
     sources = [(source, rule) for rule in checkpoint.rules.values() for source in rule.sources]
     unknown = sorted(stored - {source.name for source, _ in sources})
@@ -239,7 +239,7 @@ def _check_shapes(path: Path, expected: list[Source], family: str) -> None:
 
 
 def _row_ranges(rule: WeightRule, start: int, stop: int) -> list[tuple[Source, int, int]]:
-    """Which rows of which sources make up rows start..stop of a stacked parameter."""
+    """The source rows that make up rows start..stop of a stacked parameter."""
     ranges, offset = [], 0
     for source in rule.sources:
         first, last = max(start - offset, 0), min(stop - offset, source.shape[0])

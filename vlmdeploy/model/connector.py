@@ -1,4 +1,4 @@
-"""The connector: patch features to rows of the decoder's width, one module per step of the ConnectorSpec."""
+"""The connector: one module per step of the ConnectorSpec."""
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class GatedMlpModule(nn.Module):
 
 
 def build(step: ConnectorStep) -> nn.Module:
-    """The module of one of the steps in spec/connector.py; its parameters carry the names of the step's matrices."""
+    """Build the module of a step in spec/connector.py; its parameters are named like the step's matrices."""
     match step:
         case Downsample():
             return BlockConv(step.in_width, step.out_width, side=2)
@@ -48,7 +48,7 @@ def build(step: ConnectorStep) -> nn.Module:
 
 
 def build_step(step: ConnectorStep) -> nn.Module:
-    """The module of any step, [images, rows, width] in and out: built by the file that is named like the step's own."""
+    """Build the module of any step, [images, rows, width] in and out, with the namesake of the step's own file."""
     module: nn.Module = step.counterpart("model").build(step)
     return module
 

@@ -1,6 +1,6 @@
 """The decoder: causal layers with rotary positions and grouped KV heads, each token routed to its expert's weights.
 
-Routing changes the four projections only; the norms and the attention are shared by all tokens of the row.
+Only the four projections are routed; all tokens share norms and attention.
 Source: the authors' code of CogVLM and CogVLM2; docs/families/cogvlm.md.
 """
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmdeploy.model.products import RowMixer, SiluGate
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, all of it in float32, then cast back: the order of the authors' code."""
+    """x / sqrt(mean(x^2) + eps) * weight, all in float32, then cast back: the order of the authors' code."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class RmsNorm(nn.Module):
 
 
 class Expert(nn.Module):
-    """The matrices of one weight set of a layer."""
+    """The matrices of one expert of a layer."""
 
     def __init__(self, spec: DecoderSpec, expert: ExpertSpec) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class LayerCache:
     value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions and return all of them."""
+        """Append positions and return all."""
         self.key = key if self.key is None else torch.cat((self.key, key), 2)
         self.value = value if self.value is None else torch.cat((self.value, value), 2)
         return self.key, self.value
@@ -70,10 +71,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class Step:
-    """What every layer of one forward pass shares.
+    """Data shared by all layers of one forward pass.
 
-    cos, sin [batch, seq, head_dim / 2] float32. vision_mask bool [batch, seq], or None when no token uses the vision
-    expert. attention_mask bool [batch, 1, seq, past + seq], True where a query may look.
+    cos, sin [batch, seq, head_dim / 2] float32. vision_mask bool [batch, seq], None if no token uses the vision expert.
+    attention_mask bool [batch, 1, seq, past + seq], True where a query may look.
     """
 
     cos: Tensor
@@ -90,14 +91,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalAttention(RowMixer):
-    """Attention of new positions to the cache and to themselves, from packed queries, keys and values."""
+    """Attention of new positions to the cache and themselves, from packed queries, keys and values."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """As wide as all query heads."""
         return rows, self.spec.num_heads * self.spec.head_dim
 
     def forward(self, qkv: Tensor, step: Step, cache: LayerCache) -> Tensor:
@@ -113,10 +114,10 @@ class CausalAttention(RowMixer):
 
 
 class LayerWiring:
-    """How a decoder layer is put together: pre-norm attention and MLP, every row multiplied by its expert's matrices.
+    """The wiring of a decoder layer: pre-norm attention and MLP, each row multiplied by its expert's matrices.
 
-    It stands here once. The reference does it with tensors, calibration with rows on disk, training with language and
-    vision rows apart; each says in its own class what the parts do to its kind of rows.
+    Shared by the reference (tensors), calibration (rows on disk) and training (language and vision rows apart), which
+    define the parts for their kind of rows.
     """
 
     attention_norm: Any
@@ -139,12 +140,12 @@ class LayerWiring:
         return x + self.routed("down", gated, step)
 
     def routed(self, name: str, x: Any, step: Any) -> Any:
-        """Every row times the matrix of that name of its expert: [batch, seq, in] -> [batch, seq, out]."""
+        """Multiply each row by its expert's matrix of that name: [batch, seq, in] -> [batch, seq, out]."""
         raise NotImplementedError
 
 
 class LayerParts(LayerWiring, nn.Module):
-    """The parts of a layer, whose parameters carry the names of the spec."""
+    """The modules of a layer, with parameter names as in the spec."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class LayerParts(LayerWiring, nn.Module):
 
 
 class DecoderLayer(LayerParts):
-    """One layer of the reference: rows are picked by the mask, multiplied, and put back."""
+    """A layer of the reference: select rows by the mask, multiply, and put them back."""
 
     def routed(self, name: str, x: Tensor, step: Step) -> Tensor:
         """The vision expert's matrix where the mask is True, the language expert's elsewhere."""
@@ -187,7 +188,7 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", default_inv_freq(spec))
 
     def step(self, position_ids: Tensor, vision_mask: Tensor | None, attention_mask: Tensor) -> Step:
-        """What the layers share. position_ids int64 [batch, seq]; angles are float32 whatever the model's dtype."""
+        """Prepare a Step. position_ids int64 [batch, seq]; angles are float32 in any model dtype."""
         angles = position_ids.unsqueeze(-1).float() * self.inv_freq.float()
         routed = vision_mask if vision_mask is not None and bool(vision_mask.any()) else None
         return Step(angles.cos(), angles.sin(), routed, attention_mask)
@@ -205,9 +206,9 @@ def default_inv_freq(spec: DecoderSpec) -> Tensor:
 
 
 def causal_mask(attention_mask: Tensor, past: int = 0) -> Tensor:
-    """Where queries may look: bool [batch, 1, seq, past + seq] from a padding mask [batch, past + seq].
+    """The attention mask, bool [batch, 1, seq, past + seq], from a padding mask [batch, past + seq].
 
-    Causal by index, never by position id. A padded query sees itself, so that its (unused) output stays finite.
+    Causal by index, not by position id. A padded query sees itself, so its unused output stays finite.
     """
     total = attention_mask.shape[1]
     index = torch.arange(total, device=attention_mask.device)

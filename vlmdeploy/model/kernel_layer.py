@@ -1,7 +1,7 @@
-"""Decoder layers whose experts stay int4 codes: rows of both pass through one launch of a routed kernel per linear.
+"""Decoder layers that keep their experts as int4 codes and launch one routed kernel per linear for the rows of both.
 
-A quantized checkpoint loaded this way holds no float copy of its decoder linears. Norms, rotary positions, attention
-and cache are those of `DecoderLayer`; the kernels are in `vlmdeploy.kernels`.
+No float copy of the decoder linears exists. Everything else is as in `DecoderLayer`; the kernels are in
+`vlmdeploy.kernels`.
 """
 
 import numpy as np
@@ -46,14 +46,14 @@ class RoutedLinear(nn.Module):
 
 
 class PassRoutes:
-    """The route of the current pass: made by its first layer, shared by the others."""
+    """The route of the current pass, made by its first layer and shared by the others."""
 
     def __init__(self) -> None:
         self._step: Step | None = None
         self._route: Route | None = None
 
     def of(self, step: Step, x: Tensor) -> Route:
-        """The route of a pass whose rows are x [batch, seq, width]."""
+        """The route of a pass with rows x [batch, seq, width]."""
         if self._route is None or self._step is not step:
             mask = step.vision_mask
             vision = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -72,12 +72,12 @@ class RoutedLayer(DecoderLayer):
         self.routes = routes
 
     def routed(self, name: str, x: Tensor, step: Step) -> Tensor:
-        """All rows in one launch, each by its expert."""
+        """Multiply all rows in one launch, each by its expert."""
         return self.linears[name](x, self.routes.of(step, x))
 
 
 def check_routable(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
-    """Raise an error, before anything is loaded, where kernels cannot run the checkpoint's decoder linears."""
+    """Raise an error, before loading anything, if kernels cannot run the checkpoint's decoder linears."""
     folder = checkpoint.folder
     if dtype not in ACTIVATIONS:
         raise ConfigError(f"dtype {dtype}: the routed kernels take float16 or bfloat16")
@@ -101,7 +101,7 @@ def _target(layer: int, expert: str, name: str, part: str = "weight") -> str:
 
 
 def _unfit(checkpoint: Checkpoint, layer: int, name: str) -> str:
-    """Why the kernels do not take a linear of both experts; "" where they do."""
+    """Why the kernels cannot run a linear; "" if they can."""
     sizes = set()
     for expert in EXPERTS:
         target = _target(layer, expert, name)
@@ -109,7 +109,7 @@ def _unfit(checkpoint: Checkpoint, layer: int, name: str) -> str:
         if grid is None:
             return f"{target} is not stored as codes of one grid"
         try:
-            bits = max(grid.bits, BITS)  # narrower codes are widened, which changes no value
+            bits = max(grid.bits, BITS)  # narrower codes are widened without changing a value
             check_layout(target, checkpoint.shape(target)[1], grid.group_size, bits, symmetric=True)
         except QuantizationError as error:
             return str(error)
@@ -120,7 +120,7 @@ def _unfit(checkpoint: Checkpoint, layer: int, name: str) -> str:
 
 
 def replace_layers(model: VisionLanguageModel) -> None:
-    """Give a meta model layers without float experts, and parameters without gradients."""
+    """Replace a meta model's layers by ones without float experts, and disable gradients."""
     routes, decoder = PassRoutes(), model.decoder
     dtype = model.embedding.weight.dtype
     decoder.layers = nn.ModuleList(RoutedLayer(decoder.spec, routes).to(dtype) for _ in decoder.layers)
@@ -128,7 +128,7 @@ def replace_layers(model: VisionLanguageModel) -> None:
 
 
 def load_codes(model: VisionLanguageModel, checkpoint: Checkpoint, device: str) -> None:
-    """Fill the linears of layers made by `replace_layers`, one linear in memory at a time."""
+    """Fill the layers that `replace_layers` made, one linear in memory at a time."""
     for layer, name in _linears(checkpoint):
         packed = packed_experts(checkpoint, layer, name)
         linears: nn.ModuleDict = model.decoder.layers[layer].linears  # type: ignore[assignment]
@@ -136,7 +136,7 @@ def load_codes(model: VisionLanguageModel, checkpoint: Checkpoint, device: str) 
 
 
 def packed_experts(checkpoint: Checkpoint, layer: int, name: str) -> PackedExperts:
-    """One decoder linear of both experts, as the kernels read it. Raises QuantizationError for asymmetric codes."""
+    """Pack one decoder linear of both experts for the kernels. Raises QuantizationError for asymmetric codes."""
     codes, scales, biases, group_size = [], [], [], 0
     for expert in EXPERTS:
         target, bias = _target(layer, expert, name), _target(layer, expert, name, "bias")

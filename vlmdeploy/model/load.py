@@ -1,4 +1,4 @@
-"""The PyTorch model of a checkpoint, and the checkpoint of a PyTorch model."""
+"""Load a checkpoint as a PyTorch model, and save a model as a checkpoint."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ def load_model(
     device: str = "cpu",
     quantized: Literal["dequantize", "kernel"] = "dequantize",
 ) -> VisionLanguageModel:
-    """The PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
+    """Load the PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
 
-    quantized: what becomes of the decoder's linears in a quantized checkpoint. "dequantize" makes floats of them,
-    "kernel" keeps int4 codes on a CUDA device and runs them through the routed kernels, without gradients.
+    quantized: how to load the decoder's linears of a quantized checkpoint. "dequantize" makes them floats, "kernel"
+    keeps int4 codes on a CUDA device and runs the routed kernels, without gradients.
 
     Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
-    naming a linear that they do not take, and BackendError where they cannot run.
+    naming an unsupported linear, and BackendError if they cannot run.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPE_NAMES:
@@ -57,14 +57,14 @@ def load_model(
 
 
 def materialize(model: VisionLanguageModel, spec: ModelSpec, device: str) -> VisionLanguageModel:
-    """Give a meta model storage: weights uninitialized, the rotary frequencies the default ones, in float32."""
+    """Allocate a meta model: uninitialized weights, and the default rotary frequencies in float32."""
     model = model.to_empty(device=device)
     model.decoder.inv_freq = default_inv_freq(spec.decoder).to(device)
     return model
 
 
 def fill_parameter(model: torch.nn.Module, target: str, values: Tensor) -> None:
-    """Copy values into the parameter or buffer of that name."""
+    """Copy values into a parameter or buffer."""
     owner, _, name = target.rpartition(".")
     parameter: Tensor = getattr(model.get_submodule(owner), name)
     with torch.no_grad():
@@ -72,9 +72,9 @@ def fill_parameter(model: torch.nn.Module, target: str, values: Tensor) -> None:
 
 
 def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors with the family's real tensor names into an existing folder.
+    """Write config.json and model.safetensors, with the family's published tensor names, into an existing folder.
 
-    The rotary frequencies keep float32: rounded to `dtype`, the saved model would answer differently.
+    Rotary frequencies stay float32: rounding them to `dtype` would change the answers.
     """
     family = family_named(model.spec.family)
     tensors: dict[str, Tensor] = {}
@@ -85,12 +85,12 @@ def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: 
             part = values[first : first + source.shape[0]] if rule.op == "stack" else values
             tensors[source.name] = part.reshape(source.shape).contiguous().clone()
     save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-    (folder / SINGLE_NAME).chmod(0o644)  # the library writes files that only their owner can read
+    (folder / SINGLE_NAME).chmod(0o644)  # the library makes files readable by their owner only
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _offsets(rule: WeightRule) -> list[int]:
-    """The first row of each source inside a stacked parameter; 0 for the other operations."""
+    """The first row of each source in a stacked parameter; 0 for other operations."""
     if rule.op != "stack":
         return [0] * len(rule.sources)
     return [sum(source.shape[0] for source in rule.sources[:index]) for index in range(len(rule.sources))]

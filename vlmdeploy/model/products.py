@@ -1,8 +1,7 @@
-"""The modules that layers and connector steps are put together from, by how they treat rows.
+"""The building blocks of layers and connector steps, in three kinds by how they treat rows.
 
-A product multiplies every row with one matrix. A module that mixes rows needs all rows of an image or a prompt at the
-same time and holds no matrix. Every other module changes rows one by one. The layers are plain PyTorch over these three
-kinds; calibration runs the same layers over rows on disk and needs to know no more of a module than its kind.
+A product multiplies each row by a matrix. A RowMixer needs all rows of an image or prompt at once and holds no matrix.
+All other modules are row-wise. Calibration runs the same layers over rows on disk and needs only a module's kind.
 """
 
 from abc import abstractmethod
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.vision import ActivationName
 
 ACTIVATIONS = {"gelu": F.gelu}
@@ -22,11 +22,11 @@ class RowMixer(nn.Module):
 
     @abstractmethod
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """Rows and width of one image or prompt that come out where so many go in."""
+        """The output rows and width of one image or prompt, given its input rows and width."""
 
 
 class BlockConv(nn.Conv2d):
-    """A convolution over a square grid whose kernel is its stride, as a product with blocks of neighbours."""
+    """A convolution over a square grid with kernel = stride, as a product with blocks of neighbours."""
 
     def __init__(self, in_width: int, out_width: int, side: int) -> None:
         super().__init__(in_width, out_width, kernel_size=side, stride=side)
@@ -41,14 +41,14 @@ PRODUCTS = (nn.Linear, BlockConv)
 
 
 class Blocks(RowMixer):
-    """Square blocks of neighbours in one row, channel slowest; rows and columns that fill no block are lost."""
+    """Flattens square blocks of neighbours into rows, channel slowest. Drops rows and columns that fill no block."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
         self.side = side
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A row for each block."""
         return (isqrt(rows) // self.side) ** 2, width * self.side**2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,15 +61,15 @@ class Blocks(RowMixer):
 
 
 class Attention(RowMixer):
-    """Unmasked multi-head attention of all rows to all rows, from packed queries, keys and values."""
+    """Unmasked multi-head attention, from packed queries, keys and values."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A third as wide."""
         return rows, self.num_heads * self.head_dim
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,15 +83,15 @@ class Attention(RowMixer):
 
 
 class AroundRows(RowMixer):
-    """A learned row before and one after the rows of each image."""
+    """Adds a learned row before and after the rows of each image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.begin = nn.Parameter(torch.empty(width))
         self.end = nn.Parameter(torch.empty(width))
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """Two rows more."""
         return rows + 2, width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class AroundRows(RowMixer):
 
 
 class WithoutFirst(RowMixer):
-    """All rows but the first one, the class token's."""
+    """Drops the first row, the class token."""
 
+    @override
     def shape(self, rows: int, width: int) -> tuple[int, int]:
-        """A row less."""
         return rows - 1, width
 
     def forward(self, x: Tensor) -> Tensor:

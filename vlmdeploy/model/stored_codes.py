@@ -1,7 +1,7 @@
-"""The quantized linears of a checkpoint in GPTQ format: which there are, and their codes or float values by rows.
+"""Read the quantized linears of a checkpoint in GPTQ format, as codes or as floats, by rows.
 
-A quantized `X.weight` is stored as `X.qweight`, `X.qzeros`, `X.scales` and `X.g_idx`; the last and, if the grid is
-symmetric, the zero points may be missing.
+A quantized `X.weight` is stored as `X.qweight`, `X.qzeros`, `X.scales` and `X.g_idx`. `X.g_idx` may be missing, and
+`X.qzeros` too if the grid is symmetric.
 """
 
 from math import prod
@@ -13,21 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmdeploy.errors import QuantizationError, WeightsError
-from vlmdeploy.quant.gptq_format import (
-    PARTS,
-    GptqConfig,
-    Grid,
-    StoredLinear,
-    check_g_idx,
-    decode_linear,
-    grid_of,
-    read_config,
-)
-from vlmdeploy.quant.grid import Quantized
+from vlmdeploy.quant.gptq_config import GptqConfig, grid_of, read_config
+from vlmdeploy.quant.gptq_format import PARTS, StoredLinear, check_g_idx, decode_linear
+from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.quant.packing import num_words
 from vlmdeploy.spec.weight_rules import Source
 
-Header = tuple[str, tuple[int, ...]]  # type, as safetensors calls it, and shape
+Header = tuple[str, tuple[int, ...]]  # safetensors' type name, and shape
 
 NEEDED = ("qweight", "scales")
 INTEGERS = ("I8", "I16", "I32", "I64")
@@ -58,12 +50,12 @@ class StoredCodes:
         return isinstance(source, Source) and _module(source) in self.modules
 
     def names(self) -> frozenset[str]:
-        """Tensor names as a float checkpoint of the model would have them."""
+        """The tensor names of the equivalent float checkpoint."""
         of_codes = {f"{module}.{part}" for module in self.modules for part in PARTS}
         return frozenset(self._shard_of) - of_codes | {f"{module}.weight" for module in self.modules}
 
     def grid(self, source: Source) -> Grid:
-        """The grid that the config gives a quantized linear."""
+        """The grid of a quantized linear, by the config."""
         assert self.config is not None, "checked when opened"
         grid = grid_of(self.config, _module(source), prod(source.shape[1:]))
         if grid is None:
@@ -73,8 +65,7 @@ class StoredCodes:
         return grid
 
     def check(self, source: Source) -> None:
-        """Raise WeightsError unless all parts are there, in types that we read and in the shapes that the model's
-        weight has as codes."""
+        """Raise WeightsError unless all parts are present with supported types and the right shapes."""
         assert self.config is not None, "checked when opened"
         module, grid, width = _module(source), self.grid(source), prod(source.shape[1:])
         found = {part: self._header(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in self._shard_of}
@@ -95,7 +86,7 @@ class StoredCodes:
         check_g_idx(entries, width, grid, self.config.desc_act, f"{self._folder}: {module}")
 
     def _header(self, name: str) -> Header:
-        """Type and shape of a tensor; the header of its file is read once."""
+        """Type and shape of a tensor. Reads the header of each file once."""
         file = self._shard_of[name]
         if file not in self._headers:
             with safe_open(self._folder / file, framework="pt") as shard:
@@ -107,25 +98,25 @@ class StoredCodes:
         """Rows start <= i < stop of a quantized linear."""
         assert self.config is not None, "checked when opened"
         module = _module(source)
-        if self._last[0] != module:  # rows are asked for block by block
+        if self._last[0] != module:  # callers read block by block
             self._last = module, self._read(source)
         where, rows = f"{self._folder}: {module}", slice(start, stop)
         return decode_linear(self._last[1], self.grid(source), self.config.checkpoint_format, where, rows)
 
     def quantized(self, source: Source, start: int, stop: int) -> Quantized:
-        """Rows of a linear as exporters take them. Raises QuantizationError where no backend can hold them."""
+        """Rows of a linear for the exporters. Raises QuantizationError if no backend can hold them."""
         try:
             return self.linear(source, start, stop).quantized()
         except QuantizationError as error:
             raise QuantizationError(f"{self._folder}: {_module(source)}: {error}") from error
 
     def values(self, source: Source, start: int, stop: int) -> Tensor:
-        """Float values of some rows, float32 in the shape of the weight."""
+        """Some rows as float32, in the shape of the weight."""
         values = torch.from_numpy(self.linear(source, start, stop).dequantize())
         return values.reshape(stop - start, *source.shape[1:])
 
     def _read(self, source: Source) -> dict[str, np.ndarray]:
-        """The parts of a linear. An absent g_idx is added: without it the width is known only up to the last word."""
+        """Read the parts of a linear. Adds a missing g_idx: without it, the width is known only up to the last word."""
         module, tensors = _module(source), {}
         for part in PARTS:
             name = f"{module}.{part}"

@@ -1,4 +1,4 @@
-"""A checkpoint in a few lines, for people: read from its config and tensor headers."""
+"""Summarize a checkpoint from its config and tensor headers."""
 
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 
 
 def checkpoint_summary(folder: Path) -> dict[str, Any]:
-    """Family, geometry and parameters by part. Raises ConfigError and WeightsError."""
+    """Family, geometry and parameter counts by part. Raises ConfigError and WeightsError."""
     checkpoint = Checkpoint(folder)
     spec = checkpoint.spec
     parameters = dict.fromkeys(PARTS, 0)
@@ -38,7 +38,7 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The GPTQ config of a quantized checkpoint, and the report that `vlmdeploy quantize` wrote beside it."""
+    """The GPTQ config of a quantized checkpoint, and the report of `vlmdeploy quantize`."""
     config = checkpoint.codes.config
     if config is None:
         return {}
@@ -49,9 +49,9 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checkpoint_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Label and value of each line."""
+    """Rows of label and value."""
     counts = ", ".join(f"{part} {count:,}" for part, count in summary["parameters"].items())
-    told = ("family", "parameters", "quantization_report")
-    rest = {key: value for key, value in summary.items() if key not in told}
+    shown_apart = ("family", "parameters", "quantization_report")
+    rest = {key: value for key, value in summary.items() if key not in shown_apart}
     others = [[key.replace("_", " "), str(value)] for key, value in rest.items()]
     return [["family", summary["family"]], ["parameters", counts], *others]

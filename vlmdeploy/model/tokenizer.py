@@ -1,7 +1,7 @@
-"""Reading a checkpoint's tokenizer: tokenizer.json, or a SentencePiece tokenizer.model converted to its ids exactly.
+"""Read a checkpoint's tokenizer: tokenizer.json, or a SentencePiece tokenizer.model, converted with identical ids.
 
-Only the Llama and Vicuna kind of SentencePiece model is converted: BPE without text normalization. Its rules are those
-of sentencepiece's bpe_model.cc and normalizer.cc; anything else is refused rather than converted approximately.
+Converts only SentencePiece models like Llama's and Vicuna's: BPE without text normalization, by the rules of
+sentencepiece's bpe_model.cc and normalizer.cc. Rejects others rather than approximating them.
 """
 
 import importlib
@@ -15,13 +15,13 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from vlmdeploy.errors import ConfigError
 
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # ▁, how SentencePiece writes a space
-MANY = 1 << 16  # more spaces than an answer begins with
+MANY = 1 << 16  # more spaces than any answer starts with
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
 def find_tokenizer(folder_or_file: Path) -> Path | None:
-    """The tokenizer file itself, or the one in a folder: tokenizer.json before tokenizer.model; None if there is none.
+    """The tokenizer file itself, or the one in a folder, tokenizer.json first; None if there is none.
 
     Raises ConfigError if the path does not exist.
     """
@@ -34,7 +34,7 @@ def find_tokenizer(folder_or_file: Path) -> Path | None:
 
 
 def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None) -> Path:
-    """The tokenizer's file of a checkpoint: the one given, or the one in its folder. Raises ConfigError."""
+    """The tokenizer file of a checkpoint: the given one, else the one in its folder. Raises ConfigError."""
     source = find_tokenizer(tokenizer or ckpt)
     if source is None:
         raise ConfigError(f"{ckpt}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
@@ -42,7 +42,7 @@ def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None) -> Path:
 
 
 def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json or SentencePiece file; raises ConfigError if it is neither or not supported."""
+    """Import a tokenizer.json or SentencePiece file. Raises ConfigError if it is neither or not supported."""
     try:
         content = source.read_bytes()
     except OSError as error:
@@ -59,7 +59,7 @@ def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
 def _read_json(content: bytes, source: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises nothing more specific
         raise ConfigError(f"tokenizer {source}: not a valid tokenizer.json ({error})") from error
 
 
@@ -72,7 +72,7 @@ def _parse_sentencepiece(content: bytes, source: Path) -> Any:
         needed = "reading a SentencePiece model needs the packages sentencepiece and protobuf"
         raise ConfigError(f"tokenizer {source}: {needed}; install vlmdeploy[toolchain] ({error})") from error
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the schema does
+        sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the schema
     except RuntimeError as error:
         expected = "expected tokenizer.json or a SentencePiece model"
         raise ConfigError(f"tokenizer {source}: starts with {content[:16]!r}, {expected}") from error
@@ -98,7 +98,7 @@ def _convert(model: Any, source: Path) -> tokenizers.Tokenizer:
 
 
 def _check_supported(model: Any, source: Path) -> None:
-    """Refuse everything that the conversion would change."""
+    """Reject every feature that the conversion would change."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece.Type
     model_type = trainer.ModelType.Name(trainer.model_type)
     odd_pieces = [piece.piece for piece in model.pieces if piece.type in (kinds.USER_DEFINED, kinds.UNUSED)]
@@ -117,10 +117,10 @@ def _check_supported(model: Any, source: Path) -> None:
 
 
 def _merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to make a piece from two others, best score first.
+    """Every way to join two pieces into a third, best score first.
 
-    SentencePiece joins the neighbours whose joined piece has the best score; it stores no merges. Special and byte
-    pieces never come from text.
+    SentencePiece stores no merges: it joins the neighbours whose joined piece scores best. Special and byte pieces
+    never result from text.
     """
     normal = model.SentencePiece.Type.NORMAL
     ids = {piece.piece: token_id for token_id, piece in enumerate(model.pieces) if piece.type == normal}
@@ -134,7 +134,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
 
 
 def _normalizer(rules: Any) -> normalizers.Normalizer:
-    """Spaces become marks, the first word gets one too; runs and ends are trimmed first if the model says so."""
+    """Turn spaces into marks and add one before the first word; first trim runs and ends if the model says so."""
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE_MARK)]
     if rules.remove_extra_whitespaces:
         runs = tokenizers.Regex(" {2,}")
@@ -146,7 +146,7 @@ def _normalizer(rules: Any) -> normalizers.Normalizer:
 
 
 def _decoder(rules: Any) -> decoders.Decoder:
-    """Marks become spaces and byte pieces UTF-8; the mark before the first word goes, or all of them if trimmed."""
+    """Turn marks into spaces and byte pieces into UTF-8; drop the leading mark, or all leading ones if trimmed."""
     leading_spaces = MANY if rules.remove_extra_whitespaces else int(rules.add_dummy_prefix)
     strip = decoders.Strip(" ", leading_spaces, 0)
     return decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), strip])

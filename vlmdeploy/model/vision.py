@@ -43,7 +43,7 @@ class VisionEncoder(nn.Module):
         self.patches = WithoutFirst()
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches with the class token first and positions added: [images, 3, S, S] -> [images, 1 + patches, width]."""
+        """Embed patches, class token first, with positions: [images, 3, S, S] -> [images, 1 + patches, width]."""
         patches = self.patch(images).flatten(2).transpose(1, 2)  # row by row over the grid
         class_token = self.class_embedding.expand(len(images), 1, -1)
         return torch.cat((class_token, patches), 1) + self.positions

@@ -1,6 +1,6 @@
-"""The whole model: image rows are put in place of their placeholders, the decoder runs, the head gives logits.
+"""The whole model: replace placeholders by image rows, run the decoder, compute logits.
 
-This is the reference that everything exported is compared with; it routes token by token as the authors' code does.
+The reference for everything exported. It routes token by token, like the authors' code.
 """
 
 import torch
@@ -31,11 +31,11 @@ class VisionLanguageModel(nn.Module):
         return self.connector(self.vision(images.to(self.embedding.weight.dtype)))
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, images: Tensor | None) -> Tensor:
-        """What enters decoder layer 0, [batch, seq, hidden]: embeddings, and image rows where the type is 1."""
+        """The input of decoder layer 0, [batch, seq, hidden]: embeddings, and image rows where the type is 1."""
         return self.join(input_ids, token_type_ids, None if images is None else self.encode_images(images))
 
     def join(self, input_ids: Tensor, token_type_ids: Tensor, image_rows: Tensor | None) -> Tensor:
-        """Like `embed`, from the rows of pictures encoded before: [images, rows, hidden], one picture may repeat."""
+        """Like `embed`, from encoded pictures [images, rows, hidden]; pictures may repeat."""
         x = self.embedding(input_ids)
         if image_rows is None:
             return x
@@ -53,10 +53,10 @@ class VisionLanguageModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits [batch, seq, vocab] float32 of every position; what padded positions get means nothing.
+        """Logits [batch, seq, vocab] float32 of every position; ignore those of padded positions.
 
         input_ids, token_type_ids, position_ids, attention_mask int64 [batch, seq]; images float32 [images, 3, S, S]
-        fill the image runs in row order. What is not given is derived by the family's rules. Raises PromptError.
+        fill the image runs in row order. Missing inputs are derived by the family's rules. Raises PromptError.
         """
         layout = derive_layout(self.spec, input_ids, images, token_type_ids, position_ids, attention_mask)
         return self.logits(self.run(input_ids, images, layout, Cache.empty(self.spec.decoder.num_layers)))
@@ -83,13 +83,13 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 16,
     ) -> Tensor:
-        """Greedy continuation, int64 [batch, new]: a stop id ends its row (included), later places hold the pad id."""
+        """Generate greedily, int64 [batch, new]. A row ends with its stop id; the pad id fills the rest."""
         layout = derive_layout(self.spec, input_ids, images, token_type_ids, None, attention_mask)
         return self.continue_greedily(self.embed(input_ids, layout.token_type_ids, images), layout, max_new_tokens)
 
     @torch.no_grad()
     def continue_greedily(self, x: Tensor, layout: Layout, max_new_tokens: int) -> Tensor:
-        """What `generate` returns, for a prompt already embedded: x [batch, seq, hidden]."""
+        """Like `generate`, for an embedded prompt x [batch, seq, hidden]."""
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         cache = Cache.empty(self.spec.decoder.num_layers)

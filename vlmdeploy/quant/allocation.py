@@ -1,5 +1,5 @@
-"""Which grid each matrix gets when all of them together may take so many bytes: the choice with the least sum of costs
-that a greedy walk over the convex hulls finds. Costs are the caller's measurements; they must be comparable."""
+"""Allocate a byte budget: give each matrix a grid so that the sum of costs is low, by a greedy walk over the convex
+hulls of cost over bytes. The caller measures the costs, which must be comparable."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SCALE_BITS = 16
 
 @dataclass(frozen=True)
 class GridChoice:
-    """One grid that a matrix may have, the bytes it then takes and the cost it then has."""
+    """A candidate grid of a matrix, with its bytes and its cost."""
 
     grid: Grid
     bytes: int
@@ -28,10 +28,10 @@ def stored_bytes(out_width: int, in_width: int, grid: Grid) -> int:
 
 
 def allocate(choices: Mapping[str, Sequence[GridChoice]], budget_bytes: int) -> dict[str, GridChoice]:
-    """One choice for each matrix, at most `budget_bytes` together.
+    """Pick one choice per matrix, at most `budget_bytes` in total.
 
-    Every matrix starts with its smallest choice; then again and again the step that saves the most cost per byte is
-    taken, as long as it fits. Raises QuantizationError where not even the smallest choices fit.
+    Start with the smallest choices, then repeatedly take the step that saves the most cost per byte and still fits.
+    Raises QuantizationError if the smallest choices do not fit.
     """
     hulls = {name: _hull(options) for name, options in choices.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
@@ -51,7 +51,7 @@ def allocate(choices: Mapping[str, Sequence[GridChoice]], budget_bytes: int) -> 
 
 
 def _uniform(choices: Mapping[str, Sequence[GridChoice]], budget_bytes: int) -> Iterator[dict[str, GridChoice]]:
-    """One grid for all, wherever that fits: where a single matrix is most of the model, the walk may end below it."""
+    """The same grid for all, wherever it fits: if one matrix dominates the model, this may beat the greedy walk."""
     by_grid = [{choice.grid: choice for choice in options} for options in choices.values()]
     shared = set.intersection(*map(set, by_grid)) if by_grid else set()
     for grid in sorted(shared, key=str):
@@ -73,7 +73,7 @@ def _hull(options: Sequence[GridChoice]) -> list[GridChoice]:
 
 
 def _steps(name: str, hull: list[GridChoice]) -> Iterator[tuple[float, str, int]]:
-    """Every step along a hull, the best one first in order: (-gain, matrix, place)."""
+    """Every step along a hull as (-gain, matrix, place), which sorts the best step first."""
     return ((-_gain(before, after), name, place) for place, (before, after) in enumerate(pairwise(hull), 1))
 
 

@@ -1,7 +1,7 @@
-"""One `Quantized` laid out for each operator that reads codes: ONNX Runtime's MatMulNBits, ONNX's DequantizeLinear.
+"""Lay out a `Quantized` for the operators that read codes: ONNX Runtime's MatMulNBits and ONNX's DequantizeLinear.
 
-All of it is exact: the same codes and the same fp16 scales in another order, never a second rounding. What a format
-cannot hold exactly raises QuantizationError. Writing graphs and files around these arrays is left to others.
+Conversions are exact: same codes, same fp16 scales, no second rounding. What a format cannot hold exactly raises
+QuantizationError.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from vlmdeploy.errors import QuantizationError
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, pack_nibbles
 
 CONTAINERS = (2, 4, 8)
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # the powers of two that every kernel of MatMulNBits knows
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # powers of two that every MatMulNBits kernel supports
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DequantizeLinear:
 
 
 def widen(quantized: Quantized, bits: int) -> Quantized:
-    """The same values with wider codes: codes and zero points move up so that a symmetric grid stays symmetric."""
+    """The same values with wider codes. Codes and zero points are shifted, so a symmetric grid stays symmetric."""
     grid = quantized.grid
     wider = Grid(bits, grid.group_size, grid.symmetric)
     if bits == grid.bits:
@@ -56,7 +56,7 @@ def widen(quantized: Quantized, bits: int) -> Quantized:
 
 
 def repeat_scales(quantized: Quantized, group_size: int) -> Quantized:
-    """The same values in smaller groups, each with the scale and zero point of the group it was part of."""
+    """The same values in smaller groups, which repeat the scale and zero point of their old group."""
     grid = quantized.grid
     if grid.group_size % group_size:
         raise QuantizationError(f"groups of {grid.group_size} cannot be split into groups of {group_size}")
@@ -67,9 +67,9 @@ def repeat_scales(quantized: Quantized, group_size: int) -> Quantized:
 
 
 def matmul_nbits(quantized: Quantized) -> MatMulNBits:
-    """For ONNX Runtime, in the narrowest fields that hold the codes.
+    """Lay out for ONNX Runtime, in the narrowest fields that hold the codes.
 
-    Groups that the operator does not know are split, e.g. a whole width of 11008 into blocks of 128.
+    Splits groups that the operator does not support, e.g. a whole width of 11008 into blocks of 128.
     """
     bits = field_bits(quantized.grid.bits)
     held = repeat_scales(widen(quantized, bits), matmul_block_size(quantized.grid.group_size))
@@ -84,16 +84,16 @@ def matmul_nbits(quantized: Quantized) -> MatMulNBits:
 
 
 def field_bits(bits: int) -> int:
-    """The narrowest field of MatMulNBits that holds codes of so many bits."""
+    """The narrowest MatMulNBits field that holds codes of `bits` bits."""
     return next(width for width in CONTAINERS if width >= bits)
 
 
 def matmul_block_size(group_size: int) -> int:
-    """The largest power of two up to 128 that divides the group; QuantizationError where that is below 16."""
+    """The largest power of two up to 128 that divides the group; QuantizationError if it is below 16."""
     block_size = min(group_size & -group_size, LARGEST_BLOCK)
     if block_size < SMALLEST_BLOCK:
         raise QuantizationError(
-            f"groups of {group_size} are not made of blocks that MatMulNBits knows: powers of two ≥ {SMALLEST_BLOCK}"
+            f"groups of {group_size} are not multiples of a MatMulNBits block: powers of two ≥ {SMALLEST_BLOCK}"
         )
     return block_size
 
@@ -113,11 +113,11 @@ def _padded(values: Codes, multiple: int) -> Codes:
 
 
 def dequantize_linear(quantized: Quantized) -> DequantizeLinear:
-    """For ONNX's DequantizeLinear, whose blocks are the groups: INT4 holds codes of up to 4 bits, INT8 wider ones.
+    """Lay out for ONNX's DequantizeLinear, whose blocks are the groups: INT4 for up to 4 bits, else INT8.
 
     The grid is symmetric: code - 2^(bits - 1) is signed and needs no zero point.
     """
-    assert quantized.zeros is None, "the caller refuses asymmetric codes"
+    assert quantized.zeros is None, "the caller rejects asymmetric codes"
     bits = 4 if quantized.grid.bits <= 4 else 8
     held = widen(quantized, bits)
     signed = np.ascontiguousarray(held.codes.T) ^ np.uint8(held.grid.zero_point)

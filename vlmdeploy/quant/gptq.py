@@ -1,10 +1,10 @@
-"""GPTQ: codes for one weight matrix from its Hessian, inputs quantized one after the other, errors made up for by the
-inputs still to come (arXiv 2210.17323), in a form that needs one Cholesky factor and no inverse.
+"""GPTQ (arXiv 2210.17323): quantize the inputs of a weight matrix one by one and compensate each error in the remaining
+inputs, given the Hessian. This form needs one Cholesky factor and no inverse.
 
-With H = L L^T over the permuted inputs, tr(E H E^T) = |E L|^2, so the last input is quantized first and each one aims
-at its weight plus the share of all errors made so far: t_j = w_j + sum_{i>j} e_i L_ij / L_jj. D_j = L_jj^2 is what
-remains of an error in input j after the others made up for it. Blocks look left: one long product per block instead of
-rewriting the rest of the matrix after each. Matrices are [out, in], Hessians X^T X / tokens.
+With H = L L^T over the permuted inputs, tr(E H E^T) = |E L|^2. So the last input is quantized first, and the target of
+input j is its weight plus its share of all errors so far: t_j = w_j + sum_{i>j} e_i L_ij / L_jj. D_j = L_jj^2 is what
+remains of an error in input j after compensation. Blocks look left: one long product per block, instead of an update of
+the rest of the matrix. Matrices are [out, in], Hessians X^T X / tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -33,9 +33,9 @@ from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS
 
 BLOCK = 128
 CLIP_RATIOS = np.linspace(1.0, 0.4, 32, dtype=np.float32)
-SEARCH_ROWS = 256  # rows whose candidate scales are held at once
+SEARCH_ROWS = 256  # rows whose candidate scales are in memory at once
 TURNED_ROWS = 64  # rows that are transposed at once
-MAX_SCALE_CHANGE = 2.0  # a refit that changes a scale more than this is not believed
+MAX_SCALE_CHANGE = 2.0  # a refit that changes a scale more is rejected
 DAMPING_STEPS = 3.0
 LEAST_RAISED_DAMPING = 1e-3
 
@@ -46,9 +46,9 @@ ClipWeights = Literal["none", "ones", "diagonal", "conditional"]
 class Factor:
     """The damped Hessian of permuted inputs as unit * diag(D) * unit^T.
 
-    order int64 [in]: the input at each place; the last place is quantized first. unit [in, in]: lower triangular with a
-    unit diagonal. conditional float32 [in]: D of each input, in the inputs' own order. damping: relative to the mean of
-    the diagonal, as used after it may have been raised.
+    order int64 [in]: the input at each position; the last position is quantized first. unit [in, in]: lower triangular
+    with a unit diagonal. conditional float32 [in]: D of each input, in the inputs' own order. damping: relative to the
+    mean of the diagonal, after any raise.
     """
 
     order: Ints
@@ -59,7 +59,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """clip: what weighs the squared errors in the search for scales; "none" keeps the largest weight of each group
+    """clip: the weights of squared errors in the scale search; "none" keeps the largest weight of each group
     representable. sweeps: rounds of refinement after the last input."""
 
     clip: ClipWeights = "conditional"
@@ -67,11 +67,10 @@ class GptqOptions:
 
 
 def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor:
-    """Factor hessian + damping * mean(diagonal) * I; float32 [in, in], left as it is.
+    """Factor hessian + damping * mean(diagonal) * I; float32 [in, in], not modified.
 
-    Inputs without activations get the mean on the diagonal: their weights are rounded to nearest. If the factorization
-    fails it is tried in float64, then with more damping. Raises QuantizationError for an empty or not finite Hessian,
-    and where even damping 1 does not help.
+    Dead inputs get the mean on the diagonal, so their weights are rounded to nearest. If the factorization fails, try
+    float64, then more damping. Raises QuantizationError for an empty or non-finite Hessian, and if damping 1 fails.
     """
     diagonal = filled_diagonal(hessian)
     order = np.argsort(-diagonal, kind="stable")[::-1].copy() if act_order else np.arange(len(diagonal))[::-1].copy()
@@ -90,7 +89,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor
 
 
 def filled_diagonal(hessian: Tensor) -> Floats:
-    """The diagonal, float32 [in], with the mean in place of zeros. Raises QuantizationError if it is all zero."""
+    """The diagonal, float32 [in], with zeros replaced by the mean. Raises QuantizationError if it is all zero."""
     diagonal: Floats = hessian.diagonal().numpy().copy()
     if not np.isfinite(diagonal).all():
         raise QuantizationError("the Hessian holds Inf or NaN")
@@ -101,7 +100,7 @@ def filled_diagonal(hessian: Tensor) -> Floats:
 
 
 def _cholesky(hessian: Tensor, diagonal: Floats, order: Ints, damping: float) -> Tensor | None:
-    """The lower factor of the permuted, damped Hessian, or None where it is not positive definite."""
+    """The lower factor of the permuted, damped Hessian; None if it is not positive definite."""
     places = torch.from_numpy(order)
     permuted = torch.empty_like(hessian)
     _permute(hessian, places, permuted)
@@ -117,14 +116,14 @@ def _cholesky(hessian: Tensor, diagonal: Floats, order: Ints, damping: float) ->
 
 
 def _permute(hessian: Tensor, places: Tensor, permuted: Tensor) -> None:
-    """Write rows and columns in another order; in blocks, as a whole copy of the rows would be a third matrix."""
+    """Permute rows and columns, in blocks: a copy of all rows would be a third matrix in memory."""
     for start in range(0, len(places), BLOCK):
         rows = hessian.index_select(0, places[start : start + BLOCK])
         permuted[start : start + BLOCK] = rows.index_select(1, places)
 
 
 def _factor_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor in the storage of `matrix`, and whether the factorization failed."""
+    """Compute the lower factor in place; the second result says whether that failed."""
     info = torch.empty((), dtype=torch.int32)
     lower, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
     return lower, bool(info) or not bool(torch.isfinite(lower.diagonal()).all())
@@ -133,10 +132,10 @@ def _factor_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
 def quantize_gptq(
     weights: Tensor, factor: Factor, grid: Grid, options: GptqOptions, hessian: Tensor, loops: Loops | None = None
 ) -> Quantized:
-    """Codes for weights float32 [out, in]; neither the weights nor the Hessian are changed.
+    """Quantize weights float32 [out, in]; modifies neither weights nor Hessian.
 
-    hessian: the one that was factorized; the search by its diagonal and the sweeps read it. Raises QuantizationError
-    where groups do not divide `in` or a scale does not fit into fp16.
+    hessian: the one that was factorized, for the scale search and the sweeps. Raises QuantizationError if groups do not
+    divide `in` or a scale does not fit in fp16.
     """
     loops = loops or best_loops()
     omega = clip_weights(options.clip, factor, hessian)
@@ -149,7 +148,7 @@ def quantize_gptq(
 
 
 def clip_weights(clip: ClipWeights, factor: Factor, hessian: Tensor) -> Floats | None:
-    """The weight of each input's squared error in the search for scales, [in]; None: no search."""
+    """The weight of each input's squared error in the scale search, [in]; None: no search."""
     match clip:
         case "none":
             return None
@@ -166,7 +165,7 @@ def search_scales(
 ) -> tuple[Floats, Codes | None]:
     """Scales [out, groups] (and zero points of an asymmetric grid), fp16 values.
 
-    With omega float32 [in], each group takes the scale out of 32, from 1 to 0.4 of the one that spans it, that has the
+    With omega float32 [in], try 32 scales per group, from 1 to 0.4 of the spanning scale, and take the one with the
     least sum of omega * (rounding error)^2.
     """
     groups = split_groups(weights, grid)
@@ -184,7 +183,7 @@ def search_scales(
 
 
 def _best_candidates(groups: Floats, omega: Floats, grid: Grid, loops: Loops) -> tuple[Floats, Codes]:
-    """The best scales and zero points of a few rows: groups [rows, groups, group_size] -> [rows, groups] each."""
+    """The best scales and zero points of some rows: groups [rows, groups, group_size] -> [rows, groups] each."""
     lows, spans = groups.min(-1), spanning_scales(groups, grid)
     candidates = to_half(np.where(spans == 0, np.float32(1), spans) * CLIP_RATIOS[:, None, None])
     if grid.symmetric:
@@ -201,7 +200,7 @@ def _best_candidates(groups: Floats, omega: Floats, grid: Grid, loops: Loops) ->
 def _quantize_columns(
     weights: Tensor, factor: Factor, grid: Grid, scales: Floats, zeros: Codes | None, loops: Loops
 ) -> Codes:
-    """Codes uint8 [out, in] by GPTQ with fixed scales."""
+    """Quantize with fixed scales: codes uint8 [out, in]."""
     order, unit = factor.order, factor.unit
     rest = _turned_weights(weights, torch.from_numpy(order))  # weights, then errors, from the last row up
     turned_scales, turned_zeros = turned_grid(scales, zeros, grid)
@@ -222,7 +221,7 @@ def _quantize_columns(
 
 
 def _turned_weights(weights: Tensor, places: Tensor) -> Tensor:
-    """The inputs in a given order, [in, out]. Some rows at a time, whose gathered values stay in the cache."""
+    """The transposed weights in a given input order, [in, out]; some rows at a time, to stay in the cache."""
     turned = torch.empty(weights.shape[::-1])
     for start in range(0, len(weights), TURNED_ROWS):
         rows = slice(start, start + TURNED_ROWS)
@@ -231,14 +230,14 @@ def _turned_weights(weights: Tensor, places: Tensor) -> Tensor:
 
 
 def _transposed(codes: Codes) -> Codes:
-    """A transposed copy, always a new one; torch makes it in tiles, five times as fast as numpy."""
+    """A new transposed array. Torch works in tiles, five times as fast as numpy."""
     turned: Codes = torch.from_numpy(codes).t().clone(memory_format=torch.contiguous_format).numpy()
     return turned
 
 
 def turned_grid(scales: Floats, zeros: Codes | None, grid: Grid) -> tuple[Floats, Floats]:
-    """Scales and zero points as the inner loops take them: float32 [groups, out]."""
-    turned = scales.T.copy()  # a copy even where the transpose of one row would be contiguous: sweeps write into it
+    """Scales and zero points for the inner loops: float32 [groups, out]."""
+    turned = scales.T.copy()  # always a copy, even of one row: sweeps write to it
     if zeros is None:
         return turned, np.full(turned.shape, grid.zero_point, np.float32)
     return turned, np.ascontiguousarray(zeros.T.astype(np.float32))
@@ -247,10 +246,10 @@ def turned_grid(scales: Floats, zeros: Codes | None, grid: Grid) -> tuple[Floats
 def sweep(
     weights: Tensor, quantized: Quantized, hessian: Tensor, damping: float, loops: Loops | None = None
 ) -> Quantized:
-    """One round of refinement: group by group the best scale for the codes, then the best code for each weight.
+    """Refine once: group by group, the best scale for the codes, then the best code for each weight.
 
-    Each step lowers tr(E H E^T) of the damped Hessian with all else fixed; rounding a scale to fp16 may give a little
-    back. Dead inputs are rounded to nearest on the new scale.
+    Each step lowers tr(E H E^T) of the damped Hessian with all else fixed, up to the fp16 rounding of the scale. Dead
+    inputs are rounded to nearest on the new scale.
     """
     loops = loops or best_loops()
     grid, size = quantized.grid, quantized.grid.group_size
@@ -288,7 +287,7 @@ def _steps(codes: Codes, zeros: Floats) -> Tensor:
 
 
 def _refit_scales(slopes: Tensor, errors: Tensor, steps: Tensor, scales: Floats, hessian: Tensor) -> None:
-    """Give each output of one group the scale that is best for its codes; slopes, errors and scales change in place.
+    """Refit the scale of each output of one group to its codes; modifies slopes, errors and scales.
 
     slopes, errors, steps (code - zero point) [group_size, out]; scales [out]; hessian [group_size, group_size].
     """
@@ -305,17 +304,17 @@ def _refit_scales(slopes: Tensor, errors: Tensor, steps: Tensor, scales: Floats,
 
 
 def quantize_clipped(weights: Floats, omega: Floats, grid: Grid, loops: Loops | None = None) -> Quantized:
-    """Round to nearest after a search for scales that weighs the inputs with omega [in]."""
+    """Round to nearest after a scale search with input weights omega [in]."""
     scales, zeros = search_scales(weights, omega, grid, loops)
     return round_to_grid(weights, scales, zeros, grid)
 
 
 def asymmetric_target(weights: Tensor, factor: Factor, cross: Tensor) -> Tensor:
-    """What to quantize where inputs are disturbed already: W + W cross H^-1, float32 [out, in].
+    """The weights to quantize if earlier layers disturb the inputs: W + W cross H^-1, float32 [out, in].
 
-    cross [in, in] = (X_float - X)^T X / tokens, rows being the float model's input minus the disturbed one. The result
-    gives, on the disturbed inputs X, the least squared distance to W on X_float. Source: GPTAQ (arXiv 2504.02692), here
-    in closed form before rounding.
+    cross [in, in] = (X_float - X)^T X / tokens, with X_float the float model's inputs and X the disturbed ones. On X,
+    the result has the least squared distance to W on X_float. Source: GPTAQ (arXiv 2504.02692), here in closed form
+    before rounding.
     """
     order = torch.from_numpy(factor.order)
     pushed = (weights @ cross)[:, order]
@@ -333,7 +332,7 @@ def output_loss(errors: Tensor, hessian: Tensor) -> float:
 
 
 def best_loops() -> Loops:
-    """The compiled loops where numba is installed, else those of numpy."""
+    """The compiled loops if numba is installed, else the numpy loops."""
     try:
         from vlmdeploy.quant.numba_loops import COMPILED_LOOPS
     except ModuleNotFoundError as error:

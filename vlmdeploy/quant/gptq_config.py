@@ -1,9 +1,8 @@
-"""The config of a GPTQ checkpoint: written twice, as quantize_config.json and as config.json's `quantization_config`,
-and the regex overrides ("dynamic") by which single linears differ from it.
+"""The config of a GPTQ checkpoint, stored both as quantize_config.json and as config.json's `quantization_config`, with
+regex overrides ("dynamic") for single linears.
 
-Follows GPTQModel 7.7.0: a pattern is matched from the start of the module's name and need not reach its end, all "-:"
-patterns (kept in float) come before all others, and of the others the first that matches decides. Tensors are read and
-written by `gptq_format`.
+Follows GPTQModel 7.7.0: a pattern matches from the start of the module's name and need not reach its end; all "-:"
+patterns (kept in float) come first; of the others, the first match decides.
 """
 
 import re
@@ -28,7 +27,7 @@ PLANAR_BITS = (5, 6, 7)
 WHOLE_WIDTH = -1
 HEAD = "lm_head"
 
-# Our key -> the names that files give it; of two present names both must say the same.
+# Our key -> its names in files. If two of them are present, they must agree.
 ALIASES = {
     "quant_method": ("quant_method", "method"),
     "bits": ("bits", "w_bit", "wbits"),
@@ -51,7 +50,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Override:
-    """What is different for the modules that a pattern matches; None leaves the config's own value."""
+    """Overrides for the modules that a pattern matches; None keeps the config's value."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -60,8 +59,8 @@ class Override:
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """group_size: -1 is one group for the whole width. dynamic: pattern and override, None for modules kept in float
-    (the pattern is bare, without "-:"). provenance: further keys we write, which no reader needs to decode."""
+    """group_size: -1 is one group for the whole width. dynamic: pattern (without "-:") and override, None for modules
+    kept in float. provenance: further keys that we write and no reader needs."""
 
     bits: int
     group_size: int
@@ -75,7 +74,7 @@ class GptqConfig:
 
 @dataclass(frozen=True)
 class ModuleGrid:
-    """A linear by the name it has in the checkpoint, its input width, and its grid (None: kept in float)."""
+    """A linear: its name in the checkpoint, its input width and its grid (None: kept in float)."""
 
     name: str
     in_width: int
@@ -83,13 +82,13 @@ class ModuleGrid:
 
 
 def read_config(folder: Path) -> GptqConfig | None:
-    """The config of a checkpoint folder, or None where neither file mentions a quantization.
+    """Read the config of a checkpoint folder; None if neither file mentions a quantization.
 
-    Raises ConfigError for another method than GPTQ, another layout, or two files that contradict each other.
+    Raises ConfigError for other methods than GPTQ, other layouts, and two files that contradict each other.
     """
     own, model = folder / CONFIG_NAME, folder / MODEL_CONFIG_NAME
     found: list[tuple[str, Settings]] = []
-    if own.is_file():  # AutoGPTQ wrote no quant_method here: the file's name said it
+    if own.is_file():  # AutoGPTQ wrote no quant_method here: the file name implied it
         found.append((str(own), {"quant_method": "gptq"} | _settings(str(own), read_object(own))))
     if model.is_file() and (nested := read_object(model).get(MODEL_CONFIG_KEY)) is not None:
         where = f"{model}: {MODEL_CONFIG_KEY}"
@@ -103,7 +102,7 @@ def read_config(folder: Path) -> GptqConfig | None:
 
 
 def config_json(config: GptqConfig) -> Settings:
-    """What is written to both files. Raises ConfigError where provenance would hide a key that readers decode by."""
+    """The content for both files. Raises ConfigError if provenance would override a key that readers need."""
     own = {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -118,12 +117,12 @@ def config_json(config: GptqConfig) -> Settings:
         own["dynamic"] = dict(_pattern_json(*entry) for entry in config.dynamic)
     taken = {name for names in ALIASES.values() for name in names} & set(config.provenance)
     if taken:
-        raise ConfigError(f"provenance may not set {', '.join(sorted(taken))}: readers decode by it")
+        raise ConfigError(f"provenance may not set {', '.join(sorted(taken))}: readers need it")
     return own | dict(config.provenance)
 
 
 def grid_of(config: GptqConfig, module_name: str, in_width: int) -> Grid | None:
-    """The grid of one linear, None where it is kept in float: by a "-:" pattern, or as an output head without the flag.
+    """The grid of one linear; None if a "-:" pattern, or a missing lm_head flag, keeps it in float.
 
     module_name is the tensor's name without ".qweight" or ".weight".
     """
@@ -141,8 +140,8 @@ def grid_of(config: GptqConfig, module_name: str, in_width: int) -> Grid | None:
 
 
 def dynamic_overrides(modules: Sequence[ModuleGrid], provenance: Mapping[str, Any] | None = None) -> GptqConfig:
-    """The config from which `grid_of` gives each module exactly its grid: the commonest grid for all, and a pattern for
-    each kind of module that differs, with layer numbers listed only where the layers differ among each other.
+    """The config for which `grid_of` returns each module's grid: the commonest grid as the default, and one pattern per
+    kind of module that differs, which lists layer numbers only if the layers differ.
 
     Raises QuantizationError if no module is quantized.
     """
@@ -176,7 +175,7 @@ def _is_head(module: ModuleGrid) -> bool:
 
 
 def _commonest(modules: Sequence[ModuleGrid]) -> tuple[int, int, bool]:
-    """Bits, group size and symmetry that most modules have; a whole-width group counts under both its spellings."""
+    """The commonest bits, group size and symmetry. A whole-width group counts as both its size and -1."""
     votes: Counter[tuple[int, int, bool]] = Counter()
     for module in modules:
         if module.grid is not None:
@@ -184,12 +183,12 @@ def _commonest(modules: Sequence[ModuleGrid]) -> tuple[int, int, bool]:
             votes.update((module.grid.bits, size, module.grid.symmetric) for size in sizes)
     if not votes:
         raise QuantizationError("no linear is quantized: there is nothing to write a GPTQ config for")
-    # Of two spellings with equal votes: -1 rather than a width that no kernel knows as a group size, else the number.
+    # On a tie between -1 and the size: -1 if the size is no group size of any kernel, else the size.
     return max(votes, key=lambda grid: (votes[grid], grid[1] <= 128, grid[1], grid))
 
 
 def _difference(module: ModuleGrid, config: GptqConfig) -> Override | None:
-    """What the module needs beyond the config; an empty Override where nothing."""
+    """How the module differs from the config; an empty Override if it does not."""
     grid = module.grid
     if grid is None:
         return None
@@ -206,13 +205,13 @@ def _stated_group_size(module: ModuleGrid, grid: Grid) -> int:
 
 
 def _split_layer(name: str) -> tuple[str, str, str]:
-    """What stands before the layer number, the number, and what stands behind: its first part that is a number."""
+    """Split a name at its first numeric part: before, layer number, after."""
     match = re.match(r"(.*?(?:^|\.))(\d+)((?:\..*)?)$", name)
     return (match[1], match[2], match[3]) if match else (name, "", "")
 
 
 def _patterns(before: str, after: str, by_layer: Mapping[str, Override | None]) -> list[tuple[str, Override | None]]:
-    """One pattern for each override that layers of this kind need, none for the layers that need no override."""
+    """One pattern for each distinct override of this kind."""
     chosen = list(dict.fromkeys(by_layer.values()))
     entries: list[tuple[str, Override | None]] = []
     for override in chosen:
@@ -248,7 +247,7 @@ def _checked_object(where: str, content: Any) -> Settings:
 
 
 def _settings(where: str, raw: Any) -> Settings:
-    """The keys we know, under our names; null counts as absent."""
+    """The known keys under our names; null counts as absent."""
     given = _checked_object(where, raw)
     settings: Settings = {}
     for key, names in ALIASES.items():
@@ -332,7 +331,7 @@ def _dynamic_from(where: str, raw: Any) -> tuple[tuple[str, Override | None], ..
 
 
 def _entry_from(where: str, pattern: str, raw: Any) -> tuple[str, Override | None]:
-    """One pattern without its prefix. Keys that do not change how codes are read are passed over, as GPTQModel does."""
+    """One pattern without its prefix. Ignores keys that do not affect reading, as GPTQModel does."""
     here = f"{where}: {pattern:.80}"
     bare = pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
     try:

@@ -1,34 +1,18 @@
-"""Quantized linears as GPTQ checkpoints hold them: qweight, qzeros, scales and g_idx, encoded, decoded, and read from a
-folder that any GPTQ library wrote.
+"""Encode and decode a quantized linear of a GPTQ checkpoint: qweight, qzeros, scales and g_idx.
 
 value[out, in] = scale[g_idx[in], out] * (code - zero point[g_idx[in], out]). Format "gptq" (v1) stores zero points
-minus one, "gptq_v2" stores them as they are; bits are packed as `packing` says. The names of `gptq_config` are
-re-exported, so that callers need only this module.
+minus one, "gptq_v2" stores them unchanged. `packing` packs the bits, `gptq_config` reads and writes the config.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
-from vlmdeploy.quant.gptq_config import (
-    BITS,
-    CONFIG_NAME,
-    CheckpointFormat,
-    GptqConfig,
-    ModuleGrid,
-    Override,
-    config_json,
-    dynamic_overrides,
-    grid_of,
-    read_config,
-)
+from vlmdeploy.errors import QuantizationError, WeightsError
+from vlmdeploy.quant.gptq_config import BITS, CheckpointFormat
 from vlmdeploy.quant.grid import Codes, Floats, Grid, Quantized, dequantize
 from vlmdeploy.quant.packing import (
     WORD_BITS,
@@ -40,25 +24,6 @@ from vlmdeploy.quant.packing import (
     unpack_words,
 )
 
-__all__ = [
-    "CONFIG_NAME",
-    "CheckpointFormat",
-    "GptqConfig",
-    "GptqFolder",
-    "Grid",
-    "ModuleGrid",
-    "Override",
-    "StoredLinear",
-    "config_json",
-    "decode_linear",
-    "dynamic_overrides",
-    "encode_linear",
-    "grid_of",
-    "read_config",
-]
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 ALL_ROWS = slice(None)
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -69,10 +34,10 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear as a file holds it, all inputs in their own order.
+    """A linear as stored, inputs in their own order.
 
     codes uint8 [out, in]; scales float32 [out, groups]; zeros uint8 [out, groups]; g_idx int64 [in]: the group of each
-    input, which need not be contiguous, nor the last group full.
+    input. Groups need not be contiguous, nor the last one full.
     """
 
     codes: Codes
@@ -83,8 +48,8 @@ class StoredLinear:
     group_size: int
 
     def dequantize(self) -> Floats:
-        """Float values, scale * (code - zero point), float32 [out, in], whatever the groups."""
-        if self._groups_are_neighbours() and len(self.g_idx) % self.group_size == 0:  # 15 times faster
+        """Float values scale * (code - zero point), float32 [out, in], for any groups."""
+        if self._groups_are_contiguous() and len(self.g_idx) % self.group_size == 0:  # 15 times faster
             grid = Grid(self.bits, self.group_size, symmetric=False)
             return dequantize(Quantized(self.codes, self.scales, grid, self.zeros))
         values: Floats = self.codes.astype(np.float32)
@@ -93,12 +58,12 @@ class StoredLinear:
         return values
 
     def quantized(self) -> Quantized:
-        """The same in the form that the exporters take; zeros are None where all are the symmetric zero point.
+        """Convert for the exporters; zeros are None if all are the symmetric zero point.
 
-        Raises QuantizationError for groups that are not neighbours or not full, and for scales that fp16 cannot hold.
+        Raises QuantizationError for groups that are not contiguous or not full, and for scales that fp16 cannot hold.
         """
         width = len(self.g_idx)
-        if not self._groups_are_neighbours():
+        if not self._groups_are_contiguous():
             raise QuantizationError(
                 "dynamic groups (act-order without static groups): neighbouring inputs do not share a scale, so no "
                 "backend can hold these codes; dequantize them instead"
@@ -113,18 +78,18 @@ class StoredLinear:
         grid = Grid(self.bits, self.group_size, symmetric)
         return Quantized(self.codes, self.scales, grid, None if symmetric else self.zeros)
 
-    def _groups_are_neighbours(self) -> bool:
+    def _groups_are_contiguous(self) -> bool:
         return bool((self.g_idx == np.arange(len(self.g_idx)) // self.group_size).all())
 
 
 def encode_linear(
     quantized: Quantized, name: str = "linear", checkpoint_format: CheckpointFormat = "gptq"
 ) -> dict[str, Array]:
-    """The four tensors of a linear under their short names.
+    """Encode a linear as four tensors under their short names.
 
     qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales float16 [groups, out], g_idx
-    int32 [in]. Raises QuantizationError, naming the linear, for sizes that do not fill words and groups, and for values
-    that the format cannot hold.
+    int32 [in]. Raises QuantizationError, naming the linear, for sizes that do not fill words and groups, and for
+    values that the format cannot hold.
     """
     grid = quantized.grid
     _check_encodable(quantized, name)
@@ -174,13 +139,13 @@ def decode_linear(
     rows: slice = ALL_ROWS,
     desc_act: bool = False,
 ) -> StoredLinear:
-    """A linear from its tensors by short name, as any GPTQ library wrote them; `rows` takes some outputs only.
+    """Decode a linear written by any GPTQ library from its tensors by short name; `rows` selects outputs.
 
-    g_idx may be absent or empty (k // group size) unless the config says desc_act, qzeros too if the grid is symmetric;
-    the last word and the last group may be partly filled; scales may be fp16 or wider. Zero points of a v1 file are its
+    g_idx may be absent or empty (k // group size) unless the config says desc_act, qzeros too if the grid is symmetric.
+    The last word and the last group may be partly filled; scales may be fp16 or wider. Zero points of a v1 file are its
     words plus one in every field, with carries, as GPTQModel reads them (there a zero point 0 borrowed from its
-    neighbour); 3-bit fields wrap alone. Raises WeightsError, naming the linear, where shapes, types or values do not
-    fit each other.
+    neighbour); 3-bit fields wrap alone. Raises WeightsError, naming the linear, for inconsistent shapes, types or
+    values.
     """
     qweight, scales = _typed(tensors, "qweight", "i", name), _typed(tensors, "scales", "f", name)
     num_out, num_in = qweight.shape[1], input_width(tensors, grid.bits)
@@ -200,12 +165,12 @@ def decode_linear(
 
 
 def input_width(tensors: Tensors, bits: int) -> int:
-    """How many inputs a linear has: g_idx tells; without it every code of the last word counts."""
+    """The number of inputs: the length of g_idx, else all codes that fit the words."""
     return _size(tensors, "g_idx") or len(tensors["qweight"]) * WORD_BITS // bits
 
 
 def check_g_idx(size: int, num_in: int, grid: Grid, desc_act: bool, name: str) -> None:
-    """Raise WeightsError, naming the linear, unless `size` entries (0: absent or empty) give each input its group."""
+    """Raise WeightsError, naming the linear, unless a g_idx of `size` entries (0: none) gives each input its group."""
     if size not in (0, num_in):
         raise WeightsError(f"{name}.g_idx: {size} entries, expected {num_in}, one for each input")
     if not size and desc_act and grid.group_size < num_in:
@@ -220,7 +185,7 @@ def _size(tensors: Tensors, part: str) -> int:
 
 
 def _check_scales(scales: Array, grid: Grid, name: str) -> None:
-    """Raise WeightsError where a scale, or a weight on its grid, is beyond float32."""
+    """Raise WeightsError if a scale, or a weight on its grid, overflows float32."""
     largest = float(np.abs(scales).max(initial=0))
     if not largest * grid.max_code <= LARGEST_FLOAT:
         found = f"values up to {largest:.3g}" if np.isfinite(largest) else "values that are not finite"
@@ -228,7 +193,7 @@ def _check_scales(scales: Array, grid: Grid, name: str) -> None:
 
 
 def _typed(tensors: Tensors, part: str, kind: str, name: str) -> Array:
-    """A tensor of the linear, checked to be a matrix of int32 (kind "i") or of floats ("f")."""
+    """Look up a tensor and check that it is a matrix of int32 (kind "i") or of floats ("f")."""
     if part not in tensors:
         raise WeightsError(f"{name}.{part}: missing; a GPTQ linear has {', '.join(PARTS)}")
     values = tensors[part]
@@ -280,79 +245,3 @@ def _group_of_input(tensors: Tensors, grid: Grid, num_in: int, groups: int, name
             f"group of 0 to {groups - 1} for each input"
         )
     return g_idx.astype(np.int64)
-
-
-class GptqFolder:
-    """A checkpoint folder in GPTQ format. Opening reads the config and the headers only."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        config = read_config(self.folder)
-        if config is None:
-            raise ConfigError(f"{self.folder}: neither {CONFIG_NAME} nor config.json describes a quantization")
-        self.config: GptqConfig = config
-        self._file_of = _tensor_files(self.folder)
-
-    def names(self) -> list[str]:
-        """The quantized linears, e.g. "model.layers.0.mlp.down_proj", sorted."""
-        return sorted(key.removesuffix(".qweight") for key in self._file_of if key.endswith(".qweight"))
-
-    def linear(self, name: str, rows: slice = ALL_ROWS) -> StoredLinear:
-        """One quantized linear, or some of its output rows. Raises WeightsError if it is damaged or not quantized."""
-        if f"{name}.qweight" not in self._file_of:
-            raise WeightsError(f"{self.folder}: no tensor {name}.qweight")
-        present = [part for part in PARTS if f"{name}.{part}" in self._file_of]
-        tensors = {part: _read_tensor(self._file_of[f"{name}.{part}"], f"{name}.{part}") for part in present}
-        grid = grid_of(self.config, name, 0)
-        if grid is None:
-            raise WeightsError(f"{self.folder}: {name} has codes, but the config says that it is kept in float")
-        grid = grid_of(self.config, name, input_width(tensors, grid.bits)) or grid
-        return decode_linear(tensors, grid, self.config.checkpoint_format, name, rows, self.config.desc_act)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor: from the index, or from the header of the only safetensors file."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index}: no readable weight_map: {error!r}") from error
-    files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise WeightsError(
-            f"{folder}: {len(files)} safetensors files and no {INDEX_NAME}; expected one file or an index"
-        )
-    with _opened(files[0]) as tensors:
-        return dict.fromkeys(tensors.keys(), files[0])
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def _read_tensor(path: Path, name: str) -> Array:
-    """A tensor as stored; bf16, which numpy does not know, as float32."""
-    with _opened(path) as tensors:
-        try:
-            if tensors.get_slice(name).get_dtype() != "BF16":
-                values: Array = tensors.get_tensor(name)
-                return values
-        except (SafetensorError, AttributeError) as error:  # numpy lacks float8 and others
-            raise WeightsError(f"{path}: {name}: {error}") from error
-    return _read_bf16(path, name)
-
-
-def _read_bf16(path: Path, name: str) -> Floats:
-    """A bf16 tensor of a safetensors file, found through the file's header (8 bytes of length, then JSON)."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(length))[name]
-        start, end = entry["data_offsets"]
-        stream.seek(8 + length + start)
-        halves = np.frombuffer(stream.read(end - start), "<u2").astype(np.uint32)
-    return (halves << np.uint32(16)).view(np.float32).reshape(entry["shape"])

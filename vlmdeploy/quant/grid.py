@@ -1,9 +1,8 @@
 """The integer grid: groups of neighbouring inputs share a positive scale and a zero point.
 
 Symmetric (the default): the zero point is 2^(bits - 1), the scale max|w| / ((2^bits - 1) / 2), as in GPTQ files.
-Asymmetric: scale and zero point span the group's own range; TensorRT does not take such codes. Scales are rounded to
-fp16 *before* codes are chosen, so that ONNX Runtime, TensorRT and GPTQ files all hold the same result; see
-docs/design/0002-one-grid.md.
+Asymmetric: scale and zero point span the group's range; TensorRT does not support this. Scales are rounded to fp16
+*before* codes are chosen, so ONNX Runtime, TensorRT and GPTQ files hold the same values: docs/design/0002-one-grid.md.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +21,9 @@ LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Grid:
-    """How wide the codes are, how many inputs share a scale, and whether the zero point is fixed in the middle.
+    """Width of the codes, inputs per scale, and whether the zero point is fixed in the middle.
 
-    `group_size` is a number of inputs: GPTQ's -1 (one group for the whole width) stands here as the width itself.
+    group_size: a number of inputs; GPTQ's -1 (one group for the whole width) is the width itself here.
     """
 
     bits: int
@@ -46,8 +45,8 @@ class Grid:
 class Quantized:
     """Some rows of a quantized matrix: value = scale * (code - zero point).
 
-    codes uint8 [rows, in]; scales float32 [rows, groups], each an fp16 value; zeros uint8 [rows, groups], or None where
-    every zero point is the grid's own.
+    codes uint8 [rows, in]; scales float32 [rows, groups], each an fp16 value; zeros uint8 [rows, groups], None for the
+    zero point of a symmetric grid.
     """
 
     codes: Codes
@@ -72,7 +71,7 @@ def split_groups(weights: Floats, grid: Grid) -> Floats:
 
 
 def round_to_grid(weights: Floats, scales: Floats, zeros: Codes | None, grid: Grid) -> Quantized:
-    """The nearest codes for given scales and zero points, both [rows, groups]."""
+    """Round to the nearest codes for given scales and zero points, both [rows, groups]."""
     rows, width = weights.shape
     steps = weights.reshape(rows, -1, grid.group_size) / scales[..., None]
     np.rint(steps, out=steps)
@@ -84,7 +83,7 @@ def round_to_grid(weights: Floats, scales: Floats, zeros: Codes | None, grid: Gr
 def initial_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes | None]:
     """Scales (and zero points of an asymmetric grid) that span each group, [rows, groups] each.
 
-    Raises QuantizationError where fp16 cannot hold the scale.
+    Raises QuantizationError if fp16 cannot hold a scale.
     """
     return (symmetric_scales(groups, grid), None) if grid.symmetric else asymmetric_scales(groups, grid)
 
@@ -92,7 +91,7 @@ def initial_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes | None]:
 def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
     """One scale per group, rounded to fp16: groups float32 [rows, groups, group_size] -> [rows, groups].
 
-    A group of zeros gets scale 1. Raises QuantizationError where fp16 cannot hold the scale.
+    A group of zeros gets scale 1. Raises QuantizationError if fp16 cannot hold a scale.
     """
     return _checked_scales(spanning_scales(groups, grid), groups)
 
@@ -100,7 +99,7 @@ def symmetric_scales(groups: Floats, grid: Grid) -> Floats:
 def asymmetric_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes]:
     """Scales and zero points that span min(w, 0) to max(w, 0) of each group.
 
-    A zero point is at least 1: GPTQ's v1 files store it minus one, and a field below zero borrows from its neighbour.
+    Zero points are at least 1: GPTQ's v1 files store them minus one, and a negative field borrows from its neighbour.
     """
     scales = _checked_scales(spanning_scales(groups, grid), groups)
     low = np.minimum(groups.min(-1), 0)
@@ -108,13 +107,13 @@ def asymmetric_scales(groups: Floats, grid: Grid) -> tuple[Floats, Codes]:
 
 
 def spanning_scales(groups: Floats, grid: Grid) -> Floats:
-    """The scales with which the codes span each group, before rounding; 0 for a group of zeros."""
+    """The unrounded scales with which the codes span each group; 0 for a group of zeros."""
     low, high = groups.min(-1), groups.max(-1)
     if grid.symmetric:
         spans: Floats = np.maximum(high, -low) / np.float32(grid.max_code / 2)
         return spans
     low, high = np.minimum(low, 0), np.maximum(high, 0)
-    steps = np.where(low == 0, grid.max_code - 1, grid.max_code)  # room for the code 0 that a zero point of 1 leaves
+    steps = np.where(low == 0, grid.max_code - 1, grid.max_code)  # a zero point of at least 1 leaves code 0 unused
     spans = (high - low) / steps.astype(np.float32)
     return spans
 
@@ -126,7 +125,7 @@ def _checked_scales(scales: Floats, groups: Floats) -> Floats:
 
 
 def to_half(scales: Floats) -> Floats:
-    """Positive scales rounded to values that fp16 holds; never zero."""
+    """Round positive scales to fp16 values, never to zero."""
     return np.maximum(scales, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
 
 
@@ -141,7 +140,7 @@ def dequantize(quantized: Quantized) -> Floats:
 
 
 def stacked(parts: list[Quantized]) -> Quantized:
-    """Rows of several matrices of one grid, one after the other."""
+    """Concatenate the rows of several matrices of one grid."""
     if len(parts) == 1:
         return parts[0]
     symmetric = all(part.zeros is None for part in parts)

@@ -1,4 +1,4 @@
-"""What the inner loops of quantization are, and how they are spread over threads. `numpy_loops` describes each loop,
+"""The interface of the inner loops of quantization, and their threading. `numpy_loops` documents each loop,
 `numba_loops` compiles them.
 """
 
@@ -14,12 +14,12 @@ from vlmdeploy.quant.grid import Codes, Floats
 
 Ints = NDArray[np.int64]
 
-TILE = 64  # outputs that one step of a compiled loop handles: block x tile floats fit the first-level cache
+TILE = 64  # outputs per step of a compiled loop: block x tile floats fit the L1 cache
 
 
 @dataclass(frozen=True)
 class Loops:
-    """One implementation of the inner loops; see `numpy_loops` for what each does."""
+    """One implementation of the inner loops, which `numpy_loops` documents."""
 
     search_scales: Callable[[Floats, Floats, Floats, Codes, int, Ints], None]
     quantize_block: Callable[[Floats, Floats, Floats, Floats, Floats, Ints, Ints, Codes, int], None]
@@ -28,9 +28,9 @@ class Loops:
 
 
 def in_parallel(work: Callable[[int, int], None], count: int, step: int = TILE) -> None:
-    """work(start, stop) over ranges that cover 0..count, a range for each of torch's threads; `work` frees the lock.
+    """Call work(start, stop) on ranges that cover 0..count, one per torch thread. `work` must release the GIL.
 
-    Ranges begin at multiples of `step`. What is computed does not depend on the number of threads.
+    Ranges start at multiples of `step`. The result does not depend on the number of threads.
     """
     threads = torch.get_num_threads()
     size = step * -(-count // (step * threads))

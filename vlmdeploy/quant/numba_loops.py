@@ -1,7 +1,7 @@
-"""The inner loops compiled by numba, which needs no compiler on the user's machine. `numpy_loops` describes them; these
-work in tiles of outputs that stay in the first-level cache, and release Python's lock.
+"""The inner loops compiled by numba, which needs no compiler on the user's machine. `numpy_loops` documents them; these
+work in tiles of outputs that stay in the L1 cache, and release the GIL.
 
-Compiled code is cached on disk by numba; where no cache can be written it is compiled anew in each process.
+Numba caches the compiled code on disk; without a writable cache, each process compiles it again.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import numpy as np
 from vlmdeploy.quant.grid import Codes, Floats
 from vlmdeploy.quant.loops import TILE, Ints, Loops, in_parallel
 
-ROWS_AT_ONCE = 16  # rows of a weight matrix handed to one thread of the scale search
+ROWS_AT_ONCE = 16  # rows per range of the scale search
 
 
 def _compiled(function: Callable[..., None], fastmath: bool | set[str] = False) -> Any:
     try:
         return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
-    except RuntimeError:  # numba's way to say that it found no folder for its cache
+    except RuntimeError:  # numba found no folder for its cache
         return numba.njit(nogil=True, fastmath=fastmath)(function)
 
 
@@ -120,40 +120,25 @@ def _descend(
         slopes[:, left : left + width] = tile[:, :width]
 
 
-# Sums may be reordered, so that they use vector units; Inf and NaN keep their meaning.
+# Allow reordered sums, for vector units; Inf and NaN keep their meaning.
 _search_rows = _compiled(_search, fastmath={"reassoc", "contract", "nsz"})
 _block_columns = _compiled(_block, fastmath={"contract"})
 _descend_columns = _compiled(_descend, fastmath={"contract"})
 
 
-def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
-    """See `numpy_loops.search_scales`."""
+def _search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
     top = np.float32(max_code)
     in_parallel(lambda *rows: _search_rows(weights, omega, scales, zeros, top, best, *rows), len(weights), ROWS_AT_ONCE)
 
 
-def quantize_block(
-    targets: Floats,
-    weights: Floats,
-    lower: Floats,
-    scales: Floats,
-    zeros: Floats,
-    groups: Ints,
-    columns: Ints,
-    codes: Codes,
-    max_code: int,
-) -> None:
-    """See `numpy_loops.quantize_block`."""
-    arrays = (targets, weights, lower, scales, zeros, groups, columns, codes, np.float32(max_code))
-    in_parallel(lambda *outs: _block_columns(*arrays, *outs), targets.shape[1])
+def _over_outputs(compiled: Any) -> Callable[..., None]:
+    """A loop whose first array is [.., out] and whose last argument is max_code, spread over the outputs."""
+
+    def loop(*arguments: Any) -> None:
+        *arrays, max_code = arguments
+        in_parallel(lambda *outs: compiled(*arrays, np.float32(max_code), *outs), arrays[0].shape[1])
+
+    return loop
 
 
-def descend(
-    slopes: Floats, errors: Floats, codes: Codes, scales: Floats, zeros: Floats, hessian: Floats, max_code: int
-) -> None:
-    """See `numpy_loops.descend`."""
-    arrays = (slopes, errors, codes, scales, zeros, hessian, np.float32(max_code))
-    in_parallel(lambda *outs: _descend_columns(*arrays, *outs), slopes.shape[1])
-
-
-COMPILED_LOOPS = Loops(search_scales, quantize_block, descend, is_compiled=True)
+COMPILED_LOOPS = Loops(_search_scales, _over_outputs(_block_columns), _over_outputs(_descend_columns), is_compiled=True)

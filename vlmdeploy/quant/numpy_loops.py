@@ -1,7 +1,7 @@
-"""The three inner loops of quantization, in numpy: slow, and the reference that the compiled loops are tested against.
+"""The three inner loops of quantization in numpy: slow, and the reference for the compiled loops.
 
-Layout: matrices are turned, inputs first, so that neighbouring outputs (columns here) go through the same steps side by
-side. All arrays are float32 unless said otherwise; outputs are written in place.
+Matrices are transposed, inputs first, so that neighbouring outputs (columns) take the same steps side by side. Arrays
+are float32 unless noted; outputs are written in place.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from vlmdeploy.quant.loops import Ints, Loops
 
 
 def search_scales(weights: Floats, omega: Floats, scales: Floats, zeros: Codes, max_code: int, best: Ints) -> None:
-    """For each row and group the candidate with the least sum of omega * (w - value)^2; the first one of equals.
+    """Find for each row and group the first candidate with the least sum of omega * (w - value)^2.
 
     weights [rows, groups, group_size]; omega [groups, group_size]; scales, zeros (uint8) [candidates, rows, groups];
     best int64 [rows, groups], written.
@@ -36,12 +36,11 @@ def quantize_block(
     codes: Codes,
     max_code: int,
 ) -> None:
-    """Quantize a block of inputs, the last one first, each with the errors of the later ones made up for.
+    """Quantize a block of inputs, last one first, each compensating the errors of those after it.
 
-    targets [block, out]: weights plus the share of all errors made outside the block; used up. weights [block, out]:
-    the true values; replaced by their errors w - value. lower [block, block]: the factor's block with a unit diagonal.
-    scales, zeros [groups, out]. groups, columns int64 [block]: each input's group, and the row of `codes` uint8
-    [in, out] that its codes go to.
+    targets [block, out]: weights plus the share of all errors outside the block; overwritten. weights [block, out]:
+    replaced by their errors w - value. lower [block, block]: the factor's block with a unit diagonal. scales, zeros
+    [groups, out]. groups, columns int64 [block]: each input's group, and its row of `codes` uint8 [in, out].
     """
     for place in range(len(targets) - 1, -1, -1):
         scale, zero = scales[groups[place]], zeros[groups[place]]
@@ -54,11 +53,10 @@ def quantize_block(
 def descend(
     slopes: Floats, errors: Floats, codes: Codes, scales: Floats, zeros: Floats, hessian: Floats, max_code: int
 ) -> None:
-    """One pass of coordinate descent over a group's codes: each takes the value that is best given all others.
+    """One pass of coordinate descent over a group's codes: set each to the best value given all others.
 
-    slopes [group_size, out]: hessian rows of the group times all errors, kept current; errors [group_size, out]:
-    value - w; codes uint8 [group_size, out]; scales, zeros [out]; hessian [group_size, group_size], the group's own
-    block.
+    slopes [group_size, out]: the group's hessian rows times all errors, kept up to date; errors [group_size, out]:
+    value - w; codes uint8 [group_size, out]; scales, zeros [out]; hessian [group_size, group_size]: the group's block.
     """
     for place in range(len(slopes)):
         old = codes[place].astype(np.float32)

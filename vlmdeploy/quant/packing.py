@@ -1,8 +1,8 @@
 """Codes of 2 to 8 bits in 32-bit words, as GPTQ files hold them: one little-endian bit stream per column, code i in
 bits i * bits ... i * bits + bits - 1 of the column's concatenated words, lowest bit first.
 
-32 codes fill exactly `bits` words whatever the width, so each of the 32 places has a fixed word and shift, and a code
-that straddles two words is two shifts. What the codes mean is left to `gptq_format`.
+32 codes fill exactly `bits` words, so each of the 32 positions has a fixed word and shift, and a code that straddles
+two words takes two shifts.
 """
 
 from collections.abc import Iterator
@@ -16,25 +16,25 @@ from vlmdeploy.quant.grid import Codes
 Words = NDArray[np.int32]
 
 WORD_BITS = 32
-PERIOD = 32  # codes after which the bit stream is at the start of a word again
+PERIOD = 32  # codes after which the bit stream is back at a word boundary
 WIDTHS = range(2, 9)
-BLOCK_ROWS = 64  # rows transposed at once: 64 rows of 11008 codes fit a level-2 cache
+BLOCK_ROWS = 64  # rows transposed at once: 64 rows of 11008 codes fit the L2 cache
 
 
 def num_words(count: int, bits: int) -> int:
-    """How many 32-bit words hold `count` codes; the tail of the last one is zero."""
+    """The number of 32-bit words for `count` codes; the tail of the last one is zero."""
     return -(-count * bits // WORD_BITS)
 
 
 def fills_words(count: int, bits: int) -> bool:
-    """Whether `count` codes end with a word's end, as GPTQ files want it: 3-bit ones do so every 32 codes."""
+    """Whether `count` codes end at a word boundary, as GPTQ files require; 3-bit codes do so every 32."""
     return count * bits % WORD_BITS == 0
 
 
 def pack_words(codes: Codes, bits: int) -> Words:
     """Codes uint8 [n, columns] -> words int32 [num_words(n), columns], a bit stream along axis 0.
 
-    Raises QuantizationError for a code that does not fit, or another number of bits than 2..8.
+    Raises QuantizationError for a code that does not fit and for bits outside 2..8.
     """
     _check_bits(bits)
     if codes.size and int(codes.max()) >> bits:
@@ -51,7 +51,7 @@ def pack_words(codes: Codes, bits: int) -> Words:
 def unpack_words(words: Words, bits: int, count: int) -> Codes:
     """The inverse: words int32 [num_words(count), columns] -> codes uint8 [count, columns].
 
-    Raises QuantizationError where the number of words is not the one that `count` codes take.
+    Raises QuantizationError if the number of words does not match `count`.
     """
     _check_bits(bits)
     if len(words) != num_words(count, bits):
@@ -92,7 +92,7 @@ def _check_bits(bits: int) -> None:
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Place of a code within 32, the word it starts in, and its lowest bit there."""
+    """Each position within 32 codes, with the word and the bit where it starts."""
     return ((place, *divmod(place * bits, WORD_BITS)) for place in range(PERIOD))
 
 

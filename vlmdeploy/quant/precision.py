@@ -1,6 +1,6 @@
-"""Which precision every linear of a target gets: the table of targets, the options that change it, and the group rule.
+"""The precision of every linear: the table of targets, the options that change it, and the group size rule.
 
-`quantize`, `export` and `plan` use this table. Parts are vision, connector, decoder, lm_head and embedding.
+`quantize`, `export` and `plan` use it. Parts are vision, connector, decoder, lm_head and embedding.
 """
 
 import re
@@ -36,7 +36,7 @@ TARGETS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """How one matrix is stored: its type, and for integer codes how many inputs share a scale."""
+    """How a matrix is stored: its type and, for integer codes, its group size."""
 
     type: str
     group_size: int = 0
@@ -44,7 +44,7 @@ class Precision:
 
     @classmethod
     def of(cls, grid: Grid) -> "Precision":
-        """How codes of a grid are stored."""
+        """The precision of a grid's codes."""
         return cls(f"int{grid.bits}", grid.group_size, grid.symmetric)
 
     @property
@@ -60,8 +60,8 @@ class Precision:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a quantized checkpoint holds: the precision of every parameter stored as codes, and the float type that its
-    maker chose for each part left in float."""
+    """The precision of every parameter that a quantized checkpoint stores as codes, and the float type of each part
+    left in float."""
 
     by_target: Mapping[str, Precision]
     float_parts: Mapping[str, str]
@@ -69,7 +69,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """The precision of every linear and of the embedding, by our parameter name."""
+    """The precision of every linear and of the embedding, by parameter name."""
 
     parts: dict[str, str]
     group_sizes: dict[str, int]
@@ -93,9 +93,9 @@ def plan_precision(
     symmetric: bool = True,
     stored: Stored | None = None,
 ) -> PrecisionPlan:
-    """The plan of a target with the parts in `overrides` changed. Raises ExportError for unknown names.
+    """Plan a target with the parts in `overrides` changed. Raises ExportError for unknown names.
 
-    stored: what a quantized checkpoint holds already; see `with_stored`. None for a float one.
+    stored: the content of a quantized checkpoint, see `with_stored`; None for a float one.
     """
     if target not in TARGETS:
         raise ExportError(f'target "{target}" is unknown; known: {", ".join(TARGETS)}')
@@ -116,13 +116,13 @@ def plan_precision(
 
 
 def is_tensorrt(target: str) -> bool:
-    """Whether a target's graphs are for TensorRT, which fuses int8 codes only with one scale for each output."""
+    """Whether a target runs on TensorRT, which fuses int8 codes only with one scale per output."""
     return dialect_of(target) == "trt"
 
 
 def _target_parts(spec: Geometry, target: str, stored: Stored | None) -> dict[str, str]:
-    """The target's table. For TensorRT encoder and connector are int4 where the checkpoint was quantized so: in fp16
-    the encoder alone may be half of a device."""
+    """The target's table. For TensorRT, encoder and connector stay int4 if the checkpoint holds them so: in fp16 the
+    encoder alone may fill half a device."""
     parts = dict(TARGETS[target])
     for part in ("vision", "connector"):
         if stored is not None and is_tensorrt(target):
@@ -133,11 +133,11 @@ def _target_parts(spec: Geometry, target: str, stored: Stored | None) -> dict[st
 
 
 def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:
-    """The plan for a quantized checkpoint: codes are shipped as they are, and what was left in float stays so.
+    """The plan for a quantized checkpoint: keep codes as codes and floats as floats.
 
-    asked: the parts whose precision the user chose; there floats are rounded to nearest and codes widened to floats.
-    Raises ExportError where stored codes are not of the width that was asked for: quantizing them again would not give
-    what was calibrated.
+    asked: the parts whose precision the user chose; their floats are rounded to nearest, their codes dequantized.
+    Raises ExportError if stored codes are not of the requested width: quantizing them again would waste the
+    calibration.
     """
     for part in PARTS:
         targets = [linear.target for linear in (*matrices(spec), embedding(spec)) if linear.part == part]
@@ -157,13 +157,13 @@ def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: froz
 
 
 def _with_codes(plan: PrecisionPlan, part: str, held: Mapping[str, Precision | None], is_asked: bool) -> PrecisionPlan:
-    """The plan with one part as the checkpoint holds it: codes, and floats where a linear has none."""
+    """The plan with one part as stored: codes, or floats for linears without codes."""
     codes, wanted = [precision for precision in held.values() if precision is not None], plan.parts[part]
     types, sizes = {precision.type for precision in codes}, {precision.group_size for precision in codes}
     found = " and ".join(sorted(types))
     if is_asked and types != {wanted}:
         raise ExportError(
-            f"{part} is asked for in {wanted}, but the checkpoint holds {found} codes: export them as they are, or "
+            f"{part} is requested in {wanted}, but the checkpoint holds {found} codes: export them as they are, or "
             "quantize the float checkpoint again"
         )
     if wanted == "int8" and part == "decoder" and types != {"int8"}:
@@ -178,17 +178,18 @@ def _with_codes(plan: PrecisionPlan, part: str, held: Mapping[str, Precision | N
 
 
 def _is_left_in_float(plan: PrecisionPlan, linear: Matrix) -> bool:
-    """Whether a linear is float although its part holds codes."""
+    """Whether a linear is in float although its part is quantized."""
     return plan.parts[linear.part].startswith("int") and not plan[linear.target].bits
 
 
 def with_overrides(
     plan: PrecisionPlan, spec: Geometry, overrides: Iterable[str], names: Mapping[str, tuple[str, ...]]
 ) -> PrecisionPlan:
-    """The plan with single linears changed by "PATTERN=TYPE" or "PATTERN=TYPE:GROUP", later ones over earlier ones.
+    """Apply overrides "PATTERN=TYPE" or "PATTERN=TYPE:GROUP" for single linears, in order.
 
-    PATTERN is a shell pattern for our parameter name or the checkpoint's; names: our name -> the checkpoint's ones.
-    Raises ExportError for a malformed override, one that matches nothing, or a group that does not divide a width.
+    PATTERN is a shell pattern for our parameter name or the checkpoint's. names: our name -> the checkpoint's names.
+    Raises ExportError for an override that is malformed or matches nothing, and for a group that does not divide a
+    width.
     """
     for text in overrides:
         plan = _with_override(plan, spec, text, names)
@@ -206,7 +207,7 @@ def _with_override(
     chosen, pattern = dict(plan.by_target), match["pattern"]
     found = [linear for linear in matrices(spec) if _matches(pattern, linear.target, names)]
     if not found:
-        raise ExportError(f'override "{text}": no linear is named so; see `vlmdeploy inspect` for names')
+        raise ExportError(f'override "{text}": no linear matches it; see `vlmdeploy inspect` for names')
     for linear in found:
         chosen[linear.target] = _override_precision(text, match, linear, plan)
     kept = tuple(target for target in plan.kept_in_float if not chosen[target].bits)
@@ -247,7 +248,7 @@ def _plan_part(plan: PrecisionPlan, part: str, members: list[Matrix], group: int
 
 
 def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
-    """What a user should know about the plan."""
+    """Warnings about the plan."""
     changed = {part: size for part, size in plan.group_sizes.items() if size not in (0, WHOLE_WIDTH, requested_group)}
     if changed:
         sizes = ", ".join(f"{part} {size}" for part, size in changed.items())
@@ -258,7 +259,7 @@ def plan_warnings(plan: PrecisionPlan, requested_group: int) -> Iterator[str]:
 
 
 def encoder_warning(plan: PrecisionPlan, spec: Geometry) -> Iterator[str]:
-    """The size of an encoder that stays in fp16, where that is a matter of gigabytes."""
+    """Warn about an encoder that stays in fp16 and takes gigabytes."""
     widths = [linear for linear in matrices(spec) if linear.part in ("vision", "connector")]
     halves = [linear for linear in widths if plan[linear.target].type == "fp16"]
     size = sum(2 * linear.values for linear in halves)
@@ -270,8 +271,8 @@ def encoder_warning(plan: PrecisionPlan, spec: Geometry) -> Iterator[str]:
 
 
 def common_group(widths: set[int], requested: int) -> int:
-    """One group size for all these input widths, smaller than each: the requested one if it divides them all, else the
-    largest of 64, 32 and 16 up to it that divides every width which 16 divides; 0 if there is none."""
+    """One group size for all widths, smaller than each: the requested one if it divides them all, else the largest of
+    64, 32 and 16 up to it that divides every width divisible by 16; 0 if there is none."""
     if requested == WHOLE_WIDTH:
         return WHOLE_WIDTH
     if widths and all(width % requested == 0 and requested < width for width in widths):

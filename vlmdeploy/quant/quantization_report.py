@@ -1,5 +1,4 @@
-"""The report that `vlmdeploy quantize` writes beside the weights: its shape, and reading it back, for everyone who
-shows it or goes on by it. Writing it is left to `calib`."""
+"""The report that `vlmdeploy quantize` writes beside the weights: its schema and its reader. `calib` writes it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ REPORT_NAME = "quantization_report.json"
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear was quantized; errors are relative to the mean square of its outputs, on rows of `judged_rows`.
+    """How one linear was quantized. Errors are relative to the mean square of its outputs, on `judged_rows`.
 
-    method: "gptq" or "rtn". held_out_error is None without held-out tokens. condition_number: of the damped Hessian.
+    method: "gptq" or "rtn". held_out_error: None without held-out tokens. condition_number: of the damped Hessian.
     """
 
     name: str
@@ -38,7 +37,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class ExpertCoverage:
-    """Calibration and held-out tokens of an expert, the encoder or the connector, and the samples they come from."""
+    """Calibration and held-out tokens of an expert, the encoder or the connector, and their number of samples."""
 
     expert: str
     tokens: int
@@ -49,7 +48,7 @@ class ExpertCoverage:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Of what decided the result, what is read again."""
+    """The settings that are read again."""
 
     parts: dict[str, str]
     hessian: str
@@ -73,8 +72,10 @@ class _Report:
 
 
 def read_report(folder: Path) -> Config:
-    """The report in a folder, with every key of every linear; {} where there is none. Raises ConfigError for a file
-    that is no such report."""
+    """Read the report in a folder, with defaults filled in for every linear; {} if there is none.
+
+    Raises ConfigError for a file that is no report.
+    """
     path = folder / REPORT_NAME
     if not path.is_file():
         return {}

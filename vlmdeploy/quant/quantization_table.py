@@ -1,4 +1,4 @@
-"""A quantization report in tables, for people: coverage of the experts, errors by kind of linear, chosen widths."""
+"""A quantization report as tables: coverage of the experts, errors by kind of linear, chosen widths."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ ERROR_COLUMNS = [
 
 
 def coverage_rows(report: dict[str, Any]) -> Rows:
-    """One line for each expert."""
+    """One row per expert."""
     experts = report["calibration"]["experts"]
     keys = ("tokens", "samples", "held_out_tokens", "wanted_tokens")
     return [[expert["expert"], *(f"{expert[key]:,}" for key in keys)] for expert in experts]
 
 
 def error_rows(report: dict[str, Any], each: bool) -> Rows:
-    """One line for each linear, or for each kind of linear: the mean over layers."""
+    """One row per linear, or per kind of linear with means over layers."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     place_of = places([linear["name"] for linear in report["linears"]])
     for linear in report["linears"]:
@@ -72,7 +72,7 @@ def _ratio(linears: list[dict[str, Any]]) -> str:
 
 
 def summary_rows(report: dict[str, Any]) -> Rows:
-    """What a run did, in a few lines."""
+    """Summary of a run."""
     settings, calibration = report["settings"], report["calibration"]
     bits = Counter(f"{linear['bits']} bits, groups of {linear['group_size']}" for linear in report["linears"])
     rows = [

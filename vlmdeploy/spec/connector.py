@@ -1,8 +1,7 @@
-"""The connector as data: the steps from patch features to rows of the decoder.
+"""The connector as data: the steps from patch features to decoder rows.
 
-Each step says about itself how many rows it gives, which matrices it holds and how many small values. A new kind of
-step is a subclass of ConnectorStep in a file of its own; the files of the same name in `model` and `export.graphs`
-compute it and write it as a graph.
+A new kind of step is a subclass of ConnectorStep in a file of its own; the files of the same name in `model` and
+`export.graphs` compute it and write it as a graph.
 """
 
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from importlib import import_module
 from math import isqrt
 from types import ModuleType
 
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.vision import ActivationName, VisionSpec
 
 
 @dataclass(frozen=True)
 class StepMatrix:
-    """A matrix [out, in] of a step. name: inside the step, "" where it holds one only. fed_by: the module of the step
-    that makes its inputs, "" for what enters the step."""
+    """A matrix [out, in] of a step. name: within the step, "" for its only matrix. fed_by: the module of the step that
+    computes its inputs, "" for the input of the step."""
 
     name: str
     out_width: int
@@ -25,12 +25,12 @@ class StepMatrix:
 
 
 class ConnectorStep:
-    """What every step offers; by itself it changes rows one by one and holds nothing."""
+    """The base of all steps: row-wise and without parameters."""
 
     name: str
 
     def rows(self, before: int) -> int:
-        """How many rows of an image leave the step when so many enter."""
+        """Output rows of one image, given its input rows."""
         return before
 
     def matrices(self) -> tuple[StepMatrix, ...]:
@@ -38,11 +38,11 @@ class ConnectorStep:
         return ()
 
     def small_values(self) -> int:
-        """How many values it holds beside its matrices: biases, norms, learned rows."""
+        """Number of parameters besides the matrices: biases, norms, learned rows."""
         return 0
 
     def counterpart(self, package: str) -> ModuleType:
-        """The module of another package that knows this step: it has the same name as the step's own module."""
+        """The module of another package that handles this step: the namesake of the step's own module."""
         return import_module(type(self).__module__.replace(".spec.", f".{package}."))
 
 
@@ -50,23 +50,23 @@ class ConnectorStep:
 class Downsample(ConnectorStep):
     """Convolution with kernel and stride 2 over the patch grid, with bias: [patches, in] -> [patches / 4, out].
 
-    An odd last row and column are lost.
+    Drops an odd last row and column.
     """
 
     in_width: int
     out_width: int
     name: str = "conv"
 
+    @override
     def rows(self, before: int) -> int:
-        """A quarter."""
         return (isqrt(before) // 2) ** 2
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """The kernel, as a product of blocks of four neighbours."""
-        return (StepMatrix("", self.out_width, 4 * self.in_width, "arrange"),)
+        return (StepMatrix("", self.out_width, 4 * self.in_width, "arrange"),)  # times blocks of four neighbours
 
+    @override
     def small_values(self) -> int:
-        """The bias."""
         return self.out_width
 
 
@@ -78,8 +78,8 @@ class Projection(ConnectorStep):
     out_width: int
     name: str = "linear"
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """The one."""
         return (StepMatrix("", self.out_width, self.in_width),)
 
 
@@ -91,8 +91,8 @@ class Norm(ConnectorStep):
     eps: float
     name: str = "norm"
 
+    @override
     def small_values(self) -> int:
-        """Weight and bias."""
         return 2 * self.width
 
 
@@ -113,8 +113,8 @@ class GatedMlp(ConnectorStep):
     out_width: int
     name: str = "mlp"
 
+    @override
     def matrices(self) -> tuple[StepMatrix, ...]:
-        """Gate and up, then down."""
         return (
             StepMatrix("gate_up", 2 * self.mlp_width, self.in_width),
             StepMatrix("down", self.out_width, self.mlp_width, "gate"),
@@ -123,23 +123,23 @@ class GatedMlp(ConnectorStep):
 
 @dataclass(frozen=True)
 class BoundaryRows(ConnectorStep):
-    """A learned row before and one after the rows of an image."""
+    """A learned row before and after the rows of an image."""
 
     width: int
     name: str = "boundary"
 
+    @override
     def rows(self, before: int) -> int:
-        """Two more."""
         return before + 2
 
+    @override
     def small_values(self) -> int:
-        """Both rows."""
         return 2 * self.width
 
 
 @dataclass(frozen=True)
 class ConnectorSpec:
-    """The steps from patch features to rows of the decoder, in order. Names are unique inside one connector."""
+    """The steps from patch features to decoder rows, in order. Their names are unique."""
 
     steps: tuple[ConnectorStep, ...]
 
@@ -151,7 +151,7 @@ class ConnectorSpec:
         return rows
 
     def multiplied_rows(self, vision: VisionSpec) -> int:
-        """Rows of one image that leave the last step with matrices: as many as pass through those matrices."""
+        """Output rows of one image at the last step with matrices: as many rows as those matrices multiply."""
         rows = multiplied = vision.num_patches
         for step in self.steps:
             rows = step.rows(rows)

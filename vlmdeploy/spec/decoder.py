@@ -1,4 +1,4 @@
-"""The decoder as data: its geometry, its experts and its rotary positions."""
+"""The decoder as data: geometry, experts and rotary positions."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ ExpertName = Literal["language", "vision"]
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One weight set of every decoder layer. `token_type` says which positions may use it."""
+    """One weight set of every decoder layer."""
 
     name: ExpertName
     qkv_bias: bool = False
@@ -18,7 +18,7 @@ class ExpertSpec:
 class RopeSpec:
     """Rotary positions over the whole head, pairs (t, t + head_dim / 2), angle position * base^(-2t / head_dim).
 
-    When the checkpoint stores the frequencies, the stored values are used and `base` only fills in for older files.
+    Frequencies stored in the checkpoint take precedence over `base`.
     """
 
     base: float

@@ -1,6 +1,6 @@
 """Every matrix of a model: the one list from which precision, sizes, coverage, costs and reports derive.
 
-A matrix is told by its fields; its name, that of our parameter, is made of them and taken apart nowhere.
+Fields identify a matrix. Its parameter name derives from them and is never parsed.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,8 +19,8 @@ DECODER_NAMES = ("qkv", "dense", "gate_up", "down")  # of each expert
 
 @dataclass(frozen=True)
 class MatrixPlace:
-    """Where a matrix stands. layer: of the encoder or the decoder, else None. expert: in a decoder layer, else None.
-    name: in its layer, or in the connector; "" where the part holds one only."""
+    """The place of a matrix. layer: of the encoder or the decoder, else None. expert: in a decoder layer, else None.
+    name: within its layer or the connector; "" for a part's only matrix."""
 
     part: Part
     layer: int | None
@@ -29,12 +29,12 @@ class MatrixPlace:
 
     @property
     def target(self) -> str:
-        """The name of our parameter, such as "decoder.layers.3.language.qkv.weight"."""
+        """The parameter name, such as "decoder.layers.3.language.qkv.weight"."""
         return self._name(str(self.layer), "weight")
 
     @property
     def kind(self) -> str:
-        """What it has in common with those of other layers, such as "decoder.layers.*.language.qkv"."""
+        """The name without the layer number, such as "decoder.layers.*.language.qkv"."""
         return self._name("*")
 
     def _name(self, layer: str, *ending: str) -> str:
@@ -46,9 +46,9 @@ class MatrixPlace:
 class Matrix(MatrixPlace):
     """A weight matrix [out, in].
 
-    fed_by: the module of its layer or connector step that makes its inputs; "" for what enters the layer or step,
-    "middle" for the residual stream between the halves of a layer. is_read: whether anything reads its output; of the
-    last layer's vision expert only keys and values are read.
+    fed_by: the module of its layer or connector step that computes its inputs; "" for the input of the layer or step,
+    "middle" for the residual stream between the halves of a layer. is_read: whether anything reads its output; the last
+    layer's vision expert is read for keys and values only.
     """
 
     out_width: int
@@ -58,12 +58,12 @@ class Matrix(MatrixPlace):
 
     @property
     def values(self) -> int:
-        """How many weights it holds."""
+        """The number of weights."""
         return self.out_width * self.in_width
 
 
 def matrices(spec: Geometry) -> Iterator[Matrix]:
-    """Every matrix that inputs are multiplied with, and that may be quantized, in the order of the forward pass."""
+    """Every matrix that multiplies inputs and may be quantized, in the order of the forward pass."""
     for index in range(spec.vision.num_layers):
         yield from vision_matrices(spec.vision, index)
     for step in spec.connector.steps:
@@ -76,7 +76,7 @@ def matrices(spec: Geometry) -> Iterator[Matrix]:
 
 
 def vision_matrices(vision: VisionSpec, layer: int) -> Iterator[Matrix]:
-    """Those of one encoder layer."""
+    """The matrices of one encoder layer."""
     width, mlp_width = vision.width, vision.mlp_width
     shapes = ((3 * width, width), (width, width), (mlp_width, width), (width, mlp_width))
     sources = ("", "attention", "middle", "activation")
@@ -85,7 +85,7 @@ def vision_matrices(vision: VisionSpec, layer: int) -> Iterator[Matrix]:
 
 
 def decoder_matrices(decoder: DecoderSpec, layer: int) -> Iterator[Matrix]:
-    """Those of one decoder layer, expert by expert."""
+    """The matrices of one decoder layer, expert by expert."""
     hidden, mlp_width = decoder.hidden, decoder.mlp_width
     shapes = (
         (decoder.qkv_width, hidden),
@@ -101,14 +101,14 @@ def decoder_matrices(decoder: DecoderSpec, layer: int) -> Iterator[Matrix]:
 
 
 def embedding(spec: Geometry) -> Matrix:
-    """The embedding table, whose rows are looked up: no inputs are multiplied with it."""
+    """The embedding table. Its rows are looked up, not multiplied."""
     return Matrix("embedding", None, None, "", spec.decoder.vocab_size, spec.decoder.hidden)
 
 
 def places(names: Collection[str]) -> dict[str, MatrixPlace]:
-    """Where matrices of these names stand, by name, for a report that tells names and no geometry.
+    """The places of matrices by name, for a report that holds names but no geometry.
 
-    They are looked up among the names that so many layers could have; what is found nowhere is the connector's.
+    Looks them up among the names that as many layers could have; the rest belongs to the connector.
     """
     candidates = [MatrixPlace("lm_head", None, None, ""), MatrixPlace("embedding", None, None, "")]
     for layer in range(len(names)):

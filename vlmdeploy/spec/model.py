@@ -1,6 +1,5 @@
-"""What a model family says about a checkpoint, as plain data: the geometry of its parts, where each tensor comes from,
-how pictures are prepared and prompts are written. The PyTorch model, the graph builder and the runtime read these
-dataclasses and never ask which family it is."""
+"""A checkpoint as plain data: geometry, tensor sources, image recipe and prompt templates. The PyTorch model, the graph
+builder and the runtime read these dataclasses and never ask for the family."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,7 +14,7 @@ from vlmdeploy.spec.weight_rules import WeightRule
 
 
 class Geometry(Protocol):
-    """The widths of a model's three parts: all that sizes and matrices depend on. A ModelSpec is one."""
+    """The geometry of a model's three parts, on which sizes and matrices depend. A ModelSpec is one."""
 
     @property
     def vision(self) -> VisionSpec:
@@ -23,7 +22,7 @@ class Geometry(Protocol):
 
     @property
     def connector(self) -> ConnectorSpec:
-        """From its features to rows of the decoder."""
+        """The connector."""
 
     @property
     def decoder(self) -> DecoderSpec:
@@ -32,7 +31,7 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything a family knows about one checkpoint, apart from the weights."""
+    """Everything about a checkpoint except its weights."""
 
     family: str
     vision: VisionSpec
@@ -46,28 +45,28 @@ class ModelSpec:
 
 
 class Family(Protocol):
-    """What every module in `families/` offers (the modules themselves satisfy this protocol)."""
+    """The interface of every module in `families/`."""
 
     NAME: str
-    RELEASED: Config  # config.json of the checkpoint that the family is best known for, as far as sizes depend on it
+    RELEASED: Config  # the size-related keys of the family's best-known config.json
 
     def detect(self, config: Config, tensor_names: frozenset[str] | None) -> bool:
-        """Whether this family reads the checkpoint; without its tensors (None), whether it may."""
+        """Whether this family reads the checkpoint; without tensor names (None), whether it may."""
 
     def spec(self, config: Config, generation_config: Config) -> ModelSpec:
-        """The checkpoint's geometry and rules; raises ConfigError and names the key."""
+        """The checkpoint's geometry and rules. Raises ConfigError, naming the key."""
 
     def weights(self, spec: ModelSpec) -> tuple[WeightRule, ...]:
-        """Where each parameter comes from: every tensor of the checkpoint appears in exactly one rule."""
+        """The sources of each parameter. Every tensor of the checkpoint appears in exactly one rule."""
 
 
 def least_context(rows_per_image: int) -> int:
-    """The shortest context of a bundle, in tokens: the first one, an image, a word, and one of the answer."""
+    """The shortest context of a bundle, in tokens: BOS, an image, one of text and one of the answer."""
     return rows_per_image + 3
 
 
 def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
-    """The spec with the context and the default template that the user chose; raises ExportError."""
+    """Set the context and the default template that the user chose. Raises ExportError."""
     context = spec.decoder.context_tokens if context_tokens is None else context_tokens
     least = least_context(spec.tokens.rows_per_image)
     if not least <= context <= spec.decoder.context_tokens:

@@ -1,4 +1,4 @@
-"""Where each of our parameters comes from: the tensors of a checkpoint that fill it, and how."""
+"""Rules that map a checkpoint's tensors to our parameters."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ RuleOp = Literal["stack", "reshape", "same"]
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint: its name there and the shape it must have."""
+    """A tensor of the checkpoint: its name and required shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -16,11 +16,12 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One of our parameters and the checkpoint tensors that fill it.
+    """A parameter and the checkpoint tensors that fill it.
 
-    stack: the sources one after the other along the first axis (a single source: as it is).
-    reshape: one source, same values in the same order, other axes.
-    same: every source that is present holds equal values and the first is taken; with `optional` none need be there.
+    stack: concatenate the sources along the first axis.
+    reshape: reshape the only source.
+    same: take the first source that is present; all must hold equal values.
+    optional: all sources may be absent.
     """
 
     target: str

@@ -79,13 +79,13 @@ def perform(task: Task) -> None:
 
 
 def _quantize(point: Point, shared: Shared) -> None:
-    from vlmdeploy.calib.request import quantize, quantize_options, use_threads
+    from vlmdeploy.calib.request import QuantizeOptions, quantize, use_threads
     from vlmdeploy.progress import no_progress
 
     use_threads(shared.threads)
     assert shared.calib is not None, "the command line asks for it where a point is calibrated"
     parts = {part: kind for part, kind in point.precisions.items() if part != "embedding"}
-    options = quantize_options(
+    options = QuantizeOptions(
         shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
         quality=point.quality, **parts, **shared.calibration,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Training: stages, loop and checkpoints for models built from a family's own config.json."""
+"""Training of models built from a family's config.json: stages, loop and checkpoints."""

@@ -1,6 +1,6 @@
-"""From a source's pictures and dialogues to the tensors of one training step.
+"""Turn a source's pictures and dialogues into the tensors of one training step.
 
-Every batch is drawn from a random stream of its own (seed, stage, step, worker): a resumed run needs no sampler state.
+Each batch has its own random stream (seed, stage, step, worker), so a resumed run needs no sampler state.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.runtime.chat import Tokenizer, Turn, render
 from vlmdeploy.train.config import TrainConfig
-from vlmdeploy.train.forward import TEXT_POSITION, TextRows
-from vlmdeploy.train.packing import Pair, TokenWeights, make_pair, pack_rows
+from vlmdeploy.train.forward import TEXT_POSITION
+from vlmdeploy.train.packing import Pair, TextRows, make_pair, pack_rows
 from vlmdeploy.train.training_data import Dialogue, TrainingData
 
 CACHED_TEXTS = 10_000
@@ -24,7 +24,8 @@ CACHED_TEXTS = 10_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one step: images float32 [batch, 3, S, S], the rest as in ImageBatch; text None for vision alone."""
+    """Tensors of one step: images float32 [batch, 3, S, S], others as in ImageBatch; text: None in vision-only
+    stages."""
 
     images: Tensor
     patch_classes: Tensor
@@ -42,7 +43,7 @@ class BatchMaker:
         self._template = templates[config.recipe.text.template]
 
     def draw(self, stage_number: int, step: int, progress: float) -> Batch:
-        """This worker's part of the batch of a step; the same arguments give the same batch."""
+        """Draw this worker's share of a step's batch, deterministically."""
         stage = self._recipe.stages[stage_number]
         rng = np.random.default_rng([self._recipe.seed, stage_number, step, self._worker])
         drawn = self._source.draw(stage.name, stage.batch_images // self._recipe.workers, progress, rng)
@@ -55,24 +56,15 @@ class BatchMaker:
 
     def _text_rows(self, dialogues: Sequence[Sequence[Dialogue]]) -> TextRows:
         pairs = [[self._pair(dialogue) for dialogue in of_image] for of_image in dialogues]
-        rows = pack_rows(pairs, self._recipe.text.row_tokens, TEXT_POSITION)
-        return TextRows(
-            ids=torch.from_numpy(rows.ids),
-            positions=torch.from_numpy(rows.positions),
-            pairs=torch.from_numpy(rows.pairs),
-            targets=torch.from_numpy(rows.targets),
-            weights=torch.from_numpy(rows.weights),
-            chunk_tokens=self._recipe.text.chunk_tokens,
-        )
+        return pack_rows(pairs, self._recipe.text, TEXT_POSITION)
 
     def _pair(self, dialogue: Dialogue) -> Pair:
-        """The last turn, with as much of the history as a chunk holds."""
+        """The last turn with as much history as fits in a chunk."""
         text, last = self._recipe.text, dialogue[-1]
-        weights = TokenWeights(text.end_weight, text.box_units_weight, text.box_marks_weight)
-        assert last.assistant is not None, "a dialogue to learn from ends with an answer"
+        assert last.assistant is not None, "a training dialogue ends with an answer"
         for first in range(len(dialogue)):
             prompt = self._prompt([*dialogue[first:-1], Turn(last.user)])
-            pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], weights)
+            pair = make_pair(self._encode, prompt, last.assistant, self._spec.tokens.stop_ids[0], text)
             if len(pair.ids) <= text.chunk_tokens:
                 return pair
         raise TrainingError(
@@ -81,12 +73,12 @@ class BatchMaker:
 
     def _prompt(self, turns: Sequence[Turn]) -> str:
         (prompt,) = render(turns, self._template)
-        assert isinstance(prompt, str), "a template with token ids cannot be packed yet"
+        assert isinstance(prompt, str), "templates with token ids cannot be packed"
         return prompt
 
 
 def normalized(pixels: Tensor, recipe: ImageRecipe) -> Tensor:
-    """What runtime.image.preprocess makes of pictures that have the right size: uint8 [batch, S, S, 3] -> float32
-    [batch, 3, S, S]."""
+    """Like runtime.image.preprocess for pictures of the right size: uint8 [batch, S, S, 3] -> float32 [batch, 3, S,
+    S]."""
     mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

@@ -1,6 +1,6 @@
-"""A training run's TOML file as typed dataclasses. Every key is known, has its type and a sensible value, or a
-ConfigError names the file and the key. What the model looks like is the table [model]: it becomes config.json, all but
-`family`, which is asked for where config.json does not tell."""
+"""A training recipe (TOML) as typed dataclasses. A ConfigError names the file and the key of an unknown, mistyped or
+invalid value. The table [model] becomes config.json, except its key `family`, which is needed only if the other keys
+leave the family open."""
 
 import tomllib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ FAMILY = "family"  # a key of [model]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Constants of the update: Muon's for matrices, AdamW's for everything else."""
+    """Constants of the update: Muon for matrices, AdamW for everything else."""
 
     weight_decay: float
     beta1: float
@@ -29,7 +29,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How dialogues become rows of tokens, and what each answer token weighs in the loss (an ordinary one: 1)."""
+    """How to pack dialogues into rows of tokens, and the loss weights of special answer tokens (others: 1)."""
 
     template: str
     row_tokens: int
@@ -41,11 +41,11 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One part of the training, with a learning rate curve of its own.
+    """One training stage with its own learning rate schedule.
 
-    The learning rate falls along a cosine to final_lr_share of its height; the weight of the patch losses falls to 0
-    where there is a language loss too. cpu_share is the stage's part of the CPU budget, average the decay of the
-    moving average of the weights that replaces them at the end (0: none).
+    The learning rate falls along a cosine to final_lr_share of its peak. Beside a language loss, the weight of the
+    patch losses falls to 0. cpu_share: share of the CPU budget. average: decay of the moving average that replaces the
+    weights at the end (0: none).
     """
 
     name: str
@@ -63,7 +63,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the TOML file says; paths are relative to it. data_class is found in the Python file `data`."""
+    """The content of the TOML file. Paths are relative to it; the Python file `data` defines data_class."""
 
     seed: int
     workers: int
@@ -81,7 +81,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A checked recipe, with the file it came from, its plain values, and the spec of its model."""
+    """A checked recipe with its path, its plain values and the spec of its model."""
 
     path: Path
     values: dict[str, Any]
@@ -90,7 +90,7 @@ class TrainConfig:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer.json that the checkpoint gets."""
+        """The checkpoint's tokenizer.json."""
         return self.path.parent / self.recipe.tokenizer
 
     @property
@@ -119,19 +119,6 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
-def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose values differ in two trees of plain values, with both (None: absent)."""
-    if isinstance(ours, list) and isinstance(theirs, list):
-        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        return None if ours == theirs else (key, ours, theirs)
-    for name in dict.fromkeys((*ours, *theirs)):
-        found = first_difference(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
-        if found:
-            return found
-    return None
-
-
 def _read_spec(path: Path, model: Config) -> ModelSpec:
     try:
         possible = possible_families(model, None)
@@ -146,11 +133,11 @@ def _chosen_family(possible: tuple[Family, ...], named: Any) -> Family:
         return chosen[0]
     found = "missing" if named is None else repr(named)
     expected = " or ".join(repr(family.NAME) for family in possible)
-    raise ConfigError(f'"{FAMILY}" is {found}, expected {expected} (what the other keys fit; see docs/families)')
+    raise ConfigError(f'"{FAMILY}" is {found}, expected {expected} (as the other keys allow; see docs/families)')
 
 
 def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
-    """Values that make no sense: key, value, what was expected."""
+    """Invalid values: key, value, what is expected."""
     recipe, text = config.recipe, config.recipe.text
     if not 1 <= recipe.workers <= 256:
         yield "workers", recipe.workers, "1 to 256"
@@ -189,4 +176,4 @@ def _stage_problems(stage: StageConfig, workers: int) -> Iterator[tuple[str, Any
         if not 0 <= getattr(stage, key) < 1:
             yield key, getattr(stage, key), "at least 0 and less than 1"
     if stage.dense_weight < 0 or (stage.dense_weight == 0 and stage.trains == "vision"):
-        yield "dense_weight", stage.dense_weight, "more than 0 (it is all that a stage for vision trains on)"
+        yield "dense_weight", stage.dense_weight, "more than 0 (the only loss of a vision stage)"

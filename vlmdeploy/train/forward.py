@@ -1,9 +1,8 @@
-"""The training forward pass: packed rows through the reference model's own modules, at training speed.
+"""The training forward pass: packed rows through the reference model's modules, at training speed.
 
-Every row is one image with several question-answer pairs behind it; each pair sees BOS, the image and itself, at the
-positions it would have alone. So the image stands at the same place in every row and routing needs no mask: language
-and vision positions are two tensors from embedding to last layer. The results equal VisionLanguageModel.forward on
-each pair alone (a test holds that).
+Each row is one image followed by several question-answer pairs; a pair sees BOS, the image and itself, at the positions
+it would have alone. The image is at the same place in every row, so routing needs no mask: language and vision
+positions are two tensors from embedding to last layer. Results equal VisionLanguageModel.forward on each pair alone.
 """
 
 from collections.abc import Callable
@@ -18,33 +17,18 @@ from vlmdeploy.model.decoder import DecoderLayer, LayerWiring, RmsNorm
 from vlmdeploy.model.products import Attention
 from vlmdeploy.model.vision import VisionEncoder
 from vlmdeploy.model.vlm import VisionLanguageModel
+from vlmdeploy.overriding import override
 from vlmdeploy.spec.decoder import DecoderSpec
+from vlmdeploy.train.packing import TextRows
 
 TEXT_POSITION = 4  # BOS 0, begin 1, every patch 2, end 3
 
 
 @dataclass(frozen=True)
-class TextRows:
-    """The packed texts of a batch, without BOS and image; text is a multiple of the chunk length.
-
-    ids, positions, pairs int64 [batch, text]: the token, its position id, and which pair of its row it belongs to
-    (-1: padding). targets int64 [batch, text]: the token to predict there; weights float32: its weight in the loss.
-    No pair is longer than a chunk, so a token finds all of its pair in its own chunk and the one before.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    pairs: Tensor
-    targets: Tensor
-    weights: Tensor
-    chunk_tokens: int
-
-
-@dataclass(frozen=True)
 class Fixed:
-    """What all layers of one pass share.
+    """Data shared by all layers of one pass.
 
-    prefix_turns, text_turns: complex64 [1 or batch, rows, 1, head_dim / 2] of the rows before the texts and of the
+    prefix_turns, text_turns: complex64 [1 or batch, rows, 1, head_dim / 2] of the rows before the texts, and of the
     texts. prefix_bias [prefix, prefix] and text_bias [batch, 1, chunks, chunk, 2 chunk] are added to attention scores:
     0 where a query may look, else -inf.
     """
@@ -56,17 +40,17 @@ class Fixed:
 
 
 class PlainAttention(Attention):
-    """Attention of the encoder in plain matrix products, whose backward is faster on a CPU."""
+    """The encoder's attention as plain matrix products, with a faster backward pass on a CPU."""
 
+    @override
     def forward(self, qkv: Tensor) -> Tensor:
-        """See Attention."""
         q, k, v = self.heads(qkv)
         mixed = (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
         return mixed.transpose(1, 2).flatten(2)
 
 
 def use_plain_attention(encoder: VisionEncoder) -> None:
-    """Let the layers of an encoder attend by PlainAttention."""
+    """Switch an encoder's layers to PlainAttention."""
     for layer in encoder.layers:
         layer.attention = PlainAttention(encoder.spec.num_heads, encoder.spec.head_dim)
 
@@ -80,7 +64,7 @@ def text_states(model: VisionLanguageModel, features: Tensor, text: TextRows) ->
     fixed = _fixed(model, text, rows.shape[1] + 1)
     x, layers = ByExpert(language, vision), list(model.decoder.layers)
     for index, layer in enumerate(layers):
-        assert isinstance(layer, DecoderLayer), "what the model is made of"
+        assert isinstance(layer, DecoderLayer), "the model is made of them"
         x = TrainingLayer(layer, is_last=index == len(layers) - 1).forward(x, fixed, None)
     return unit_rms(x.language, model.decoder.norm)
 
@@ -104,7 +88,7 @@ def _turns(inv_freq: Tensor, positions: Tensor) -> Tensor:
 
 
 def _text_bias(text: TextRows) -> Tensor:
-    """0 on the query's own pair up to itself, else -inf; the keys are the chunk before and the query's chunk."""
+    """0 on the query's own pair up to itself, else -inf. Keys are the previous and the query's own chunk."""
     own = text.pairs.unflatten(1, (-1, text.chunk_tokens))  # [batch, chunks, chunk]
     keys = torch.cat((F.pad(own, (0, 0, 1, 0), value=-2)[:, :-1], own), 2)
     at = torch.arange(2 * text.chunk_tokens, device=own.device)
@@ -122,12 +106,12 @@ class ByExpert:
     vision: Tensor | None
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> "ByExpert":
-        """Something done to the rows of each expert, which is named."""
+        """Apply function(expert, rows) to each expert's rows."""
         vision = None if self.vision is None else function("vision", self.vision)
         return ByExpert(function("language", self.language), vision)
 
     def __add__(self, other: "ByExpert") -> "ByExpert":
-        """The sums of the rows that `other` has, which are the last ones."""
+        """Add `other`, which has only the last rows; the result has only these."""
         language = self.language[:, -other.language.shape[1] :] + other.language
         if self.vision is None or other.vision is None:
             return ByExpert(language, None)
@@ -136,44 +120,44 @@ class ByExpert:
 
 @dataclass(frozen=True)
 class TrainingLayer(LayerWiring):
-    """A layer of the model over rows that are apart by expert. Of the last layer only the texts' rows go on.
+    """A model layer over rows separated by expert. The last layer returns the texts' rows only.
 
-    The gain of a norm, and the scale of the scores, are inside the matrix that follows.
+    The next matrix includes the gain of a norm and the scale of the scores.
     """
 
     layer: DecoderLayer
     is_last: bool
 
     def attention_norm(self, x: ByExpert) -> ByExpert:
-        """Without the gain."""
+        """The norm without its gain."""
         return x.map(lambda _, rows: unit_rms(rows, self.layer.attention_norm))
 
     def mlp_norm(self, x: ByExpert) -> ByExpert:
-        """Without the gain."""
+        """The norm without its gain."""
         return x.map(lambda _, rows: unit_rms(rows, self.layer.mlp_norm))
 
     def gate(self, x: ByExpert) -> ByExpert:
-        """See Gate."""
+        """Gate each expert's rows."""
         return x.map(lambda _, rows: self.layer.gate(rows))
 
+    @override
     def routed(self, name: str, x: ByExpert, step: Fixed) -> ByExpert:
-        """See LayerWiring."""
         return x.map(lambda expert, rows: F.linear(rows, *self._parameters(expert, name)))
 
     def _parameters(self, expert: str, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias."""
         linear = self.layer.get_submodule(f"{expert}.{name}")
-        assert isinstance(linear, nn.Linear), "what an expert is made of"
+        assert isinstance(linear, nn.Linear), "experts are made of them"
         if name == "qkv":
             spec, weight = self.layer.attention.spec, linear.weight * _gain(self.layer.attention_norm)
             return _for_rotation(spec, weight), None if linear.bias is None else _for_rotation(spec, linear.bias)
         return linear.weight * _gain(self.layer.mlp_norm) if name == "gate_up" else linear.weight, linear.bias
 
     def attention(self, qkv: ByExpert, fixed: Fixed, cache: None) -> ByExpert:
-        """Of the rows before the texts among each other, and of the texts to them and to their own pair."""
+        """Attention among the rows before the texts, and of the texts to those rows and their own pair."""
         spec = self.layer.attention.spec
         start, end, text = qkv.language.split((1, 1, qkv.language.shape[1] - 2), 1)
-        assert qkv.vision is not None, "the last layer reads them too"
+        assert qkv.vision is not None, "every layer gets vision rows"
         q, k, v = _heads(spec, torch.cat((start, qkv.vision, end), 1), fixed.prefix_turns)
         texts = _text_attention(_heads(spec, text, fixed.text_turns), k, v, fixed.text_bias)
         if self.is_last:
@@ -185,9 +169,8 @@ class TrainingLayer(LayerWiring):
 
 
 def _for_rotation(spec: DecoderSpec, values: Tensor) -> Tensor:
-    """Weight or bias [out, ...] of a packed projection with the scale of the scores in the queries, and the channels of
-    a query or key head reordered so that the two of a rotary pair are neighbours.
-    """
+    """Weight or bias [out, ...] of a packed projection, with scaled queries and the two channels of each rotary pair
+    next to each other."""
     rotated = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
     pairs = values[:rotated].unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     queries, keys = pairs.split((spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim))

@@ -1,5 +1,5 @@
 """The training loop of one worker. All workers hold the same weights and take the same steps, each on its own pictures;
-the first one also saves the state and says how it goes."""
+the first one also saves state and status."""
 
 import time
 from pathlib import Path
@@ -21,7 +21,7 @@ LOSS_NAMES = ("language", "dense", "accuracy")
 
 
 def train(exchange: Exchange, config_path: Path, folder: Path) -> None:
-    """Go through the stages of a recipe, from wherever the state in the folder is."""
+    """Train all stages of a recipe, resuming from the state in the folder."""
     config = load_config(config_path)
     source = load_source(config.data_path, config.recipe.data_class)
     trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
@@ -36,7 +36,7 @@ def train(exchange: Exchange, config_path: Path, folder: Path) -> None:
 
 
 class Clock:
-    """CPU time of all workers and wall time, both with those of earlier attempts. Every worker reads the same."""
+    """CPU time of all workers and wall time, earlier attempts included. All workers read the same values."""
 
     def __init__(self, exchange: Exchange, before: Status) -> None:
         self.exchange, self._before, self._started = exchange, before, time.monotonic()
@@ -44,12 +44,12 @@ class Clock:
         self.update()
 
     def update(self) -> None:
-        """Ask all workers; all must call it at the same step."""
+        """Sum over the workers. All must call it at the same step."""
         self.cpu_s = self._before.cpu_s + self.exchange.cpu_s()
 
     @property
     def wall_s(self) -> float:
-        """Since the start."""
+        """Wall time, earlier attempts included."""
         return self._before.wall_s + time.monotonic() - self._started
 
 
@@ -64,7 +64,7 @@ class StageRun:
         self.last_saved = time.monotonic()
 
     def run(self, place: Place) -> None:
-        """Train from `place` to the end of its stage, then put the averaged weights in place."""
+        """Train from `place` to the end of its stage, then switch to the averaged weights."""
         stage = self.recipe.stages[place.stage]
         optimizer = build_optimizer(self.trainee, stage, self.recipe.optimizer)
         if place.step:
@@ -90,14 +90,14 @@ class StageRun:
             save_state(self.folder, place, optimizer)
 
     def progress(self, place: Place) -> float:
-        """How much of the stage is over."""
+        """The finished share of the stage."""
         stage = self.recipe.stages[place.stage]
         shares = sum(stage.cpu_share for stage in self.recipe.stages[: place.stage + 1])
         budget_s = max(60 * self.recipe.max_cpu_minutes * shares - place.cpu_s_before, 1.0)
         return progress_of(stage, place.step * stage.batch_images, self.clock.cpu_s - place.cpu_s_before, budget_s)
 
     def report(self, place: Place, optimizer: FlatOptimizer, progress: float) -> None:
-        """Every few steps the time and the status, every few minutes the state."""
+        """Update time and status every few steps, and the state every few minutes."""
         if place.step % STEPS_PER_STATUS == 0:
             self.clock.update()
             if self.is_first_worker:
@@ -107,7 +107,7 @@ class StageRun:
             self.last_saved = time.monotonic()
 
     def write_status(self, place: Place, progress: float) -> None:
-        """Show how it goes."""
+        """Write the status file."""
         stage = self.recipe.stages[place.stage]
         images = place.step * stage.batch_images
         status = Status(
@@ -125,7 +125,7 @@ class StageRun:
 
 @torch.no_grad()
 def move_average(place: Place, optimizer: FlatOptimizer, stage: StageConfig) -> None:
-    """Follow the weights, the more slowly the further the stage is, down to the recipe's decay."""
+    """Update the moving average, with a decay that grows to the recipe's."""
     if stage.average:
         decay = min(stage.average, (place.step + 1) / (place.step + 10))
         place.average.lerp_(optimizer.values, 1 - decay)

@@ -1,8 +1,8 @@
 """The optimizer: all parameters in one flat buffer, matrices updated by Muon, the rest by AdamW.
 
-One buffer makes the exchange between workers, the clipping and the moving average one operation each, and the whole
-state three tensors. Muon: K. Jordan et al. 2024 (momentum, made orthogonal by Newton-Schulz iterations); its step is
-scaled to the size of an AdamW step as in Moonlight (arXiv 2502.16982), so that both share a learning rate.
+With one buffer, exchange between workers, clipping and moving average are one operation each, and the state is three
+tensors. Muon: K. Jordan et al. 2024 (momentum, orthogonalized by Newton-Schulz iterations), its step
+scaled to AdamW's as in Moonlight (arXiv 2502.16982), so both share a learning rate.
 """
 
 import itertools
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmdeploy.train.config import OptimizerConfig
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 RMS_OF_ADAM = 0.2
+ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter's place in the flat buffer and how it is updated.
+    """A parameter's place in the flat buffer, and its update.
 
-    lr_scale multiplies the learning rate; blocks > 0: a matrix that is so many matrices one above the other, for Muon.
+    lr_scale multiplies the learning rate. blocks > 0: the number of stacked matrices, for Muon; 0: AdamW.
     """
 
     name: str
@@ -33,12 +36,12 @@ class Member:
 
     @property
     def stop(self) -> int:
-        """The first place after it."""
+        """End of its range."""
         return self.start + torch.Size(self.shape).numel()
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """Of each of the matrices it is made of."""
+        """Shape of each stacked matrix."""
         return (self.shape[0] // self.blocks, self.shape[1]) if self.blocks else (0, 0)
 
     def view(self, flat: Tensor) -> Tensor:
@@ -46,26 +49,14 @@ class Member:
         return flat[self.start : self.stop].view(self.shape)
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """Constants of the update."""
-
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    momentum: float = 0.95
-    clip: float = 1.0
-
-
 class FlatOptimizer:
     """Owns the parameters of `module` and their gradients as flat buffers; `step` updates them in place.
 
-    roles: for each parameter name its (lr_scale, decays, blocks), see Member.
+    roles: (lr_scale, decays, blocks) by parameter name, see Member.
     """
 
-    def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], hyper: Hyper) -> None:
-        self.hyper = hyper
+    def __init__(self, module: nn.Module, roles: dict[str, tuple[float, bool, int]], config: OptimizerConfig) -> None:
+        self.config = config
         parameters = dict(module.named_parameters())
         self.members: list[Member] = []
         loose = [Member(name, 0, tuple(value.shape), *roles[name]) for name, value in parameters.items()]
@@ -90,53 +81,53 @@ class FlatOptimizer:
         for member in self.members:
             if not member.blocks:
                 self._lr_scale[member.start : member.stop] = member.lr_scale
-                self._decay[member.start : member.stop] = hyper.weight_decay * float(member.decays)
+                self._decay[member.start : member.stop] = config.weight_decay * float(member.decays)
 
     def state(self) -> dict[str, Any]:
-        """What load_state needs to go on exactly here; the tensors are the optimizer's own."""
+        """The state to resume from, sharing the optimizer's tensors."""
         return {"values": self.values, "first": self.first, "second": self.second, "num_steps": self.num_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over the parameters and moments of an optimizer over the same parameters."""
+        """Copy parameters and moments from the state of an optimizer over the same parameters."""
         for name in ("values", "first", "second"):
             getattr(self, name).copy_(state[name])
         self.num_steps = state["num_steps"]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update the parameters from the gradients, and zero those."""
+        """Update the parameters and zero the gradients."""
         norm = torch.linalg.vector_norm(self.grads)
-        self.grads.mul_((self.hyper.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         self.num_steps += 1
         self._adam(lr)
         self._muon(lr)
         self.grads.zero_()
 
     def _adam(self, lr: float) -> None:
-        hyper, part = self.hyper, slice(0, self.adam_total)
+        config, part = self.config, slice(0, self.adam_total)
         grads, values, first = self.grads[part], self.values[part], self.first[part]
-        first.lerp_(grads, 1 - hyper.beta1)
-        self.second.lerp_(grads.square(), 1 - hyper.beta2)
-        bias1, bias2 = 1 - hyper.beta1**self.num_steps, 1 - hyper.beta2**self.num_steps
-        update = first / ((self.second / bias2).sqrt_().add_(hyper.eps)).mul_(bias1)
+        first.lerp_(grads, 1 - config.beta1)
+        self.second.lerp_(grads.square(), 1 - config.beta2)
+        bias1, bias2 = 1 - config.beta1**self.num_steps, 1 - config.beta2**self.num_steps
+        update = first / ((self.second / bias2).sqrt_().add_(ADAM_EPS)).mul_(bias1)
         update.addcmul_(self._decay, values).mul_(self._lr_scale)
         values.sub_(update, alpha=lr)
 
     def _muon(self, lr: float) -> None:
         part = slice(self.adam_total, None)
         grads, first = self.grads[part], self.first[part]
-        first.lerp_(grads, 1 - self.hyper.momentum)
-        grads.lerp_(first, self.hyper.momentum)  # Nesterov
+        first.lerp_(grads, 1 - self.config.momentum)
+        grads.lerp_(first, self.config.momentum)  # Nesterov
         for slab in self._slabs:
             values = slab.view(self.values)
             directions = orthogonal(slab.view(self.grads)).float()
-            values.mul_(1 - lr * self.hyper.weight_decay * slab.lr_scale)
+            values.mul_(1 - lr * self.config.weight_decay * slab.lr_scale)
             values.addcmul_(directions, slab.lr_scale, value=-lr * RMS_OF_ADAM * max(slab.shape) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Matrices of one shape [rows, columns] that stand one after the other in the flat buffer; lr_scale [n, 1, 1]."""
+    """Consecutive matrices of one shape [rows, columns] in the flat buffer; lr_scale [n, 1, 1]."""
 
     start: int
     stop: int

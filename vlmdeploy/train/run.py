@@ -1,6 +1,6 @@
-"""One training run from a recipe to a checkpoint folder in Hugging Face layout: check, continue or start, publish.
+"""Train a recipe and publish a checkpoint folder in Hugging Face layout.
 
-The folder appears whole or not at all; an unfinished run lies in OUT.partial and goes on when started again.
+The folder appears whole or not at all. OUT.partial holds an unfinished run, which the same command resumes.
 """
 
 import json
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, locked, partial_folder, staged_folder
-from vlmdeploy.errors import ConfigError
+from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, staged_folder
+from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress
@@ -29,10 +29,10 @@ from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.stages import build_optimizer
 from vlmdeploy.train.state import (
+    RECIPE,
     Status,
     load_optimizer,
     load_place,
-    open_partial,
     read_status,
 )
 from vlmdeploy.train.trainee import Trainee
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took; losses are smoothed ones of the last step. message says it in a line."""
+    """The cost and the smoothed final losses of a run, with a one-line message."""
 
     message: str
     cpu_minutes: float
@@ -57,9 +57,9 @@ class Result:
 
 
 def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result:
-    """Train as the recipe says, or continue where a killed run with the same recipe was, and write `out`.
+    """Train a recipe, or resume a killed run of it, and write `out`.
 
-    A finished `out` of the same recipe is left as it is. Raises ConfigError, TrainingError and ExportError.
+    A finished `out` of the same recipe stays unchanged. Raises ConfigError, TrainingError and ExportError.
     """
     config = load_config(config_path)
     record = read_record(out)
@@ -69,7 +69,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
     source = load_source(config.data_path, config.recipe.data_class)
     folder = partial_folder(out.absolute())
     with locked(folder), _lines_on_stderr():
-        open_partial(folder, config.values, force)
+        open_partial(folder, RECIPE, config.values, force, TrainingError)
         run_workers(train, (config.path, folder), config.recipe.workers, Watch(folder, progress))
         record = build_record(config, read_status(folder))
         with staged_folder(out, force, is_ours) as staging:
@@ -79,14 +79,14 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
 
 
 class Watch:
-    """Called often while the workers run: shows their status as a progress bar, and as a log line each minute."""
+    """Shows the status of running workers: a progress bar, and a log line every minute."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self._folder, self._progress = folder, progress
         self._last, self._last_s = read_status(folder), time.monotonic()
 
     def __call__(self) -> None:
-        """Look at the status once."""
+        """Show the current status."""
         status = read_status(self._folder)
         self._progress(_headline(status), status.images, status.stage_images)
         if time.monotonic() - self._last_s >= LOG_EVERY_S:
@@ -110,7 +110,7 @@ def _line(status: Status, last: Status) -> str:
 
 @contextmanager
 def _lines_on_stderr() -> Iterator[None]:
-    """Log lines where no progress bar can be seen."""
+    """Log to stderr if it shows no progress bar."""
     if sys.stderr.isatty():
         yield
         return
@@ -126,7 +126,7 @@ def _lines_on_stderr() -> Iterator[None]:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """training.json of a finished run, or nothing."""
+    """Read training.json of a finished run; {} if there is none."""
     try:
         record = read_object(out / RECORD, is_optional=True)
     except ConfigError:
@@ -135,12 +135,12 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def is_ours(out: Path) -> bool:
-    """Whether a folder was written by a training run."""
+    """Whether a training run wrote a folder."""
     return bool(read_record(out))
 
 
 def trained_model(config: TrainConfig, source: TrainingData, folder: Path) -> VisionLanguageModel:
-    """The model that the workers left behind."""
+    """Load the model that the workers trained."""
     trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
     stage = config.recipe.stages[load_place(folder).stage]
     load_optimizer(folder, build_optimizer(trainee, stage, config.recipe.optimizer))
@@ -148,7 +148,7 @@ def trained_model(config: TrainConfig, source: TrainingData, folder: Path) -> Vi
 
 
 def write_checkpoint(config: TrainConfig, model: VisionLanguageModel, record: dict[str, Any], folder: Path) -> None:
-    """Weights in bfloat16, configs, tokenizer and the record, into an existing folder."""
+    """Write weights in bfloat16, configs, tokenizer and the record into an existing folder."""
     save_checkpoint(model, {**config.model_config, "torch_dtype": "bfloat16"}, folder, torch.bfloat16)
     tokens = config.spec.tokens
     stops = list(tokens.stop_ids)
@@ -164,7 +164,7 @@ def write_checkpoint(config: TrainConfig, model: VisionLanguageModel, record: di
 
 
 def build_record(config: TrainConfig, status: Status) -> dict[str, Any]:
-    """What is stored beside the weights: the recipe, and what the run took on which machine."""
+    """The content of training.json: the recipe, and the cost of the run on this machine."""
     return {
         "recipe": config.values,
         "cpu_minutes": round(status.cpu_s / 60, 2),

@@ -1,7 +1,7 @@
-"""The folder OUT.partial: what a killed run needs to go on, and what it shows meanwhile.
+"""OUT.partial of a training run: the state to resume from, and the status.
 
-state.pt holds the optimizer's buffers and the place in the schedule, written by the first worker every few minutes;
-status.json the time used and the losses, renewed every few seconds; recipe.json the values of the recipe.
+The first worker writes state.pt, the optimizer's buffers and the place in the schedule, every few minutes, and
+status.json, time and losses, every few seconds. recipe.json holds the recipe.
 """
 
 import json
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, write_file
+from vlmdeploy.artifact import write_file
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.records import read_object, record_of
-from vlmdeploy.train.config import first_difference
 from vlmdeploy.train.optimizer import FlatOptimizer
 
 STATE, STATUS, RECIPE = "state.pt", "status.json", "recipe.json"
@@ -23,8 +22,8 @@ STATE, STATUS, RECIPE = "state.pt", "status.json", "recipe.json"
 
 @dataclass
 class Place:
-    """Where a run is: the stage's number, steps done in it, CPU seconds used and images seen before it began; the
-    weights' moving average (like FlatOptimizer.values; empty: none), smoothed losses (language, dense, accuracy)."""
+    """The place in the schedule: stage number, its finished steps, CPU seconds and images before it; the weights'
+    moving average (like FlatOptimizer.values; empty: none) and smoothed losses (language, dense, accuracy)."""
 
     stage: int = 0
     step: int = 0
@@ -36,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Status:
-    """What a run shows. Times are of all workers and all attempts; images of this stage and of all of them."""
+    """The status of a run. Times cover all workers and attempts; images count this stage, all_images all stages."""
 
     stage: str = ""
     images: int = 0
@@ -48,42 +47,20 @@ class Status:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-def open_partial(folder: Path, values: dict[str, Any], force: bool) -> None:
-    """Get the folder ready for a run of the recipe with these values: to start it, or to go on.
-
-    Raises TrainingError, naming the key, if a run of another recipe is unfinished there; with `force` that is dropped.
-    """
-    if (folder / RECIPE).is_file():
-        difference = first_difference(values, read_object(folder / RECIPE, TrainingError))
-        if difference is None:
-            return
-        if not force:
-            key, ours, theirs = difference
-            raise TrainingError(
-                f'{folder}: holds an unfinished run of another recipe: "{key}" is {theirs!r} there and {ours!r} now; '
-                "continue with the old recipe, or start anew with --force"
-            )
-        for name in (STATE, STATUS, RECIPE):
-            (folder / name).unlink(missing_ok=True)
-    elif any(path.name != LOCK for path in folder.iterdir()):
-        raise TrainingError(f"{folder}: exists and holds no {RECIPE}: not an unfinished run; move it away")
-    _write_text(folder / RECIPE, json.dumps(values, indent=1))
-
-
 def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
-    """Replace state.pt in one step; it is on the disk when this returns."""
+    """Replace state.pt atomically and durably."""
     content = {**vars(place), **optimizer.state()}
     write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
 
 
 def load_place(folder: Path) -> Place:
-    """Where to go on; the start if there is no state."""
+    """The place to resume from; the start if there is no state."""
     content = _read_state(folder)
     return Place(**{name: content[name] for name in vars(Place())}) if content else Place()
 
 
 def load_optimizer(folder: Path, optimizer: FlatOptimizer) -> None:
-    """Fill the optimizer of the stage that the state belongs to."""
+    """Restore the optimizer of the state's stage."""
     optimizer.load_state(_read_state(folder))
 
 
@@ -93,21 +70,18 @@ def _read_state(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:  # whatever unpickling stumbles over
-        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start anew") from error
+    except Exception as error:  # unpickling raises anything
+        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start over") from error
     return content
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Replace status.json in one step."""
-    _write_text(folder / STATUS, json.dumps(asdict(status)), sync=False)
+    """Replace status.json atomically."""
+    content = json.dumps(asdict(status)).encode()
+    write_file(folder / STATUS, lambda file: file.write(content), sync=False)
 
 
 def read_status(folder: Path) -> Status:
-    """The last status; all zero before the first."""
+    """The last status; all zeros if there is none."""
     path = folder / STATUS
     return record_of(Status, read_object(path, TrainingError, is_optional=True), str(path), TrainingError)
-
-
-def _write_text(path: Path, text: str, sync: bool = True) -> None:
-    write_file(path, lambda file: file.write(text.encode()), sync)

@@ -1,5 +1,4 @@
-"""What is trained: the model with fresh weights, and a head that says what is in each patch, which is dropped
-afterwards. The losses of a step are computed here."""
+"""The trained module: the model and a temporary head that classifies patches. Also computes the losses of a step."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.train.batches import Batch
-from vlmdeploy.train.forward import TextRows, head_logits, text_states, use_plain_attention
+from vlmdeploy.train.forward import head_logits, text_states, use_plain_attention
+from vlmdeploy.train.packing import TextRows
 
 BOX_WEIGHT = 3.0  # in the patch losses
 BOX_BETA = 0.05  # errors below this share of the image side count squared
@@ -20,7 +20,7 @@ BOX_BETA = 0.05  # errors below this share of the image side count squared
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars of one step; accuracy is that of the covered patches' classes."""
+    """Scalars of one step. accuracy: of the classes of covered patches."""
 
     total: Tensor
     language: Tensor
@@ -45,7 +45,7 @@ class Trainee(nn.Module):
             self.head = DenseHead(spec.vision.width, num_patch_classes)
 
     def losses(self, batch: Batch, dense_weight: float) -> Losses:
-        """The losses of a batch; without texts the patch losses are all there is."""
+        """The losses of a batch; without texts, only the patch losses."""
         features = self.model.vision(batch.images)
         dense, accuracy = self.head(features, batch)
         if batch.text is None:
@@ -63,7 +63,7 @@ def answer_loss(model: VisionLanguageModel, features: Tensor, text: TextRows) ->
 
 
 class DenseHead(nn.Module):
-    """What covers each patch, and its box, from the patch's features."""
+    """Predicts what covers each patch, and its box."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ def _box_loss(boxes: Tensor, targets: Tensor, covered: Tensor) -> Tensor:
 
 
 def initialize(model: VisionLanguageModel) -> None:
-    """Fresh weights, by the role that a parameter's name tells.
+    """Initialize parameters by their role.
 
-    The encoder's norms sit on the branch outputs, so their weights say how much a fresh layer adds: half.
+    The encoder's norms are on the branch outputs, so their weight sets how much a fresh layer adds: half.
     """
     depth_scale = (2 * model.spec.decoder.num_layers) ** -0.5
     decoder = [matrix for matrix in matrices(model.spec) if matrix.part == "decoder"]

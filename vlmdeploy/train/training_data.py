@@ -1,6 +1,6 @@
-"""What a recipe's data class offers: endless labelled pictures with dialogues about them.
+"""The data class of a recipe: endless labelled pictures with dialogues about them.
 
-The class lives in a Python file beside the recipe, so this package knows nothing of what is in the pictures.
+Its Python file is beside the recipe, so this package does not depend on the content of the pictures.
 """
 
 import sys
@@ -18,16 +18,16 @@ from vlmdeploy.errors import TrainingError
 from vlmdeploy.runtime.chat import Turn
 
 Dialogue = Sequence[Turn]
-"""Turns about one picture, all answered; the answer to learn is the last."""
+"""Answered turns about one picture; training learns the last answer."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Pictures and what is known about them.
+    """Pictures and their labels.
 
     pixels uint8 [batch, S, S, 3]. patch_classes int64 [batch, patches]: what covers each patch; patch_boxes float32
-    [batch, patches, 4]: x0, y0, x1, y1 of it in 0..1 of the side, all 0 where nothing does. dialogues: for each picture
-    as many as are wanted, those that no longer fit into a row are left out; empty in stages for vision alone.
+    [batch, patches, 4]: x0, y0, x1, y1 of it in 0..1 of the side, all 0 where nothing does. dialogues: any number
+    per picture; those that do not fit in a row are dropped. Empty in vision-only stages.
     """
 
     pixels: NDArray[np.uint8]
@@ -38,16 +38,16 @@ class ImageBatch:
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """The data class: built without arguments, without state between draws."""
+    """The interface of a data class. It takes no arguments and keeps no state between draws."""
 
     num_patch_classes: int
 
     def draw(self, stage: str, count: int, progress: float, rng: np.random.Generator) -> ImageBatch:
-        """`count` pictures for the stage of that name, of which the share `progress` is over."""
+        """Draw `count` pictures for a stage; `progress` is its finished share."""
 
 
 def load_source(path: Path, class_name: str) -> TrainingData:
-    """Build the data class in a Python file; other modules beside that file can be imported by it."""
+    """Build the data class in a Python file, which may import its neighbours."""
     module = _load_module(path)
     if not hasattr(module, class_name):
         raise TrainingError(f'{path}: has no class "{class_name}"')
@@ -61,7 +61,7 @@ def _load_module(path: Path) -> ModuleType:
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, "every .py file has a loader"
     module = module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look for their module
+    sys.modules[path.stem] = module  # dataclasses look up their module here
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

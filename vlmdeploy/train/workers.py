@@ -1,7 +1,7 @@
-"""Worker processes of one thread each that train the same weights: gradients are averaged after every step.
+"""Single-threaded worker processes that train the same weights and average gradients after every step.
 
-On a CPU this is as fast as one process with many threads, and several times faster where other programs run. The first
-worker that fails or dies ends all of them; none outlives the process that started them.
+On a CPU this is as fast as one process with many threads, and several times faster beside other programs. If one worker
+fails or dies, all end; none outlives its parent.
 """
 
 import os
@@ -26,19 +26,19 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET
 
 
 class Exchange:
-    """What workers tell each other; a worker alone tells itself."""
+    """Communication between workers; trivial for a single one."""
 
     def __init__(self, worker: int, num_workers: int) -> None:
         self.worker, self._num_workers = worker, num_workers
 
     def average(self, values: Tensor) -> None:
-        """Replace values, in place, by their mean over the workers."""
+        """Average values over the workers, in place."""
         if self._num_workers > 1:
             distributed.all_reduce(values)
             values.div_(self._num_workers)
 
     def cpu_s(self) -> float:
-        """CPU seconds of all workers since they started, the same number in each."""
+        """CPU seconds of all workers since their start, the same in each."""
         used = torch.tensor(time.process_time(), dtype=torch.float64)
         if self._num_workers > 1:
             distributed.all_reduce(used)
@@ -48,9 +48,9 @@ class Exchange:
 def run_workers(
     work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, watch: Callable[[], None]
 ) -> None:
-    """Call work(exchange, *arguments) in new processes and `watch` twice a second until all have returned.
+    """Call work(exchange, *arguments) in new processes, and `watch` twice a second until all return.
 
-    Raises TrainingError if one of them fails or dies. `work` and its arguments must be picklable.
+    Raises TrainingError if one fails or dies. `work` and its arguments must be picklable.
     """
     store = TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
     started = (work, arguments, num_workers, store.port)
@@ -69,7 +69,7 @@ def run_workers(
 
 
 def _enter(worker: int, work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, port: int) -> None:
-    """The whole life of a worker. Ctrl-C, and the end of its parent, end it at once, even inside an exchange."""
+    """Run a worker. Ctrl-C or the death of its parent ends it at once, even during an exchange."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     if num_workers > 1:
@@ -90,7 +90,7 @@ def _end(processes: list[Any]) -> None:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while: new processes inherit them."""
+    """Set environment variables temporarily, for new processes to inherit."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -101,7 +101,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def uses_bfloat16(dtype: str) -> bool:
-    """Whether matrix products run in bfloat16: "auto" does where the processor has instructions for it."""
+    """Whether to multiply in bfloat16; "auto": if the processor has instructions for it."""
     if dtype != "auto":
         return dtype == "bfloat16"
     flags = Path("/proc/cpuinfo")
