@@ -6,7 +6,6 @@ The graph file is edited in memory only; the weights are the bundle's own extern
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,15 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.bundle import Manifest
-from vlmdeploy.errors import BackendError
 from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
+from vlmdeploy.runtime.backends.door import decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
-from vlmdeploy.runtime.backends.ort import (
-    PROVIDERS,
-    OrtBackend,
-    import_onnxruntime,
-    session_options,
-    unwanted_optimizers,
-)
+from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime, load_session
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.spec.model import ModelSpec
-
-EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
 
 class TappedRun:
@@ -92,7 +83,7 @@ class TappedRun:
     ) -> list[Floats]:
         """One segment (or one decoded token): its stages go to their rows of the whole; its logits, if any."""
         mask = self.vision_mask[start:stop]
-        names = taps[backend.graph_of(mask)]
+        names = taps[decoder_graph(backend.manifest, mask)]
         asked = () if mask.all() else ("logits",)
         call = Call.of_one(rows[start:stop], mask, np.flatnonzero(~mask))
         outputs = backend.run_graph(call, lanes, (*names.values(), *asked))
@@ -145,24 +136,10 @@ def tapped_backend(
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return session_of(ort, model, path, threads, manifest.dialect)
+        return load_session(ort, path, "cpu", threads, manifest.dialect, model.SerializeToString())
 
     cache_type = "fp32" if exact else None
     return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
-
-
-def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:
-    """A CPU session of a graph that was read from `path` and edited; its weights are the file's."""
-    options = session_options(ort, threads)
-    options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
-    options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
-    try:
-        unwanted = unwanted_optimizers(dialect)
-        return ort.InferenceSession(
-            model.SerializeToString(), options, [PROVIDERS["cpu"]], disabled_optimizers=unwanted
-        )
-    except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
-        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 
 
 def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: Path) -> None:

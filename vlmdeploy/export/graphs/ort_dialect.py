@@ -14,6 +14,7 @@ from vlmdeploy.errors import QuantizationError
 from vlmdeploy.export.graphs.builder import GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
 
@@ -30,8 +31,8 @@ class OrtGraph(GraphBuilder):
     cache_type: ClassVar = "fp32"
     rope_tables: ClassVar = ("cos", "sin")
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder."""
         weight = f"{target}.weight"
         order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
         bias = self._bias(f"{target}.bias", order) if has_bias else ""
@@ -75,40 +76,41 @@ class OrtGraph(GraphBuilder):
         names.append("" if grid.symmetric else self.tensor(f"{weight}.zero_points", zeros))
         return names, {"K": width, "N": len(order), "bits": bits, "block_size": block_size}
 
+    @override
     def silu(self, x: str, output: str) -> str:
-        """See GraphBuilder."""
         return self.node("QuickGelu", [x], output, CONTRIB, alpha=1.0)
 
+    @override
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:
-        """See GraphBuilder."""
         return self.node("RMSNormalization", [x, self.parameter(f"{norm}.weight")], output, axis=-1, epsilon=eps)
 
+    @override
     def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
-        """See GraphBuilder."""
         inputs, outputs = [x, branch, self.parameter(f"{norm}.weight")], [f"{output}.normed", "", "", output]
         self.nodes("SkipSimplifiedLayerNormalization", inputs, outputs, CONTRIB, epsilon=eps)
         return output, outputs[0]
 
+    @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder."""
         parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
         return self.node("MultiHeadAttention", parts, output, CONTRIB, num_heads=num_heads)
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder."""
         self.input("seqlens_k", "int32", (1,))
         self.input("total_sequence_length", "int32", ())
         for table in ("cos", "sin"):
             self.input(table, "fp32", ("capacity", heads.padded // 2))
         self.cache_tensors(heads, self.cache_type, "capacity")
 
+    @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """See GraphBuilder."""
         packed = self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
         return self.true_heads(heads, self._attention(heads, index, [packed, "", ""], heads.decoder.num_heads), name)
 
+    @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """See GraphBuilder. An attention writes the cache: it gets the keys as queries and its output is dropped."""
+        """An attention writes the cache: it gets the keys as queries and its output is dropped."""
         packed = self.node("Unsqueeze", [both, self.ints(0)], f"{name}.qkv.batch")
         key, value = self.nodes("Split", [packed], [f"{name}.key", f"{name}.value"], axis=2, num_outputs=2)
         self._attention(heads, index, [key, key, value], heads.decoder.num_kv_heads)
@@ -136,8 +138,8 @@ class OrtCudaGraph(OrtGraph):
     cache_type: ClassVar = "fp16"
     rope_tables: ClassVar = ("cos.fp16", "sin.fp16")
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder."""
         weight = f"{target}.weight"
         precision = self.weights.plan[weight]
         if precision.type == "fp32":
@@ -157,25 +159,25 @@ class OrtCudaGraph(OrtGraph):
         product = self.cast(half, f"{output}.product", "fp32")
         return self.node("Add", [product, self._bias(f"{target}.bias", order)], output)
 
+    @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder."""
         narrow = self.cast(qkv, f"{output}.qkv", "fp16")
         return self.cast(super().encoder_attention(narrow, f"{output}.fp16", num_heads, width), output, "fp32")
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder."""
         super().cache_inputs(heads)
         for table in ("cos", "sin"):
             self.cast(table, f"{table}.fp16", "fp16")
 
+    @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """See GraphBuilder."""
         packed = self.node("Unsqueeze", [self.cast(qkv, f"{name}.qkv.half", "fp16"), self.ints(0)], f"{name}.qkv.batch")
         mixed = self._attention(heads, index, [packed, "", ""], heads.decoder.num_heads)
         return self.true_heads(heads, self.cast(mixed, f"{mixed}.fp32", "fp32"), name)
 
+    @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """See GraphBuilder."""
         super().cached_keys_and_values(heads, index, self.cast(both, f"{name}.qkv.half", "fp16"), name)
 
 

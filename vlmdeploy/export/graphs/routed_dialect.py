@@ -25,6 +25,7 @@ from vlmdeploy.export.graphs.routed_functions import (
 from vlmdeploy.export.graphs.trt_dialect import OPSET, TRT_DOMAIN, TrtGraph, attention_function
 from vlmdeploy.export.weight_reader import Ints
 from vlmdeploy.kernels.packing import BITS, EXPERTS, check_layout, pack_codes, pack_scales
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import widen
 from vlmdeploy.quant.grid import Codes, Grid
 from vlmdeploy.quant.precision import Precision, PrecisionPlan
@@ -42,8 +43,9 @@ class RoutedTrtGraph(TrtGraph):
     batch: ClassVar[int | str] = "batch"
     row_axis: ClassVar = "tokens"
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder. Rows are those of all prompts, tokens = batch * rows, prompt after prompt.
+        """Rows are those of all prompts, tokens = batch * rows, prompt after prompt.
 
         experts int32 [tokens]: 0 language, 1 vision. The rest is as in TrtGraph. The rows are sorted by expert once,
         for all layers.
@@ -53,15 +55,16 @@ class RoutedTrtGraph(TrtGraph):
         self.nodes(PARTITION, ["experts"], ["order", "language_count"], ROUTED_DOMAIN, **PLUGIN_ATTRIBUTES)
         self.node("Shape", ["position_ids"], "batch_and_rows")
 
+    @override
     def _cache_heads(self, num_heads: int, width: int) -> str:
-        """See TrtGraph."""
         name = f"batch_and_rows.{num_heads}x{width}"
         if name not in self._made:
             self.node("Concat", ["batch_and_rows", self.ints(num_heads, width)], name, axis=0)
         return name
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder. A target "….routed.…" stands for the linear of that name of both experts."""
+        """A target "….routed.…" stands for the linear of that name of both experts."""
         if ROUTED not in target:
             return super().linear(x, target, output, order, has_bias)
         targets = [target.replace(ROUTED, f".{expert}.") for expert in EXPERTS]
