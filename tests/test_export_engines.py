@@ -306,7 +306,7 @@ def test_decoder_in_several_engines(copied: Path, rtx: Path, monkeypatch: pytest
     """As on a machine whose memory holds one layer: each engine has its layers' bytes, and only these."""
     monkeypatch.setattr("vlmdeploy.export.engines.parts.BASE_BYTES", 0)
     memory = int(0.9 * build_bytes(sum(initializer_bytes(graph_of(rtx, "decoder_text")).values())))
-    manifest, is_new = build_bundle(copied, BuildOptions(shapes=ProfileShapes(64), max_memory=memory), no_progress)
+    manifest, is_new = build_bundle(copied, BuildOptions(chunk_rows=64, max_memory=f"{memory}B"), no_progress)
     assert is_new
     names = [name for name in manifest.engines if name.startswith("decoder_text")]
     assert len(names) > 1 and [manifest.engines[name].part for name in names] == list(range(len(names)))

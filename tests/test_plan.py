@@ -115,8 +115,8 @@ def test_changes_fit_are_smallest_and_come_cheapest_first() -> None:
 def test_changes_do_what_they_say() -> None:
     plan = planned("cogvlm2", board(14.8))
     assert plan.changes[0].options == ("--swap 14GB",)
-    assert planned("cogvlm2", board(14.8), swap_bytes=14 * 10**9).verdict == "fits"
-    assert planned("cogvlm2", board(14.8), swap_bytes=13 * 10**9).verdict.startswith("fits with")
+    assert planned("cogvlm2", board(14.8), swap="14GB").verdict == "fits"
+    assert planned("cogvlm2", board(14.8), swap="13GB").verdict.startswith("fits with")
     other = next(change for change in plan.changes if "--vision int4 --connector int4" in change.options)
     chosen = planned("cogvlm2", board(14.8), precisions=INT4_ENCODER)
     assert (chosen.verdict, max(chosen.peak_bytes.values())) == ("fits", other.peak_bytes)

@@ -79,7 +79,7 @@ class TrtGraph(GraphBuilder):
     @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
         weight = f"{target}.weight"
-        order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
+        order = self._rows_of(weight, order)
         precision = self.weights.plan[weight]
         kind = "fp32" if precision.type == "fp32" else "fp16"
         if precision.grid is not None:
