@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from tests.golden_cases import GOLDEN
+from tests.graph_edits import graph_of
 from tests.plan_reader import Profile, read_plan
 from tests.tiny_bundle import (
     ROOT,
@@ -62,10 +63,6 @@ def copied(rtx: Path, tmp_path: Path) -> Path:
 
 def profiles_of(bundle: Path, graph: str) -> list[Profile]:
     return read_plan(bundle / f"engines/{graph}.engine")
-
-
-def graph_of(bundle: Path, name: str) -> onnx.ModelProto:
-    return onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
 
 
 def int4_bytes(model: onnx.ModelProto) -> int:

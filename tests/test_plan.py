@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.calibration_data import write_calibration_checkpoint, write_calibration_data
 from tests.tiny_bundle import export, run_cli, write_text_checkpoint
 from vlmdeploy.bundle import read_manifest
-from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.engines.parts import build_bytes
 from vlmdeploy.plan.device import PlanDevice, plan_device
 from vlmdeploy.plan.draft import Plan
@@ -316,15 +314,6 @@ def test_power_mode_changes_the_rates() -> None:
     assert slow.fp16_flop_per_s is not None and fast.fp16_flop_per_s is not None
     assert slow.fp16_flop_per_s < fast.fp16_flop_per_s
     assert slow.title == "Jetson Orin NX 16 GB, 15W"
-
-
-def test_codes_of_another_width_are_refused(tmp_path: Path) -> None:
-    geometry = released_model("cogvlm")
-    with pytest.raises(ConfigError, match="--bits is 5, but the decoder of trt-int4 is int4"):
-        make_plan(geometry, plan_device("thor"), PlanOptions(bits=5))
-    with pytest.raises(ConfigError, match='--target "ort-int5" is not known'):
-        make_plan(geometry, plan_device("thor"), PlanOptions(target="ort-int5"))
-    assert np.isfinite(make_plan(geometry, plan_device("thor"), PlanOptions()).speed.decode_bytes)
 
 
 def test_memory_of_onnxruntime_on_a_cpu_by_hand() -> None:

@@ -58,6 +58,8 @@ def test_every_device_has_a_target_that_it_runs(device: str) -> None:
         ("thor", {"target": "trt-fp16", "group": 64}, "--group 64 has no effect on trt-fp16"),
         ("thor", {"target": "trt-fp16", "bits": 4}, "--bits is 4, but the decoder of trt-fp16 is fp16"),
         ("thor", {"target": "ort-int8", "bits": 4}, "--bits is 4, but the decoder of ort-int8 is int8"),
+        ("thor", {"bits": 5}, "--bits is 5, but the decoder of trt-int4 is int4"),
+        ("thor", {"target": "ort-int5"}, '--target "ort-int5" is not known'),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_or_do_nothing_are_named(device: str, options: dict[str, Any], message: str) -> None:
