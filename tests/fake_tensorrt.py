@@ -20,7 +20,9 @@ from vlmdeploy.bundle import EngineInfo, Manifest, hash_file, read_manifest, wri
 from vlmdeploy.export.engines.parts import EnginePart, cut
 from vlmdeploy.runtime.backends.cuda_device import Buffer
 from vlmdeploy.runtime.backends.ort import session_options
+from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
+from vlmdeploy.runtime.session import Session
 
 NUMPY_TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32
@@ -318,3 +320,13 @@ def write_fake_engines(
     built = replace(manifest, engines=engines, files=files)
     write_manifest(folder, built)
     return built
+
+
+def open_fake(
+    folder: Path, residency: str = "all", name: str = "tensorrt_rtx", version: str = "1.7.1",
+    device: FakeDevice | None = None,
+) -> tuple[Session, FakeDevice]:  # fmt: skip
+    """A session on a bundle with fake plans, and its device."""
+    manifest, device = read_manifest(folder), device or FakeDevice()
+    backend = TrtBackend(folder, manifest, residency, fake_library(device, name, version), device)  # type: ignore[arg-type]
+    return Session(folder, manifest, backend), device

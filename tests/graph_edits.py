@@ -1,4 +1,4 @@
-"""Faults built into a bundle's written graphs, for the gate to find."""
+"""A bundle's written graphs, and faults built into them for the gate to find."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +10,26 @@ from tests.tiny_bundle import flip_byte
 Edit = Callable[[Path], None]
 
 
+def graph_of(bundle: Path, name: str) -> onnx.ModelProto:
+    """One graph of a bundle, without its weights."""
+    return onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
+
+
+def names_of(bundle: Path, graph: str) -> list[str]:
+    """Names of the stored tensors of a graph."""
+    return [tensor.name for tensor in graph_of(bundle, graph).graph.initializer]
+
+
 def edit_nodes(graph: str, op: str, edit: Callable[[onnx.NodeProto], None]) -> Edit:
     """Change every node of one operator in one graph."""
 
     def edit_file(folder: Path) -> None:
-        path = folder / f"{graph}.onnx"
-        model = onnx.load(str(path), load_external_data=False)
+        model = graph_of(folder, graph)
         nodes = [node for node in model.graph.node if node.op_type == op]
         assert nodes, f"{graph} has no {op}"
         for node in nodes:
             edit(node)
-        path.write_bytes(model.SerializeToString())
+        (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
 
     return edit_file
 
@@ -45,8 +54,7 @@ def flip_weight(graph: str, tensor_name: str) -> Edit:
     """Change the first byte of one stored tensor."""
 
     def edit(folder: Path) -> None:
-        model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == tensor_name)
+        tensor = next(tensor for tensor in graph_of(folder, graph).graph.initializer if tensor.name == tensor_name)
         place = {entry.key: entry.value for entry in tensor.external_data}
         flip_byte(folder / place["location"], int(place["offset"]))
 

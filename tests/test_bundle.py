@@ -129,7 +129,7 @@ def test_longer_manifest_is_noticed(tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_missing_manifest_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="nowhere: no such folder"):
+    with pytest.raises(BundleError, match="nowhere: no such folder; expected a bundle"):
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=f"has no {MANIFEST_NAME}"):
         read_manifest(tmp_path)

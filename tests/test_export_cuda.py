@@ -5,9 +5,9 @@ never run on one in silence. No test here has seen a GPU.
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
+from tests.graph_edits import graph_of
 from tests.tiny_bundle import export, only_error_line, run_cli
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
@@ -19,10 +19,6 @@ GRAPHS = ["vision", "decoder_text", "decoder_vision"]
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: dict[str, Any] = {"hidden": 128, "heads": 4, "mlp": 192, "vision_width": 64, "vision_mlp": 128, "vocab": 300}
     return write_tiny_checkpoint(tmp_path_factory.mktemp("cuda") / "ckpt", "cogvlm2", **sizes)
-
-
-def graph_of(bundle: Path, name: str) -> onnx.ModelProto:
-    return onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from tests.golden_cases import GOLDEN
+from tests.graph_edits import graph_of
 from tests.plan_reader import Profile, read_plan
 from tests.tiny_bundle import (
     ROOT,
@@ -62,10 +63,6 @@ def copied(rtx: Path, tmp_path: Path) -> Path:
 
 def profiles_of(bundle: Path, graph: str) -> list[Profile]:
     return read_plan(bundle / f"engines/{graph}.engine")
-
-
-def graph_of(bundle: Path, name: str) -> onnx.ModelProto:
-    return onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
 
 
 def int4_bytes(model: onnx.ModelProto) -> int:
@@ -306,7 +303,7 @@ def test_decoder_in_several_engines(copied: Path, rtx: Path, monkeypatch: pytest
     """As on a machine whose memory holds one layer: each engine has its layers' bytes, and only these."""
     monkeypatch.setattr("vlmdeploy.export.engines.parts.BASE_BYTES", 0)
     memory = int(0.9 * build_bytes(sum(initializer_bytes(graph_of(rtx, "decoder_text")).values())))
-    manifest, is_new = build_bundle(copied, BuildOptions(shapes=ProfileShapes(64), max_memory=memory), no_progress)
+    manifest, is_new = build_bundle(copied, BuildOptions(chunk_rows=64, max_memory=f"{memory}B"), no_progress)
     assert is_new
     names = [name for name in manifest.engines if name.startswith("decoder_text")]
     assert len(names) > 1 and [manifest.engines[name].part for name in names] == list(range(len(names)))

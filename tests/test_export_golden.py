@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import vlmdeploy
 from tests.comparison import GOLDEN_FP32, assert_close
 from tests.golden_cases import CHECKPOINTS, GOLDEN, GoldenCase, golden_cases
+from tests.graph_edits import graph_of, names_of
 from tests.reference import int4 as reference
 from tests.tiny_bundle import TEXT_MODEL, content_of, export, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
@@ -199,10 +200,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export_with_model(write_tiny_checkpoint(folder / "ckpt", "cogvlm2", **sizes), folder, "ort-int4")
 
 
-def graph_of(exported: Exported, name: str) -> onnx.ModelProto:
-    return onnx.load(str(exported.folder / f"{name}.onnx"), load_external_data=False)
-
-
 def external_ranges(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """Tensor name -> offset and end in the data file."""
     ranges = {}
@@ -215,56 +212,47 @@ def external_ranges(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
 
 def external_content(exported: Exported, graph: str) -> list[bytes]:
     data = exported.folder.joinpath(f"{graph}.data").read_bytes()
-    return [data[slice(*span)] for span in external_ranges(graph_of(exported, graph)).values()]
+    return [data[slice(*span)] for span in external_ranges(graph_of(exported.folder, graph)).values()]
 
 
 @pytest.mark.parametrize("graph", ["vision", "decoder_text", "decoder_vision"])
 def test_external_tensors_are_aligned_and_do_not_overlap(wide: Exported, graph: str) -> None:
-    spans = sorted(external_ranges(graph_of(wide, graph)).values())
+    spans = sorted(external_ranges(graph_of(wide.folder, graph)).values())
     size = (wide.folder / f"{graph}.data").stat().st_size
     assert spans and all(start % PAGE == 0 for start, _ in spans)
     assert all(0 <= next_start - stop < PAGE for (_, stop), (next_start, _) in pairwise(spans))
     assert spans[0][0] == 0 and spans[-1][1] == size, "nothing stored that no graph names"
 
 
-@pytest.mark.parametrize("graph", ["vision", "decoder_text", "decoder_vision"])
-def test_graph_passes_the_checker(wide: Exported, graph: str) -> None:
-    onnx.checker.check_model(str(wide.folder / f"{graph}.onnx"))
-
-
 def test_every_matrix_is_on_disk_once(wide: Exported) -> None:
-    names = [name for graph in wide.manifest.graphs for name in external_ranges(graph_of(wide, graph))]
+    names = [name for graph in wide.manifest.graphs for name in external_ranges(graph_of(wide.folder, graph))]
     assert len(names) == len(set(names))
     stored = [content for graph in wide.manifest.graphs for content in external_content(wide, graph)]
     assert len(stored) == len(set(stored)) == len(names)
 
 
-def initializer_names(exported: Exported, graph: str) -> list[str]:
-    return [tensor.name for tensor in graph_of(exported, graph).graph.initializer]
-
-
 def test_decode_graph_has_no_vision_expert(wide: Exported) -> None:
-    names = initializer_names(wide, "decoder_text")
+    names = names_of(wide.folder, "decoder_text")
     assert "decoder.layers.0.language.qkv.weight" in names
     assert not [name for name in names if "vision" in name or name.startswith(("connector", "embedding"))]
 
 
 def test_vision_expert_graph_stops_after_the_last_keys_and_values(wide: Exported) -> None:
-    names = initializer_names(wide, "decoder_vision")
+    names = names_of(wide.folder, "decoder_vision")
     last = [name for name in names if name.startswith("decoder.layers.1.")]
     expected = ["decoder.layers.1.attention_norm.weight", "decoder.layers.1.vision.qkv.bias"]
     expected += ["decoder.layers.1.vision.qkv.weight", "decoder.layers.1.vision.qkv.weight.scales"]
     assert sorted(last) == expected
     assert not [name for name in names if "language" in name or name.startswith(("lm_head", "embedding"))]
     kv_width = 2 * 2 * 64  # keys and values of two heads: no query rows
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph_of(wide, "decoder_vision").graph.initializer}
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph_of(wide.folder, "decoder_vision").graph.initializer}
     assert shapes["decoder.layers.1.vision.qkv.weight"][0] == kv_width
 
 
 def test_stored_codes_are_those_of_the_reference(wide: Exported, tmp_path: Path) -> None:
     """Read back by hand from the data file: the codes of the textbook int4 of the checkpoint's own tensor."""
     name = "decoder.layers.1.language.down.weight"
-    model = graph_of(wide, "decoder_text")
+    model = graph_of(wide.folder, "decoder_text")
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     group = wide.manifest.group_sizes["decoder"]
     content = wide.folder.joinpath("decoder_text.data").read_bytes()[slice(*external_ranges(model)[name])]

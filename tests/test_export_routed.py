@@ -19,7 +19,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 import tests.reference.int4 as reference
 from tests.golden_cases import GOLDEN
 from tests.gptq_checkpoint import Tensors, gptq_tensors, write_gptq_checkpoint
-from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute
+from tests.graph_edits import Edit, edit_nodes, flip_weight, graph_of, set_attribute
 from tests.tiny_bundle import TEXT_MODEL, edit_manifest, export, only_error_line, run_cli, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
@@ -48,10 +48,6 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(ckpt: Path) -> Path:
     """Shared: do not change it."""
     return export(ckpt, ckpt.parent / "bundle", "trt-int4", routed_plugin="on")
-
-
-def decoder_of(bundle: Path) -> onnx.ModelProto:
-    return onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)
 
 
 # The operations
@@ -128,7 +124,7 @@ def test_linear_multiplies_each_row_with_its_expert(experts: list[int], kind: ty
 
 
 def test_one_decoder_graph_holds_both_experts(bundle: Path) -> None:
-    manifest, model = read_manifest(bundle), decoder_of(bundle)
+    manifest, model = read_manifest(bundle), graph_of(bundle, "decoder")
     assert list(manifest.graphs) == ["vision", "decoder"]
     assert [node.op_type for node in model.graph.node].count("RoutedPartition") == 1, "all layers share the order"
     assert [node.op_type for node in model.graph.node].count("RoutedLinear") == 4 * SIZES["layers"]
@@ -137,7 +133,7 @@ def test_one_decoder_graph_holds_both_experts(bundle: Path) -> None:
 
 
 def test_plugin_is_named_where_tensorrt_looks_for_it(bundle: Path) -> None:
-    for node in decoder_of(bundle).graph.node:
+    for node in graph_of(bundle, "decoder").graph.node:
         if node.domain == ROUTED_DOMAIN:
             attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
             assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"vlmdeploy", b"1")
@@ -153,7 +149,7 @@ def test_bundle_says_that_it_needs_the_plugin(bundle: Path) -> None:
 
 
 def test_packed_codes_are_those_of_the_reference(ckpt: Path, bundle: Path) -> None:
-    model, checkpoint = decoder_of(bundle), Checkpoint(ckpt)
+    model, checkpoint = graph_of(bundle, "decoder"), Checkpoint(ckpt)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for kind in ("dense", "gate_up", "down"):
         stored = []
@@ -170,7 +166,7 @@ def test_packed_codes_are_those_of_the_reference(ckpt: Path, bundle: Path) -> No
 
 
 def test_bias_is_zero_for_the_expert_that_has_none(bundle: Path) -> None:
-    tensors = {tensor.name: tensor for tensor in decoder_of(bundle).graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph_of(bundle, "decoder").graph.initializer}
     qkv = onnx.numpy_helper.to_array(tensors["decoder.layers.0.routed.qkv.bias"])
     dense = onnx.numpy_helper.to_array(tensors["decoder.layers.0.routed.dense.bias"])
     assert not qkv[0].any()
@@ -250,11 +246,10 @@ def route_all_to(expert: str) -> Callable[[onnx.NodeProto], None]:
 
 def add_counts(folder: Path) -> None:
     """Constant counts that the sabotaged nodes read."""
-    path = folder / "decoder.onnx"
-    model = onnx.load(str(path), load_external_data=False)
+    model = graph_of(folder, "decoder")
     for name, value in (("count.all", 10**6), ("count.none", 0)):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int32), name))
-    path.write_bytes(model.SerializeToString())
+    (folder / "decoder.onnx").write_bytes(model.SerializeToString())
 
 
 def routed_to(expert: str) -> Edit:
@@ -294,7 +289,7 @@ def test_gate_names_the_first_stage_that_differs(
 
 def test_only_the_plugins_lose_their_bodies_for_tensorrt(bundle: Path) -> None:
     """What has a body is not looked for among the plugins; TRT_Attention is TensorRT's own, with a body for others."""
-    model = without_routed_functions(decoder_of(bundle))
+    model = without_routed_functions(graph_of(bundle, "decoder"))
     assert [(function.domain, function.name) for function in model.functions] == [("trt", "TRT_Attention")]
 
 

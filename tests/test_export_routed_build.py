@@ -15,10 +15,9 @@ import pytest
 
 from tests.tiny_bundle import edit_manifest, export, write_text_checkpoint
 from vlmdeploy.bundle import Manifest, read_manifest
-from vlmdeploy.devices import device
 from vlmdeploy.errors import BackendError, BundleError, ExportError
-from vlmdeploy.export.engines.build import BuildOptions, build_bundle, read_build_options
-from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, RoutedPlugin, profiles, use_plugin
+from vlmdeploy.export.engines.build import BuildOptions, build_bundle
+from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, profiles, use_plugin
 from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.backends.plugin_library import PACKING
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
@@ -65,7 +64,7 @@ def library_file(folder: Path, content: str = "machine code") -> Path:
 
 
 def build(bundle: Path, library: Path | None, batch: int = 4) -> tuple[Manifest, bool]:
-    return build_bundle(bundle, BuildOptions(shapes=ProfileShapes(batch=batch), plugin_library=library), no_progress)
+    return build_bundle(bundle, BuildOptions(batch=batch, plugin_library=library), no_progress)
 
 
 def test_routed_bundle_gets_one_decoder_engine_and_the_plugin(bundle: Path, requests: Requests, tmp_path: Path) -> None:
@@ -161,9 +160,7 @@ def test_build_that_is_cut_off_at_the_end_leaves_no_engines_and_no_plugin(
 
 def test_device_too_small_for_the_lanes_is_told(bundle: Path, requests: Requests) -> None:
     """The cache of one prompt fits, those of two million do not."""
-    small, large = (
-        BuildOptions(shapes=ProfileShapes(batch=batch), device=device("orin-nx-16")) for batch in (4, 2_000_000)
-    )
+    small, large = (BuildOptions(batch=batch, device_name="orin-nx-16") for batch in (4, 2_000_000))
     with pytest.raises(ExportError, match=r"--device orin-nx-16 has 14\.\d GB .* needs"):
         build_bundle(bundle, large, no_progress)
     assert requests == []
@@ -199,15 +196,6 @@ def test_failed_build_leaves_the_bundle_as_it_was(
     with pytest.raises(BackendError, match="no kernels for SM 75"):
         build(bundle, None)
     assert {path: path.read_bytes() for path in bundle.iterdir()} == before
-
-
-def test_options_carry_batch_and_plugin() -> None:
-    options = read_build_options((), 64, None, None, 4, Path("x.so"), "on")
-    assert (options.shapes, options.plugin_library, options.routed_plugin) == (
-        ProfileShapes(64, batch=4),
-        Path("x.so"),
-        "on",
-    )
 
 
 @pytest.mark.parametrize("library", [None, Path("libvlmdeploy_routed.so")])

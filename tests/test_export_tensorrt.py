@@ -16,9 +16,9 @@ from onnx.external_data_helper import load_external_data_for_tensor
 import tests.reference.int4 as reference
 from tests.calibration_data import FAST, write_calibration_checkpoint, write_calibration_data
 from tests.gptq_checkpoint import write_gptq_checkpoint
-from tests.graph_edits import Edit, edit_nodes, flip_weight, set_attribute
+from tests.graph_edits import Edit, edit_nodes, flip_weight, graph_of, names_of, set_attribute
 from tests.tiny_bundle import content_of, export, only_error_line, run_cli, write_text_checkpoint
-from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ExportError, ParityError
 from vlmdeploy.export.engines.parts import BASE_BYTES, cut, initializer_bytes, plan_parts
@@ -40,10 +40,6 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(ckpt: Path) -> Path:
     """Shared: do not change it."""
     return export(ckpt, ckpt.parent / "bundle", "trt-int4")
-
-
-def graph_of(bundle: Path, name: str) -> onnx.ModelProto:
-    return onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
 
 
 def ops_of(model: onnx.ModelProto) -> set[tuple[str, str]]:
@@ -100,10 +96,6 @@ def test_cache_is_fp16_of_the_whole_context(bundle: Path) -> None:
         assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     assert manifest.cache.dtype == "fp16"
     assert manifest.memory_bytes["kv_per_token"] == 2 * 2 * SIZES["layers"] * 2 * manifest.cache.head_dim
-
-
-def names_of(bundle: Path, graph: str) -> list[str]:
-    return [tensor.name for tensor in graph_of(bundle, graph).graph.initializer]
 
 
 def test_no_expert_is_in_the_others_graph(bundle: Path) -> None:
@@ -274,8 +266,6 @@ def test_gate_names_the_first_stage_that_differs(
 
 def test_fp16_overflow_names_the_layer_and_offers_fp32(tmp_path: Path) -> None:
     """Activations that fit bf16 and not fp16, as seen in CogVLM's encoder; the same encoder in fp32 passes."""
-    from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
-
     tiny = TinyCheckpoint("cogvlm", **SIZES)
     tensors = tiny.tensors()
     name = next(name for name in tensors if "vision" in name and name.endswith("layers.1.mlp.fc1.weight"))

@@ -53,11 +53,13 @@ def test_every_device_has_a_target_that_it_runs(device: str) -> None:
         ("h100", {"target": "ort-int4"}, "h100 is a card, and ort-int4 would run on the CPU beside it"),
         ("thor", {"provider": "cuda"}, "--provider cuda has no effect on trt-int4"),
         ("thor", {"target": "ort-int4", "chunk_rows": 128}, "--chunk-rows 128 has no effect on ort-int4"),
-        ("thor", {"target": "ort-int4", "swap_bytes": 10**9}, "--swap has no effect on ort-int4"),
-        ("h100", {"swap_bytes": 10**9}, "--swap has no effect on trt-int4"),
+        ("thor", {"target": "ort-int4", "swap": "1GB"}, "--swap has no effect on ort-int4"),
+        ("h100", {"swap": "1GB"}, "--swap has no effect on trt-int4"),
         ("thor", {"target": "trt-fp16", "group": 64}, "--group 64 has no effect on trt-fp16"),
         ("thor", {"target": "trt-fp16", "bits": 4}, "--bits is 4, but the decoder of trt-fp16 is fp16"),
         ("thor", {"target": "ort-int8", "bits": 4}, "--bits is 4, but the decoder of ort-int8 is int8"),
+        ("thor", {"bits": 5}, "--bits is 5, but the decoder of trt-int4 is int4"),
+        ("thor", {"target": "ort-int5"}, '--target "ort-int5" is not known'),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_or_do_nothing_are_named(device: str, options: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
+from tests.fake_tensorrt import FakeDevice, fake_library, open_fake, write_fake_engines
 from tests.tiny_bundle import export, picture, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bench.memory_use import device_memory
@@ -54,12 +54,6 @@ def built(routed: Path, tmp_path: Path) -> Path:
     parts += [EnginePart("decoder", index, layers, 0, is_whole=False) for index, layers in enumerate([(0, 2), (2, 3)])]
     write_fake_engines(folder, parts, CHUNK_ROWS, LOGIT_ROWS, BATCH)
     return folder
-
-
-def open_fake(folder: Path, residency: str = "all") -> tuple[Session, FakeDevice]:
-    manifest, device = read_manifest(folder), FakeDevice()
-    backend = TrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
-    return Session(folder, manifest, backend), device
 
 
 def questions() -> list[Question]:
@@ -315,28 +309,6 @@ def test_plugin_library_of_the_bundle_is_registered_first(
     manifest = replace(manifest, plugin=PluginUse(1, library))
     TrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
     assert loaded == ([built / library] if library else [])
-
-
-def test_engines_are_wanted_where_no_provider_is_named(routed: Path) -> None:
-    with pytest.raises(BackendError, match="has no engines yet"):
-        open_bundle(routed)
-
-
-def test_closed_engines_hold_nothing(built: Path) -> None:
-    session, device = open_fake(built)
-    session.generate_ids_batch(questions(), 2)
-    session.close()
-    assert device.used_bytes() == 0
-
-
-def test_lanes_of_an_older_batch_are_refused(built: Path) -> None:
-    session, _ = open_fake(built)
-    backend = session.backend
-    assert isinstance(backend, TrtBackend)
-    old = backend.new_lanes(1, 9)
-    backend.new_lanes(1, 9)
-    with pytest.raises(BackendError, match="given up"):
-        backend.decode(np.zeros((1, 64), np.float32), np.ones(1, np.bool_), old)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 8, 100])

@@ -349,25 +349,6 @@ def test_full_check_trusts_no_status(copy: Path) -> None:
         vlmdeploy.open(copy, check="full")
 
 
-def test_flipped_bit_anywhere_in_the_manifest_is_found(copy: Path) -> None:
-    size = (copy / MANIFEST_NAME).stat().st_size
-    places = [*range(0, size, 211), *range(size - 90, size)]
-    for place in places:
-        flip_byte(copy / MANIFEST_NAME, place)
-        with pytest.raises(BundleError, match=r"manifest\.json: (altered|truncated)"):
-            vlmdeploy.open(copy)
-        flip_byte(copy / MANIFEST_NAME, place)
-    assert vlmdeploy.open(copy), "all bits are back"
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 1, 100, -100, -1])
-def test_truncated_manifest_is_found(copy: Path, kept_bytes: int) -> None:
-    path = copy / MANIFEST_NAME
-    path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(BundleError, match=r"manifest\.json: truncated, .*copy the bundle again"):
-        vlmdeploy.open(copy)
-
-
 @pytest.mark.parametrize("file", [*FILES, MANIFEST_NAME])
 def test_missing_file_is_named(copy: Path, file: str) -> None:
     (copy / file).unlink()
@@ -380,19 +361,6 @@ def test_file_of_another_size_is_named(copy: Path, file: str) -> None:
     path = copy / file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match=rf"{file}: \d+ bytes, the manifest says \d+; copy the bundle again"):
-        vlmdeploy.open(copy)
-
-
-def test_no_such_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="nowhere: no such folder; expected a bundle"):
-        vlmdeploy.open(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match=r"has no manifest\.json"):
-        vlmdeploy.open(tmp_path)
-
-
-def test_bundle_of_a_newer_format_is_refused(copy: Path) -> None:
-    edit_manifest(copy, format_version="2.0")
-    with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.2.* update vlmdeploy"):
         vlmdeploy.open(copy)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fake_tensorrt import SCRATCH, FakeDevice, fake_library, write_fake_engines
+from tests.fake_tensorrt import SCRATCH, FakeDevice, open_fake, write_fake_engines
 from tests.tiny_bundle import edit_manifest, export, flip_byte, only_error_line, run_cli, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
-from vlmdeploy.bundle import Manifest, hash_file, read_manifest
+from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.export.engines.parts import EnginePart
 from vlmdeploy.runtime.backends.lanes import Call
@@ -62,12 +62,6 @@ def with_engines(exported: Path, folder: Path, parts: str) -> Path:
     edit_manifest(folder, target="rtx-int4")
     write_fake_engines(folder, PARTS[parts], CHUNK_ROWS, LOGIT_ROWS)
     return folder
-
-
-def open_fake(folder: Path, residency: str = "all", device: FakeDevice | None = None) -> tuple[Session, FakeDevice]:
-    manifest, device = read_manifest(folder), device or FakeDevice()
-    backend = TrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
-    return Session(folder, manifest, backend), device
 
 
 def reference(folder: Path) -> Session:
@@ -202,8 +196,11 @@ def test_cache_of_an_older_prompt_is_refused(rtx: Path) -> None:
     backend = session.backend
     old = backend.new_lanes(1, 8)
     backend.new_lanes(1, 8)
+    row = session.embedding[np.array([1])]
     with pytest.raises(BackendError, match="given up when a new prompt was begun"):
-        backend.run(Call.of_one(session.embedding[np.array([1])], np.zeros(1, np.bool_), np.array([0])), old)
+        backend.run(Call.of_one(row, np.zeros(1, np.bool_), np.array([0])), old)
+    with pytest.raises(BackendError, match="given up when a new prompt was begun"):
+        backend.decode(row, np.ones(1, np.bool_), old)
 
 
 def test_finished_kernels_are_kept_in_the_users_cache(
@@ -227,9 +224,7 @@ def test_tensorrt_runs_without_what_only_rtx_has(rtx: Path, tmp_path: Path, monk
     edit_manifest(
         rtx, engines={name: replace(info, library="tensorrt", version="11.4.1") for name, info in engines.items()}
     )
-    manifest, device = read_manifest(rtx), FakeDevice()
-    backend = TrtBackend(rtx, manifest, "phase", fake_library(device, "tensorrt", "11.4.1"), device)  # type: ignore[arg-type]
-    session, (ids, pixels) = Session(rtx, manifest, backend), questions()[0]
+    (session, device), (ids, pixels) = open_fake(rtx, "phase", "tensorrt", "11.4.1"), questions()[0]
     assert np.array_equal(session.generate_ids(ids, pixels, 3), reference(rtx).generate_ids(ids, pixels, 3))
     assert not (tmp_path / "cache").exists()
     assert "launch" in device.log, "a captured graph, though TensorRT cannot be asked whether it may be one"
@@ -262,7 +257,7 @@ def test_pieces_respect_both_limits(num_rows: int, asked: list[int], expected: l
 
 def refusal(folder: Path, device: FakeDevice, name: str = "tensorrt_rtx", version: str = "1.7.1") -> str:
     with pytest.raises(BackendError) as caught:
-        TrtBackend(folder, read_manifest(folder), "all", fake_library(device, name, version), device)  # type: ignore[arg-type]
+        open_fake(folder, "all", name, version, device)
     return str(caught.value)
 
 
@@ -326,5 +321,4 @@ def test_graphs_of_the_bundle_run_on_the_cpu_when_asked(rtx: Path) -> None:
         "run", rtx, "--prompt", "Hello", "--provider", "cpu", "--threads", 1, "--max-new-tokens", 3, "--json"
     )
     assert result.exit_code == 0, result.stderr
-    manifest: Manifest = read_manifest(rtx)
-    assert manifest.provider == "cuda"
+    assert read_manifest(rtx).provider == "cuda"

@@ -28,7 +28,8 @@ HELD_MODULE = re.compile(r"\b(self\.)?(library\.)?module\.(?=[A-Z]|get_)")
 MYPY = (
     "--strict", "--config-file=", "--cache-dir=cache", "--follow-imports=skip", "--ignore-missing-imports",
     "--explicit-package-bases", "--show-error-context", "--hide-error-codes", "--disallow-any-explicit",
-    "--allow-subclassing-any", "--allow-untyped-calls", "--no-warn-return-any", "--no-warn-unused-ignores",
+    "--allow-subclassing-any", "--allow-untyped-calls", "--allow-untyped-decorators",
+    "--no-warn-return-any", "--no-warn-unused-ignores",
 )  # fmt: skip
 # What TensorRT-RTX alone has, by the function of ours that uses it: none of them does so with TensorRT.
 RTX_ONLY = {

@@ -41,18 +41,20 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def export(ckpt: Path, out: Path, target: str = "ort-fp32", **options: Any) -> Path:
+def export(ckpt: Path, out: Path, target: str = "ort-fp32", routed_plugin: Any = "auto", **options: Any) -> Path:
     """Export and return the bundle's folder. `options` are fields of ExportOptions.
 
     One thread: models this small take several times longer on more.
     """
     import torch
 
+    from vlmdeploy.export.engines.build import BuildOptions
     from vlmdeploy.export.exporter import export_bundle
     from vlmdeploy.export.options import ExportOptions
 
     torch.set_num_threads(1)
-    export_bundle(ckpt, out, ExportOptions(target, **{"threads": 1} | options))
+    defaults: dict[str, Any] = {"threads": 1, "build": BuildOptions(routed_plugin=routed_plugin)}
+    export_bundle(ckpt, out, ExportOptions(target, **defaults | options))
     return out
 
 

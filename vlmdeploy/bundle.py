@@ -1,8 +1,8 @@
 """The bundle's manifest: what the runtime must know about a model, as dataclasses with a strict JSON form.
 
-A bundle is a folder that holds `manifest.json` and the files the manifest lists with size and SHA-256. The manifest's
-last entry is the SHA-256 of the bytes before it, checked before anything else in it is believed. Format versions are
-`major.minor`: a higher major is refused, keys unknown to this version are ignored.
+A bundle is a folder with `manifest.json` and the files that it lists with size and SHA-256. The manifest's last entry
+is the SHA-256 of the bytes before it, checked first. Format versions are `major.minor`: this version refuses a higher
+major and ignores unknown keys.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from vlmdeploy.errors import BundleError
 from vlmdeploy.records import record_of
 
 FORMAT_VERSION = "1.2"
-ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with one routed decoder, which readers of version 1 do not know
+ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with a routed decoder, which readers of version 1 must refuse
 MANIFEST_NAME = "manifest.json"
 
 
@@ -23,7 +23,7 @@ MANIFEST_NAME = "manifest.json"
 class ImageRecipe:
     """How a picture becomes the vision encoder's input: RGB, resized to a square, scaled, normalized.
 
-    resize "squash": straight to size_px x size_px, the aspect ratio is not kept. filter "bicubic": Pillow's, with
+    resize "squash": straight to size_px x size_px, ignoring the aspect ratio. filter "bicubic": Pillow's, with
     antialiasing, on 8-bit data. Then (value / 255 - mean) / std per channel.
     """
 
@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation is written down: every past turn, then the open one. BOS and image rows are not part of it."""
+    """How to render a conversation: every past turn, then the open one; without BOS and image rows."""
 
     name: str
     past_turn: tuple[Piece, ...]
@@ -57,11 +57,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class TokenRules:
-    """Special ids, and where the rows of an image stand in the prompt.
+    """Special ids, and the place of an image's rows in the prompt.
 
-    image_place "after_bos": right after BOS, whichever turn it came with; the ids there are `placeholder_id`, one for
+    image_place "after_bos": right after BOS, whichever turn it belongs to; the ids there are `placeholder_id`, one for
     each of the `rows_per_image` rows. positions "patches_share_one": the inner rows of an image share one position id.
-    vision_rows "all_but_last": of an image's rows all but the last use the vision expert; "none": no vision expert.
+    vision_rows "all_but_last": all rows of an image but the last use the vision expert; "none": no vision expert.
     """
 
     bos_id: int
@@ -77,7 +77,7 @@ class TokenRules:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint's generation_config.json proposes; None where it is silent."""
+    """Defaults of the checkpoint's generation_config.json; None where it has none."""
 
     do_sample: bool = False
     temperature: float | None = None
@@ -88,7 +88,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The KV cache and the rotary tables as the graphs want them.
+    """The KV cache and the rotary frequencies of the graphs.
 
     One key and one value tensor per layer, [1, kv_heads, capacity, head_dim]; `head_dim` may be padded, and
     `inv_freq` has head_dim / 2 entries with zeros in the padding.
@@ -112,7 +112,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """One exported graph: its file, the file with its weights, and what goes in and out (the KV cache not listed)."""
+    """One exported graph: its file, its weights' file, inputs and outputs (without the KV cache)."""
 
     file: str
     data_file: str
@@ -122,10 +122,10 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class EmbeddingInfo:
-    """The embedding table, memory-mapped: rows [vocab, hidden] of `dtype`.
+    """The memory-mapped embedding table: rows [vocab, hidden] of `dtype`.
 
-    int8 and int4 rows are codes (int4: two per byte, low nibble first, zero point 8; int8: zero point 128) followed in
-    the file, from `scales_offset` on, by fp16 scales [vocab, hidden / group_size].
+    int8 and int4 rows are codes (int4: two per byte, low nibble first, zero point 8; int8: zero point 128); the fp16
+    scales [vocab, hidden / group_size] begin at `scales_offset`.
     """
 
     file: str
@@ -138,10 +138,10 @@ class EmbeddingInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """One compiled engine: a graph, or a run of its decoder layers where one engine would not fit the builder's memory.
+    """One compiled engine: a graph, or a run of its decoder layers if the whole would not fit the builder's memory.
 
-    library: "tensorrt_rtx" or "tensorrt". compute_capabilities: the SMs it was built for ("8.6"), none for a portable
-    plan. layers: first and past-the-last decoder layer; (0, 0) for the vision graph.
+    compute_capabilities: the SMs it was built for ("8.6"), none for a portable plan. layers: first and past-the-last
+    decoder layer; (0, 0) for the vision graph.
     """
 
     file: str
@@ -152,15 +152,15 @@ class EngineInfo:
     version: str
     compute_capabilities: tuple[str, ...]
     chunk_rows: int  # most rows of one call
-    logit_rows: int  # most rows of one call whose logits are asked for
+    logit_rows: int  # most rows of one call that ask for logits
     context_tokens: int
     batch: int = 1  # most prompts of one call (since 2.0)
 
 
 @dataclass(frozen=True)
 class PluginUse:
-    """The plugin that the engine of a routed decoder needs. packing: the layout of its codes, docs/plugin.md. library:
-    the file of the bundle that holds it, once an engine was built with it; "" where the engine holds the kernels."""
+    """The plugin of a routed decoder's engine. packing: layout of its codes, see docs/plugin.md. library: its file in
+    the bundle once an engine was built with it; "" if the engine embeds the kernels."""
 
     packing: int
     library: str = ""
@@ -176,31 +176,31 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StageVerdict:
-    """The largest difference to PyTorch found in one stage, beside the bound it had to keep."""
+    """The largest difference from PyTorch in one stage, and its bound."""
 
     stage: str
     check: str  # "structure" (exact arithmetic) or "shipped" (the graphs as they are)
     max_error: float
     tolerance: float
-    tensor: str  # where the largest error was found
+    tensor: str  # place of the largest error
     passed: bool
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict of the gate that every bundle passes before it is published."""
+    """The verdict of the gate, which every bundle passes before it is published."""
 
     passed: bool
     stages: tuple[StageVerdict, ...]
-    top1_agreement: float  # shipped graphs against PyTorch, share of compared rows with the same best token
+    top1_agreement: float  # share of compared rows with the same best token, shipped graphs against PyTorch
     greedy_tokens_equal: int  # leading tokens of the greedy continuation that agree
     greedy_tokens_total: int
-    host: str  # processor family and engine version of the machine that verified
+    host: str  # processor family and engine version of the verifying machine
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made the bundle."""
+    """The origin of the bundle."""
 
     checkpoint_sha256: str  # of the checkpoint's config and every byte of its shards
     versions: dict[str, str]
@@ -227,30 +227,30 @@ class Manifest:
     has_tokenizer: bool
     precision: dict[str, str]  # part -> fp32 | fp16 | int8 | int4 | int3 | int2, or several joined by +
     group_sizes: dict[str, int]  # part -> weights per scale, 0 where not quantized
-    requested_group: int  # what was asked for, before it was fitted to the widths
+    requested_group: int  # as requested, before it was fitted to the widths
     kept_in_float: tuple[str, ...]  # linears that no group size divides
     memory_bytes: dict[str, int]  # weights that a phase needs: vision, prefill, decode; kv_per_token
     files: dict[str, FileEntry]
     made_by: Provenance
     verification: Verification | None = None
-    requested_precision: dict[str, str] | None = None  # parts whose precision was asked for (since 1.1)
+    requested_precision: dict[str, str] | None = None  # parts with a requested precision (since 1.1)
     engines: dict[str, EngineInfo] = field(default_factory=dict)  # compiled graphs (since 1.2)
     plugin: PluginUse | None = None  # of a routed decoder (since 2.0)
     format_version: str = FORMAT_VERSION
 
     @property
     def dialect(self) -> Literal["ort", "trt"]:
-        """In which operators the graphs are written."""
+        """The operator set of the graphs."""
         return dialect_of(self.target)
 
     @property
     def is_routed(self) -> bool:
-        """Whether one decoder graph holds both experts and routes its rows, prompts side by side."""
+        """Whether one decoder graph holds both experts and routes its rows."""
         return "decoder" in self.graphs
 
     @property
     def token_graph(self) -> str:
-        """The graph that every decoded token needs."""
+        """The graph that decodes tokens."""
         return "decoder" if self.is_routed else "decoder_text"
 
     @property
@@ -259,7 +259,7 @@ class Manifest:
         return self.cache.dtype == "fp16"
 
     def template(self, name: str | None) -> ChatTemplate:
-        """The template of that name, or the default one; raises BundleError and lists the names there are."""
+        """The template of this name, or the default; raises BundleError listing the names."""
         wanted = name or self.default_template
         for template in self.templates:
             if template.name == wanted:
@@ -269,12 +269,12 @@ class Manifest:
 
 
 def dialect_of(target: str) -> Literal["ort", "trt"]:
-    """In which operators the graphs of a target are written: ONNX Runtime's, or those that TensorRT imports."""
+    """The operator set of a target's graphs: ONNX Runtime's, or operators that TensorRT imports."""
     return "ort" if target.startswith("ort-") else "trt"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into the folder in one step, its own hash as the last entry."""
+    """Write manifest.json atomically, with its own hash as the last entry."""
     body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
     assert body.endswith("\n}"), "json.dumps with indent ends an object on its own line"
     signed = body[:-2].encode() + b',\n "sha256": "'
@@ -285,12 +285,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder is to be read as a bundle."""
+    """Whether to read a folder as a bundle."""
     return (folder / MANIFEST_NAME).is_file()
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even of another version, altered or cut."""
+    """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even altered, truncated or of another
+    version."""
     if not has_manifest(folder):
         return False
     try:
@@ -315,7 +316,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _checked_json(path: Path, content: bytes) -> dict[str, Any]:
-    """The parsed manifest, after its bytes were compared with the hash they end in."""
+    """The parsed manifest, after checking its bytes against the hash at their end."""
     signed, marker, tail = content.rpartition(b'"sha256": "')
     if not marker or tail[64:] != b'"\n}\n':
         raise BundleError(f"{path}: truncated, its closing hash is missing; copy the bundle again")

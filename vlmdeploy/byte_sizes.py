@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes, read and written like 9.0GB."""
 
 import math
 import re
@@ -13,7 +13,7 @@ def parse_size(text: str, option: str) -> int:
     """Bytes from "9.0GB", "450MB" and the like, powers of ten. Raises ConfigError, naming the option."""
     match = SIZE.fullmatch(text.strip())
     size = float(match["number"]) * UNIT_BYTES[match["unit"].upper()] if match is not None else math.inf
-    if size == math.inf:  # also a number of hundreds of digits
+    if size == math.inf:  # no match, or a number of hundreds of digits
         raise ConfigError(f'{option} "{text:.80}": expected a size such as 9.0GB or 450MB')
     return round(size)
 

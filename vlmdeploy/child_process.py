@@ -1,5 +1,5 @@
-"""Work in an interpreter of its own, which a crash or a lack of memory ends alone, and which does not outlive the
-command that started it."""
+"""Runs work in a child interpreter, so that a crash or lack of memory ends only that; it never outlives the command
+that started it."""
 
 import ctypes
 import os
@@ -16,8 +16,8 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 def child_process(
     module: str, errors: int | None = None, start_new_session: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A fresh interpreter that runs one of our modules, with pipes to and from it; whatever stops the block, Ctrl-C
-    too, kills it. errors: where its stderr goes, as Popen takes it."""
+    """A fresh interpreter that runs one of our modules, with pipes to and from it. Any exception in the block,
+    including Ctrl-C, kills it. errors: Popen's stderr."""
     command = [sys.executable, "-m", module]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
     with subprocess.Popen(
@@ -32,5 +32,5 @@ def child_process(
 
 
 def end_with_parent() -> None:
-    """In the child, first of all: let it be killed when its parent ends."""
+    """Call first in the child: the system kills it when its parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,5 +1,5 @@
-"""The command line: each command parses, calls one function and prints its result. Heavy imports stay inside commands,
-so that `--help` and `run` work where torch is not installed."""
+"""The command line: each command parses, calls one function and prints its result. Commands import heavy modules
+themselves, so `--help` and `run` work without torch."""
 
 from vlmdeploy.cli import judging, models, using
 from vlmdeploy.cli.group import error_line, main

@@ -1,4 +1,4 @@
-"""What the command line shows: results on stdout, progress and warnings on stderr, one line for an error."""
+"""Output of the command line: results on stdout, progress and warnings on stderr, one line per error."""
 
 import json
 import sys
@@ -13,18 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 ReportProgress = Callable[[str, int, int], None]
-UNWRAPPED = 2**20  # columns; more than any row has
+UNWRAPPED = 2**20  # columns, wider than any row
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, in ASCII where stdout cannot show all of it (file names that are not UTF-8)."""
+    """Print one JSON document, in ASCII if stdout cannot show all of it (file names that are not UTF-8)."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=_plain)
     print(text if _showable(text) == text else json.dumps(value, indent=1, default=_plain))
 
 
 def _showable(text: str) -> str:
-    """The text with backslashes for characters that stdout's encoding lacks."""
+    """The text with backslash escapes for characters that stdout's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -36,14 +36,12 @@ def _plain(value: Any) -> Any:
 
 
 def print_headline(text: str) -> None:
-    """What a command found, on stdout: whole lines, never wrapped or cut, however long the paths in them are."""
+    """Print a command's result on stdout in whole lines, never wrapped or cut."""
     print(_showable(text))
 
 
 def print_rows(headline: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A headline and a table below it, on stdout: a terminal wraps long cells, nothing cuts them; in a file or a pipe
-    each row is one line of plain text.
-    """
+    """Print a headline and a table on stdout. A terminal wraps long cells; in a file or pipe each row is one line."""
     print_headline(headline)
     table = Table()
     for column in columns:
@@ -54,13 +52,13 @@ def print_rows(headline: str, columns: list[str], rows: list[list[str]]) -> None
 
 
 def warn(message: str) -> None:
-    """One warning line on stderr."""
+    """Print one warning line on stderr."""
     print(f"Warning: {message}", file=sys.stderr)
 
 
 @contextmanager
 def progress_bar() -> Iterator[ReportProgress]:
-    """A function (stage, done, total) that draws a bar on a terminal and nothing elsewhere."""
+    """Yields a function (stage, done, total) that draws a bar on a terminal and does nothing elsewhere."""
     if not stderr.is_terminal:
         yield lambda stage, done, total: None
         return

@@ -1,4 +1,4 @@
-"""The group that all commands belong to: one line for an error, a traceback only with --debug, Ctrl-C as such."""
+"""The group of all commands: prints errors as one line, tracebacks only with --debug, and handles Ctrl-C."""
 
 import signal
 import sys
@@ -20,7 +20,7 @@ EXTRAS = {
     "matplotlib": "report",
     "openpyxl": "report",
     "ray": "sweep",
-}  # what brings a module, where it is not the toolchain
+}  # extra that installs a module, if not the toolchain
 
 
 class Group(click.Group):
@@ -42,7 +42,7 @@ class Group(click.Group):
 
 
 def error_line(error: BaseException) -> str | None:
-    """What to tell about an error that the user can solve; None for click's own errors and for bugs of ours."""
+    """The message for an error that the user can solve; None for click's errors and our bugs."""
     if isinstance(error, VlmdeployError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
@@ -54,9 +54,9 @@ def error_line(error: BaseException) -> str | None:
 
 @contextmanager
 def noted_interrupts() -> Iterator[list[int]]:
-    """Every Ctrl-C is noted in the list and raises KeyboardInterrupt as usual.
+    """Record every Ctrl-C in the list, and raise KeyboardInterrupt as usual.
 
-    Compiled libraries turn that exception into senseless errors of their own; the list tells what really happened.
+    Compiled libraries turn that exception into misleading errors; the list shows the real cause.
     """
     noted: list[int] = []
 
@@ -66,7 +66,7 @@ def noted_interrupts() -> Iterator[list[int]]:
 
     is_ours = threading.current_thread() is threading.main_thread()
     if not (is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-        yield noted  # somebody else decides what Ctrl-C does, or nobody listens to it
+        yield noted  # another handler is installed, or Ctrl-C is ignored
         return
     signal.signal(signal.SIGINT, note)
     try:

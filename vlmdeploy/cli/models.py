@@ -21,14 +21,14 @@ from vlmdeploy.cli.options import (
     precision_options,
     report_options,
     routed_option,
+    taken,
+    taken_precisions,
     threads_option,
 )
 
 CONTEXT = "Longest prompt and answer.  [default: the checkpoint's]"
 TEMPLATE = "The prompt template used by default.  [default: the checkpoint's]"
 CALIBRATION = ("calib_prompt", "samples", "tokens", "skip_broken", "quality")  # of `export`, for QuantizeOptions
-ENGINES = ("capabilities", "device_name", "chunk_rows", "max_memory")  # for read_build_options
-PARTS = ("vision", "connector", "lm_head", "embedding")  # for ExportOptions, as one dictionary
 
 
 @main.command()
@@ -130,7 +130,7 @@ def export(
     """Write a verified bundle: graphs, weights, tokenizer and manifest in one folder."""
     from vlmdeploy.calib.request import QuantizeOptions
     from vlmdeploy.export.calibrated import export_calibrated, holds_codes
-    from vlmdeploy.export.engines.build import read_build_options
+    from vlmdeploy.export.engines.build import BuildOptions
     from vlmdeploy.export.exporter import export_bundle
     from vlmdeploy.export.options import ExportOptions
     from vlmdeploy.runtime.summary import bundle_rows
@@ -142,9 +142,8 @@ def export(
             f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn "
             "to round to nearest"
         )
-    data, engines, parts = ({name: options.pop(name) for name in names} for names in (CALIBRATION, ENGINES, PARTS))
-    precisions = {part: precision for part, precision in parts.items() if precision}
-    chosen = ExportOptions(target, precisions, build=read_build_options(**engines), **options)
+    data = {name: options.pop(name) for name in CALIBRATION}
+    chosen = ExportOptions(target, taken_precisions(options), build=taken(BuildOptions, options), **options)
     with progress_bar() as progress:
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, chosen, progress)
@@ -167,12 +166,11 @@ def export(
 @json_option
 def build(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compile a bundle's graphs with the TensorRT of this machine; they become a part of the bundle."""
-    from vlmdeploy.export.engines.build import build_bundle, read_build_options
+    from vlmdeploy.export.engines.build import BuildOptions, build_bundle
     from vlmdeploy.runtime.summary import ENGINE_COLUMNS, engine_rows
 
-    chosen = read_build_options(**options)
     with progress_bar() as progress:
-        manifest, is_new = build_bundle(bundle, chosen, progress)
+        manifest, is_new = build_bundle(bundle, BuildOptions(**options), progress)
     if as_json:
         print_json({"bundle": str(bundle), "is_new": is_new, "engines": manifest.engines})
     else:

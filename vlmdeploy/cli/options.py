@@ -1,6 +1,6 @@
-"""Options that several commands share, and the values that they take.
+"""Options that several commands share, and their types.
 
-A command's parameters have the names that the fields of its dataclasses of options have; `taken` makes one of them.
+A command's parameters are named like the fields of its option dataclasses, which `taken` fills.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,19 @@ FOLDER = click.Path(path_type=Path)
 
 
 def taken(kind: type[Kind], options: dict[str, Any]) -> Kind:
-    """A dataclass made of those options that have the names of its fields; they are taken out. None: its default."""
+    """Build a dataclass from the options named like its fields, removing them; None means the field's default."""
     given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
+def taken_precisions(options: dict[str, Any]) -> dict[str, str]:
+    """Collect --vision, --connector, --lm-head and --embedding in one dictionary, removing them."""
+    parts = {part: options.pop(part) for part in ("vision", "connector", "lm_head", "embedding")}
+    return {part: precision for part, precision in parts.items() if precision}
+
+
 def in_order(command: Command, *options: Callable[[Command], Command]) -> Command:
-    """The command with these options, the first on top in its help."""
+    """Add these options to a command, the first on top in its help."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -71,7 +77,7 @@ def precision_options(parts: str, default: str) -> Callable[[Command], Command]:
 
 
 def question_options(command: Command) -> Command:
-    """The options that say how questions of VLMEvalKit tables and RefCOCO files are put and scored."""
+    """How to ask and score questions of VLMEvalKit tables and RefCOCO files."""
     from_set = "Scoring rule of a VLMEvalKit TSV.  [default: by the data set's name, else by its columns]"
     return in_order(
         command,
@@ -87,7 +93,7 @@ def question_options(command: Command) -> Command:
 
 
 def asking_options(command: Command) -> Command:
-    """The options of `report` and `sweep`: what is asked, and how it is measured."""
+    """Options of `report` and `sweep`: what to ask, and how to measure."""
     return in_order(
         command,
         question_options,
@@ -103,7 +109,7 @@ def asking_options(command: Command) -> Command:
 
 
 def report_options(given: dict[str, Any]) -> "ReportOptions":
-    """What `report` and `sweep` are given, as one object."""
+    """The options of `report` and `sweep` as one object."""
     from vlmdeploy.data.questions import QuestionOptions
     from vlmdeploy.report.evaluator import Measured
     from vlmdeploy.report.opened_models import OpenOptions
@@ -114,7 +120,7 @@ def report_options(given: dict[str, Any]) -> "ReportOptions":
 
 
 def calibration_options(command: Command) -> Command:
-    """The options that `quantize` and `export` share."""
+    """Options that `quantize` and `export` share."""
     quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
     return in_order(
         command,
@@ -136,9 +142,9 @@ def routed_option(command: Command) -> Command:
 
 
 def build_options(command: Command) -> Command:
-    """The options that `export` and `build` share: what engines are compiled for."""
+    """Options that `export` and `build` share: how to compile engines."""
     capability = 'Compute capability of an engine, "8.6"; none: a portable RTX plan.'
-    device = "What the engines will run on, such as rtx-4060-ti-16 or agx-orin-64."
+    device = "The device that will run the engines, such as rtx-4060-ti-16 or agx-orin-64."
     return in_order(
         command,
         click.option("--sm", "capabilities", multiple=True, help=capability),

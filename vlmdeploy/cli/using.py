@@ -18,12 +18,15 @@ from vlmdeploy.cli.options import (
     json_option,
     precision_options,
     provider_option,
+    taken_precisions,
     threads_option,
 )
 from vlmdeploy.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from vlmdeploy.runtime.boxes import Box
+
+CONTEXT = "Longest prompt and answer.  [default: the model's]"
 
 
 @main.command()
@@ -35,12 +38,17 @@ if TYPE_CHECKING:
 @click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
 @precision_options("vision connector lm-head embedding", "the target's")
 @click.option("--kv", type=click.Choice(["fp32", "fp16"]), help="Precision of the KV cache.  [default: the target's]")
-@click.option("--bits", type=click.Choice(["3", "4", "8"]), help="Of the decoder's codes.  [default: the target's]")
+@click.option(
+    "--bits",
+    type=click.Choice(["3", "4", "8"]),
+    callback=lambda context, option, bits: bits and int(bits),
+    help="Of the decoder's codes.  [default: the target's]",
+)
 @click.option("--group", type=int, help="Weights that share a scale.  [default: 128]")
-@click.option("--context", type=click.IntRange(min=1), help="Longest prompt and answer.  [default: the model's]")
+@click.option("--context", "context_tokens", type=click.IntRange(min=1), help=CONTEXT)
 @click.option("--images", type=click.IntRange(min=0), default=1, help="Pictures of one prompt.")
 @click.option("--text-tokens", type=click.IntRange(min=1), default=64, help="Tokens of the prompt's text.")
-@click.option("--residency", type=RESIDENCY, default="phase", help="phase: only what a phase needs is loaded.")
+@click.option("--residency", type=RESIDENCY, default="phase", help="phase: load only what a phase needs.")
 @click.option("--chunk-rows", type=click.IntRange(min=1), help="Most prompt rows of one engine call.  [default: 512]")
 @click.option("--swap", help="Swap for building engines on the device, such as 16GB.")
 @click.option("--html", type=FOLDER, help="Write the plan as a page, too.")
@@ -56,14 +64,14 @@ def plan(
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
     from vlmdeploy.plan.device import plan_device
-    from vlmdeploy.plan.options import read_plan_options
+    from vlmdeploy.plan.options import PlanOptions
     from vlmdeploy.plan.planned_model import planned_model
     from vlmdeploy.plan.planner import make_plan, plan_json
     from vlmdeploy.plan.table import headline, plan_tables, write_page
 
     if ckpt is None and family is None:
         raise click.UsageError("give --ckpt or --family")
-    chosen = read_plan_options(**options)
+    chosen = PlanOptions(precisions=taken_precisions(options), **options)
     made = make_plan(planned_model(ckpt, family), plan_device(device, power_mode), chosen)
     for message in made.warnings:
         warn(message)

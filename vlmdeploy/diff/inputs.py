@@ -1,4 +1,4 @@
-"""The input that both models of a comparison get: the user's picture and text, or else the drawn ones of the gate."""
+"""The common input of both models: the user's picture and text, or the gate's drawn ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from vlmdeploy.diff.staged_checkpoint import StagedModel
 from vlmdeploy.errors import PromptError
 from vlmdeploy.export.gate.sample import draw_sample
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.chat import Tokenizer, prompt_ids, read_messages
+from vlmdeploy.runtime.chat import prompt_ids, read_messages
 from vlmdeploy.runtime.generate import Prompt
 from vlmdeploy.runtime.image import load_image
 
@@ -19,8 +19,7 @@ DRAWN = "drawn"
 
 @dataclass(frozen=True)
 class DiffInput:
-    """A laid-out prompt and where it came from: `image` is a path, "drawn", or None; `text` is what the user wrote, or
-    None for drawn ids."""
+    """A prompt and its source. image: a path, "drawn", or None; text: the user's, or None for drawn ids."""
 
     prompt: Prompt
     image: str | None
@@ -28,14 +27,14 @@ class DiffInput:
     seed: int
 
     def as_json(self) -> dict[str, Any]:
-        """How the JSON document describes it."""
+        """Its entry in the JSON document."""
         mask, seed = self.prompt.vision_mask, self.seed if self.text is None else None
         counts = {"tokens": len(mask), "vision_rows": int(mask.sum()), "language_rows": int((~mask).sum())}
         return {"image": self.image, "prompt": self.text, "seed": seed, **counts}
 
 
 def make_input(a: StagedModel, b: StagedModel, image: str | None, text: str | None, seed: int) -> DiffInput:
-    """The input of two models of one geometry. A text without an image is a prompt without one.
+    """The input of two models of one geometry. A text without an image makes a prompt without one.
 
     Raises PromptError and DataError.
     """
@@ -56,12 +55,12 @@ def make_input(a: StagedModel, b: StagedModel, image: str | None, text: str | No
 
 
 def _name(image: str | None) -> str | None:
-    """What the document calls a picture: not all the data of a URL."""
+    """A picture's name in the document, without the data of a URL."""
     return "data URL" if image is not None and image.lower().startswith("data:") else image
 
 
 def _drawn_prompt(shorter: StagedModel, seed: int) -> Prompt:
-    """The gate's sample without what it decodes after the prompt."""
+    """The prompt of the gate's sample."""
     held, least = shorter.rules.context_tokens, shorter.rules.tokens.rows_per_image + 2
     if held < least:
         raise PromptError(f"{shorter.name}: its context holds {held} tokens, expected {least}: a picture and a word")
@@ -69,16 +68,14 @@ def _drawn_prompt(shorter: StagedModel, seed: int) -> Prompt:
 
 
 def _text_ids(models: Sequence[StagedModel], image: str | None, text: str) -> Ints:
-    """The ids of a question by the tokenizers there are, which must agree, and the first model's template."""
+    """The ids of a question by the first model's template; the models' tokenizers must agree."""
     template, tokens = models[0].template, models[0].rules.tokens
     pictures: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
     conversation = read_messages(messages, tokens.max_images)
 
-    def encode(tokenizer: Tokenizer) -> Ints:
-        return prompt_ids(conversation, template, tokens, tokenizer)
-
-    found = [(model, encode(tokenizer)) for model in models if (tokenizer := model.tokenizer()) is not None]
+    tokenizers = [(model, tokenizer) for model in models if (tokenizer := model.tokenizer()) is not None]
+    found = [(model, prompt_ids(conversation, template, tokens, tokenizer)) for model, tokenizer in tokenizers]
     if not found:
         names = " and ".join(model.name for model in models)
         raise PromptError(f"--prompt needs a tokenizer, and {names} hold none: leave it out to compare on drawn ids")

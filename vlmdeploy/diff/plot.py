@@ -13,7 +13,8 @@ INCHES_PER_STAGE = 0.22
 
 
 def check_plot(path: Path) -> None:
-    """Raise, before anything runs, where no plot can be written: ConfigError, or ModuleNotFoundError for matplotlib."""
+    """Check, before anything runs, that the plot can be written; raises ConfigError, or ModuleNotFoundError for
+    matplotlib."""
     if path.suffix.lower() not in PLOT_TYPES:
         raise ConfigError(f"--plot is {path}, expected a file name that ends in {', '.join(PLOT_TYPES)}")
     if path.is_dir() or not path.parent.is_dir():
@@ -22,7 +23,7 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(diff: ModelDiff, path: Path) -> None:
-    """Draw the errors of all stages, a colour for each expert's rows. Raises ConfigError if it cannot be written."""
+    """Draw the errors of all stages, one colour per expert. Raises ConfigError if the file cannot be written."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(item.stage for item in diff.stages))
@@ -45,7 +46,7 @@ def write_plot(diff: ModelDiff, path: Path) -> None:
 
 
 def _draw_rows(axes: Any, places: list[int], stages: list[StageDifference], label: str, color: str) -> None:
-    """Lines and crosses of one expert's rows; axes: matplotlib's."""
+    """Draw one expert's rows on matplotlib's axes."""
     errors = _drawn(item.own.relative_error for item in stages)
     distances = _drawn(1 - item.own.cosine_mean for item in stages)
     axes.plot(places, errors, "o-", ms=3, color=color, label=f"relative error{label}")
@@ -56,5 +57,5 @@ def _draw_rows(axes: Any, places: list[int], stages: list[StageDifference], labe
 
 
 def _drawn(values: Iterable[float]) -> list[float]:
-    """Values for a log axis: nothing is drawn for 0, Inf and NaN."""
+    """Values for a log axis: NaN instead of 0 and Inf."""
     return [value if 0 < value < math.inf else math.nan for value in values]

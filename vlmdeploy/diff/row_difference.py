@@ -1,5 +1,5 @@
-"""How far two tensors of rows are apart: relative error, cosine of each row, the largest single error and where it is;
-for logits also whether the best tokens agree and the Kullback-Leibler divergence. In float64, some rows at a time.
+"""The difference between two tensors of rows: relative error, cosine of each row, the largest single error and its
+place; for logits also agreement of the best tokens and KL divergence. Computed in float64, in blocks of rows.
 """
 
 import math
@@ -12,17 +12,17 @@ from vlmdeploy.layout import Ints
 from vlmdeploy.runtime.backends.lanes import Floats
 
 Wide = NDArray[np.float64]
-BLOCK_VALUES = 1 << 20  # values that are widened to float64 at once
+BLOCK_VALUES = 1 << 20  # values widened to float64 at once
 
 
 @dataclass(frozen=True)
 class RowDifference:
-    """How far b is from a. Rows are numbered as the caller numbered them. NaN in every figure where a or b holds Inf or
-    NaN; `not_finite` then says which and where.
+    """The difference of b from a, with the caller's row numbers. If a or b holds Inf or NaN, every figure is NaN and
+    `not_finite` says which and where.
 
-    relative_error: |b - a| / |a| over all values; inf where a is all zeros and b is not. cosine: of a row of zeros and
-    another one 0, of two rows of zeros 1. kl_nats: mean over the rows of KL(a || b). update_error: of a layer that adds
-    to its input, the error relative to what a's layer adds: a long stream hides a wrong layer from the relative error.
+    relative_error: |b - a| / |a| over all values; inf if only a is all zeros. cosine: 1 for two rows of zeros, 0 for
+    one. kl_nats: mean over the rows of KL(a || b). update_error: error relative to what a's layer adds to its input; a
+    long stream hides a wrong layer from the relative error.
     """
 
     relative_error: float
@@ -39,7 +39,7 @@ class RowDifference:
 
 @dataclass
 class RowMeter:
-    """Adds up the difference of rows that come block by block; are_logits: also judge them as such."""
+    """Accumulates the difference of rows given in blocks; are_logits: also compare best tokens and distributions."""
 
     are_logits: bool = False
     count: int = 0
@@ -50,10 +50,10 @@ class RowMeter:
     worst_error: tuple[float, tuple[int, int]] = (-1.0, (-1, -1))
     equal_best: int = 0
     kl_sum: float = 0.0
-    odd: dict[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)  # side -> how many, the first one's place
+    odd: dict[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)  # side -> count, place of the first
 
     def add(self, a: Floats, b: Floats, numbers: Ints) -> None:
-        """Rows of both, [rows, channels], and their numbers."""
+        """Add rows of both, [rows, channels], with their numbers."""
         size = max(1, BLOCK_VALUES // a.shape[1])
         for start in range(0, len(a), size):
             span = slice(start, start + size)
@@ -63,7 +63,7 @@ class RowMeter:
         self._note_odd("A", a, numbers)
         self._note_odd("B", b, numbers)
         if self.odd:
-            return  # no figure means anything any more
+            return  # the figures are meaningless now
         self.count += len(a)
         error = np.abs(b - a)
         self.error_power += float(np.square(error).sum())
@@ -123,8 +123,8 @@ def _ratio(error_power: float, power: float) -> float:
 
 
 def _cosines(a: Wide, b: Wide) -> Wide:
-    """Cosine of each pair of rows, as 1 - |u - v|^2 / 2 of unit vectors: exactly 1 for equal rows, and near 1
-    without the cancellation of a product."""
+    """Cosine of each pair of rows, as 1 - |u - v|^2 / 2 of unit vectors: exactly 1 for equal rows, and accurate near
+    1."""
     lengths_a, lengths_b = _lengths(a), _lengths(b)
     units_a, units_b = (np.divide(x, n, out=np.zeros_like(x), where=n > 0) for x, n in ((a, lengths_a), (b, lengths_b)))
     cosines: Wide = 1 - np.square(units_a - units_b).sum(1) / 2

@@ -1,8 +1,8 @@
-"""Two models compared stage by stage: where does one leave the other?
+"""Compares two models stage by stage: where does B leave A?
 
-Both run the same input side by side, each on its own stream, so that errors add up as they do in use. Isolated, every
-stage of B is also fed with A's output of the stage before: then only a stage that is wrong itself stands out. In memory
-are one stage of one model and the rows that go in and out of it; nothing is written to disk.
+Both run the same input side by side, each on its own stream, so errors add up as in use. Isolated, each stage of B also
+runs on A's output of the previous stage, so only a stage that is wrong itself stands out. Memory holds one stage of one
+model with its input and output rows; nothing is written to disk.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.generate import Prompt
 
 CONFIG_NAME = "config.json"
-LOGIT_ROWS = 256  # rows whose logits are held at once: a row is as wide as the vocabulary
+LOGIT_ROWS = 256  # rows of logits held at once: each is as wide as the vocabulary
 
 
 @dataclass(frozen=True)
 class DiffOptions:
-    """What the command line offers. image: a path or a data URL; text: a question. None: drawn from the seed.
+    """The options of the command line. image: a path or a data URL; text: a question; None: drawn from the seed.
 
-    isolate: also feed each stage of B with A's values. tolerance: the relative error that passes; None: by precision.
+    isolate: also run each stage of B on A's values. tolerance: the relative error that passes; None: by precision.
     """
 
     image: str | None = None
@@ -46,8 +46,8 @@ class DiffOptions:
 def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_progress) -> ModelDiff:
     """Compare two folders, each a checkpoint or a bundle.
 
-    Raises ConfigError where they are no two models of one geometry, PromptError and DataError for the input, and what
-    opening them raises.
+    Raises ConfigError if their geometries differ, PromptError and DataError for the input, and the errors of opening
+    them.
     """
     tolerance = None if options.tolerance is None else checked_tolerance(options.tolerance)
     if options.threads is not None:
@@ -61,7 +61,7 @@ def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_
 
 
 def open_staged(folder: Path, threads: int | None) -> StagedModel:
-    """A checkpoint or a bundle; which one, its files tell. Raises ConfigError where it is neither."""
+    """Open a checkpoint or a bundle. Raises ConfigError for other folders."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a checkpoint or a bundle")
     if has_manifest(folder):
@@ -81,7 +81,7 @@ def _check_geometry(a: StagedModel, b: StagedModel) -> None:
 
 
 class SideBySide:
-    """Runs two models of one geometry over one prompt, a stage of each in turn."""
+    """Runs two models of one geometry over one prompt, one stage of each in turn."""
 
     def __init__(self, a: StagedModel, b: StagedModel, prompt: Prompt, isolate: bool, progress: Progress) -> None:
         self._a = a
@@ -93,7 +93,7 @@ class SideBySide:
         self._input: Floats = np.zeros((0, 0), np.float32)  # of A's last stage
 
     def differences(self) -> Iterator[StageDifference]:
-        """One for every stage, or two where it has rows of both experts, in the order of the forward pass."""
+        """One per stage, or two if it has rows of both experts, in the order of the forward pass."""
         mask, last = self._prompt.vision_mask, self._a.geometry.decoder_layers - 1
         languages = np.flatnonzero(~mask)
         pixels = self._prompt.pixels
@@ -111,14 +111,14 @@ class SideBySide:
             outputs = self._run(stage, outputs[0], outputs[1])
             if index < last:
                 yield from self._by_expert(stage, outputs)
-            else:  # nothing reads what the vision expert makes of its rows there, and a bundle does not compute it
+            else:  # nothing reads the vision expert's output there, and a bundle does not compute it
                 yield self._compare(stage, "language", outputs, languages)
         outputs = self._run("decoder.norm", outputs[0][languages], outputs[1][languages])
         yield self._compare("decoder.norm", "language", outputs, None, languages)
         yield self._logits(outputs[0], outputs[1], languages)
 
     def _run(self, stage: str, x: Floats, y: Floats) -> tuple[Floats, ...]:
-        """A's output, B's on its own stream and, where stages are isolated, B's from A's input."""
+        """A's output, B's on its own stream and, if isolated, B's from A's input."""
         geometry = self._a.geometry
         total = len(geometry.vision_stages()) * (self._prompt.pixels is not None) + geometry.decoder_layers + 2
         self._progress(f"compare {stage}", min(self._done, total), total)
@@ -128,7 +128,7 @@ class SideBySide:
         return self._a.run(stage, [x], self._prompt)[0], *self._b.run(stage, inputs, self._prompt)
 
     def _join(self, image_rows: tuple[Floats, Floats] | None) -> tuple[Floats, ...]:
-        """What enters decoder layer 0: the text's rows of each model's table, and the picture's rows."""
+        """Input of decoder layer 0: the text's rows of each model's embedding, and the picture's rows."""
         ids, places = self._prompt.ids, self._prompt.types == 1
         rows = [self._a.text_rows(ids), self._b.text_rows(ids)]
         rows += [rows[1].copy()] if self._isolate else []
@@ -147,7 +147,8 @@ class SideBySide:
     def _compare(
         self, stage: str, rows: str, outputs: tuple[Floats, ...], chosen: Ints | None, numbers: Ints | None = None
     ) -> StageDifference:
-        """The chosen rows (None: all) of one stage; `numbers` are what messages call them, by default their places."""
+        """Compare the chosen rows (None: all) of one stage; `numbers`: their row numbers in messages, by default
+        places."""
         flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
         self._check_shapes(stage, flat)
         places = np.arange(len(flat[0])) if chosen is None else chosen
@@ -167,7 +168,7 @@ class SideBySide:
             )
 
     def _logits(self, x: Floats, y: Floats, numbers: Ints) -> StageDifference:
-        """Normed rows [rows, hidden] through the head, some at a time."""
+        """Run normed rows [rows, hidden] through the head in blocks, and compare."""
         meters = [RowMeter(are_logits=True) for _ in range(1 + self._isolate)]
         for start in range(0, len(x), LOGIT_ROWS):
             span = slice(start, start + LOGIT_ROWS)

@@ -1,5 +1,5 @@
-"""Single stages of a bundle's graphs, cut out in memory: one layer becomes a small graph with its own input and output,
-whose weights stay in the bundle's data file. What each node computes is what it computes in the bundle.
+"""Cuts single stages out of a bundle's graphs in memory: one layer becomes a small graph with its own input and output,
+whose weights stay in the bundle's data file. Every node computes what it computes in the bundle.
 """
 
 import re
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
+from vlmdeploy.export.engines.parts import reachable, renamed
 from vlmdeploy.export.graphs.ort_dialect import CONTRIB
 
-INPUT = "hidden"  # what a decoder graph calls its rows; the input of every cut stage but the first
+INPUT = "hidden"  # the rows of a decoder graph, and the input of every stage except the first
 DECODER_LAYER = re.compile(r"layer\.(\d+)\.out")
-STAGES = (  # a value's name in a graph -> the name of the stage that it is the output of
+STAGES = (  # name of a value in a graph -> the stage with this output
     (re.compile(r"vision\.embed"), "vision.embed"),
     (re.compile(r"vision\.layers\.(\d+)\.out"), "vision.layer.{}"),
     (re.compile(r"connector\.([^.]+)\.out"), "connector.{}"),
@@ -21,13 +22,12 @@ STAGES = (  # a value's name in a graph -> the name of the stage that it is the 
 
 
 class StageGraphs:
-    """One graph of a bundle, and how to cut stages out of it. `values`: stage -> name of its output, in their order."""
+    """One graph of a bundle, to cut stages from. `values`: stage -> name of its output, in order."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Take over a graph that was read without its external data; it is edited in place."""
+        """Take a graph read without its external data; edits it in place."""
         _split_sums_from_norms(model)
         self._model = model
-        self._maker = {output: node for node in model.graph.node for output in node.output if output}
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self.values = _values_of(model)
 
@@ -38,18 +38,18 @@ class StageGraphs:
     def cut(self, source: str, wanted: Sequence[str], layer: int | None = None) -> onnx.ModelProto:
         """The nodes from the value `source` to the wanted ones; `source` becomes the input "hidden".
 
-        layer: keys and values of this decoder layer come in and go out beside it, under the names of layer 0.
+        layer: the decoder layer whose keys and values become inputs and outputs too, named as those of layer 0.
         """
         present = [f"present_{kind}.{layer}" for kind in ("key", "value")] if layer is not None else []
-        nodes = self._nodes_between(source, [*wanted, *present])
+        nodes, read = reachable(self._model.graph.node, [*wanted, *present], source)
+        given = {value.name: value for value in (*self._model.graph.input, *self._model.graph.output)}
         names = {f"{part}.{layer}": f"{part}.0" for part in ("past_key", "past_value", "present_key", "present_value")}
-        names |= {source: INPUT} if source in self._maker else {}
-        read = {name for node in nodes for name in node.input}
+        names |= {} if source in given else {source: INPUT}
         graph = helper.make_graph(
-            [_renamed(node, names) for node in nodes],
+            [_with_names(node, names) for node in nodes],
             self._model.graph.name,
-            self._inputs(source, layer, names),
-            [_float_value(name) for name in wanted] + self._outputs(present, names),
+            self._inputs(source, layer),
+            [_float_value(name) for name in wanted] + [renamed(given[name], names[name]) for name in present],
             [tensor for name, tensor in self._tensors.items() if name in read],
         )
         model = helper.make_model(
@@ -59,34 +59,18 @@ class StageGraphs:
         assert isinstance(model, onnx.ModelProto), "what the helper makes"
         return model
 
-    def _nodes_between(self, source: str, wanted: Sequence[str]) -> list[onnx.NodeProto]:
-        """In the graph's order, the nodes that the wanted values need when `source` is given."""
-        needed: set[str] = set()
-        open_names = list(wanted)
-        while open_names:
-            name = open_names.pop()
-            if name == source or name not in self._maker or self._maker[name].name in needed:
-                continue
-            needed.add(self._maker[name].name)
-            open_names += self._maker[name].input
-        return [node for node in self._model.graph.node if node.name in needed]
-
-    def _inputs(self, source: str, layer: int | None, names: dict[str, str]) -> list[onnx.ValueInfoProto]:
-        """The cut stage's own input, and for a decoder layer the counters and its part of the cache."""
+    def _inputs(self, source: str, layer: int | None) -> list[onnx.ValueInfoProto]:
+        """The stage's own input, and for a decoder layer the counters and its part of the cache."""
         given = {value.name: value for value in self._model.graph.input}
         if layer is None:
             return [given[source] if source in given else _float_value(INPUT)]
         others = [value for name, value in given.items() if name != INPUT and not name.startswith("past_")]
-        past = [_renamed_value(given[name], names) for name in (f"past_key.{layer}", f"past_value.{layer}")]
+        past = [renamed(given[f"past_{kind}.{layer}"], f"past_{kind}.0") for kind in ("key", "value")]
         return [_float_value(INPUT), *others, *past]
-
-    def _outputs(self, present: list[str], names: dict[str, str]) -> list[onnx.ValueInfoProto]:
-        given = {value.name: value for value in self._model.graph.output}
-        return [_renamed_value(given[name], names) for name in present]
 
 
 def _values_of(model: onnx.ModelProto) -> dict[str, str]:
-    """Stage -> name of its output. The decoder's final norm is read off the last layer's."""
+    """Stage -> name of its output. The name of the final norm follows from the last layer's."""
     values = {}
     made = [name for node in model.graph.node for name in node.output]
     for name in made:
@@ -100,8 +84,7 @@ def _values_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _split_sums_from_norms(model: onnx.ModelProto) -> None:
-    """Write the fused sum and norm between two layers as the two nodes that it stands for, in place: the sum ends one
-    layer, the norm begins the next."""
+    """Split the fused sum and norm between two layers in place: the sum ends one layer, the norm begins the next."""
     nodes = []
     for node in model.graph.node:
         is_fused = node.domain == CONTRIB and node.op_type == "SkipSimplifiedLayerNormalization"
@@ -120,18 +103,11 @@ def _split_sums_from_norms(model: onnx.ModelProto) -> None:
     model.graph.node.extend(copies)
 
 
-def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+def _with_names(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     for values in (copy.input, copy.output):
         values[:] = [names.get(name, name) for name in values]
-    return copy
-
-
-def _renamed_value(value: onnx.ValueInfoProto, names: dict[str, str]) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = names[value.name]
     return copy
 
 

@@ -1,5 +1,5 @@
-"""A bundle as a row of stages (see staged_model.py): each is cut out of its graph and run by ONNX Runtime on the CPU,
-as the bundle ships it. Graphs for TensorRT or CUDA run there too; engines are not looked at.
+"""A bundle as a sequence of stages: each is cut out of its graph and runs in ONNX Runtime on the CPU, with the
+arithmetic that the bundle ships. Graphs for TensorRT or CUDA run there too; engines are ignored.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ import onnx
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.diff.stage_graphs import INPUT, StageGraphs
-from vlmdeploy.diff.staged_checkpoint import Arithmetic, StageGeometry
+from vlmdeploy.diff.staged_checkpoint import Arithmetic, StagedModel, StageGeometry
 from vlmdeploy.export.engines.build import ENGINES
 from vlmdeploy.export.gate.sample import InputRules
-from vlmdeploy.export.gate.taps import edit_graph, session_of
+from vlmdeploy.export.gate.taps import edit_graph
 from vlmdeploy.layout import Ints
-from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT
+from vlmdeploy.overriding import override
+from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats
-from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
+from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime, load_session
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import Prompt, pieces_of
@@ -27,11 +28,11 @@ from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.session import TOKENIZER_NAME
 
 
-class StagedBundle:
-    """A bundle of any target. See StagedModel."""
+class StagedBundle(StagedModel):
+    """A bundle of any target."""
 
     def __init__(self, folder: Path, threads: int | None) -> None:
-        """Check its files and read its graphs without weights; raises BundleError and BackendError."""
+        """Check the files and read the graphs without weights; raises BundleError and BackendError."""
         self._ort = import_onnxruntime()
         self._folder = folder
         self._threads = threads
@@ -41,7 +42,7 @@ class StagedBundle:
         self.geometry = _geometry(self._manifest, self._graphs)
         self.rules = InputRules.of_bundle(self._manifest)
         self.template = self._manifest.template(None)
-        self.arithmetic: Arithmetic = _arithmetic(self._manifest)
+        self.arithmetic = _arithmetic(self._manifest)
 
     def _read_graph(self, graph: str) -> StageGraphs:
         path = self._path(graph)
@@ -52,16 +53,16 @@ class StagedBundle:
     def _path(self, graph: str) -> Path:
         return self._folder / self._manifest.graphs[graph].file
 
+    @override
     def tokenizer(self) -> Tokenizer | None:
-        """See StagedModel."""
         return Tokenizer.from_file(self._folder / TOKENIZER_NAME) if self._manifest.has_tokenizer else None
 
+    @override
     def text_rows(self, ids: Ints) -> Floats:
-        """See StagedModel."""
         return EmbeddingTable(self._folder, self._manifest.embedding)[ids]
 
+    @override
     def run(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
-        """See StagedModel."""
         if stage.startswith("decoder.layer."):
             return self._decoder_layer(stage, inputs, prompt)
         graph = self._manifest.token_graph if stage in ("decoder.norm", "logits") else "vision"
@@ -74,16 +75,17 @@ class StagedBundle:
         """Names of a stage's input and output in its graph."""
         values = self._graphs[graph].values
         if stage == "logits":
-            return "asked", values[stage]  # the normed rows that were asked for: here all that are fed
+            return "asked", values[stage]  # the rows gathered by logit_rows: here all of them
         before = list(values)[list(values).index(stage) - 1]
         source = "pixels" if stage == "vision.embed" else values[before]
         return source, values[stage]
 
     def _session(self, graph: str, model: onnx.ModelProto) -> Any:
-        return session_of(self._ort, model, self._path(graph), self._threads, self._manifest.dialect)
+        dialect, path = self._manifest.dialect, self._path(graph)
+        return load_session(self._ort, path, "cpu", self._threads, dialect, model.SerializeToString())
 
     def _decoder_layer(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
-        """One layer of both experts over a KV cache of one layer."""
+        """Both experts of one layer, over a KV cache of one layer."""
         index = int(stage.rpartition(".")[2])
 
         def load(graph: str) -> Any:
@@ -97,12 +99,12 @@ class StagedBundle:
         return [self._run_pieces(backend, stage, x, prompt) for x in inputs]
 
     def _run_pieces(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:
-        """Rows [seq, hidden] through the layer, piece by piece; those that no graph computes are NaN."""
+        """Rows [seq, hidden] through the layer, piece by piece; NaN where no graph computes a row."""
         lanes, result = backend.new_lanes(1, len(x)), np.full_like(x, np.nan)
         lanes.begin(0, prompt.positions)
         for start, stop in pieces_of(prompt.vision_mask, backend):
             mask, rows = prompt.vision_mask[start:stop], x[start:stop]
-            value = self._graphs[backend.graph_of(mask)].values.get(stage)
+            value = self._graphs[decoder_graph(self._manifest, mask)].values.get(stage)
             wanted = (value,) if value else ()
             outputs = backend.run_graph(Call.of_one(rows, mask, np.arange(len(rows))), lanes, wanted)
             if value:
@@ -118,7 +120,7 @@ def _arithmetic(manifest: Manifest) -> Arithmetic:
 
 
 def _geometry(manifest: Manifest, graphs: dict[str, StageGraphs]) -> StageGeometry:
-    """That of a bundle: the manifest tells most of it, the graph of the encoder the rest."""
+    """The geometry of a bundle: mostly from its manifest, the rest from its vision graph."""
     vision, tokens = graphs["vision"], manifest.tokens
     return StageGeometry(
         family=manifest.family,

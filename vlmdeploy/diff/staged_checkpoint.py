@@ -1,5 +1,5 @@
-"""A model as a row of stages that run one at a time, each on the output of the stage before; here a checkpoint, whose
-stages run in PyTorch in float32 (codes are dequantized). A bundle's stages: staged_bundle.py.
+"""A model as a sequence of stages, each run alone on the output of the previous one; here a checkpoint, in PyTorch and
+float32 (codes are dequantized). Bundles: staged_bundle.py.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from vlmdeploy.export.weight_reader import WeightReader
 from vlmdeploy.layout import Ints
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.generate import Prompt
 from vlmdeploy.spec.model import ModelSpec
 
-Arithmetic = Literal[
-    "float32", "fp16", "int8", "int4"
-]  # the coarsest in a model, weights or products; int4: or fewer bits
+# The coarsest arithmetic of a model, in weights or products; "int4" stands for 4 bits or fewer.
+Arithmetic = Literal["float32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
 class StageGeometry:
-    """What two models must share so that their stages can be compared one by one and take the same input."""
+    """What two models must share to take the same input and be compared stage by stage."""
 
     family: str
     image_px: int
@@ -44,7 +44,7 @@ class StageGeometry:
     decoder_layers: int
     hidden: int
     kv_heads: int
-    padded_head_dim: int  # as wide as a head is in a graph
+    padded_head_dim: int  # width of a head in a graph
     experts: tuple[str, ...]
     vocab_size: int
     bos_id: int
@@ -52,7 +52,7 @@ class StageGeometry:
 
     @classmethod
     def of_spec(cls, spec: ModelSpec) -> "StageGeometry":
-        """That of a checkpoint."""
+        """The geometry of a checkpoint."""
         return cls(
             family=spec.family,
             image_px=spec.image.size_px,
@@ -84,7 +84,7 @@ class StageGeometry:
 
 
 class StagedModel(Protocol):
-    """What a checkpoint and a bundle both are."""
+    """A checkpoint or a bundle whose stages run one at a time."""
 
     name: str
     geometry: StageGeometry
@@ -93,47 +93,47 @@ class StagedModel(Protocol):
     arithmetic: Arithmetic
 
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, if it has one. Raises ConfigError or BundleError where it cannot be read."""
+        """Its tokenizer, if it has one. Raises ConfigError or BundleError if it cannot be read."""
 
     def text_rows(self, ids: Ints) -> Floats:
         """Rows of the embedding table, [ids, hidden]."""
 
     def run(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
-        """The outputs of one stage, loaded once, for several inputs: outputs of the stage before.
+        """Load one stage and run it on several inputs, each an output of the previous stage.
 
-        Pixels go into "vision.embed"; encoder and connector have [1, rows, width], decoder layers [seq, hidden], final
-        norm and logits any rows. Rows that a bundle does not compute, the vision expert's in the last layer, are NaN.
+        "vision.embed" takes pixels; encoder and connector [1, rows, width], decoder layers [seq, hidden], final norm
+        and logits any rows. Rows that a bundle does not compute are NaN: the vision expert's in the last layer.
         """
 
 
-class StagedCheckpoint:
-    """A checkpoint, float or quantized. See StagedModel."""
+class StagedCheckpoint(StagedModel):
+    """A checkpoint, float or quantized."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it; raises ConfigError and WeightsError."""
+        """Raises ConfigError and WeightsError."""
         checkpoint = Checkpoint(folder)
         spec = checkpoint.spec
         self.name = str(folder)
         self.geometry = StageGeometry.of_spec(spec)
         self.rules = InputRules.of_spec(spec)
         self.template = next(item for item in spec.templates if item.name == spec.default_template)
-        self.arithmetic: Arithmetic = _arithmetic(checkpoint)
-        as_stored = PrecisionPlan({}, {}, {}, ())  # no target is converted to anything
+        self.arithmetic = _arithmetic(checkpoint)
+        as_stored = PrecisionPlan({}, {}, {}, ())  # converts nothing
         self._stages = TorchStages(WeightReader(checkpoint, as_stored), spec)
         self._folder = folder
 
+    @override
     def tokenizer(self) -> Tokenizer | None:
-        """See StagedModel."""
         source = find_tokenizer(self._folder)
         return None if source is None else Tokenizer(import_tokenizer(source))
 
+    @override
     def text_rows(self, ids: Ints) -> Floats:
-        """See StagedModel."""
         return self._stages.text_rows(ids)
 
     @torch.no_grad()
+    @override
     def run(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
-        """See StagedModel."""
         outputs = self._outputs(stage, [torch.from_numpy(values) for values in inputs], prompt)
         return [output.numpy() for output in outputs]
 
@@ -142,9 +142,13 @@ class StagedCheckpoint:
         if stage == "vision.embed":
             return [stages.patches(pixels.numpy()) for pixels in inputs]
         if part == "connector":
-            return self._connector_step(name, inputs)
+            steps = stages.spec.connector.steps
+            step = next(step for step in steps if step.name == name)
+            module = stages.connector_step(step)
+            first_row = 1 if step is steps[0] else 0  # the connector takes no class token
+            return [module(x[:, first_row:]) for x in inputs]
         if stage == "logits":
-            values = torch.from_numpy(stages.logits(torch.cat(inputs)))  # so the head is read once
+            values = torch.from_numpy(stages.logits(torch.cat(inputs)))  # reads the head once
             return list(torch.split(values, [len(x) for x in inputs]))
         if stage == "decoder.norm":
             norm = stages.norm()
@@ -153,20 +157,13 @@ class StagedCheckpoint:
         if part == "vision":
             layer = stages.vision_layer(index)
             return [layer(x) for x in inputs]
-        step = stages.step(prompt.ids, prompt.pixels)
-        return [output for output, _ in stages.decoder_layer(index, inputs, step)]
-
-    def _connector_step(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        steps = self._stages.spec.connector.steps
-        step = next(step for step in steps if step.name == name)
-        module = self._stages.connector_step(step)
-        first_row = 1 if step is steps[0] else 0  # the class token is not for the connector
-        return [module(x[:, first_row:]) for x in inputs]
+        layout = stages.step(prompt.ids, prompt.pixels)
+        return [output for output, _ in stages.decoder_layer(index, inputs, layout)]
 
 
 def _arithmetic(checkpoint: Checkpoint) -> Arithmetic:
-    grids = [checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint]
-    bits = [grid.bits for grid in grids if grid is not None]
     if not checkpoint.is_quantized:
         return "float32"
+    grids = [checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint]
+    bits = [grid.bits for grid in grids if grid is not None]
     return "int8" if bits and min(bits) > 4 else "int4"

@@ -1,4 +1,4 @@
-"""What a comparison of two models found: its verdict, its table, its JSON document."""
+"""The result of comparing two models: verdict, table and JSON document."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from vlmdeploy.runtime import parity
 
 @dataclass(frozen=True)
 class DiffTolerance:
-    """The largest relative error that passes, on a stage's own stream and isolated, and why it is that large."""
+    """The largest relative error that passes, on a stage's own stream and isolated, and the reason."""
 
     own: float
     isolated: float
@@ -30,13 +30,13 @@ class StageDifference:
 
     @property
     def title(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return self.stage if self.rows == "all" else f"{self.stage}, {self.rows} rows"
 
 
 @dataclass(frozen=True)
 class ModelDiff:
-    """Two models' differences in all stages, in the order of the forward pass; `input` describes what both got."""
+    """The differences of two models in all stages, in the order of the forward pass; `input` describes their input."""
 
     a: str
     b: str
@@ -46,7 +46,7 @@ class ModelDiff:
 
     @property
     def is_isolated(self) -> bool:
-        """Whether stages were also compared on the same input."""
+        """Whether stages also ran on A's input."""
         return self.stages[0].isolated is not None
 
     def first_beyond(self) -> StageDifference | None:
@@ -63,7 +63,7 @@ class ModelDiff:
         return self.first_beyond() is None and not self.beyond_alone()
 
     def verdict(self) -> list[str]:
-        """The result in a few lines for people."""
+        """The result in a few lines."""
         first, alone, allowed = self.first_beyond(), self.beyond_alone(), self.tolerance
         if first is None:
             lines = [f"all stages within tolerance {allowed.own:g} ({allowed.reason})"]
@@ -81,14 +81,14 @@ class ModelDiff:
         return lines
 
     def _farthest(self) -> str:
-        """The layer whose own work differs most, beyond the tolerance or not; nothing where all are equal."""
+        """The layer whose update differs most, beyond the tolerance or not; "" if all are equal."""
         pairs = [(item.isolated.update_error, item) for item in self.stages if item.isolated]
         errors = [(error, item) for error, item in pairs if error is not None and math.isfinite(error)]
         error, item = max(errors, key=lambda pair: pair[0], default=(0.0, self.stages[0]))
         return f"; farthest layer: {item.title}, {error:.3g} of what it adds" if error > 0 else ""
 
     def as_json(self) -> dict[str, Any]:
-        """The document that `diff --json` prints; figures that are not finite are null."""
+        """The document of `diff --json`; null for figures that are not finite."""
         first = self.first_beyond()
         return {
             "a": self.a,
@@ -113,7 +113,7 @@ class ModelDiff:
         return own + (["isolated: relative error", "of what is added", "worst cosine"] if self.is_isolated else [])
 
     def rows(self) -> list[list[str]]:
-        """A line per stage; an error beyond the tolerance is marked."""
+        """A row per stage; marks errors beyond the tolerance."""
         return [self._row(item) for item in self.stages]
 
     def _row(self, item: StageDifference) -> list[str]:
@@ -133,14 +133,14 @@ class ModelDiff:
 
 
 def checked_tolerance(value: float) -> DiffTolerance:
-    """A tolerance that the user chose. Raises ConfigError for one that is no bound."""
+    """The user's tolerance. Raises ConfigError if it is negative or not finite."""
     if not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"--tolerance is {value}, expected a relative error of 0 or more")
     return DiffTolerance(value, value, "as asked for")
 
 
 def default_tolerance(a: Arithmetic, b: Arithmetic) -> DiffTolerance:
-    """What the gate allows models with the coarser of the two arithmetics; more where only one has 4-bit weights."""
+    """The gate's bounds for the coarser of the two arithmetics; wider if only one model has 4-bit weights."""
     reason, kinds = f"for {a} against {b}", {a, b}
     if "int4" in kinds and len(kinds) == 2:
         return DiffTolerance(parity.ROUNDED_END_TO_END.bound, parity.ROUNDED.bound, reason)

@@ -1,6 +1,5 @@
-"""Export of a float checkpoint to an integer target: it is quantized first, into OUT.quantized, then exported like any
-quantized checkpoint. OUT.quantized is removed when the bundle is there; a killed or failed command continues where it
-was."""
+"""Exports a float checkpoint to an integer target: quantizes it into OUT.quantized, exports and removes that. After a
+kill or failure the same command continues."""
 
 import shutil
 from dataclasses import replace
@@ -27,10 +26,10 @@ def holds_codes(ckpt: Path) -> bool:
 def export_calibrated(
     ckpt: Path, out: Path, options: ExportOptions, calibration: QuantizeOptions, progress: Progress
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Quantize with calibration data, then export; what `export_bundle` returns, with the calibration's warnings."""
+    """Quantize with calibration data, then export; returns the manifest and the warnings of both."""
     check_output(out, options.force, is_bundle)
     if options.target not in BITS_OF_TARGET:
-        raise ConfigError(f"--calib is of no use for {options.target}, which holds no codes: leave it out")
+        raise ConfigError(f"--calib has no effect on {options.target}, which holds no codes: leave it out")
     aside = out.absolute().with_name(f"{out.name}.quantized")
     asked = TARGETS[options.target] | options.precisions
     wanted = replace(

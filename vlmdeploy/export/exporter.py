@@ -1,7 +1,7 @@
-"""From a checkpoint to a bundle: graphs and embedding written aside, verified against PyTorch, then published.
+"""Exports a checkpoint as a bundle: writes graphs and embedding aside, verifies them against PyTorch, then publishes.
 
-Peak memory follows the largest tensor, not the model: weights are read and written block by block, and the gate holds
-one PyTorch layer at a time.
+Peak memory depends on the largest tensor, not the model: weights are read and written in blocks, and the gate holds one
+PyTorch layer at a time.
 """
 
 import shutil
@@ -70,49 +70,47 @@ EMBEDDING_NAME = "embedding.bin"
 def export_bundle(
     ckpt: str | Path, out: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Export a checkpoint as a verified bundle at `out`; the manifest and what the user should know.
+    """Export a checkpoint as a verified bundle at `out`; returns the manifest and warnings.
 
-    Raises ConfigError and WeightsError for the checkpoint, ExportError for the output and ParityError when a stage
-    differs from PyTorch; in every case nothing is left at `out` that was not there before.
+    Raises ConfigError and WeightsError for the checkpoint, ExportError for the output and ParityError if a stage
+    differs from PyTorch; `out` is then as it was before.
     """
     check_output(out, options.force, is_bundle)
-    cache_type = options.cache_type
+    cache_type = options.cache_type  # raises before anything is read
     checkpoint = Checkpoint(ckpt)
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     if options.is_routed:
         check_routed(spec, plan)
-    is_compiled = options.target.startswith("rtx-")  # on any machine; the others on the device, by `vlmdeploy build`
     check_options(options.target, options.build)
     check_plugin(f"--target {options.target}", options.build, options.is_routed)
-    if is_compiled:
-        import_tensorrt(library_of(options.target))
+    is_compiled = options.target.startswith("rtx-")  # on any machine; trt engines on the device, by `vlmdeploy build`
+    library = import_tensorrt(library_of(options.target)) if is_compiled else None
     reader = WeightReader(checkpoint, plan)
     warnings = [*plan_warnings(plan, options.group), *_rounded_floats(reader)]
     warnings += encoder_warning(plan, spec) if is_tensorrt(options.target) else ()
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
-        _copy_licences(checkpoint.folder, folder)
-        _copy_quantization_report(checkpoint.folder, folder)
+        _copy_files(checkpoint.folder, folder)
         cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
         check_fit(folder, manifest, options.build)
-        parts = plan_engines(folder, manifest, options.build) if is_compiled else []
+        parts = plan_engines(folder, manifest, options.build) if library else []
         subject = CheckedBundle(str(out), reader, spec, folder, manifest, options.threads)
         verification, record = verify_staged(subject, options.seed, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
         manifest = replace(manifest, verification=verification, memory_bytes=_memory_bytes(manifest, files))
-        if parts:
-            (folder / ENGINES).mkdir()
-            capabilities = built_for(import_tensorrt(library_of(options.target)), options.build)
+        if library:
             into = folder / ENGINES
+            into.mkdir()
+            capabilities = built_for(library, options.build)
             engines = compile_engines(folder, manifest, parts, options.build, capabilities, into, progress)
             manifest = replace(manifest, engines=engines)
-            files |= engine_files(folder / ENGINES)
+            files |= engine_files(into)
         manifest = replace(manifest, files=files)
         write_manifest(folder, manifest)
     return manifest, tuple(warnings)
@@ -137,17 +135,12 @@ def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Pat
     return True
 
 
-def _copy_licences(source: Path, folder: Path) -> None:
-    for pattern in LICENCE_PATTERNS:
-        for path in sorted(source.glob(pattern)):
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy licences and the quantization report; the runtime reads neither."""
+    for pattern in (*LICENCE_PATTERNS, REPORT_NAME):
+        for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _copy_quantization_report(source: Path, folder: Path) -> None:
-    """What is known of the errors of each linear travels with the bundle; the runtime does not read it."""
-    if (source / REPORT_NAME).is_file():
-        shutil.copyfile(source / REPORT_NAME, folder / REPORT_NAME)
 
 
 def _write_graphs(
@@ -158,7 +151,7 @@ def _write_graphs(
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, GraphInfo], dict[str, FileEntry]]:
-    """Every graph with its data file; also the hashes of the data files, taken while they were written."""
+    """Write every graph and its data file; also returns the hashes of the data files, computed while writing."""
     graphs, hashes = {}, {}
     decoders = branches(spec.decoder, options.is_routed)
     names = ["vision", *decoders]
@@ -188,7 +181,7 @@ def _builder(
 
 
 def _write_embedding(reader: WeightReader, folder: Path) -> tuple[EmbeddingInfo, FileEntry]:
-    """The embedding table in its planned precision: rows, then (aligned) the scales of int8 and int4 rows."""
+    """Write the embedding table in its planned precision: rows, then (aligned) the scales of int8 and int4 rows."""
     target = "embedding.weight"
     precision = reader.plan[target]
     rows, hidden = reader.matrix_shape(target)
@@ -211,9 +204,8 @@ def _embedding_blocks(reader: WeightReader, target: str, scales: NDArray[np.floa
             scales[start:stop] = part.scales
             yield pack_nibbles(part.codes) if precision.bits == 4 else part.codes
         else:
-            yield (
-                reader.half_rows(target, start, stop) if precision.type == "fp16" else reader.rows(target, start, stop)
-            )
+            read = reader.half_rows if precision.type == "fp16" else reader.rows
+            yield read(target, start, stop)
 
 
 def _manifest(
@@ -225,7 +217,7 @@ def _manifest(
     cache: CacheShape,
     has_tokenizer: bool,
 ) -> Manifest:
-    """The manifest before verification: no file hashes and no verdict yet."""
+    """The manifest before verification, without file hashes and verdict."""
     return Manifest(
         family=spec.family,
         target=options.target,
@@ -268,7 +260,7 @@ def _quantization(reader: WeightReader) -> str:
 
 
 def _rounded_floats(reader: WeightReader) -> Iterable[str]:
-    """Parts that a quantized checkpoint holds as floats and the user asked for as integers."""
+    """Name the parts that a quantized checkpoint holds as floats and the user wants as integers."""
     if reader.checkpoint.is_quantized:
         targets = [target for target, precision in reader.plan.by_target.items() if precision.bits]
         checkpoint = reader.checkpoint
@@ -278,7 +270,7 @@ def _rounded_floats(reader: WeightReader) -> Iterable[str]:
 
 
 def _quantization_notes(reader: WeightReader) -> Iterable[str]:
-    """What the report of the quantized checkpoint and its codes say that a user should know."""
+    """Notes for the user from the quantized checkpoint's codes and report."""
     yield from _rounded_floats(reader)
     targets = [target for target in reader.plan.by_target if reader.plan[target].bits == 3]
     if targets:
@@ -293,18 +285,15 @@ def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, 
     """Weight bytes that each phase reads, and the cache's bytes per token."""
     graphs = {name: files[graph.file].bytes + files[graph.data_file].bytes for name, graph in manifest.graphs.items()}
     cache = manifest.cache
+    keys = cache.num_layers * cache.kv_heads * cache.head_dim * np.dtype(CACHE_TYPES[cache.dtype]).itemsize
     return {
         "vision": graphs["vision"],
         "prefill": sum(graphs.values()) - graphs["vision"],
         "decode": graphs[manifest.token_graph],
-        "kv_per_token": 2
-        * np.dtype(CACHE_TYPES[cache.dtype]).itemsize
-        * cache.num_layers
-        * cache.kv_heads
-        * cache.head_dim,
+        "kv_per_token": 2 * keys,
     }
 
 
 def _bundle_files(folder: Path) -> list[Path]:
-    """Every file of the bundle but the manifest (and our hidden marker)."""
+    """Every file of the bundle except the manifest and our hidden marker."""
     return sorted(path for path in folder.iterdir() if path.name != MANIFEST_NAME and not path.name.startswith("."))

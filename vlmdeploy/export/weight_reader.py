@@ -1,6 +1,6 @@
-"""The weights as a bundle holds them: read from the checkpoint a few rows at a time, in the planned precision.
+"""Reads a bundle's weights from the checkpoint, a few rows at a time, in the planned precision.
 
-`effective` gives the float values that the bundle's arithmetic stands for; verification fills PyTorch with them.
+`effective` returns the float values that the stored weights stand for; verification fills PyTorch with them.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from vlmdeploy.quant.precision import Precision, PrecisionPlan, Stored
 from vlmdeploy.quant.quantization_report import read_report
 
 Ints = NDArray[np.int64]
-BLOCK_BYTES = 8 << 20  # rows are read in blocks of about this many float32 bytes: they stay in the cache
+BLOCK_BYTES = 8 << 20  # float32 bytes of a block of rows: it stays in the processor's cache
 
 
 def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
-    """What a quantized checkpoint holds; None for a float one. Linears of several grids count as floats."""
+    """The precisions in a quantized checkpoint; None for a float one. Linears of several grids count as floats."""
     if not checkpoint.is_quantized:
         return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
@@ -39,7 +39,7 @@ class WeightReader:
     plan: PrecisionPlan
 
     def matrix_shape(self, target: str) -> tuple[int, int]:
-        """Rows and columns of a parameter seen as a matrix [out, in]."""
+        """Rows and columns of a parameter as a matrix [out, in]."""
         shape = self.checkpoint.shape(target)
         return shape[0], int(np.prod(shape[1:]))
 
@@ -52,7 +52,7 @@ class WeightReader:
         return np.asarray(self.checkpoint.rows(target, start, stop).flatten(1).numpy())
 
     def half_rows(self, target: str, start: int, stop: int) -> NDArray[np.float16]:
-        """Rows as fp16. Raises ExportError where a value overflows."""
+        """Rows as fp16. Raises ExportError if a value overflows."""
         rows = self.rows(target, start, stop)
         with np.errstate(over="ignore"):
             halves = rows.astype(np.float16)
@@ -86,7 +86,7 @@ class WeightReader:
         return self.rows(target, start, stop)
 
     def effective(self, target: str) -> Tensor:
-        """The whole parameter as the bundle's arithmetic sees it, float32, in its own shape."""
+        """The float32 values that a whole stored parameter stands for, in its own shape."""
         shape = self.checkpoint.shape(target)
         if target not in self.plan.by_target:
             return self.checkpoint.parameter(target)
@@ -96,17 +96,17 @@ class WeightReader:
         return values.reshape(shape)
 
     def blocks(self, target: str) -> list[tuple[int, int]]:
-        """Row ranges that cover a matrix in blocks of bounded size."""
+        """Row ranges of the blocks of a matrix."""
         rows, width = self.matrix_shape(target)
         size = max(1, BLOCK_BYTES // (4 * width))
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def in_fp32(self, target: str) -> str:
-        """What the user can do about a value of this parameter that a narrow type cannot hold."""
+        """The remedy for a value of this parameter that a narrow type cannot hold."""
         return in_fp32(self.checkpoint.rules[target].part)
 
 
 def in_fp32(part: str) -> str:
-    """What the user can do about a value that a narrow type cannot hold."""
+    """The remedy for a value that a narrow type cannot hold."""
     option = "--target ort-fp32" if part == "decoder" else f"--{part.replace('_', '-')} fp32"
     return f"keep that part in fp32 with {option}"

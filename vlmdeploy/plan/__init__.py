@@ -1,1 +1,1 @@
-"""Will a model fit on a device, and how fast could it be: from widths and the device's figures alone."""
+"""Plans from widths and a device's figures alone: will a model fit, and how fast could it be?"""

@@ -1,4 +1,4 @@
-"""What compiling the engines of a bundle takes, and whether the device that must do it can."""
+"""Memory to compile a bundle's engines, and whether the device has it."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ ON_DEVICE = "on the device"
 
 @dataclass(frozen=True)
 class Build:
-    """What compiling the engines takes. ram_bytes: of the largest graph in one piece; least_ram_bytes: with decoders
-    cut into single layers. fits: into memory and swap of a device whose memory is known; the builder works in ordinary
-    memory, and how much of that stands beside a card nobody said."""
+    """Memory to compile the engines. ram_bytes: for the largest graph in one piece; least_ram_bytes: with decoders cut
+    into single layers. fits: in the device's memory and swap; always true if the builder uses the memory of a card's
+    machine, whose size no device profile gives."""
 
     where: str
     ram_bytes: int
@@ -25,12 +25,12 @@ class Build:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether the memory that they run in is the memory that they are compiled in."""
+        """Whether engines are compiled in the memory that they run in."""
         return self.where == ON_DEVICE
 
 
 def plan_build(geometry: Geometry, precision: PrecisionPlan, target: str, device: PlanDevice, swap_bytes: int) -> Build:
-    """The encoder is built in one piece, a decoder whole or cut down to its largest layer."""
+    """The encoder is built in one piece, a decoder whole or cut down to single layers."""
     storage = Storage.of(target, "cuda")
     graphs = weight_sizes(geometry, precision, storage).graphs
     least = build_bytes(max(graphs["vision"], *_layer_bytes(geometry, precision, storage)))
@@ -43,12 +43,12 @@ def plan_build(geometry: Geometry, precision: PrecisionPlan, target: str, device
 
 
 def _room_bytes(device: PlanDevice, swap_bytes: int) -> int:
-    """What `build` takes: by itself a share of what is free; with swap all that --max-memory allows."""
+    """Memory that `build` uses: a share of what is available; with swap, all that --max-memory allows."""
     return device.usable_bytes + swap_bytes if swap_bytes else int(KEPT_FREE * device.usable_bytes)
 
 
 def _layer_bytes(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> list[int]:
-    """Bytes of every layer of the decoder graphs; the head goes with the last one."""
+    """Bytes of every layer of the decoder graphs; the last one includes the head."""
     layers: dict[tuple[str, int], int] = {}
     for stored in stored_matrices(geometry, precision, storage):
         if stored.graph != "vision":

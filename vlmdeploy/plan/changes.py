@@ -1,5 +1,5 @@
-"""What would make a plan fit: all combinations of cheaper options are tried, and those that fit and of which no part
-would do are ranked by what they are expected to cost in accuracy."""
+"""Finds what makes a plan fit: tries all combinations of cheaper options, keeps the minimal sets that fit, and ranks
+them by expected cost in accuracy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,16 +17,16 @@ from vlmdeploy.spec.matrices import matrices
 from vlmdeploy.spec.model import least_context
 
 MAX_CHANGES = 5
-FEWEST_TEXT_TOKENS = 128  # that a shortened context must leave beside the image
+FEWEST_TEXT_TOKENS = 128  # a shortened context must leave room for these beside the image
 SHORT_CONTEXTS = (4096, 2048, 1024, 512)
 SMALL_CHUNK = 128
 NARROWER_TARGETS = {"ort": ("ort-fp32", "ort-fp16", "ort-int8", "ort-int4"), "trt": ("trt-fp16", "trt-int4")}
 WIDTHS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int3": 3}  # bits of a value
 
-# What a narrower type is expected to cost in points of accuracy, low and high. Sources: int8 encoder, optimum-intel PR
-# 1394 (none on InternVL2) and our digits model; int4 encoder, TICO PR 559 (0.4 to 1.6 points on VQAv2 with everything
-# int4) and our digits model (0.2); int4 decoder, the digits model with GPTQ (0.0) and TICO's (1.6); int8 decoder, taken
-# to be as the int8 encoder.
+# Expected cost of a narrower type in points of accuracy, low and high. Sources: int8 encoder, optimum-intel PR 1394
+# (none on InternVL2) and our digits model; int4 encoder, TICO PR 559 (0.4 to 1.6 points on VQAv2 with everything int4)
+# and our digits model (0.2); int4 decoder, the digits model with GPTQ (0.0) and TICO's (1.6); int8 decoder, assumed
+# equal to the int8 encoder.
 FREE: Range = (0.0, 0.0)
 COSTS: dict[tuple[str, ...], dict[str, Range]] = {
     ("vision", "connector"): {"int8": (0.0, 0.2), "int4": (0.2, 1.6)},
@@ -37,7 +37,7 @@ COSTS: dict[tuple[str, ...], dict[str, Range]] = {
 
 @dataclass(frozen=True)
 class _Step:
-    """One choice along one dimension: how it is written, what it changes and its reason."""
+    """One choice along one dimension: its text, the options it changes and its reason."""
 
     text: str
     options: dict[str, Any]
@@ -48,14 +48,14 @@ SWAP = _Step("--swap", {}, "on disk, needed only while engines are built, with `
 
 
 def find_changes(model: PlannedModel, device: PlanDevice, options: PlanOptions) -> list[Change]:
-    """The smallest sets of changes that fit, cheapest first: no part of one of them fits by itself.
+    """The minimal sets of changes that fit, cheapest first: no subset of a set fits.
 
     options.target must be given.
     """
     base = draft(model, device, options.target or "", options)
     dimensions = [steps for steps in _dimensions(model, base, options) if steps]
     if model.stored is None and _tried(model, base, options, [steps[-1] for steps in dimensions]) is None:
-        return []  # everything at once is not enough, so nothing is
+        return []  # everything at once is not enough
     fitting: list[tuple[tuple[int, ...], Change]] = []
     for levels in sorted(product(*(range(len(steps) + 1) for steps in dimensions)), key=sum):
         if any(all(a <= b for a, b in zip(smaller, levels, strict=True)) for smaller, _ in fitting):
@@ -69,7 +69,7 @@ def find_changes(model: PlannedModel, device: PlanDevice, options: PlanOptions) 
 
 
 def _dimensions(model: PlannedModel, base: Plan, options: PlanOptions) -> Iterator[list[_Step]]:
-    """What could be changed, each dimension from the least step to the most."""
+    """What could change: each dimension's steps, smallest first."""
     if options.residency == "all":
         why = "one phase at a time in memory; a new picture loads its weights again"
         yield [_Step("--residency phase", {"residency": "phase"}, why)]
@@ -97,7 +97,7 @@ def _shorter_contexts(base: Plan, options: PlanOptions) -> Iterator[_Step]:
 
 
 def _narrowed(base: Plan, parts: tuple[str, ...], kind: str, why: str) -> _Step:
-    """The step that brings those parts down to `kind` which are wider; its text is empty where none is."""
+    """The step that narrows wider parts to `kind`; its text is empty if none is wider."""
     wider = [part for part in parts if WIDTHS.get(base.precision[part], 0) > WIDTHS[kind]]
     text = " ".join(f"--{part.replace('_', '-')} {kind}" for part in wider)
     return _Step(text, {"precisions": dict.fromkeys(wider, kind)}, why)
@@ -115,7 +115,7 @@ def _narrower_decoders(base: Plan, options: PlanOptions) -> Iterator[_Step]:
 
 
 def _tried(model: PlannedModel, base: Plan, options: PlanOptions, steps: list[_Step]) -> Change | None:
-    """The change that these steps are together, if it can be exported and fits."""
+    """These steps combined, if the result can be exported and fits."""
     chosen, texts = options, [step.text for step in steps]
     for step in steps:
         precisions = {**chosen.precisions, **step.options.get("precisions", {})}
@@ -125,8 +125,8 @@ def _tried(model: PlannedModel, base: Plan, options: PlanOptions, steps: list[_S
         if SWAP in steps and plan.build is not None:
             size = max(1, -(-(plan.build.least_ram_bytes - base.usable_bytes) // 10**9))
             texts[steps.index(SWAP)] = f"{SWAP.text} {size}GB"
-            plan = draft(model, base.device, chosen.target or "", replace(chosen, swap_bytes=size * 10**9))
-    except (ExportError, QuantizationError):  # such as codes that a quantized checkpoint does not hold
+            plan = draft(model, base.device, chosen.target or "", replace(chosen, swap=f"{size}GB"))
+    except (ExportError, QuantizationError):  # such as codes that a quantized checkpoint lacks
         return None
     if not plan.fits:
         return None
@@ -136,7 +136,7 @@ def _tried(model: PlannedModel, base: Plan, options: PlanOptions, steps: list[_S
 
 
 def _cost(model: PlannedModel, before: dict[str, str], after: dict[str, str]) -> Range:
-    """Expected loss in points; codes that a checkpoint holds already cost nothing more."""
+    """Expected loss in points; codes already in the checkpoint cost nothing."""
     held = {item.part for item in matrices(model.geometry) if model.stored and item.target in model.stored.by_target}
     low = high = 0.0
     for parts, costs in COSTS.items():

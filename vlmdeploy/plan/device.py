@@ -1,13 +1,12 @@
-"""What a plan must know of a device: what is usable of its memory, and its rates. A device of the table, the machine
-that this runs on, or a profile file:
+"""A device for the planner: its usable memory and its rates. From the device table, this machine, or a profile file:
 
-    name = "my-board"            # everything but name, kind, memory and bandwidth_gb_s may be left out
-    kind = "jetson"              # jetson, rtx, datacenter or cpu
-    memory = "16GB"              # what the system counts; powers of ten
-    usable = "13.5GB"            # what is left for us  [default: memory less a reserve]
-    bandwidth_gb_s = 102.4
-    fp16_tflops = 15.0           # dense, tensor cores, float32 accumulation
-    cpu_gflops = 120.0           # float32, for targets that run on the CPU
+name = "my-board"            # name, kind, memory and bandwidth_gb_s are required
+kind = "jetson"              # jetson, rtx, datacenter or cpu
+memory = "16GB"              # as the system counts it; powers of ten
+usable = "13.5GB"            # left for us  [default: memory less a reserve]
+bandwidth_gb_s = 102.4
+fp16_tflops = 15.0           # dense, tensor cores, float32 accumulation
+cpu_gflops = 120.0           # float32, for targets that run on the CPU
 """
 
 import difflib
@@ -36,10 +35,7 @@ PROBE_WIDTH = 1024
 
 @dataclass(frozen=True)
 class PlanDevice:
-    """A device as the planner sees it. is_unified: its CPU and GPU share the memory. Rates that nobody gave are None.
-
-    source: where the figures come from, in words.
-    """
+    """A device as the planner sees it. Unknown rates are None. source: where the figures come from, in words."""
 
     name: str
     title: str
@@ -53,7 +49,7 @@ class PlanDevice:
 
     @property
     def is_unified(self) -> bool:
-        """Whether the CPU and its programs live in the same memory."""
+        """Whether the CPU uses the same memory."""
         return self.kind in ("jetson", "cpu")
 
     @property
@@ -63,10 +59,9 @@ class PlanDevice:
 
 
 def plan_device(text: str, power_mode: str | None = None) -> PlanDevice:
-    """The device of a name, of a profile file (anything that ends in .toml), or this machine ("host").
+    """The device of this name, of a profile file (a name ending in .toml), or this machine ("host").
 
-    Raises ConfigError: for an unknown name it lists those there are, for a profile it names file, key and the known
-    keys.
+    Raises ConfigError listing the known names, or naming a profile's file, key and the known keys.
     """
     if text.lower() == HOST:
         found = _host()
@@ -162,7 +157,7 @@ def _number(profile: dict[str, Any], key: str, path: Path) -> float:
 
 
 def _host() -> PlanDevice:
-    """This machine's CPU and memory; its rates are measured, which takes about a second."""
+    """This machine's CPU and memory; measures the rates, which takes about a second."""
     memory = total_bytes()
     bandwidth, flops = _measured_bandwidth(), _measured_flops()
     title = f"this machine, {len(os.sched_getaffinity(0))} cores"
@@ -173,13 +168,13 @@ def _host() -> PlanDevice:
 
 
 def _measured_bandwidth() -> float:
-    """Bytes per second that one core reads, the best of three sums over more than a cache holds."""
+    """Bytes per second that one core reads: the best of three sums over more than the caches hold."""
     values = np.ones(PROBE_VALUES, np.float32)
     return values.nbytes / min(_seconds(values.sum) for _ in range(3))
 
 
 def _measured_flops() -> float:
-    """float32 operations per second of all cores, the best of three matrix products."""
+    """float32 operations per second of all cores: the best of three matrix products."""
     square = np.ones((PROBE_WIDTH, PROBE_WIDTH), np.float32)
     return 2 * PROBE_WIDTH**3 / min(_seconds(lambda: square @ square) for _ in range(3))
 

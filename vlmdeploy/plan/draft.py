@@ -1,4 +1,4 @@
-"""One plan, exactly as it was asked for: sizes, memory, speed, and whether that fits. It suggests nothing."""
+"""One plan for exactly the given options: sizes, memory, speed, and whether it fits. It suggests no changes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from vlmdeploy.spec.model import Geometry
 
 @dataclass(frozen=True)
 class Change:
-    """Options that make a plan fit, what they bring the peak down to, and their expected cost in points of accuracy."""
+    """Options that make a plan fit, the resulting peak, and their expected cost in points of accuracy."""
 
     options: tuple[str, ...]
     peak_bytes: int
@@ -30,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. Sizes are bytes, rates and times [low, high]; `weights_bytes` counts what a bundle ships."""
+    """A plan. Sizes are bytes, rates and times [low, high]; `weights_bytes` counts what a bundle ships."""
 
     model: str
     can_export: bool
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits into the device, and engines that must be compiled there can be."""
+        """Whether every phase fits into the device, and so does compiling the engines if it must."""
         return max(self.peak_bytes.values()) <= self.usable_bytes and (self.build is None or self.build.fits)
 
 
 def draft(model: PlannedModel, device: PlanDevice, target: str, options: PlanOptions) -> Plan:
-    """The plan as asked for; its verdict says whether that fits. Raises ExportError and QuantizationError for
+    """The plan for these options; its verdict says whether it fits. Raises ExportError and QuantizationError for
     precisions and groups that an export would refuse."""
     geometry, storage = with_context(model.geometry, options), storage_of(target, options)
     precision = planned_precision(model, target, options)
@@ -104,7 +104,7 @@ def draft(model: PlannedModel, device: PlanDevice, target: str, options: PlanOpt
 
 
 def planned_precision(model: PlannedModel, target: str, options: PlanOptions) -> PrecisionPlan:
-    """The precision of every matrix. Raises ExportError where the target or a quantized checkpoint cannot have it."""
+    """The precision of every matrix. Raises ExportError if the target or a quantized checkpoint cannot have it."""
     chosen = dict(options.precisions)
     if options.bits is not None:
         chosen["decoder"] = f"int{options.bits}"
@@ -112,7 +112,7 @@ def planned_precision(model: PlannedModel, target: str, options: PlanOptions) ->
 
 
 def _check_grids(geometry: Geometry, precision: PrecisionPlan, storage: Storage) -> None:
-    """Raise the error of an export where the dialect has no product for a matrix's groups."""
+    """Raise an export's error if the dialect has no matrix product for a matrix's groups."""
     for stored in stored_matrices(geometry, precision, storage):
         matrix, grid = stored.matrix, stored.precision.grid
         if grid is None:
@@ -143,7 +143,7 @@ def _warnings(
     options: PlanOptions,
     build: Build | None,
 ) -> Iterator[str]:
-    """What a user should know beside the numbers; what an export would warn of, too."""
+    """Warnings beside the numbers, including those of an export."""
     if not model.can_export:
         yield f"{model.name} can be planned for, but not exported yet"
     if model.stored is None:

@@ -1,8 +1,8 @@
-"""Peak memory of a bundle by phase, from widths alone: weights that are resident, KV cache, activations, buffers and
-what the engine takes for itself.
+"""Peak memory of a bundle by phase, from widths alone: resident weights, KV cache, activations, buffers and the
+engine's overhead.
 
-ONNX Runtime on a CPU is modelled after what it was seen to do (benchmarks/plan_vs_measured.py compares). For TensorRT
-the runtime's own memory plan is counted; what an engine works in is estimated, no engine has been measured.
+ONNX Runtime on a CPU is modelled on measurements (benchmarks/plan_vs_measured.py compares). For TensorRT this counts
+the runtime's memory plan and estimates the scratch of engines: none has been measured.
 """
 
 from dataclasses import dataclass, fields
@@ -26,16 +26,16 @@ MB = 10**6
 
 # One process of Python, numpy, Pillow, tokenizers and ONNX Runtime on x86-64: 45 MB of its own, 45 to 70 MB of files.
 ORT_PROCESS_BYTES = 104 * MB
-# Loading fp16 matrices for a CPU widens them, and leaves pieces of that work behind: this share of the fp32 weights.
+# Loading fp16 matrices for a CPU widens them and leaves this share of the fp32 weights behind.
 WIDENING = {"phase": 0.15, "all": 0.07}
-ORT_CUDA_BYTES = 800 * MB  # CUDA's context, cuDNN, cuBLAS: a guess, no GPU was at hand
-ENGINE_COPIES_BYTES = 10  # an engine's scratch for each value of the widest layer: two of fp32, one of fp16; a guess
+ORT_CUDA_BYTES = 800 * MB  # CUDA's context, cuDNN, cuBLAS: a guess, not measured
+ENGINE_COPIES_BYTES = 10  # an engine's scratch per value of the widest layer: two of fp32, one of fp16; a guess
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a bundle is used. cache_tokens: slots of the cache that is allocated; text_tokens: of the prompt, beside the
-    image's rows."""
+    """How a bundle is used. cache_tokens: slots of the allocated cache; text_tokens: of the prompt, beside the image's
+    rows."""
 
     residency: str = "phase"
     images: int = 1
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Bytes that are needed at the same time in one phase."""
+    """Bytes that one phase needs at the same time."""
 
     weights: int
     kv: int
@@ -79,10 +79,10 @@ def _ort_cpu(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting:
     graphs, wide = ort_resident_bytes(geometry, plan, storage)
     loaded = {name: size + int(WIDENING[setting.residency] * wide[name]) for name, size in graphs.items()}
     weights = _resident(loaded, setting)
-    if setting.residency == "phase":  # by then the pieces are given back
+    if setting.residency == "phase":  # the runtime has returned what widening left behind
         weights["decode"] = graphs["decoder_text"]
     vision, prompt = _vision_work(geometry) if setting.images else 0, _prompt_work(geometry, setting)
-    if setting.residency == "all":  # a session keeps what it worked in
+    if setting.residency == "all":  # a session keeps its working memory
         activations = {"vision": vision, "prefill": vision + prompt, "decode": vision + prompt}
     else:
         text_rows = min(setting.text_tokens, CHUNK_ROWS)
@@ -94,7 +94,7 @@ def _ort_cpu(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting:
 
 
 def _resident(graphs: dict[str, int], setting: Setting) -> dict[str, int]:
-    """Bytes of weights that are loaded in each phase."""
+    """Bytes of weights loaded in each phase."""
     text = graphs["decoder_text"]
     prompt = text + (graphs.get("decoder_vision", 0) if setting.images else 0)
     vision = graphs["vision"] if setting.images else 0
@@ -110,10 +110,10 @@ def _cache(geometry: Geometry, setting: Setting) -> int:
 def ort_resident_bytes(
     geometry: Geometry, plan: PrecisionPlan, storage: Storage
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What each graph holds in memory once ONNX Runtime has packed it for a CPU, and its fp32 bytes of fp16 matrices.
+    """Memory of each graph once ONNX Runtime has packed it for a CPU, and its fp32 bytes of fp16 matrices.
 
-    Codes are packed with a scale and a block sum in fp32 for each block, and the file's scales stay mapped; fp16 is
-    widened to fp32; fp32 is packed as it is. What is packed is no longer mapped.
+    It packs codes with an fp32 scale and block sum per block, keeping the file's scales mapped; widens fp16 to fp32;
+    packs fp32 as it is; and unmaps what it packed.
     """
     graphs, wide = small_bytes(geometry, storage), dict.fromkeys(small_bytes(geometry, storage), 0)
     for matrix in stored_matrices(geometry, plan, storage):
@@ -131,11 +131,8 @@ def _packed_bytes(matrix: StoredMatrix, storage: Storage) -> int:
 
 
 def _vision_work(geometry: Geometry) -> int:
-    """What the encoder works in, fp32: thirteen widths for each row in attention, which stores no scores, and two and a
-    quarter of the MLP's beside them; or two and a half times the connector's widest product, where that is more.
-
-    Both counts were measured.
-    """
+    """Working memory of the encoder, fp32: per row thirteen widths in attention, which stores no scores, and two and a
+    quarter of the MLP's; or two and a half times the connector's widest product, if larger. Both measured."""
     vision = geometry.vision
     rows = vision.num_patches + 1
     encoder = rows * (13 * vision.width + 9 * vision.mlp_width // 4)
@@ -145,7 +142,7 @@ def _vision_work(geometry: Geometry) -> int:
 
 
 def _prompt_work(geometry: Geometry, setting: Setting) -> int:
-    """What a prompt's chunks work in: each decoder's session keeps its own."""
+    """Working memory of a prompt's chunks: each decoder's session keeps its own."""
     texts = min(setting.text_tokens, CHUNK_ROWS)
     if not setting.images:
         return _chunk_work(geometry, texts, setting)
@@ -156,7 +153,7 @@ def _prompt_work(geometry: Geometry, setting: Setting) -> int:
 
 
 def _chunk_work(geometry: Geometry, rows: int, setting: Setting) -> int:
-    """One chunk through a layer, fp32: the MLP's five widths beside the residual stream, and attention's scores."""
+    """Working memory of one chunk in a layer, fp32: MLP widths, the residual stream, and attention's scores."""
     decoder = geometry.decoder
     prompt = setting.text_tokens + (geometry.connector.rows(geometry.vision) if setting.images else 0)
     return 4 * rows * (6 * decoder.mlp_width + 4 * decoder.hidden + decoder.num_heads * prompt)
@@ -169,7 +166,7 @@ def _picture_bytes(geometry: Geometry) -> int:
 
 
 def engine_buffers(geometry: Geometry, setting: Setting) -> dict[str, int]:
-    """What the TensorRT backend allocates when it is opened, the KV cache left out."""
+    """What the TensorRT backend allocates at start, except the KV cache."""
     decoder, side = geometry.decoder, geometry.vision.image_px
     return {
         "pixels": 4 * 3 * side * side,
@@ -181,7 +178,7 @@ def engine_buffers(geometry: Geometry, setting: Setting) -> dict[str, int]:
 
 
 def _engine_activations(geometry: Geometry, setting: Setting) -> dict[str, int]:
-    """One working memory for all engines, as large as the largest wants; attention is fused and stores no scores."""
+    """The scratch that all engines share, sized for the largest; attention is fused and stores no scores."""
     vision, decoder = geometry.vision, geometry.decoder
     encoder = (vision.num_patches + 1) * max(vision.mlp_width, 3 * vision.width) if setting.images else 0
     values = max(encoder, setting.chunk_rows * 2 * decoder.mlp_width)

@@ -1,9 +1,8 @@
-"""What a user may choose for a plan, checked against the model and the device before anything is counted: what an
-export or a build would refuse is refused here, and an option that could have no effect is named."""
+"""What a user may choose for a plan, checked against the model and the device first: refuses what an export or a build
+would refuse, and options without effect."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.errors import ConfigError
@@ -15,13 +14,13 @@ from vlmdeploy.runtime.backends.trt_library import library_of
 from vlmdeploy.spec.model import Geometry, least_context
 
 DEFAULT_TARGETS = {"jetson": "trt-int4", "rtx": "rtx-int4", "datacenter": "trt-int4", "cpu": "ort-int4"}
-HELD_BITS = {"int4": (3, 4, 8), "int8": (8,)}  # of a quantized decoder, which a target with this type ships as it is
-CHUNK_ROWS = 512  # of engines, where nothing else is asked for
+HELD_BITS = {"int4": (3, 4, 8), "int8": (8,)}  # bits of a quantized decoder that a target of this type ships unchanged
+CHUNK_ROWS = 512  # default of engines
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a user may choose; None: the target's table, the model's context, and so on.
+    """The options of the command line; None: the target's table, the model's context, and so on.
 
     precisions: part -> type, as `export` takes them. bits: of the decoder's codes.
     """
@@ -37,37 +36,21 @@ class PlanOptions:
     text_tokens: int = 64
     residency: str = "phase"
     chunk_rows: int | None = None
-    swap_bytes: int = 0
+    swap: str | None = None  # such as "16GB"
 
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return DEFAULT_GROUP if self.group is None else self.group
 
-
-def read_plan_options(
-    vision: str | None,
-    connector: str | None,
-    lm_head: str | None,
-    embedding: str | None,
-    bits: str | None,
-    context: int | None,
-    swap: str | None,
-    **others: Any,
-) -> PlanOptions:
-    """Options from what the command line takes; `others` are fields of PlanOptions. Raises ConfigError."""
-    chosen = {"vision": vision, "connector": connector, "lm_head": lm_head, "embedding": embedding}
-    return PlanOptions(
-        precisions={part: precision for part, precision in chosen.items() if precision},
-        bits=None if bits is None else int(bits),
-        context_tokens=context,
-        swap_bytes=0 if swap is None else parse_size(swap, "--swap"),
-        **others,
-    )
+    @property
+    def swap_bytes(self) -> int:
+        """Swap of the device. Raises ConfigError for a text that is no size."""
+        return 0 if self.swap is None else parse_size(self.swap, "--swap")
 
 
 def with_context(geometry: Geometry, options: PlanOptions) -> Geometry:
-    """The widths with the context that was chosen."""
+    """The widths with the chosen context."""
     if options.context_tokens is None:
         return geometry
     decoder = replace(geometry.decoder, context_tokens=options.context_tokens)
@@ -80,7 +63,7 @@ def storage_of(target: str, options: PlanOptions) -> Storage:
 
 
 def check_options(geometry: Geometry, target: str, device: PlanDevice, options: PlanOptions) -> None:
-    """Raise ConfigError where options contradict each other, the model or the device, or would be of no effect.
+    """Raise ConfigError if options contradict each other, the model or the device, or have no effect.
 
     geometry: the model's own, with its whole context.
     """
@@ -97,7 +80,7 @@ def check_options(geometry: Geometry, target: str, device: PlanDevice, options: 
 
 
 def _check_device(target: str, device: PlanDevice, options: PlanOptions) -> None:
-    """Raise ConfigError where the device does not execute what the target makes."""
+    """Raise ConfigError if the device cannot run the target."""
     if device.kind == "cpu" and (is_tensorrt(target) or options.provider == "cuda"):
         raise ConfigError(f"device {device.name} has no GPU: plan with an ort target for the CPU, such as ort-int4")
     if is_tensorrt(target) and device.engine != library_of(target):
@@ -111,7 +94,7 @@ def _check_device(target: str, device: PlanDevice, options: PlanOptions) -> None
 
 
 def _without_effect(target: str, device: PlanDevice, options: PlanOptions) -> Iterator[str]:
-    """Options that were given and that nothing here depends on."""
+    """Given options that change nothing here."""
     if is_tensorrt(target) and options.provider is not None:
         yield f"--provider {options.provider}"
     if not is_tensorrt(target) and options.chunk_rows is not None:
@@ -124,14 +107,14 @@ def _without_effect(target: str, device: PlanDevice, options: PlanOptions) -> It
 
 
 def _check_bits(target: str, options: PlanOptions) -> None:
-    """Raise ConfigError for bits that an export to this target would widen or refuse."""
+    """Raise ConfigError for bits that an export to this target widens or refuses."""
     kind = TARGETS[target]["decoder"]
     if options.bits is not None and options.bits not in HELD_BITS.get(kind, ()):
         raise ConfigError(f"--bits is {options.bits}, but the decoder of {target} is {kind}: choose another --target")
 
 
 def _check_prompt(geometry: Geometry, options: PlanOptions) -> None:
-    """Raise ConfigError where no bundle has such a context, or the prompt does not fit into it."""
+    """Raise ConfigError if no bundle has such a context, or the prompt does not fit into it."""
     own, rows = geometry.decoder.context_tokens, geometry.connector.rows(geometry.vision)
     context, least = options.context_tokens or own, least_context(rows)
     if not least <= context <= own:

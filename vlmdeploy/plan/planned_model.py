@@ -1,7 +1,6 @@
-"""What `vlmdeploy plan` plans for: the widths of a known family's released checkpoint, or of a checkpoint folder.
+"""The model to plan for: the widths of a family's released checkpoint, or of a checkpoint folder.
 
-Weights are never read. A folder may lack them altogether: config.json and an index, or config.json and the family's
-name, say enough.
+Weights are never read and may be missing: config.json with an index, or with the family's name, is enough.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ ONE_IMAGE = 1  # of every family so far
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths of a model that is planned for, but cannot be exported yet."""
+    """The widths of a model."""
 
     vision: VisionSpec
     connector: ConnectorSpec
@@ -57,7 +56,8 @@ PLANNED_ONLY: dict[str, Geometry] = {"glm4v": GLM4V}
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What is planned for. stored: what a quantized checkpoint holds. can_export: it is not only planned for."""
+    """The model of a plan. stored: the precisions in a quantized checkpoint; can_export: false if only planning
+    works."""
 
     name: str
     geometry: Geometry
@@ -71,7 +71,7 @@ def family_names() -> list[str]:
 
 
 def planned_model(folder: Path | None, family: str | None) -> PlannedModel:
-    """The model in a folder, or where there is none a family's. Raises ConfigError and WeightsError."""
+    """The model in a folder, or without a folder a family's. Raises ConfigError and WeightsError."""
     if folder is not None:
         return checkpoint_model(folder, family)
     assert family is not None, "the command line asks for one of the two"
@@ -79,10 +79,8 @@ def planned_model(folder: Path | None, family: str | None) -> PlannedModel:
 
 
 def released_model(name: str) -> PlannedModel:
-    """The checkpoint that a family is best known for, however its name is spelt ("GLM-4V" is glm4v).
-
-    Raises ConfigError that lists the names if there is none.
-    """
+    """A family's best known checkpoint; spelling is lenient ("GLM-4V" is glm4v). Raises ConfigError listing the
+    names."""
     plain = _plain(name)
     if plain in PLANNED_ONLY:
         return PlannedModel(plain, PLANNED_ONLY[plain], can_export=False)
@@ -91,7 +89,7 @@ def released_model(name: str) -> PlannedModel:
 
 
 def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
-    """The model in a folder, whose weights may be missing; `family` says what no tensor names can tell then.
+    """The model in a folder. Without weights and an index, `family` must say which it is.
 
     Raises ConfigError and WeightsError.
     """
@@ -107,10 +105,8 @@ def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
 
 def _config_model(folder: Path, family: str | None) -> PlannedModel:
     """The float model of a folder without weights."""
-    config, index = (
-        read_object(folder / "config.json", expected="a checkpoint in Hugging Face layout"),
-        read_object(folder / INDEX_NAME, is_optional=True),
-    )
+    config = read_object(folder / "config.json", expected="a checkpoint in Hugging Face layout")
+    index = read_object(folder / INDEX_NAME, is_optional=True)
     if "quantization_config" in config:
         raise ConfigError(
             f"{folder}: config.json is of a quantized checkpoint without its weights, and only they tell what is in "

@@ -1,5 +1,5 @@
-"""Will it fit, and how fast could it be? From widths, precisions and a device's figures, before anything is downloaded,
-quantized or built. The result names its assumptions, and what would make it fit."""
+"""Will it fit, and how fast could it be? Answers from widths, precisions and a device's figures before anything is
+downloaded, quantized or built. The plan states its assumptions and what would make it fit."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,11 +9,12 @@ from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.draft import Plan, draft
 from vlmdeploy.plan.options import DEFAULT_TARGETS, PlanOptions, check_options
 from vlmdeploy.plan.planned_model import PlannedModel
-from vlmdeploy.plan.speed import Range, Speed
+
+RANGES = ("ttft_s", "vision_s", "prefill_s", "decode_tok_s", "reload_s")  # fields of Speed
 
 
 def make_plan(model: PlannedModel, device: PlanDevice, options: PlanOptions) -> Plan:
-    """Plan one model on one device. Raises ConfigError and ExportError for options that cannot be."""
+    """Plan one model on one device. Raises ConfigError and ExportError for impossible options."""
     target = options.target or DEFAULT_TARGETS[device.kind]
     check_options(model.geometry, target, device, options)
     plan = draft(model, device, target, options)
@@ -25,8 +26,8 @@ def make_plan(model: PlannedModel, device: PlanDevice, options: PlanOptions) -> 
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The document that `plan --json` prints."""
-    ranges = {name: None if value is None else list(value) for name, value in _ranges(plan.speed).items()}
+    """The document of `plan --json`."""
+    ranges = {name: getattr(plan.speed, name) for name in RANGES}
     return {
         "model": plan.model, "can_export": plan.can_export, "device": plan.device, "target": plan.target,
         "provider": plan.provider, "precision": plan.precision, "group_sizes": plan.group_sizes,
@@ -37,11 +38,4 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "decode_bytes_per_token": plan.speed.decode_bytes, "vision_flop": plan.speed.vision_flop,
         "prefill_flop": plan.speed.prefill_flop, "verdict": plan.verdict, "changes": plan.changes,
         "warnings": plan.warnings, "assumptions": plan.assumptions,
-    }  # fmt: skip
-
-
-def _ranges(found: Speed) -> dict[str, Range | None]:
-    return {
-        "ttft_s": found.ttft_s, "vision_s": found.vision_s, "prefill_s": found.prefill_s,
-        "decode_tok_s": found.decode_tok_s, "reload_s": found.reload_s,
     }  # fmt: skip

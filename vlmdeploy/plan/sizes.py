@@ -1,7 +1,7 @@
-"""How many bytes a bundle's tensors take, from widths and precisions alone: what the graph builder would write.
+"""Bytes of a bundle's tensors, from widths and precisions alone: what the graph builder would write.
 
-Every matrix is counted as the dialect stores it (codes in whole fields, scales, zero points), every small tensor in
-float32. Alignment and the graphs themselves, about 1 MB, are left out.
+Counts every matrix as the dialect stores it (codes in whole fields, scales, zero points) and every small tensor in
+float32; omits alignment and the graphs themselves, about 1 MB.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class Storage:
 
     @classmethod
     def of(cls, target: str, provider: str) -> "Storage":
-        """The storage of a target; TensorRT's graphs are the same for everyone."""
+        """The storage of a target; TensorRT's graphs do not depend on the provider."""
         dialect = dialect_of(target)
         return cls(dialect, "cuda" if dialect == "trt" else provider)
 
@@ -43,7 +43,7 @@ class Storage:
         return min(matmul_block_size(precision.group_size), graph.largest_block)
 
     def matrix_bytes(self, rows: int, width: int, precision: Precision) -> int:
-        """Bytes of a matrix [rows, width], its scales and zero points included."""
+        """Bytes of a matrix [rows, width], including scales and zero points."""
         if not precision.bits:
             kind = "fp16" if self.dialect == "ort" and self.provider == "cuda" and precision.type != "fp32" else None
             return rows * width * FLOAT_BYTES[kind or precision.type]
@@ -53,7 +53,7 @@ class Storage:
         return rows * (width * bits // 8 + blocks * scale + zeros)
 
     def embedding_bytes(self, rows: int, width: int, precision: Precision) -> int:
-        """Bytes of the embedding table, which is no graph's: codes and fp16 scales, or floats."""
+        """Bytes of the embedding table, which is in no graph: codes and fp16 scales, or floats."""
         if not precision.bits:
             return rows * width * FLOAT_BYTES[precision.type]
         return rows * (width * precision.bits // 8 + 2 * (width // precision.group_size))
@@ -61,7 +61,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One matrix as a bundle ships it: which part and graph it belongs to, and its rows there."""
+    """One matrix as a bundle ships it: its part, graph and rows."""
 
     matrix: Matrix
     part: str  # of WEIGHT_PARTS
@@ -76,8 +76,8 @@ class StoredMatrix:
 
 
 def stored_matrices(geometry: Geometry, plan: PrecisionPlan, storage: Storage) -> Iterator[StoredMatrix]:
-    """Every matrix of the graphs. Heads are padded where the dialect pads them; of the vision expert's last layer only
-    keys and values are shipped."""
+    """Every matrix of the graphs, with the dialect's padded heads and only keys and values of the vision expert's last
+    layer."""
     for matrix in matrices(geometry):
         rows = _rows(geometry, matrix, storage)
         if rows:
@@ -93,7 +93,7 @@ def _place(matrix: Matrix) -> tuple[str, str]:
 
 
 def _rows(geometry: Geometry, matrix: Matrix, storage: Storage) -> int:
-    """Output rows as shipped; 0 for a matrix that is not."""
+    """Shipped output rows; 0 for a matrix that is not shipped."""
     vision, decoder = geometry.vision, geometry.decoder
     if not matrix.is_read:
         return 0
@@ -106,7 +106,7 @@ def _rows(geometry: Geometry, matrix: Matrix, storage: Storage) -> int:
 
 
 def small_bytes(geometry: Geometry, storage: Storage) -> dict[str, int]:
-    """Bytes of everything in a graph that is no matrix of a product: norms, biases, patches, positions; by graph."""
+    """Bytes of a graph's other tensors: norms, biases, patches, positions; by graph."""
     connector = sum(step.small_values() for step in geometry.connector.steps)
     sizes = {"vision": 4 * (_vision_values(geometry, storage) + connector)}
     for expert in geometry.decoder.experts:
@@ -137,7 +137,7 @@ def _decoder_values(decoder: DecoderSpec, expert: ExpertSpec) -> int:
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of what a bundle ships: by part (the keys are WEIGHT_PARTS), and by graph (embedding left out)."""
+    """Bytes that a bundle ships: by part (keys WEIGHT_PARTS), and by graph (without embedding)."""
 
     parts: dict[str, int]
     graphs: dict[str, int]

@@ -1,7 +1,7 @@
-"""How fast a bundle could be on a device: ranges from its bandwidth and compute, with the assumptions as words.
+"""Speed of a bundle on a device: ranges from its bandwidth and compute, and the assumptions in words.
 
-A phase takes as long as its arithmetic, or as reading its weights once, whichever is longer, at a share of the peak
-rate that real engines reach. The shares are assumptions: `assumptions` states them and where they come from.
+A phase takes as long as its arithmetic or reading its weights once, whichever is longer, at the share of the peak rate
+that real engines reach. The shares are assumptions: `assumptions` states them and their sources.
 """
 
 import math
@@ -29,9 +29,8 @@ LOAD_BYTES_PER_S: Range = (1.0e9, 3.0e9)  # an NVMe drive behind a Jetson or in 
 class Speed:
     """Seconds to the first token and tokens per second after it, each (low, high).
 
-    None where a rate of the device is not known; decoding then goes by bandwidth alone. vision_s and prefill_s make up
-    ttft_s. reload_s: what a new picture adds with residency "phase", when encoder and experts come from disk again;
-    (0, 0) with "all".
+    None if the device's compute rate is unknown; decoding then follows from bandwidth alone. ttft_s is vision_s plus
+    prefill_s. reload_s: time to reload encoder and experts for a new picture with residency "phase"; (0, 0) with "all".
     """
 
     ttft_s: Range | None
@@ -75,7 +74,7 @@ def speed(geometry: Geometry, plan: PrecisionPlan, storage: Storage, setting: Se
 
 
 def _seconds(flop: float, rate: float, shares: Range, weight_bytes: int, device: PlanDevice) -> Range:
-    """Fast and slow end of a phase."""
+    """The fast and the slow end of a phase."""
     ends = [
         max(flop / (share * rate), weight_bytes / (reading * device.bandwidth_bytes_per_s))
         for share, reading in zip(shares, BANDWIDTH_SHARE, strict=True)
@@ -88,7 +87,7 @@ def _prompt_tokens(geometry: Geometry, setting: Setting) -> int:
 
 
 def encoder_flop(geometry: Geometry) -> float:
-    """Operations of encoder and connector for one picture, a multiply-add being two."""
+    """Operations of encoder and connector for one picture; a multiply-add counts as two."""
     vision = geometry.vision
     patches, rows = vision.num_patches + 1, geometry.connector.rows(vision)
     encoder = sum(2 * item.values for item in matrices(geometry) if item.part == "vision")
@@ -98,7 +97,7 @@ def encoder_flop(geometry: Geometry) -> float:
 
 
 def prompt_flop(geometry: Geometry, setting: Setting) -> float:
-    """Operations of reading the prompt: an image's rows but the last on the vision expert, where there is one."""
+    """Operations of reading the prompt; all rows of an image but the last use the vision expert, if there is one."""
     decoder = geometry.decoder
     rows = setting.images * geometry.connector.rows(geometry.vision)
     expert_rows = max(0, rows - 1) if len(decoder.experts) == 2 and setting.images else 0
@@ -123,7 +122,7 @@ def token_flop(geometry: Geometry, setting: Setting) -> float:
 
 
 def assumptions(storage: Storage, setting: Setting, device: PlanDevice) -> list[str]:
-    """What the ranges rest on, one sentence each."""
+    """The assumptions behind the ranges, one sentence each."""
     on_cpu = storage.dialect == "ort" and storage.provider == "cpu"
     low, high = CPU_COMPUTE_SHARE if on_cpu else COMPUTE_SHARE
     rate = device.cpu_flop_per_s if on_cpu else device.fp16_flop_per_s

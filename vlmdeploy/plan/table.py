@@ -1,6 +1,6 @@
-"""A plan for people: tables of the terminal, and one self-contained HTML page of the same rows."""
+"""A plan as tables in the terminal, and as one self-contained HTML page with the same rows."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlmdeploy.byte_sizes import gigabytes
@@ -23,18 +23,18 @@ class PlanTable:
 
     @property
     def size_columns(self) -> set[int]:
-        """The columns that hold sizes alone."""
+        """The columns that hold only sizes."""
         return {index for index in range(len(self.columns)) if all(row[index].endswith(" GB") for row in self.rows)}
 
 
 def plan_tables(plan: Plan) -> list[PlanTable]:
-    """Everything of a plan but its verdict, warnings and assumptions."""
+    """Everything in a plan except verdict, warnings and assumptions."""
     tables = [_weights(plan), _memory(plan), _rates(plan)]
     return [*tables, _changes(plan)] if plan.changes else tables
 
 
 def headline(plan: Plan) -> str:
-    """What was planned, and the verdict."""
+    """What was planned, and its verdict."""
     peak, usable = max(plan.peak_bytes.values()), plan.usable_bytes
     building = "" if plan.build is None or plan.build.fits else f", building {gigabytes(plan.build.least_ram_bytes)}"
     return (
@@ -67,10 +67,7 @@ def _memory(plan: Plan) -> PlanTable:
     rows = []
     for phase in PHASES:
         memory = plan.memory[phase]
-        sizes = (
-            memory.weights, memory.kv, memory.activations, memory.buffers, memory.overhead, memory.total,
-        )  # fmt: skip
-        rows.append([phase, *map(gigabytes3, sizes)])
+        rows.append([phase, *map(gigabytes3, (*asdict(memory).values(), memory.total))])
     title = (
         f"memory by phase, residency {plan.residency}, context {plan.context_tokens} "
         f"({plan.kv_bytes_per_token:,} bytes of cache per token)"
@@ -100,7 +97,7 @@ def _range(found: Range | None, unit: str) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three figures, without an exponent where it is large."""
+    """Three significant figures, never with an exponent."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
@@ -114,12 +111,12 @@ def _changes(plan: Plan) -> PlanTable:
 
 
 def gigabytes3(size: int) -> str:
-    """Bytes in units of 10^9, three places."""
+    """Bytes in units of 10^9, with three decimals."""
     return f"{size / 1e9:.3f} GB"
 
 
 def plan_page(plan: Plan) -> str:
-    """The plan as one HTML page without anything from outside. Needs Jinja2."""
+    """The plan as one self-contained HTML page. Needs Jinja2."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
@@ -128,7 +125,7 @@ def plan_page(plan: Plan) -> str:
 
 
 def write_page(plan: Plan, path: Path) -> None:
-    """Write the page in one step; a page that is there is replaced. Raises ConfigError where that cannot be."""
+    """Write the page atomically, replacing an existing one. Raises ConfigError if it cannot be written."""
     page = plan_page(plan)
     aside = path.with_name(f".{path.name}.partial")
     try:

@@ -1,4 +1,4 @@
-"""One answer: its tokens as they come become text, and in the end text, boxes and timings."""
+"""One answer: its tokens become text as they arrive, and at the end text, boxes and timings."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass
 class Running:
-    """One answer in the making. tokens: its ids, each made when it is asked for; image_size: of the upright picture,
+    """An answer being generated. tokens: its ids, generated lazily; image_size: width and height of the upright picture
     in pixels."""
 
     prompt: Prompt
@@ -41,7 +41,7 @@ class Running:
     ids: list[int] = field(default_factory=list)
 
     def pieces(self) -> Iterator[str]:
-        """Text as it becomes certain, cut before a stop string."""
+        """Pieces of text as they become certain, up to a stop string."""
         decoder, stop = StreamDecoder(self.tokenizer), StopStrings(self.options.stop)
         for token in self.tokens:
             self.ids.append(token)
@@ -55,12 +55,12 @@ class Running:
             yield piece
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The whole text of an answer whose ids are known."""
+        """The whole text of an answer with known ids."""
         self.tokens = ids
         return "".join(self.pieces())
 
     def finish(self, text: str) -> Answer:
-        """The answer after all pieces were taken."""
+        """The answer, once all pieces were taken."""
         timings, decoded = self.timings, self.timings.decode_ms
         phases = {
             "preprocess": timings.preprocess_ms, "vision": timings.vision_ms, "prefill": timings.prefill_ms,

@@ -1,6 +1,6 @@
 """Boxes in the text of a grounding model: `[[x0,y0,x1,y1]]`, three digits each, in thousandths of width and height.
 
-Origin top left, x to the right, y down; several boxes of one phrase share the brackets, separated by `;`.
+The origin is top left, x to the right, y down; boxes of one phrase share the brackets, separated by `;`.
 """
 
 import re
@@ -39,14 +39,14 @@ def normalize_box(pixels: PixelCorners, width_px: int, height_px: int) -> Corner
 
 
 def parse_boxes(text: str, width_px: int, height_px: int) -> tuple[Box, ...]:
-    """All boxes of a text in order, for a picture of that size; parts that are not four integers 0..999 are skipped."""
+    """All boxes of a text in order, for a picture of this size; skips parts that are not four integers 0..999."""
     parts = (part for inside in BRACKETS.findall(text) for part in inside.split(";"))
     corners = (_corners(part) for part in parts)
     return tuple(Box(norm, _to_pixels(norm, width_px, height_px)) for norm in corners if norm is not None)
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
-    """A copy of the picture with the boxes outlined; yellow between two black lines shows on any background."""
+    """A copy of the picture with the boxes outlined in yellow between two black lines, visible on any background."""
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     line_px = max(1, round(max(image.size) / 300))
@@ -75,14 +75,14 @@ def _to_pixels(norm: Corners, width_px: int, height_px: int) -> PixelCorners:
 
 
 def _inside(pixels: PixelCorners, size: tuple[int, int]) -> Corners:
-    """Whole pixels within the picture, corners in order: a model may name them the other way round."""
+    """Whole pixels within the picture, corners in order: a model may swap them."""
     (left, right), (top, bottom) = sorted(pixels[0::2]), sorted(pixels[1::2])
     last_x, last_y = size[0] - 1, size[1] - 1
     return min(int(left), last_x), min(int(top), last_y), min(int(right), last_x), min(int(bottom), last_y)
 
 
 def _shrunk(corners: Corners, by_px: int) -> Corners:
-    """The rectangle moved in on every side, as far as it has room."""
+    """The rectangle inset on every side, as far as it has room."""
     x0, y0, x1, y1 = corners
     inset_x, inset_y = min(by_px, (x1 - x0) // 2), min(by_px, (y1 - y0) // 2)
     return x0 + inset_x, y0 + inset_y, x1 - inset_x, y1 - inset_y

@@ -1,7 +1,7 @@
 """From OpenAI-style messages to prompt ids, and from new ids back to text.
 
-The only prompt renderer of the project: training, calibration and verification use it too. What a prompt looks like is
-data of the bundle (ChatTemplate, TokenRules); this module only follows it. Pictures are collected here, not opened.
+The project's only prompt renderer: training, calibration and verification use it too. The bundle defines what a prompt
+looks like (ChatTemplate, TokenRules); this module follows it. It collects pictures but does not open them.
 """
 
 import re
@@ -23,12 +23,12 @@ from vlmdeploy.runtime.image import ImageSource
 Message: TypeAlias = Mapping[str, Any]
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not UTF-8, or not yet
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for invalid or incomplete UTF-8
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; the open turn, the last one, has none yet."""
+    """A question and its answer; the last, open turn has none yet."""
 
     user: str
     assistant: str | None = None
@@ -36,18 +36,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages: at least one turn, only the last one open; images in the order they were given, unopened."""
+    """Checked messages: at least one turn, only the last one open; unopened images in the order given."""
 
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...] = ()
 
 
 def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
-    """The conversation in OpenAI-style messages: user and assistant in turn, the user first and last.
+    """The conversation in OpenAI-style messages: user and assistant alternate, the user first and last.
 
     `content` is a string or a list of parts {"type": "text", "text"}, {"type": "image", "image": path, bytes or Pillow
-    image} and {"type": "image_url", "image_url": {"url": path or data URL}}; several texts are joined without a
-    separator. Raises PromptError for anything else, and for more images than the model has slots.
+    image} and {"type": "image_url", "image_url": {"url": path or data URL}}; texts are joined without a separator.
+    Raises PromptError for anything else, and for more images than the model has slots.
     """
     if not isinstance(messages, list | tuple):
         raise PromptError(f"messages are a {type(messages).__name__}, expected a list of {{role, content}}")
@@ -67,7 +67,7 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
 
 
 def render(turns: Sequence[Turn], template: ChatTemplate) -> list[str | int]:
-    """The prompt as texts and token ids in order; neighbouring texts are one string, empty ones are left out."""
+    """The prompt as texts and token ids in order; joins neighbouring texts and leaves out empty ones."""
     parts: list[str | int] = []
     for turn in turns:
         pieces = template.last_turn if turn.assistant is None else template.past_turn
@@ -77,10 +77,10 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[str | int]:
 
 
 class Tokenizer:
-    """A tokenizer.json whose special tokens cannot be written: in a text, "</s>" is four characters."""
+    """A tokenizer.json whose special tokens cannot be typed: in a text, "</s>" is four characters."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Take over a tokenizer of the tokenizers library; its settings are changed in place."""
+        """Wrap a tokenizer of the tokenizers library, changing its settings in place."""
         tokenizer.encode_special_tokens = True  # the library's name for "special tokens in a text are plain text"
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -102,28 +102,28 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        """Text of ids without special tokens; invalid UTF-8 becomes U+FFFD."""
         return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True))
 
     def ends_byte_run(self, token_id: int) -> bool:
-        """Whether a run of byte tokens before this id is over; ids without text of their own do not end it."""
+        """Whether this id ends a run of byte tokens; ids without text of their own do not."""
         return token_id not in self._byte_and_special_ids and self._tokenizer.id_to_token(token_id) is not None
 
 
 class StreamDecoder:
-    """Turns ids into text as they arrive. All pieces, with the one from `finish`, join to the decoded whole.
+    """Turns ids into text as they arrive. All pieces, including the one from `finish`, join to the decoded whole.
 
-    Text that later ids may still change is held back: incomplete UTF-8, and runs of byte tokens up to their end,
-    because decoders judge such a run as a whole.
+    Holds back text that later ids may change: incomplete UTF-8, and unfinished runs of byte tokens, because decoders
+    judge a run as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the ids that still matter for the text to come
+        self._window: list[int] = []  # ids that affect later text
         self._given_chars = 0  # of the window's text
 
     def add(self, token_id: int) -> str:
-        """The text that the next id makes certain, maybe none."""
+        """The text that the next id makes certain, possibly none."""
         self._window.append(int(token_id))
         if not self._tokenizer.ends_byte_run(int(token_id)):
             return ""
@@ -136,7 +136,7 @@ class StreamDecoder:
         return piece
 
     def finish(self) -> str:
-        """What was held back, now that no more ids come."""
+        """The text held back, once no more ids come."""
         rest = self._tokenizer.decode(self._window)[self._given_chars :]
         self._window, self._given_chars = [], 0
         return rest
@@ -144,7 +144,7 @@ class StreamDecoder:
     def _shorten_window(self) -> None:
         """Keep only the last id, so that a long answer takes linear time.
 
-        One id with visible text must stay: decoders drop the leading space of whatever comes first.
+        One id with visible text must stay: decoders drop the leading space of the first text.
         """
         text = self._tokenizer.decode(self._window[-1:])
         if text:
@@ -162,7 +162,7 @@ def prompt_ids(
 
 
 def _check_role(message: Message, index: int) -> None:
-    """Even messages are the user's, odd ones the assistant's."""
+    """Require even messages from the user and odd ones from the assistant."""
     if not isinstance(message, Mapping):
         raise PromptError(f"message {index} is a {type(message).__name__}, expected {{role, content}}")
     role, expected = message.get("role"), ("user", "assistant")[index % 2]
@@ -206,7 +206,7 @@ def _checked_text(text: object, where: str) -> str:
         raise PromptError(f"{where}: text is a {type(text).__name__}, expected a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a command line hands on bytes that are not UTF-8 as lone surrogates
+    except UnicodeEncodeError as error:  # a command line passes invalid UTF-8 as lone surrogates
         raise PromptError(f"{where}: text is not valid UTF-8 at character {error.start}") from error
     return text
 

@@ -1,4 +1,4 @@
-"""The embedding table of a bundle, memory-mapped: only the rows of a prompt are ever read."""
+"""The embedding table of a bundle, memory-mapped: only a prompt's rows are read."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ZERO_POINTS = {"int8": 128, "int4": 8}
 
 
 class EmbeddingTable:
-    """Looks up rows; float32 out, whatever is stored."""
+    """Looks up rows of any stored type as float32."""
 
     def __init__(self, folder: Path, info: EmbeddingInfo) -> None:
         self.info = info

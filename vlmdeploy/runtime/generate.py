@@ -1,7 +1,7 @@
-"""The generate loop: prompts fill the lanes of one KV cache, then tokens follow, one for each lane at a time.
+"""The generate loop: prompts fill the lanes of one KV cache, then each step adds one token to every lane.
 
-A single prompt is one lane. The loop knows a backend and how each lane's tokens are chosen; a lane can be begun or
-ended between any two tokens.
+A single prompt is one lane. The loop knows a backend and how each lane chooses its tokens; lanes can begin and end
+between any two tokens.
 """
 
 import time
@@ -19,12 +19,12 @@ from vlmdeploy.runtime.embedding import EmbeddingTable
 
 NOTHING: Ints = np.zeros(0, np.int64)
 ChooseToken = Callable[[Floats, Ints], int]
-Ranges = Mapping[int, tuple[int, int]]  # of each lane that a call reads: first and past-the-last position of its prompt
+Ranges = Mapping[int, tuple[int, int]]  # what a call reads: lane -> first and past-the-last position of its prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with its layout: ids, types, positions int64 [seq], vision_mask bool [seq]; pixels of its images."""
+    """A prompt and its layout: ids, types, positions int64 [seq]; vision_mask bool [seq]; pixels of its images."""
 
     ids: Ints
     types: Ints
@@ -60,7 +60,7 @@ def make_prompt(ids: Ints, pixels: Floats | None, rules: TokenRules, vocab_size:
 
 
 def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embedding: EmbeddingTable) -> Floats:
-    """What enters the first decoder layer, float32 [seq, hidden]: embeddings, and image rows where the type is 1."""
+    """Input of the first decoder layer, float32 [seq, hidden]: embeddings, and image rows where the type is 1."""
     rows = embedding[prompt.ids]
     if prompt.pixels is not None:
         rows[prompt.types == 1] = encode_images(prompt.pixels).reshape(-1, rows.shape[1])
@@ -69,8 +69,8 @@ def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embed
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt that is to be read into a lane: its rows float32 [seq, hidden], and the positions whose logits are
-    wanted, ascending and on the language expert, int64 [wanted]."""
+    """A prompt to read into a lane. rows float32 [seq, hidden]; wanted int64 [wanted]: positions whose logits are
+    needed, ascending, on the language expert."""
 
     prompt: Prompt
     rows: Floats
@@ -78,9 +78,9 @@ class Read:
 
 
 def read_prompts(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> dict[int, Floats]:
-    """Fill lanes, which are open and empty, with prompts; of each the logits [wanted, vocab] of the wanted positions.
+    """Fill open, empty lanes with prompts; returns the logits [wanted, vocab] of each.
 
-    Several lanes at a time need a backend that mixes experts. Other open lanes keep what they hold.
+    Several lanes need a backend that mixes experts. Other open lanes keep their contents.
     """
     found: dict[int, list[Floats]] = {lane: [] for lane in reads}
     for ranges in prompt_calls(reads, lanes, backend):
@@ -93,10 +93,10 @@ def read_prompts(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> d
 
 
 def prompt_calls(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> list[Ranges]:
-    """What each call reads of each prompt: segments of equal expert, or whatever comes next where experts mix."""
+    """What each call reads of each prompt: segments of equal expert, or plain chunks if the backend mixes experts."""
     chunk_rows = min(backend.chunk_rows, lanes.most_rows(reads))
     if len(reads) > 1:
-        assert backend.mixes_experts, "prompts side by side change experts at different places"
+        assert backend.mixes_experts, "side by side, prompts change experts at different positions"
         return prefill_steps({lane: len(read.prompt.ids) for lane, read in reads.items()}, chunk_rows)
     ((lane, read),) = reads.items()
     return [{lane: piece} for piece in pieces_of(read.prompt.vision_mask, backend, read.wanted, chunk_rows)]
@@ -105,8 +105,8 @@ def prompt_calls(reads: Mapping[int, Read], lanes: Lanes, backend: Backend) -> l
 def pieces_of(
     vision_mask: Bools, backend: Backend, wanted: Ints = NOTHING, chunk_rows: int | None = None
 ) -> list[tuple[int, int]]:
-    """First and past-the-last position of each call that reads one prompt, bool [seq]: at most `chunk_rows` rows
-    (default: the backend's), of which at most `most_logits` are wanted."""
+    """First and past-the-last position of each call that reads one prompt of vision_mask bool [seq]: at most
+    `chunk_rows` rows (default: the backend's) and `most_logits` wanted positions per call."""
     chunk_rows = chunk_rows or backend.chunk_rows
     if backend.mixes_experts:
         starts = range(0, len(vision_mask), chunk_rows)
@@ -117,7 +117,7 @@ def pieces_of(
 
 
 def _asking_few(start: int, stop: int, wanted: Ints, most: int) -> Iterator[tuple[int, int]]:
-    """A chunk, cut so that no piece holds more than `most` wanted positions."""
+    """Cut a chunk so that no piece holds more than `most` wanted positions."""
     inside = wanted[(wanted >= start) & (wanted < stop)]
     for cut in inside[most::most].tolist():
         yield start, cut
@@ -126,8 +126,8 @@ def _asking_few(start: int, stop: int, wanted: Ints, most: int) -> Iterator[tupl
 
 
 def prefill_steps(lengths: Mapping[int, int], chunk_rows: int) -> list[Ranges]:
-    """What each call reads of prompts side by side. Shorter ones begin later, so that all end in the same call; only
-    the first call of a lane may be short: padding never reaches beyond what the lane holds in the end."""
+    """What each call reads of prompts side by side. Shorter prompts begin later, so that all end in the same call. Only
+    the first call of a lane may be short, so padding never reaches past the end of its prompt."""
     steps: list[Ranges] = []
     for left in reversed(range(max(-(-length // chunk_rows) for length in lengths.values()))):
         stops = {lane: length - left * chunk_rows for lane, length in lengths.items()}
@@ -136,7 +136,7 @@ def prefill_steps(lengths: Mapping[int, int], chunk_rows: int) -> list[Ranges]:
 
 
 def _call(reads: Mapping[int, Read], ranges: Ranges, num_lanes: int) -> tuple[Call, dict[int, int]]:
-    """The call that reads these ranges, and how many logits of each lane it gives, in their order."""
+    """The call that reads these ranges, and the number of its logits per lane, in order."""
     num_rows = max(stop - start for start, stop in ranges.values())
     width = next(iter(reads.values())).rows.shape[1]
     hidden = np.zeros((num_lanes, num_rows, width), np.float32)
@@ -154,8 +154,8 @@ def _call(reads: Mapping[int, Read], ranges: Ranges, num_lanes: int) -> tuple[Ca
 
 @dataclass
 class Answering:
-    """One lane's answer in the making. ids int64: the prompt's and those chosen. logits [vocab]: of the next token,
-    None until the last one chosen was decoded."""
+    """State of a lane's answer. ids int64: the prompt's and the chosen ones. logits [vocab]: of the next token, None
+    until the last chosen token is decoded."""
 
     choose: ChooseToken
     ids: Ints
@@ -164,7 +164,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, how its tokens are chosen, and the most of them."""
+    """A prompt, how to choose its tokens, and the most new tokens."""
 
     prompt: Prompt
     choose: ChooseToken
@@ -172,12 +172,12 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """The slots of the cache that it takes; the last token needs none."""
+        """Cache slots that it takes; the last token needs none."""
         return len(self.prompt.ids) + self.new_tokens - 1
 
 
 class GenerateLoop:
-    """Answers requests side by side, one token of each at a time. Not for use by several threads at once."""
+    """Answers requests side by side, one token each per step. Not thread-safe."""
 
     def __init__(
         self,
@@ -197,11 +197,11 @@ class GenerateLoop:
         self._answering: dict[int, Answering] = {}  # by lane
 
     def begin(self, requests: Mapping[int, Request]) -> None:
-        """Read prompts into closed lanes; those that are open wait meanwhile, and go on as if nothing had been."""
+        """Read prompts into closed lanes; open lanes wait and continue unchanged."""
         start = time.perf_counter()
         reads = {}
         for lane, request in requests.items():
-            assert lane not in self._answering, "a lane that is closed"
+            assert lane not in self._answering, "the lane is closed"
             rows = prompt_rows(request.prompt, self.encode_images, self.embedding)
             reads[lane] = Read(request.prompt, rows, np.array([len(request.prompt.ids) - 1]))
         encoded = time.perf_counter()
@@ -215,12 +215,12 @@ class GenerateLoop:
         self.timings.prefill_ms += 1000 * (time.perf_counter() - encoded)
 
     def end(self, lane: int) -> None:
-        """Give a lane up; it may begin another request."""
+        """Close a lane, so that it can begin another request."""
         self.lanes.end(lane)
         del self._answering[lane]
 
     def step(self) -> dict[int, int]:
-        """The next token of every open lane. A stop id, which is given too, or a full lane ends the lane."""
+        """The next token of every open lane. A stop id, which is returned too, or a full lane ends the lane."""
         self._decode()
         tokens = {}
         for lane, one in list(self._answering.items()):
@@ -234,7 +234,7 @@ class GenerateLoop:
         return tokens
 
     def _decode(self) -> None:
-        """Logits of the next token in all lanes that lack them."""
+        """Compute the next token's logits for all lanes without them."""
         fed = {lane: one for lane, one in self._answering.items() if one.logits is None}
         if not fed:
             return
@@ -248,6 +248,6 @@ class GenerateLoop:
         self.timings.decode_ms.append(1000 * (time.perf_counter() - start))
 
     def __iter__(self) -> Iterator[dict[int, int]]:
-        """Steps until no lane is open."""
+        """Step until no lane is open."""
         while self._answering:
             yield self.step()

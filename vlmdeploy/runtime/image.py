@@ -1,7 +1,7 @@
-"""Pictures: reading them from wherever they come, and turning them into the vision encoder's input.
+"""Pictures: reading them from any source, and turning them into the vision encoder's input.
 
-The only image resize of the project: training, calibration and verification use it too. Unlike the models' authors, who
-ignore the orientation in EXIF and drop alpha, pictures are set upright and transparency is put over white.
+The project's only image resize: training, calibration and verification use it too. Unlike the models' authors, we apply
+the EXIF orientation and put transparency over white.
 """
 
 import base64
@@ -25,7 +25,7 @@ from vlmdeploy.errors import DataError
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """A picture's file inside a larger file; `str` of it is what messages call it."""
+    """A picture's file inside a larger file; `str` of it is its name in messages."""
 
     def read_bytes(self) -> bytes:
         """The picture's file. Raises DataError if it is gone or altered."""
@@ -34,12 +34,12 @@ class StoredImage(Protocol):
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredImage
 
 MAX_PIXELS = 200_000_000
-LONGEST_PATH = 4096  # Linux opens none that is longer
-# Pillow knows more formats, but some start other programs (EPS) or hold drawings whose size is a matter of taste.
+LONGEST_PATH = 4096  # Linux's limit
+# Pillow knows more formats, but some start other programs (EPS) or are drawings without a fixed size.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 EXPECTED = "expected a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
 FILTERS = {"bicubic": Image.Resampling.BICUBIC}
-UPRIGHT = {  # EXIF orientation -> what sets the picture upright; 1 is upright already
+UPRIGHT = {  # EXIF orientation -> the transpose that sets the picture upright; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,11 +54,11 @@ _pillow_limit_lock = threading.Lock()
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture of 8 bits per channel from a path, a data URL, a file's bytes, a file inside
-    another one, or a Pillow image.
+    """An upright RGB picture with 8 bits per channel: from a path, a data URL, bytes, a StoredImage or a Pillow
+    image.
 
-    Transparency is put over white, 16-bit grey is scaled; of an animation the first frame is taken, with a logged
-    warning. Raises DataError, naming the source, if it is missing, no picture, damaged or larger than 200 megapixels.
+    Puts transparency over white, scales 16-bit grey, and takes the first frame of an animation with a logged warning.
+    Raises DataError naming a source that is missing, no picture, damaged or larger than 200 megapixels.
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "the image object")
@@ -69,7 +69,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def resize_rgb(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.uint8]:
-    """The RGB picture squashed to uint8 [size_px, size_px, 3]: the aspect ratio is not kept."""
+    """The RGB picture squashed to uint8 [size_px, size_px, 3], ignoring the aspect ratio."""
     size = (recipe.size_px, recipe.size_px)
     return np.asarray(image.resize(size, FILTERS[recipe.filter]), dtype=np.uint8)
 
@@ -83,7 +83,7 @@ def preprocess(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.float3
 
 
 def _name(source: ImageSource) -> str:
-    """How messages call a source: a path as it is, and the beginning of what is too long to be one, of pasted data."""
+    """A source's name in messages: a path as it is; the beginning of a string too long for one, such as pasted data."""
     if isinstance(source, bytes):
         return f"picture of {len(source)} bytes"
     if _is_url(source, "data:"):
@@ -102,7 +102,7 @@ def _is_url(source: ImageSource, *schemes: str) -> bool:
 
 @contextlib.contextmanager
 def _pillow_limit_lifted() -> Iterator[None]:
-    """Pillow's own size limit, a variable of its module, must neither warn below ours nor fail with its own error."""
+    """Lift Pillow's global size limit, which would warn below ours and fail with its own error."""
     with _pillow_limit_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -151,7 +151,7 @@ def _data_url_bytes(url: str, name: str) -> bytes:
 
 
 def _finding(content: Path | io.BytesIO) -> str:
-    """What stands in a file that is no picture."""
+    """What a file that is no picture holds."""
     with content.open("rb") if isinstance(content, Path) else content as stream:
         stream.seek(0)
         start = stream.read(16)
@@ -180,15 +180,15 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         return _rgb(_upright(image, name))
     except MemoryError as error:
         raise DataError(f"{name}: not enough memory to decode {image.width} x {image.height} pixels") from error
-    except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise anything on damaged bytes
         raise DataError(f"{name}: damaged or truncated, or of a kind that cannot be used ({error})") from error
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    """The picture turned as its EXIF says. Pillow's exif_transpose also rewrites the block, and fails on bad ones."""
+    """The picture turned as its EXIF says. Pillow's exif_transpose rewrites the block and fails on bad ones."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:  # the pixels are good; cameras and editors break EXIF blocks in many ways
+    except Exception as error:  # the pixels are fine; cameras and editors damage EXIF blocks in many ways
         log.warning("%s: its EXIF block cannot be read (%s); an orientation in it is not applied", name, error)
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
@@ -207,6 +207,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    """0..65535 becomes 0..255, rounded; Pillow's own conversion would clip at 255."""
+    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255."""
     values = np.asarray(image).clip(0, 65535).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))

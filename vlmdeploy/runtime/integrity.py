@@ -1,5 +1,5 @@
-"""Is this bundle whole, unaltered and verified? Every file is hashed the first time and remembered in the user's cache
-by path, size, modification time and inode, so that later opens only look at the files' status."""
+"""Is this bundle complete, unaltered and verified? The user's cache remembers hashes by path, size, modification
+time and inode, so that later opens only look at the files' status."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ def cache_folder() -> Path:
 
 
 def check_bundle(folder: Path, check: str = "auto", without: str | None = None) -> Manifest:
-    """The manifest of a whole bundle. check "auto" trusts remembered hashes, "full" hashes every file.
+    """The manifest of a complete bundle. check: "auto" trusts remembered hashes, "full" hashes every file; without:
+    prefix of file names to skip.
 
-    without: files whose names begin so are not looked at.
     Raises BundleError naming the file that is missing, of another size, or altered.
     """
     if check not in ("auto", "full"):
@@ -61,7 +61,7 @@ def _remembered() -> dict[str, str]:
     try:
         known = json.loads((cache_folder() / "hashes.json").read_text())
     except (OSError, ValueError):
-        return {}  # no cache yet, or one cut short: everything is hashed again
+        return {}  # no cache yet, or a truncated one: hash everything again
     return known if isinstance(known, dict) else {}
 
 
@@ -71,7 +71,7 @@ def _remember(fresh: dict[str, str]) -> None:
 
 
 def keep(path: Path, content: bytes, otherwise: str) -> None:
-    """Write a file of the user's cache in one step; where that fails a warning says what it costs."""
+    """Write a file of the user's cache atomically; on failure warn with the consequence, `otherwise`."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

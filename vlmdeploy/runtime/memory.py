@@ -1,4 +1,4 @@
-"""How much memory is there: of the machine, which on a Jetson is the GPU's too; and giving it back."""
+"""The machine's memory, which on a Jetson is also the GPU's: how much there is, and returning freed memory."""
 
 import ctypes
 import sys
@@ -8,10 +8,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Memory that programs may still take: what the system calls available, or less where a container is limited.
-
-    Files that are only cached count as free.
-    """
+    """Memory available to programs: the system's figure, or less in a limited container. Cached files count as free."""
     free = sizes_in(Path("/proc/meminfo"), 1024)["MemAvailable:"]
     try:
         limit = int((CGROUP / "memory.max").read_text())
@@ -23,7 +20,7 @@ def available_bytes() -> int:
 
 
 def total_bytes(root: Path = Path("/")) -> int:
-    """Memory of the machine, or what a container may take of it."""
+    """Memory of the machine, or the container's limit."""
     whole = sizes_in(root / "proc/meminfo", 1024)["MemTotal:"]
     try:
         return min(whole, int((root / CGROUP.relative_to("/") / "memory.max").read_text()))
@@ -32,17 +29,15 @@ def total_bytes(root: Path = Path("/")) -> int:
 
 
 def sizes_in(path: Path, unit: int) -> dict[str, int]:
-    """The number that follows the first word of a line, by that word; other lines are left out."""
+    """The number after the first word of each line, keyed by that word; skips other lines."""
     lines = map(str.split, path.read_text(errors="replace").splitlines())
     return {words[0]: int(words[1]) * unit for words in lines if len(words) > 1 and words[1].isdecimal()}
 
 
 def release_freed() -> None:
-    """Give the system what was freed here: the C library keeps pieces of up to 32 MB, which are most of a model.
-
-    Nothing is done where the C library is not glibc.
-    """
-    if sys.platform != "linux":  # on Windows there is no library without a name
+    """Return freed memory to the system: glibc keeps pieces of up to 32 MB, which are most of a model. A no-op with
+    other C libraries."""
+    if sys.platform != "linux":  # CDLL(None) fails on Windows
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,12 +1,12 @@
-"""Do two implementations agree? One table says how far they may differ and why; a gate names what does not.
+"""Do two implementations agree? One table of tolerances with reasons, and a gate that names the first failure.
 
-"structure": MatMulNBits with exact float activations (accuracy_level 0) over the shipped weights. Only the order of
-float32 sums differs, so a wrong expert, position, norm, activation or packing shows.
-Where the graphs compute in fp16, every such value is widened to float32.
+"structure": MatMulNBits with exact float activations (accuracy_level 0) over the shipped weights, and fp16 values
+widened to float32. Only the order of float32 sums differs, so a wrong expert, position, norm, activation or packing
+shows.
 "shipped": the graphs as they are; int8 activations cost 0.4 to 1.2 % per linear, fp16 ones 0.1 %.
 Errors are root mean squares, rms(a - b) / rms(b): single values of a long sum that cancels may differ a hundred times
 more than the rest, while one wrong row or column shows in the mean. The gate compares models of the same (dequantized)
-weights; "rounded" is for those who compare others, and bounds no gate.
+weights; `diff` uses "rounded" for others.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from vlmdeploy.runtime.backends.lanes import Floats
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest error that passes, and why it is that large."""
+    """The largest error that passes, and the reason."""
 
     bound: float
     reason: str
@@ -61,7 +61,7 @@ def end_to_end_bound_of(check: str, is_half: bool) -> Tolerance:
 
 
 class Gate:
-    """Collects verdicts and stops at the first stage that fails."""
+    """Collects verdicts; raises at the first stage that fails."""
 
     def __init__(self, where: str, is_half: bool = False) -> None:
         self.where = where
@@ -94,7 +94,7 @@ class Gate:
             )
 
     def compare_best(self, stage: str, check: str, found: Floats, expected: Floats) -> float:
-        """The share of rows whose best token is the same, logits [rows, vocab].
+        """The share of rows with the same best token, logits [rows, vocab].
 
         Raises ParityError where a row's best token in PyTorch leads clearly and the bundle's is another.
         """
@@ -113,7 +113,7 @@ class Gate:
 
 
 def _wider(stage: str) -> str:
-    """What to do about a stage that overflows."""
+    """The remedy for a stage that overflows."""
     part = stage.replace(" ", ".").split(".")[0]
     option = {"vision": "--vision", "connector": "--connector", "logits": "--lm-head"}.get(part)
     return f"keep this part in fp32 with {option} fp32" if option else "keep this part in fp32, with an ort target"

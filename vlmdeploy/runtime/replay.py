@@ -1,6 +1,6 @@
 """The record of a verified bundle, and its replay: `vlmdeploy verify` without the checkpoint.
 
-`reference.npz` holds what the bundle answered on the machine that compared it with PyTorch; another machine must answer
+`reference.npz` holds the bundle's answer on the machine that compared it with PyTorch; every other machine must answer
 the same, up to the rounding of its own kernels.
 """
 
@@ -30,7 +30,7 @@ KEPT_ROWS = 64  # image rows kept in the record
 
 @dataclass(frozen=True)
 class Record:
-    """What the verified bundle answered: some image rows, the last logits, the greedy continuation."""
+    """The answer of a verified bundle: some image rows, the last logits, the greedy continuation."""
 
     picture: NDArray[np.uint8]
     ids: Ints
@@ -57,19 +57,19 @@ def read_record(folder: Path) -> Record:
 
 
 def kept_rows(rows: Floats) -> Floats:
-    """At most about KEPT_ROWS rows, evenly spaced: [rows, hidden] -> [kept, hidden]."""
+    """About KEPT_ROWS evenly spaced rows: [rows, hidden] -> [kept, hidden]."""
     return rows[:: max(1, len(rows) // KEPT_ROWS)]
 
 
 def sample_prompt(manifest: Manifest, ids: Ints, picture: NDArray[np.uint8]) -> Prompt:
-    """The prompt of these ids and this picture, prepared as the manifest says."""
+    """The prompt of these ids and this picture, prepared by the manifest's recipe."""
     pixels = preprocess(Image.fromarray(picture), manifest.image)[None]
     return make_prompt(ids, pixels, manifest.tokens, manifest.embedding.vocab_size, manifest.image.size_px)
 
 
 def replay(folder: Path, threads: int | None = None, provider: str | None = None) -> tuple[StageVerdict, ...]:
     """Hash every file, then repeat the recorded run on this machine. Raises BundleError, BackendError, and ParityError
-    naming what differs."""
+    naming the first difference."""
     manifest = check_bundle(folder, "full")
     gate, record = parity.Gate(str(folder)), read_record(folder)
     prompt = sample_prompt(manifest, record.ids, record.picture)
@@ -86,7 +86,7 @@ def replay(folder: Path, threads: int | None = None, provider: str | None = None
 
 
 def _check_greedy(gate: parity.Gate, session: Session, prompt: Prompt, record: Record) -> None:
-    """The recorded continuation, token by token; where it differs, the two tokens must be nearly as good here."""
+    """Repeat the recorded continuation; where it differs, the two tokens must be nearly as good here."""
     found = session.generate_ids(prompt.ids, prompt.pixels, len(record.greedy_ids))
     if not np.array_equal(found, record.greedy_ids):
         check_decode_loop(gate, session, prompt, record.greedy_ids)
@@ -94,7 +94,7 @@ def _check_greedy(gate: parity.Gate, session: Session, prompt: Prompt, record: R
 
 
 def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greedy_ids: Ints) -> None:
-    """Each greedy token, decoded one by one, must be the best (or nearly) of one pass over prompt and tokens."""
+    """Require each greedy token to be the best (or nearly) in one pass over prompt and tokens."""
     continued = np.concatenate((prompt.ids, greedy_ids[:-1]))
     logits = session.logits(continued, prompt.pixels, last=len(greedy_ids))
     lead = logits.max(1) - logits[np.arange(len(greedy_ids)), greedy_ids]
@@ -106,6 +106,6 @@ def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greed
 
 
 def _bound(manifest: Manifest) -> parity.Tolerance:
-    """Float bundles differ by the order of sums only."""
+    """Float bundles differ only by the order of sums."""
     quantized = manifest.is_half or any(precision.startswith("int") for precision in manifest.precision.values())
     return parity.REPLAY if quantized else parity.STRUCTURE_END_TO_END

@@ -1,6 +1,6 @@
 """Choosing the next token from logits, and ending an answer at a stop string.
 
-Filters and their order are those of Hugging Face transformers: repetition penalty, temperature, top-k, top-p.
+Filters apply in the order of Hugging Face transformers: repetition penalty, temperature, top-k, top-p.
 """
 
 import math
@@ -15,10 +15,10 @@ from vlmdeploy.errors import BackendError, PromptError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How an answer is generated. The defaults are greedy; a value out of range raises PromptError naming it.
+    """How to generate an answer. The defaults are greedy; a value out of range raises PromptError naming it.
 
-    temperature 0 takes the best token, whatever top_k, top_p and seed say; top_k 0 and top_p 1 keep every token. The
-    repetition penalty counts for every id of prompt and answer. Without a seed, sampled answers differ each time.
+    temperature 0 takes the best token and ignores top_k, top_p and seed; top_k 0 and top_p 1 keep every token. The
+    repetition penalty applies to every id of prompt and answer. Without a seed, sampled answers differ each time.
     """
 
     temperature: float = 0.0
@@ -60,14 +60,14 @@ def _are_texts(value: object) -> bool:
 
 
 class Sampler:
-    """Chooses tokens for one answer; with a seed, equal logits give equal choices."""
+    """Chooses the tokens of one answer; with a seed, equal logits give equal choices."""
 
     def __init__(self, options: SamplingOptions) -> None:
         self._options = options
         self._random = np.random.default_rng(options.seed)
 
     def __call__(self, logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> int:
-        """The next token from float32 logits [vocab] and the ids so far [any length]; of equal logits the lowest id.
+        """The next token from float32 logits [vocab] and the ids so far; ties go to the lowest id.
 
         Raises BackendError if a logit is NaN or infinite.
         """
@@ -94,7 +94,7 @@ class Sampler:
 def penalize_repetition(
     scores: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], penalty: float
 ) -> npt.NDArray[np.float64]:
-    """Scores [vocab] with those of ids that occurred made less likely: divided if positive, else multiplied."""
+    """Scores [vocab] with seen ids made less likely: positive ones divided by the penalty, others multiplied."""
     if penalty == 1:
         return scores
     seen = np.unique(ids)
@@ -104,7 +104,7 @@ def penalize_repetition(
 
 
 def keep_top_k(scores: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.float64]:
-    """Scores [vocab] with all below the k-th best set to minus infinity; ties with it stay. 0 keeps all."""
+    """Scores [vocab] with all below the k-th best set to minus infinity, keeping ties with it. 0 keeps all."""
     if top_k == 0 or top_k >= scores.size:
         return scores
     smallest_kept = np.partition(scores, -top_k)[-top_k]
@@ -112,7 +112,7 @@ def keep_top_k(scores: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.fl
 
 
 def keep_top_p(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.float64]:
-    """Probabilities [vocab] with those beyond the smallest set of best tokens that sums to top_p set to zero."""
+    """Probabilities [vocab] with zeros outside the smallest set of best tokens that sums to top_p."""
     if top_p == 1:
         return probabilities
     order = np.argsort(-probabilities, kind="stable")
@@ -130,9 +130,9 @@ def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, however the pieces fall.
+    """Cuts a stream of text before the first complete stop string, wherever pieces split it.
 
-    Of several, the one that is complete first counts. `stopped` tells that it came; nothing after it is given out.
+    `stopped` is true from then on, and no more text comes out.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -141,7 +141,7 @@ class StopStrings:
         self.stopped = False
 
     def add(self, piece: str) -> str:
-        """The text that may be shown now; what could be the beginning of a stop string is held back."""
+        """The text that can be shown now; holds back what could begin a stop string."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -154,12 +154,12 @@ class StopStrings:
         return text[:shown]
 
     def finish(self) -> str:
-        """What was held back, now that no more text comes."""
+        """The text held back, once no more comes."""
         held, self._held = self._held, ""
         return held
 
     def _possible_start(self, text: str) -> int:
-        """The length of the longest end of the text that begins a stop string."""
+        """The length of the longest suffix of the text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         lengths = range(min(longest, len(text)), 0, -1)
         return next((length for length in lengths if any(s.startswith(text[-length:]) for s in self._stop)), 0)

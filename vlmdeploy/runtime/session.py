@@ -43,7 +43,7 @@ KEPT_IMAGES = 4
 
 
 class Session:
-    """An opened bundle. Not for use by several threads at once."""
+    """An opened bundle. Not thread-safe."""
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class Session:
         return self._tokenizer
 
     def close(self) -> None:
-        """Give back what the engine holds; the session is of no use then. Also at the end of a `with` block."""
+        """Release the backend; the session is unusable afterwards. A `with` block closes it too."""
         self.backend.close()
 
     def __enter__(self) -> "Session":
@@ -87,21 +87,21 @@ class Session:
         stop: str | Sequence[str] = (),
         template: str | None = None,
     ) -> Iterator[str]:
-        """Pieces of the answer to OpenAI-style messages as they become certain; greedy unless a temperature is given.
+        """Answer OpenAI-style messages, piece by piece as text becomes certain; greedy unless a temperature is given.
 
-        Messages and options are checked before the first piece is asked for. Raises PromptError and DataError.
+        Checks messages and options before returning the iterator. Raises PromptError and DataError.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stops)
         return self.start(messages, options, template).pieces()
 
     def answer(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Answer:
-        """The whole answer with its boxes and timings."""
+        """The whole answer, with its boxes and timings."""
         running = self.start(messages, options, template)
         return running.finish("".join(running.pieces()))
 
     def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Running:
-        """Check and prepare everything of an answer; nothing runs before its pieces are asked for."""
+        """Check and prepare an answer; the model first runs when a piece is taken."""
         tokenizer, timings = self.tokenizer, Timings()
         conversation = read_messages(messages, self.manifest.tokens.max_images)
         ids = prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
@@ -117,7 +117,7 @@ class Session:
     ) -> Ints:
         """Greedy continuation of one prompt. input_ids int64 [seq], images float32 [images, 3, S, S] preprocessed.
 
-        Returns int64 [new], the stop id included. Raises PromptError.
+        Returns int64 [new], including the stop id. Raises PromptError.
         """
         options = SamplingOptions(max_new_tokens=max_new_tokens)
         prompt = self._prompt(input_ids, images)
@@ -129,7 +129,7 @@ class Session:
         options: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
         template: str | None = None,
     ) -> list[str]:
-        """The text of the answer to each conversation; see `generate_ids_batch`. Raises PromptError and DataError."""
+        """Answer each conversation with text; see `generate_ids_batch`. Raises PromptError and DataError."""
         running = []
         for place, messages in enumerate(conversations):
             with _naming(f"conversations[{place}]"):
@@ -139,32 +139,28 @@ class Session:
 
     @property
     def prompts_at_once(self) -> int:
-        """How many prompts `generate_ids_batch` runs side by side: one, unless the bundle has the routed plugin."""
+        """Prompts that `generate_ids_batch` runs side by side: one, unless the bundle has the routed plugin."""
         return self.backend.most_lanes
 
     def generate_ids_batch(
         self, prompts: Sequence[tuple[NDArray[Any], NDArray[Any] | None]], max_new_tokens: int = 16
     ) -> list[Ints]:
-        """Greedy continuation of several prompts, ids and images each as in `generate_ids`; int64 [new] of each.
+        """Greedy continuation int64 [new] of several prompts, each a pair of ids and images as in `generate_ids`.
 
-        A bundle with the routed plugin runs them side by side, with and without images, as many at a time as it was
-        built for; others run one after the other. Raises PromptError, naming the prompt, before anything runs.
+        A bundle with the routed plugin runs up to `prompts_at_once` of them side by side, with and without images;
+        others run one after the other. Raises PromptError, naming the prompt, before anything runs.
         """
-        options = SamplingOptions(max_new_tokens=max_new_tokens)
-        return [np.array(answer, np.int64) for answer in self._batched(self._prompts(prompts), options)]
-
-    def _prompts(self, pairs: Sequence[Any]) -> list[Prompt]:
-        """Prompts of ids and images; where there are several, an error names the wrong one by its place."""
         made = []
-        for place, pair in enumerate(pairs):
-            with _naming(f"prompts[{place}]" if len(pairs) > 1 else ""):
+        for place, pair in enumerate(prompts):
+            with _naming(f"prompts[{place}]" if len(prompts) > 1 else ""):
                 if not isinstance(pair, tuple | list) or len(pair) != 2:
                     raise PromptError(f"found {type(pair).__name__}, expected a pair: ids, and images or None")
                 made.append(self._prompt(*pair))
-        return made
+        options = SamplingOptions(max_new_tokens=max_new_tokens)
+        return [np.array(answer, np.int64) for answer in self._batched(made, options)]
 
     def _batched(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
-        """Token ids of each answer, a stop id included: as many prompts side by side as the backend takes."""
+        """Token ids of each answer, including a stop id; runs as many prompts at once as the backend takes."""
         answers: list[list[int]] = [[] for _ in prompts]
         for first in range(0, len(prompts), self.backend.most_lanes):
             for tokens in self._steps(prompts[first : first + self.backend.most_lanes], options, Timings()):
@@ -177,24 +173,21 @@ class Session:
         return (tokens[0] for tokens in self._steps([prompt], options, timings))
 
     def _steps(self, prompts: Sequence[Prompt], options: SamplingOptions, timings: Timings) -> Iterator[dict[int, int]]:
-        """The next token of every answer that goes on, by the prompt's place."""
-        requests = {
-            lane: Request(prompt, Sampler(options), self._limit(prompt, options)) for lane, prompt in enumerate(prompts)
-        }
+        """The next token of every unfinished answer, by the prompt's place."""
+        requests = {}
+        for lane, prompt in enumerate(prompts):
+            room = self.manifest.context_tokens - len(prompt.ids)
+            requests[lane] = Request(prompt, Sampler(options), min(options.max_new_tokens, room))
         lanes = self.backend.new_lanes(len(prompts), max(request.capacity for request in requests.values()))
         stop_ids = self.manifest.tokens.stop_ids
         loop = GenerateLoop(self.backend, self.embedding, self._encode_images, stop_ids, lanes, timings)
         loop.begin(requests)
         yield from loop
 
-    def _limit(self, prompt: Prompt, options: SamplingOptions) -> int:
-        """The most new tokens that the options and the context allow."""
-        return min(options.max_new_tokens, self.manifest.context_tokens - len(prompt.ids))
-
     def logits(self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, last: int | None = None) -> Floats:
         """Logits of every prompt position (or of the last few), float32 [seq or last, vocab].
 
-        Rows of the vision expert, which has no head, are NaN. input_ids int64 [seq], images float32 [images, 3, S, S]
+        Rows of the vision expert are NaN: it has no head. input_ids int64 [seq], images float32 [images, 3, S, S]
         preprocessed. Raises PromptError.
         """
         prompt = self._prompt(input_ids, images)
@@ -209,7 +202,7 @@ class Session:
         return result
 
     def _encode_images(self, pixels: Floats) -> Floats:
-        """Decoder rows of the images; those of the last few prompts are kept: asking again costs no encoding."""
+        """Decoder rows of the images. Caches those of the last few prompts: a second question costs no encoding."""
         key = hashlib.sha256(pixels.tobytes()).digest()
         rows = self._image_rows.pop(key, None)
         if rows is None:
@@ -241,7 +234,7 @@ class Session:
 
 @contextmanager
 def _naming(place: str) -> Iterator[None]:
-    """What is wrong with a prompt is told with its place among several; "": it is alone."""
+    """Prefix a PromptError with the prompt's place in the batch; "" for a single prompt."""
     try:
         yield
     except PromptError as error:
@@ -249,7 +242,7 @@ def _naming(place: str) -> Iterator[None]:
 
 
 def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
-    """What a caller gave as an array; raises PromptError where it is none."""
+    """A caller's value as an array; raises PromptError if it is none."""
     try:
         return np.asarray(values, kind)
     except (ValueError, TypeError) as error:
@@ -265,10 +258,9 @@ def open_bundle(
 ) -> Session:
     """Open a bundle for inference.
 
-    check "auto" hashes every file the first time a bundle is seen, "full" always. provider: what the bundle was made
-    for; or "cpu", which runs the graphs of a TensorRT bundle in ONNX Runtime, to check them. residency "phase" drops
-    what only a prompt needs once the prompt is read, and loads it again for the next one.
-    Raises BundleError and BackendError.
+    check: "auto" hashes every file when a bundle is first seen, "full" always. provider: the bundle's own (default), or
+    "cpu" to run the graphs of a TensorRT bundle in ONNX Runtime and check them. residency: "phase" drops what only
+    prompts need after prefill and reloads it for the next prompt. Raises BundleError and BackendError.
     """
     folder = Path(folder)
     if residency not in ("all", "phase"):

@@ -1,11 +1,11 @@
-"""A bundle in a few lines, for people."""
+"""A short description of a bundle."""
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.byte_sizes import megabytes
 
 
 def bundle_rows(manifest: Manifest) -> list[list[str]]:
-    """Label and value of each line."""
+    """Rows of label and value."""
     parts = ", ".join(f"{part} {precision}" for part, precision in manifest.precision.items())
     groups = ", ".join(f"{part} {size}" for part, size in manifest.group_sizes.items() if size)
     memory = ", ".join(f"{phase} {megabytes(size)}" for phase, size in manifest.memory_bytes.items())
@@ -34,7 +34,7 @@ ENGINE_COLUMNS = ["engine", "layers", "size", "for", "rows of one call"]
 
 
 def engine_rows(manifest: Manifest) -> list[list[str]]:
-    """One line for each compiled engine."""
+    """One row per compiled engine."""
     rows = []
     for name, engine in manifest.engines.items():
         first, last = engine.layers

@@ -1,6 +1,6 @@
-"""Engines of a bundle: compiled aside, hashed, and published with the manifest that lists them.
+"""Compiles a bundle's engines in a folder aside, hashes them, and publishes them with the manifest that lists them.
 
-A kill at any moment leaves a bundle that is whole, with its old engines or with none.
+A kill at any moment leaves a complete bundle, with its old engines or with none.
 """
 
 import logging
@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_m
 from vlmdeploy.byte_sizes import gigabytes, parse_size
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
-from vlmdeploy.export.engines.compiler import EngineRequest, ProfileShapes, RoutedPlugin, compile_engine
+from vlmdeploy.export.engines.compiler import LOGIT_ROWS, EngineRequest, ProfileShapes, RoutedPlugin, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.progress import Progress
@@ -37,55 +37,53 @@ ENGINES = "engines"
 ASIDE = ".engines.partial"
 LOG_NAME = "build.log"
 PLUGIN_NAME = "libvlmdeploy_routed.so"  # in the bundle, whatever it was called before
-RoutedChoice = Literal["on", "off", "auto"]
 CAPABILITY = re.compile(r"\d{1,2}\.\d")
-KEPT_FREE = 0.9  # of the memory that the system calls available
+KEPT_FREE = 0.9  # share of the available memory that a build may take
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user may choose. No compute capability: a portable plan (TensorRT-RTX), this machine's GPU (TensorRT)."""
+    """What a user may choose. Raises ConfigError for values that are invalid or contradict each other."""
 
-    compute_capabilities: tuple[str, ...] = ()
-    shapes: ProfileShapes = field(default_factory=ProfileShapes)
-    max_memory: int | None = None  # bytes; None: what is available
-    device: Device | None = None  # what the engines will run on, where that was named
-    plugin_library: Path | None = None  # the routed plugin; None: its kernels go into the engine
-    routed_plugin: RoutedChoice = "auto"  # what the bundle must have been exported with; "auto": either
+    capabilities: tuple[str, ...] = ()  # such as "8.6"
+    chunk_rows: int = 512
+    batch: int = 1
+    max_memory: str | None = None  # for building an engine, such as "12GB"; None: what is available
+    device_name: str | None = None  # the device that will run the engines
+    plugin_library: Path | None = None  # the routed plugin; None: the engine embeds its kernels
+    routed_plugin: Literal["on", "off", "auto"] = "auto"  # for `build`: what the bundle was exported with
 
+    def __post_init__(self) -> None:
+        if self.device is not None and self.capabilities:
+            raise ConfigError("--sm and --device both choose a GPU: give one of them")
+        for capability in self.capabilities:
+            if not CAPABILITY.fullmatch(capability):
+                raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
+        if self.max_memory is not None:
+            parse_size(self.max_memory, "--max-memory")
 
-def read_build_options(
-    capabilities: tuple[str, ...],
-    chunk_rows: int,
-    max_memory: str | None,
-    device_name: str | None,
-    batch: int = 1,
-    plugin_library: Path | None = None,
-    routed_plugin: RoutedChoice = "auto",
-) -> BuildOptions:
-    """Options from what the command line takes. Raises ConfigError."""
-    device = None if device_name is None else devices.device(device_name)
-    if device is not None and capabilities:
-        raise ConfigError("--sm and --device both choose a GPU: give one of them")
-    if device is not None and device.engine == "tensorrt_rtx":
-        capabilities = (device.compute_capability,)
-    for capability in capabilities:
-        if not CAPABILITY.fullmatch(capability):
-            raise ConfigError(f'--sm is "{capability}", expected a compute capability such as 8.6')
-    memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
-    shapes = ProfileShapes(chunk_rows=chunk_rows, batch=batch)
-    return BuildOptions(capabilities, shapes, memory, device, plugin_library, routed_plugin)
+    @property
+    def device(self) -> Device | None:
+        """The device named, if any."""
+        return None if self.device_name is None else devices.device(self.device_name)
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """The GPUs of a TensorRT-RTX plan; none: a portable plan."""
+        is_rtx = self.device is not None and self.device.engine == "tensorrt_rtx"
+        return (self.device.compute_capability,) if is_rtx and self.device else self.capabilities
 
 
 def plan_engines(folder: Path, manifest: Manifest, options: BuildOptions) -> list[EnginePart]:
-    """The engines that the bundle's graphs become here. Raises ExportError, and BackendError without the library."""
+    """How to split the bundle's graphs into engines here. Raises ExportError, and BackendError without the library."""
     import_tensorrt(library_of(manifest.target))
-    memory = options.max_memory or int(KEPT_FREE * available_bytes())
+    given = options.max_memory
+    memory = int(KEPT_FREE * available_bytes()) if given is None else parse_size(given, "--max-memory")
     return plan_parts(folder, manifest.graphs, manifest.cache.num_layers, memory)
 
 
 def check_options(target: str, options: BuildOptions) -> None:
-    """Raise ExportError where options choose a GPU that the target makes no engines for, or that cannot be chosen."""
+    """Raise ExportError if the options choose a GPU that the target's engines do not run on or cannot be built for."""
     device, is_rtx = options.device, target.startswith("rtx-")
     if device is not None and (target.startswith("ort-") or device.engine != library_of(target)):
         other = "trt-int4" if device.engine == "tensorrt" else "rtx-int4"
@@ -95,8 +93,7 @@ def check_options(target: str, options: BuildOptions) -> None:
 
 
 def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
-    """Raise ExportError where options are for a routed decoder and the bundle has none, or the other way round, or the
-    plugin is missing."""
+    """Raise ExportError if options and bundle disagree about a routed decoder, or the plugin library is missing."""
     if is_routed:
         if options.routed_plugin == "off":
             raise ExportError(
@@ -111,7 +108,7 @@ def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
     given = {
         "--routed-plugin on": options.routed_plugin == "on",
         "--plugin-library": options.plugin_library is not None,
-        "--batch": options.shapes.batch != 1,
+        "--batch": options.batch != 1,
     }
     for option in (name for name, is_given in given.items() if is_given):
         raise ExportError(
@@ -121,7 +118,7 @@ def check_plugin(where: str, options: BuildOptions, is_routed: bool) -> None:
 
 
 def _check_packing(folder: Path, manifest: Manifest) -> None:
-    """Raise ExportError where no kernel of this version reads the codes of a routed decoder."""
+    """Raise ExportError if this version's kernels cannot read the codes of a routed decoder."""
     if manifest.plugin is not None and manifest.plugin.packing != PACKING_VERSION:
         raise ExportError(
             f"{folder}: its codes are packed in layout {manifest.plugin.packing}, this version's kernels read layout "
@@ -130,7 +127,7 @@ def _check_packing(folder: Path, manifest: Manifest) -> None:
 
 
 def check_fit(folder: Path, manifest: Manifest, options: BuildOptions) -> None:
-    """Raise ExportError where the named device has too little memory even with one phase resident at a time."""
+    """Raise ExportError if the named device has too little memory even with residency "phase"."""
     if options.device is None:
         return
     sizes: dict[str, int] = {}
@@ -156,19 +153,21 @@ def compile_engines(
     into: Path,
     progress: Progress,
 ) -> dict[str, EngineInfo]:
-    """Compile every part into the folder `into`, with a log; what the manifest says about the engines, by name.
+    """Compile every part into the folder `into`, with a log; returns the manifest's entries by engine name.
 
-    capabilities: the GPUs that the engines fit; see `built_for`.
+    capabilities: see `built_for`.
     """
     library = import_tensorrt(library_of(manifest.target))
     shapes, log = shapes_of(manifest, options), _new_log(into)
     engines = {}
-    routed_first = sorted(parts, key=lambda part: part.graph != ROUTED_GRAPH)  # a plugin that does not fit: at once
+    routed_first = sorted(parts, key=lambda part: part.graph != ROUTED_GRAPH)  # so that a wrong plugin fails early
     for part in routed_first:
-        plan = into / f"{part.name}.engine"
+        plan, plugin = into / f"{part.name}.engine", None
+        if part.graph == ROUTED_GRAPH:  # for the one GPU that TensorRT builds for
+            plugin = RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
         request = EngineRequest(
             library.name, folder / manifest.graphs[part.graph].file, part, manifest.cache.num_layers, shapes,
-            options.compute_capabilities, plan, log, _plugin_of(part, options, capabilities),
+            options.compute_capabilities, plan, log, plugin,
         )  # fmt: skip
         compile_engine(request, progress)
         engines[part.name] = EngineInfo(
@@ -183,32 +182,20 @@ def compile_engines(
     return engines
 
 
-def _plugin_of(part: EnginePart, options: BuildOptions, capabilities: tuple[str, ...]) -> RoutedPlugin | None:
-    """How the routed operations get into an engine that has some, on the one GPU that TensorRT builds for."""
-    if part.graph != ROUTED_GRAPH:
-        return None
-    return RoutedPlugin(options.plugin_library, int(capabilities[0].replace(".", "")))
-
-
 def shapes_of(manifest: Manifest, options: BuildOptions) -> ProfileShapes:
-    """What a bundle's engines are built for: calls no longer than its context, as many images as it takes, logits of as
-    many rows as there are prompts."""
-    chosen = options.shapes
-    return replace(
-        chosen,
-        chunk_rows=min(chosen.chunk_rows, manifest.context_tokens),
-        logit_rows=max(chosen.logit_rows, chosen.batch),
-        images=manifest.tokens.max_images,
-    )
+    """The largest calls of a bundle's engines: rows within its context, its images, logits of at least one row per
+    prompt."""
+    chunk_rows = min(options.chunk_rows, manifest.context_tokens)
+    return ProfileShapes(chunk_rows, max(LOGIT_ROWS, options.batch), manifest.tokens.max_images, options.batch)
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:
-    """The GPUs that engines fit: those asked for, none for a portable plan; those of TensorRT this machine's only."""
+    """The GPUs that engines will fit: those chosen (none: portable) for TensorRT-RTX, this machine's for TensorRT."""
     return options.compute_capabilities if library.is_rtx else (compute_capability(cuda_runtime()),)
 
 
 def _new_log(into: Path) -> Path:
-    """An empty log in the user's cache, where it outlives a failed build; where that cannot be written, in `into`."""
+    """An empty log in the user's cache, where it outlives a failed build; in `into` if the cache is not writable."""
     log = cache_folder() / f"build-{os.getpid()}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -220,15 +207,15 @@ def _new_log(into: Path) -> Path:
 
 
 def engine_files(into: Path) -> dict[str, FileEntry]:
-    """What was written into the folder of engines, as the manifest lists it."""
+    """The manifest's entries of the files in a folder of engines."""
     return {f"{ENGINES}/{path.name}": hash_file(path) for path in sorted(into.iterdir())}
 
 
 def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tuple[Manifest, bool]:
-    """Compile the engines of a bundle where it lies; its new manifest, and whether anything had to be done.
+    """Compile the engines of a bundle in place; returns its new manifest, and whether it built anything.
 
-    Engines that are damaged are built again. Raises BundleError, BackendError and ExportError; then the bundle is as it
-    was, or, where the disk failed at the very end, without engines.
+    Rebuilds damaged engines. Raises BundleError, BackendError and ExportError; the bundle then is unchanged or, if the
+    disk failed at the very end, without engines.
     """
     manifest = check_bundle(folder, without=f"{ENGINES}/")
     if manifest.dialect != "trt":
@@ -262,7 +249,7 @@ def removed_on_error(aside: Path) -> Iterator[None]:
 
 
 def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for_here: tuple[str, ...]) -> bool:
-    """Whether whole engines are there already, for these options and the library installed here."""
+    """Whether the bundle has intact engines for these options and the installed library."""
     library = import_tensorrt(library_of(manifest.target))
     wanted = (library.name, library.version, built_for_here)
     shapes = shapes_of(manifest, options)
@@ -281,24 +268,22 @@ def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for
 
 
 def _has_plugin(manifest: Manifest, options: BuildOptions) -> bool:
-    """Whether the engines were built with the plugin library that is asked for, or with none as asked."""
+    """Whether the engines were built with the plugin library of the options, or with none."""
     if manifest.plugin is None:
         return True
-    if options.plugin_library is None or not manifest.plugin.library:
-        return options.plugin_library is None and not manifest.plugin.library
     held = manifest.files.get(manifest.plugin.library)
-    return held is not None and held == hash_file(options.plugin_library)
+    return held == (None if options.plugin_library is None else hash_file(options.plugin_library))
 
 
 def _with_plugin(manifest: Manifest, library: str) -> Manifest:
-    """The manifest that names a file of the bundle as the plugin library of a routed decoder; "": none."""
+    """The manifest with this file of the bundle as the plugin library of a routed decoder; "": none."""
     return manifest if manifest.plugin is None else replace(manifest, plugin=replace(manifest.plugin, library=library))
 
 
 def _publish(
     manifest: Manifest, options: BuildOptions, folder: Path, engines: dict[str, EngineInfo], aside: Path
 ) -> Manifest:
-    """Swap the engines: first a manifest without any, then the files, then the manifest that lists them."""
+    """Swap the engines: write a manifest without any, then move the files, then write the manifest that lists them."""
     (aside / LOCK).unlink()
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
     bare = _with_plugin(replace(manifest, engines={}, files=files), "")

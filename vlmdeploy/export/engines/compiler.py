@@ -1,5 +1,5 @@
-"""Compiling one ONNX graph to an engine, in a process of its own: TensorRT aborts on some errors and keeps memory, and
-a builder that runs out of memory is killed; here that is one clear error."""
+"""Compiles one ONNX graph to an engine in a child process: TensorRT aborts on some errors and keeps memory, and the
+system kills a builder that runs out of it. Here each becomes one clear error."""
 
 import json
 import os
@@ -28,25 +28,26 @@ if TYPE_CHECKING:
 
 KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
-FEWEST_HEADS = 4  # that causal attention has a kernel of its own for: TensorRT-RTX 1.7 refuses fewer
-UNREAD = "Unused Input"  # how the parser says that it ignores an input, and computes something else
+FEWEST_HEADS = 4  # TensorRT-RTX 1.7 has no causal attention kernel for fewer
+UNREAD = "Unused Input"  # the parser's message when it ignores an input and computes something else
+LOGIT_ROWS = 8
 
 
 @dataclass(frozen=True)
 class ProfileShapes:
-    """What engines are built for, the most of one call. chunk_rows: of each prompt; batch: of a routed decoder."""
+    """The largest call that engines are built for. chunk_rows: per prompt; batch: prompts, of a routed decoder."""
 
     chunk_rows: int = 512
-    logit_rows: int = 8
+    logit_rows: int = LOGIT_ROWS
     images: int = 1
     batch: int = 1
 
 
 @dataclass(frozen=True)
 class RoutedPlugin:
-    """How the routed operations get into an engine: by a library, or, with none, by kernels that the engine embeds.
+    """The source of an engine's routed operators: a library, or None for kernels that the engine embeds.
 
-    architecture: the GPU's, 87 for SM 8.7.
+    architecture: of the GPU, 87 for SM 8.7.
     """
 
     library: Path | None
@@ -55,7 +56,7 @@ class RoutedPlugin:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One engine to build: the graph file, which of its layers, for what, and where to put it."""
+    """One engine to build: the graph file, its layers, shapes and GPUs, and the output files."""
 
     library: LibraryName
     graph: Path
@@ -66,11 +67,11 @@ class EngineRequest:
     plan: Path
     log: Path
     plugin: RoutedPlugin | None = None  # of a routed decoder
-    parent: int = field(default_factory=os.getpid)  # the builder ends with it
+    parent: int = field(default_factory=os.getpid)  # the builder ends with this process
 
 
 def compile_engine(request: EngineRequest, progress: Progress) -> None:
-    """Write the plan of a request. Raises ExportError with what TensorRT said last."""
+    """Write the plan of a request. Raises ExportError with TensorRT's last words."""
     failure = None
     with child_process("vlmdeploy.export.engines.compiler") as process:
         assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
@@ -87,7 +88,7 @@ def compile_engine(request: EngineRequest, progress: Progress) -> None:
 
 
 def _death(exit_code: int | None, request: EngineRequest) -> str:
-    """What to say about a builder that ended without a word."""
+    """The message for a builder that ended without one."""
     expected = gigabytes(request.part.build_bytes)
     if exit_code == -9:
         return f"the builder was killed, most likely for memory: it was expected to take {expected}"
@@ -95,7 +96,7 @@ def _death(exit_code: int | None, request: EngineRequest) -> str:
 
 
 def main() -> None:
-    """The builder process: a request on stdin, JSON lines on stdout; what TensorRT prints goes to the log."""
+    """The builder process: reads a request on stdin, writes JSON lines on stdout, and TensorRT's output to the log."""
     end_with_parent()
     request: EngineRequest = pickle.load(sys.stdin.buffer)
     if os.getppid() != request.parent:
@@ -153,7 +154,7 @@ def _compile(request: EngineRequest, write: Callable[[str], object], progress: P
 
 
 def use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.ModelProto) -> None:
-    """Make the routed operations known to TensorRT, and take their function bodies out of the model."""
+    """Register the routed operators with TensorRT, and remove their function bodies from the model."""
     without_routed_functions(model)
     if plugin.library is not None:
         load_plugin_library(plugin.library, library, plugin.architecture)
@@ -162,8 +163,8 @@ def use_plugin(library: TensorrtLibrary, plugin: RoutedPlugin, model: onnx.Model
 
 
 def _check_layers(library: TensorrtLibrary, network: "trt.INetworkDefinition", model: onnx.ModelProto) -> None:
-    """Every attention over the KV cache must be causal from the last valid key backwards, as the graph means it, and as
-    many layers must write the cache as nodes do."""
+    """Require that every attention over the KV cache is causal from the last valid key backwards, as in the graph, and
+    that as many layers as nodes write the cache."""
     module = library.module
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     for op, kind in (("TRT_Attention", "ATTENTION_INPUT"), ("TensorScatter", "KV_CACHE_UPDATE")):
@@ -196,7 +197,7 @@ def _model(request: EngineRequest) -> onnx.ModelProto:
 
 
 def profiles(request: EngineRequest) -> list[dict[str, tuple[int, int, int]]]:
-    """Least, usual and most of every varying dimension: for the prompt, and for the text decoder for one token too."""
+    """Least, usual and most of every varying dimension: for prompts and, in graphs that decode, for one token."""
     shapes = request.shapes
     if request.part.graph == "vision":
         return [{"images": (1, 1, shapes.images)}]
@@ -212,7 +213,7 @@ def profiles(request: EngineRequest) -> list[dict[str, tuple[int, int, int]]]:
 def _profile(
     builder: "trt.Builder", network: "trt.INetworkDefinition", sizes: dict[str, tuple[int, int, int]]
 ) -> "trt.IOptimizationProfile":
-    """The profile of a network whose varying dimensions are named as in the graph."""
+    """An optimization profile; the network's varying dimensions have their names in the graph."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)

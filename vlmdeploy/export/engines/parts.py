@@ -1,5 +1,5 @@
-"""Which engines a bundle's graphs become: one each, or several runs of decoder layers where one would not fit the
-memory of the machine that builds."""
+"""Splits a bundle's graphs into engines: one each, or several runs of decoder layers if one build would not fit into
+memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ BYTES_PER_WEIGHT_BYTE = 3.1
 
 @dataclass(frozen=True)
 class EnginePart:
-    """What one engine holds: a whole graph, or decoder layers first <= i < last of it (both 0: no decoder)."""
+    """The content of one engine: a whole graph, or its decoder layers first <= i < last (both 0: no decoder)."""
 
     graph: str
     part: int
@@ -34,17 +34,17 @@ class EnginePart:
 
     @property
     def build_bytes(self) -> int:
-        """What building it is expected to take, in bytes."""
+        """Expected peak memory of building it."""
         return build_bytes(self.weight_bytes)
 
 
 def build_bytes(weight_bytes: int) -> int:
-    """Expected peak memory of building an engine of so many bytes of weights."""
+    """Expected peak memory of building an engine with this many bytes of weights."""
     return BASE_BYTES + int(BYTES_PER_WEIGHT_BYTE * weight_bytes)
 
 
 def plan_parts(folder: Path, graphs: dict[str, GraphInfo], num_layers: int, memory_bytes: int) -> list[EnginePart]:
-    """The engines of a bundle's graphs, each within `memory_bytes` to build. Raises ExportError if that cannot be."""
+    """Engines of a bundle's graphs, each buildable within `memory_bytes`. Raises ExportError if there are none."""
     parts: list[EnginePart] = []
     for name, graph in graphs.items():
         layers = num_layers if name.startswith("decoder") else 0
@@ -53,7 +53,7 @@ def plan_parts(folder: Path, graphs: dict[str, GraphInfo], num_layers: int, memo
 
 
 def _parts_of(name: str, path: Path, num_layers: int, memory_bytes: int) -> list[EnginePart]:
-    """As few parts as fit, of nearly equal numbers of layers."""
+    """The fewest parts that fit, with nearly equal numbers of layers."""
     model = onnx.load(str(path), load_external_data=False)
     sizes = initializer_bytes(model)
     for count in range(1, max(num_layers, 1) + 1):
@@ -85,7 +85,7 @@ def initializer_bytes(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def cut(model: onnx.ModelProto, layers: tuple[int, int], num_layers: int) -> onnx.ModelProto:
-    """The graph of decoder layers first <= i < last: rows in and, but for the last part, rows out."""
+    """The graph of decoder layers first <= i < last: takes rows and, except for the last part, returns rows."""
     first, last = layers
     start = "hidden" if first == 0 else f"layer.{first - 1}.out"
     kept = {f"present_{kind}.{index}" for index in range(first, last) for kind in ("key", "value")}
@@ -93,24 +93,24 @@ def cut(model: onnx.ModelProto, layers: tuple[int, int], num_layers: int) -> onn
     wanted = [name for name in names if name in kept or (last == num_layers and not name.startswith("present_"))]
     if last < num_layers:
         wanted.append(f"layer.{last - 1}.out")
-    nodes, needed = _reachable(model.graph.node, wanted, start)
+    nodes, needed = reachable(model.graph.node, wanted, start)
     part = onnx.ModelProto()
     part.CopyFrom(model)
     graph = part.graph
     _replace(graph.node, nodes)
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
     values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
-    rows = _renamed(values["hidden"], start)
+    rows = renamed(values["hidden"], start)
     others = [value for value in model.graph.input if value.name in needed and value.name != "hidden"]
     _replace(graph.input, [rows, *others])
-    _replace(graph.output, [values[name] if name in values else _renamed(values["hidden"], name) for name in wanted])
+    _replace(graph.output, [values[name] if name in values else renamed(values["hidden"], name) for name in wanted])
     return part
 
 
-def _reachable(
+def reachable(
     nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], start: str
 ) -> tuple[list[onnx.NodeProto], set[str]]:
-    """The nodes that the outputs need, in order, back to the value `start`; and every value that they read."""
+    """The nodes that compute the outputs from the value `start`, in order; and the names of all values involved."""
     needed, kept = set(outputs), []
     for node in reversed(list(nodes)):
         if any(name in needed for name in node.output if name and name != start):
@@ -119,16 +119,16 @@ def _reachable(
     return kept[::-1], needed
 
 
-def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+def renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     """A value of the same type under another name."""
-    renamed = onnx.ValueInfoProto()
-    renamed.CopyFrom(value)
-    renamed.name = name
-    return renamed
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
 
 
 def _replace(field: Any, values: list[Any]) -> None:
-    """Give a repeated field of a protobuf message new content."""
+    """Replace the content of a repeated field of a protobuf message."""
     copies = [type(value)() for value in values]
     for copy, value in zip(copies, values, strict=True):
         copy.CopyFrom(value)

@@ -1,9 +1,9 @@
-"""The routed int4 operations as TensorRT plugins without a C++ library: `tensorrt.plugin` takes a kernel as PTX with
-symbolic launch parameters and puts both into the engine, which then runs without Python.
+"""The routed int4 operators as TensorRT plugins without a C++ library: `tensorrt.plugin` takes a kernel as PTX with
+symbolic launch parameters and embeds both in the engine, which then runs without Python.
 
-It asks for less than the library of plugins/ (no compiler on the device), and offers less: kernels of at most 48 KiB
-of shared memory, one kernel per profile chosen by TensorRT's own timing, at least one token. The interface is of
-TensorRT 10.9 and later, experimental in 11.4. What TensorRT calls is in routed_callbacks.py.
+Unlike the library of plugins/ it needs no compiler on the device, but is limited to kernels of at most 48 KiB of shared
+memory, to one kernel per profile, chosen by TensorRT's timing, and to at least one token. The interface exists since
+TensorRT 10.9 and is experimental in 11.4. TensorRT calls plugin_callbacks.py.
 """
 
 import importlib
@@ -16,14 +16,14 @@ from vlmdeploy.kernels.compiled_kernels import COMPILED, read_index
 from vlmdeploy.runtime.backends.plugin_library import NAMESPACE, OPERATIONS, PACKING, check_not_registered
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
-_registered: dict[str, int] = {}  # library -> architecture; TensorRT's registry lives as long as the process
+_registered: dict[str, int] = {}  # library -> architecture, for the life of the process like TensorRT's registry
 
 
 def register_routed_plugins(library: TensorrtLibrary, architecture: int, folder: Path = COMPILED) -> None:
-    """Make both operations known to the parser and builder of this process, with kernels for one GPU, such as 87.
+    """Register both operators with the parser and builder of this process, with kernels for one GPU, such as 87.
 
-    Call it before a graph is parsed; again with the same architecture it does nothing. Raises BackendError where the
-    library has no such plugins, there are no kernels for the GPU, or the operations are registered already.
+    Call it before parsing a graph; a second call with the same architecture does nothing. Raises BackendError if the
+    library lacks such plugins, there are no kernels for the GPU, or the operators are registered already.
     """
     if _registered.get(library.name) == architecture:
         return

@@ -1,7 +1,7 @@
-"""What `tensorrt.plugin` calls of the routed int4 operations: which outputs they have, which kernels may be timed, how
-a kernel is launched. They run inside TensorRT, which logs what they raise and fails the build.
+"""Callbacks of `tensorrt.plugin` for the routed int4 operators: their outputs, the kernels to time, and the launch of a
+kernel. They run inside TensorRT, which logs their exceptions and fails the build.
 
-plugin is the module `tensorrt.plugin`, trt the module `tensorrt`: nothing of them is imported here.
+plugin is the module `tensorrt.plugin`, trt the module `tensorrt`; this module imports neither.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from vlmdeploy.kernels.compiled_kernels import CompiledKernel, kernel_image
 from vlmdeploy.kernels.packing import GROUP_SIZES
 
 ACTIVATIONS = ("fp16", "bf16")
-MOST_SHARED_BYTES = 48 * 1024  # more needs an attribute of the function that TensorRT does not set
+MOST_SHARED_BYTES = 48 * 1024  # more needs a function attribute that TensorRT does not set
 THREADS_OF_A_WARP = 32
 NUM_EXPERTS = 2
 
-# Inputs of RoutedLinear besides x -> type, sizes; words are sizes that x, codes and group_size tell.
+# Inputs of RoutedLinear besides x -> type, sizes; named sizes follow from x, codes and group_size.
 INPUTS: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "experts": ("INT32", ("tokens",)),
     "order": ("INT32", ("tokens",)),
@@ -31,7 +31,7 @@ INPUTS: dict[str, tuple[str, tuple[int | str, ...]]] = {
 
 @dataclass(frozen=True)
 class RoutedKernels:
-    """The kernels of a GPU, from a folder; at least one of each kind is small enough. Raises BackendError."""
+    """The kernels of a GPU, from a folder. Raises BackendError unless one of each kind is small enough."""
 
     architecture: int
     kernels: list[CompiledKernel]
@@ -44,11 +44,11 @@ class RoutedKernels:
                 self.linears(activation, group_size)
 
     def partition(self) -> CompiledKernel:
-        """The one that there is."""
+        """The partition kernel."""
         return self._of("partition", "", 0)[0]
 
     def linears(self, activation: str, group_size: int) -> list[CompiledKernel]:
-        """Every kernel that can be launched: tactic n is the n-th, counted from 1, TensorRT's default being 0."""
+        """The linear kernels: tactic n is the n-th, counted from 1; 0 is TensorRT's default."""
         return self._of("gemv", activation, group_size) + self._of("gemm", activation, group_size)
 
     def _of(self, kind: str, activation: str, group_size: int) -> list[CompiledKernel]:
@@ -63,7 +63,7 @@ class RoutedKernels:
         return sorted(small, key=lambda item: item.block_rows)
 
     def launch(self, plugin: Any, kernel: CompiledKernel, grid: tuple[Any, Any], sizes: tuple[Any, ...]) -> Any:
-        """What TensorRT embeds. grid: blocks across and down; sizes: the integers between inputs and outputs."""
+        """What TensorRT embeds. grid: blocks across and down; sizes: integer arguments between inputs and outputs."""
         parameters = plugin.KernelLaunchParams()
         parameters.grid_x, parameters.grid_y = grid
         parameters.block_x = THREADS_OF_A_WARP * kernel.num_warps
@@ -75,7 +75,7 @@ class RoutedKernels:
 
 
 def register_partition(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) -> None:
-    """Under a name such as "vlmdeploy::RoutedPartition"."""
+    """Register under a name such as "vlmdeploy::RoutedPartition"."""
 
     def describe(experts: Any) -> Any:
         _check_type(trt, "experts", experts, "INT32")
@@ -91,7 +91,7 @@ def register_partition(name: str, plugin: Any, trt: Any, kernels: RoutedKernels)
 
 
 def register_linear(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) -> None:
-    """Under a name such as "vlmdeploy::RoutedLinear"."""
+    """Register under a name such as "vlmdeploy::RoutedLinear"."""
     tensor = plugin.TensorDesc
     types = {"x": tensor, **dict.fromkeys(INPUTS, tensor), "group_size": int}
 
@@ -119,7 +119,7 @@ def register_linear(name: str, plugin: Any, trt: Any, kernels: RoutedKernels) ->
             raise BackendError(f"tactic is {tactic}, expected 1 to {len(choices)}")
         kernel = choices[tactic - 1]
         tokens, out, groups = x.shape_expr[0], codes.shape_expr[1], scales.shape_expr[1]
-        # Each expert's rows begin a new block, so one more than there are blocks of rows.
+        # Each expert's rows begin a new block, so one block more.
         down = tokens if kernel.kind == "gemv" else plugin.cdiv(tokens, kernel.block_rows) + 1
         return kernels.launch(plugin, kernel, (plugin.cdiv(out, kernel.block_columns), down), (tokens, out, groups))
 
@@ -133,13 +133,13 @@ def _launch_type(plugin: Any) -> Any:
 
 
 def _annotated(function: Callable[..., Any], returns: Any, **types: Any) -> Callable[..., Any]:
-    """`tensorrt.plugin` reads what a plugin takes from annotations: classes that are known only now."""
+    """Set the annotations from which `tensorrt.plugin` reads a plugin's arguments; the classes exist only now."""
     function.__annotations__ = {**types, "return": returns}
     return function
 
 
 def _check_linear(trt: Any, x: Any, others: tuple[Any, ...], group_size: int) -> None:
-    """Types and shapes of the inputs against group_size and each other."""
+    """Check types and shapes of the inputs against group_size and each other."""
     if group_size not in GROUP_SIZES:
         raise BackendError(f"group_size is {group_size}, expected {', '.join(map(str, GROUP_SIZES))}")
     _activation(trt, x)
@@ -186,7 +186,7 @@ def _shape_text(sizes: Any) -> str:
 
 
 def _size(tensor: Any, axis: int) -> int | None:
-    """Of a dimension, where it is known while an engine is built."""
+    """The size of a dimension, if known while the engine is built."""
     sizes = tensor.shape_expr
     if axis >= len(sizes) or sizes[axis].is_fake or not sizes[axis].is_constant:
         return None

@@ -1,4 +1,4 @@
-"""What a bundle is verified with: a drawn picture, a prompt of seeded ids, ids to decode, and a second turn."""
+"""The input of verification: a drawn picture, a prompt of seeded ids, ids to decode, and a second turn."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ TURN_TOKENS = 5
 
 @dataclass(frozen=True)
 class InputRules:
-    """What must be known of a model, a checkpoint or a bundle, to prepare its input."""
+    """What input preparation needs to know about a checkpoint or a bundle."""
 
     image: ImageRecipe
     tokens: TokenRules
@@ -29,12 +29,12 @@ class InputRules:
 
     @classmethod
     def of_bundle(cls, manifest: Manifest) -> "InputRules":
-        """Those of a bundle."""
+        """The rules of a bundle."""
         return cls(manifest.image, manifest.tokens, manifest.embedding.vocab_size, manifest.context_tokens)
 
     @classmethod
     def of_spec(cls, spec: ModelSpec) -> "InputRules":
-        """Those of a checkpoint."""
+        """The rules of a checkpoint."""
         return cls(spec.image, spec.tokens, spec.decoder.vocab_size, spec.decoder.context_tokens)
 
     def prompt(self, ids: Ints, picture: Image.Image | None) -> Prompt:
@@ -43,15 +43,15 @@ class InputRules:
         return make_prompt(ids, pixels, self.tokens, self.vocab_size, self.image.size_px)
 
     def image_ids(self) -> Ints:
-        """What a prompt with a picture begins with: BOS and the places of the picture's rows."""
+        """The beginning of a prompt with a picture: BOS and the placeholders of the picture's rows."""
         places = [self.tokens.placeholder_id] * self.tokens.rows_per_image
         return np.array([self.tokens.bos_id, *places], np.int64)
 
 
 @dataclass(frozen=True)
 class GateSample:
-    """A picture uint8 [height, width, 3], the prompt made from it, ids to decode one by one after it, and ids of a
-    second turn, read in one call over what the cache holds by then."""
+    """A picture uint8 [height, width, 3], its prompt, ids to decode one by one, and ids of a second turn to read in one
+    call over the filled cache."""
 
     picture: NDArray[np.uint8]
     prompt: Prompt
@@ -60,12 +60,12 @@ class GateSample:
 
     @property
     def ids(self) -> Ints:
-        """All of them in order."""
+        """All ids in order."""
         return np.concatenate((self.prompt.ids, self.decode_ids, self.turn_ids))
 
 
 def draw_sample(rules: InputRules, seed: int) -> GateSample:
-    """A seeded picture and prompt; the text is cut short where the context is small."""
+    """A seeded picture and prompt, with a shorter text if the context is small."""
     random = np.random.default_rng(seed)
     room = rules.context_tokens - 1 - rules.tokens.rows_per_image
     text = random.integers(0, rules.vocab_size, max(1, min(PROMPT_TOKENS, room - DECODE_TOKENS - TURN_TOKENS)))

@@ -1,4 +1,4 @@
-"""The comparisons of the gate, stage by stage: each PyTorch stage is fed with the bundle's own previous output."""
+"""The gate's comparisons, stage by stage: each PyTorch stage takes the bundle's own previous output."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from vlmdeploy.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class StageChecks:
-    """Compares the runs of one bundle ("structure", perhaps "shipped") with PyTorch; a failure raises ParityError."""
+    """Compares the runs of one bundle ("structure", perhaps "shipped") with PyTorch; raises ParityError."""
 
     gate: Gate
     stages: TorchStages
@@ -50,7 +50,7 @@ class StageChecks:
         self.gate.compare("preprocess", "structure", sample.prompt.pixels, expected, parity.PREPROCESS)
 
     def vision(self) -> None:
-        """Patches, encoder layers by groups, then the connector step by step."""
+        """Compare patches, groups of encoder layers, then each step of the connector."""
         pixels = self._first.sample.prompt.pixels
         assert pixels is not None, "the sample has a picture"
         patches = self.stages.patches(pixels)
@@ -67,13 +67,13 @@ class StageChecks:
             current = self._compare(f"connector.{step.name}", {check: module(x) for check, x in current.items()})
 
     def _compare(self, stage: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compare one stage of every run; the bundle's own values, to feed the next stage with."""
+        """Compare one stage of every run; returns the bundle's values, the input of the next stage."""
         for check, run in self.runs.items():
             self.gate.compare(stage, check, run.stages[stage], expected[check].numpy(), self._bound(check))
         return {check: torch.from_numpy(run.stages[stage]) for check, run in self.runs.items()}
 
     def decoder(self) -> None:
-        """Each layer over the whole sequence, decoded tokens included: hidden states, keys and values."""
+        """Compare each layer over the whole sequence, including decoded tokens: hidden states, keys and values."""
         self._embedding()
         step = self.stages.step(self._first.ids, self._first.sample.prompt.pixels)
         for index in range(self.spec.decoder.num_layers):
@@ -81,7 +81,7 @@ class StageChecks:
             self._decoder_layer(index, step)
 
     def _embedding(self) -> None:
-        """The rows of the table that the text looked up; the image's rows were the connector's last step."""
+        """Compare the text's embedding rows; the image's rows are the connector's output."""
         run = self._first
         is_text = np.ones(len(run.ids), np.bool_)
         is_text[: len(run.sample.prompt.ids)] = run.sample.prompt.types == 0
@@ -89,8 +89,7 @@ class StageChecks:
         self.gate.compare("embedding", "structure", run.stages["decoder.input"][is_text], expected, parity.EMBEDDING)
 
     def _decoder_layer(self, index: int, step: Step) -> None:
-        """One layer of every run. The last layer's rows of the vision expert are left out: the bundle does not compute
-        them."""
+        """Compare one layer of every run, but not the vision expert's rows of the last, which a bundle lacks."""
         stage, stage_before = f"decoder.layer.{index}", f"decoder.layer.{index - 1}" if index else "decoder.input"
         inputs = [torch.from_numpy(run.stages[stage_before]) for run in self.runs.values()]
         outputs = dict(zip(self.runs, self.stages.decoder_layer(index, inputs, step), strict=True))
@@ -103,7 +102,7 @@ class StageChecks:
             self.gate.compare(stage, check, run.stages[stage][rows], expected[rows], self._bound(check))
 
     def _keys_and_values(self, check: str, index: int, cache: LayerCache) -> None:
-        """Keys and values [kv_heads, seq, head_dim], the bundle's cut to the true head width."""
+        """Compare keys and values [kv_heads, seq, head_dim], the bundle's without padding."""
         run, layout = self.runs[check], HeadLayout(self.spec.decoder)
         pairs = (
             ("key", run.keys[index], cache.key, layout.rotary_slots()),
@@ -115,9 +114,9 @@ class StageChecks:
             self.gate.compare(stage, check, cut, expected[0].numpy(), self._bound(check))
 
     def logits(self) -> float:
-        """The final norm and the head; the share of rows whose best token is the same in the last run.
+        """Compare final norm and head; returns the share of rows with the same best token in the last run.
 
-        Every row whose best token leads clearly must agree.
+        Rows whose best token leads clearly must agree.
         """
         norm = self.stages.norm()
         agreement = 1.0

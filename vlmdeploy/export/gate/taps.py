@@ -1,12 +1,11 @@
-"""Running a bundle's graphs with their inner values as extra outputs, for verification.
+"""Runs a bundle's graphs with inner values as extra outputs, for verification.
 
-The graph file is edited in memory only; the weights are the bundle's own external data.
+Graphs are edited in memory only and keep the bundle's external data.
 """
 
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,31 +14,23 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.bundle import Manifest
-from vlmdeploy.errors import BackendError
 from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
-from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
-from vlmdeploy.runtime.backends.ort import (
-    PROVIDERS,
-    OrtBackend,
-    import_onnxruntime,
-    session_options,
-    unwanted_optimizers,
-)
+from vlmdeploy.runtime.backends.door import decoder_graph
+from vlmdeploy.runtime.backends.lanes import Call, Floats, slot_positions
+from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime, load_session
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.spec.model import ModelSpec
 
-EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-
 
 class TappedRun:
-    """One pass of the sample through a bundle, decoded tokens included, with the inner values kept.
+    """One pass of the sample through a bundle, including decoded tokens, with its inner values.
 
-    `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, where rows that
-    the bundle does not compute are NaN. Per layer keys, values [kv_heads, seq, padded head_dim]; logits of
-    the language expert's positions, in order, [text, vocab].
+    `stages` maps a stage's name to its value: [1, ...] for the encoder, [seq, hidden] for the decoder, NaN in rows that
+    the bundle does not compute. Per layer keys, values [kv_heads, seq, padded head_dim]; logits of the language
+    expert's positions, in order, [text, vocab].
     """
 
     def __init__(
@@ -69,42 +60,27 @@ class TappedRun:
         rows = embedding[self.ids]
         rows[: len(prompt.ids)][prompt.types == 1] = self.image_rows
         self.stages["decoder.input"] = rows
-        self.positions = slot_positions(prompt.positions, total)
         self.vision_mask = np.zeros(total, np.bool_)
         self.vision_mask[: len(prompt.ids)] = prompt.vision_mask
         logits: list[Floats] = []
         lanes = backend.new_lanes(1, total)
-        lanes.begin(0, self.positions)
+        lanes.begin(0, slot_positions(prompt.positions, total))
         for start, stop in _calls(self.sample, backend.mixes_experts):
-            logits += self._run_rows(backend, lanes, rows, start, stop, taps)
+            mask = self.vision_mask[start:stop]
+            names, asked = taps[decoder_graph(manifest, mask)], () if mask.all() else ("logits",)
+            call = Call.of_one(rows[start:stop], mask, np.flatnonzero(~mask))
+            outputs = backend.run_graph(call, lanes, (*names.values(), *asked))
+            for stage, name in names.items():
+                self.stages.setdefault(stage, np.full_like(rows, np.nan))[start:stop] = outputs[name]
+            logits += [outputs[name] for name in asked]
         self.logits = np.concatenate(logits)
         self.keys = [lanes.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
         self.values = [lanes.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
 
-    def _run_rows(
-        self,
-        backend: OrtBackend,
-        lanes: Lanes,
-        rows: Floats,
-        start: int,
-        stop: int,
-        taps: dict[str, dict[str, str]],
-    ) -> list[Floats]:
-        """One segment (or one decoded token): its stages go to their rows of the whole; its logits, if any."""
-        mask = self.vision_mask[start:stop]
-        names = taps[backend.graph_of(mask)]
-        asked = () if mask.all() else ("logits",)
-        call = Call.of_one(rows[start:stop], mask, np.flatnonzero(~mask))
-        outputs = backend.run_graph(call, lanes, (*names.values(), *asked))
-        for stage, name in names.items():
-            whole = self.stages.setdefault(stage, np.full(rows.shape, np.nan, np.float32))
-            whole[start:stop] = outputs[name]
-        return [outputs[name] for name in asked]
-
 
 def _calls(sample: GateSample, mixes_experts: bool) -> list[tuple[int, int]]:
-    """Row ranges of the graph calls: the prompt's segments, or all of it where experts mix, one token at a time, then
-    the second turn at once."""
+    """Row ranges of the graph calls: the prompt's segments (the whole prompt if the backend mixes experts), then the
+    decoded tokens one by one, then the second turn at once."""
     prompt_length, first_turn_length = len(sample.prompt.ids), len(sample.prompt.ids) + len(sample.decode_ids)
     changes = [] if mixes_experts else (np.flatnonzero(np.diff(sample.prompt.vision_mask)) + 1).tolist()
     edges = [0, *changes, prompt_length]
@@ -114,13 +90,13 @@ def _calls(sample: GateSample, mixes_experts: bool) -> list[tuple[int, int]]:
 
 
 def _taps_of(spec: ModelSpec, is_routed: bool) -> dict[str, dict[str, str]]:
-    """For each graph the stages that are read: our stage name -> the value's name in the graph."""
+    """The stages to read of each graph: stage name -> name of the value in the graph."""
     decoders = {name: decoder_taps(spec.decoder, branch) for name, branch in branches(spec.decoder, is_routed).items()}
     return {"vision": _thinned(vision_taps(spec), spec.vision.num_layers), **decoders}
 
 
 def _thinned(taps: dict[str, str], num_layers: int) -> dict[str, str]:
-    """At most about eight layers of the encoder, so that big pictures fit in memory; the last layer is among them."""
+    """Keep about eight layers of the encoder, including the last, so that large pictures fit in memory."""
     every = -(-num_layers // 8)
     kept = {f"vision.layer.{index}" for index in range(num_layers) if (num_layers - 1 - index) % every == 0}
     return {stage: name for stage, name in taps.items() if not stage.startswith("vision.layer.") or stage in kept}
@@ -135,7 +111,7 @@ def tapped_backend(
     residency: str = "all",
 ) -> OrtBackend:
     """A backend on a bundle's graphs, edited in memory: inner values as extra outputs, a KV cache of any length, and
-    for `exact` float32 arithmetic in place of int8 activations or fp16."""
+    if `exact` float32 arithmetic instead of int8 activations or fp16."""
     ort = import_onnxruntime()
 
     def load(graph: str) -> Any:
@@ -145,24 +121,10 @@ def tapped_backend(
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return session_of(ort, model, path, threads, manifest.dialect)
+        return load_session(ort, path, "cpu", threads, manifest.dialect, model.SerializeToString())
 
     cache_type = "fp32" if exact else None
     return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
-
-
-def session_of(ort: ModuleType, model: onnx.ModelProto, path: Path, threads: int | None, dialect: str) -> Any:
-    """A CPU session of a graph that was read from `path` and edited; its weights are the file's."""
-    options = session_options(ort, threads)
-    options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
-    options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
-    try:
-        unwanted = unwanted_optimizers(dialect)
-        return ort.InferenceSession(
-            model.SerializeToString(), options, [PROVIDERS["cpu"]], disabled_optimizers=unwanted
-        )
-    except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
-        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
 
 
 def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The stages of the PyTorch reference, one after the other, each with its weights read when it runs.
+"""The stages of the PyTorch reference; each reads its weights when it runs.
 
-Only half a decoder layer, one encoder layer or one step of the connector is in memory at a time. The weights are what a
-WeightReader makes of a checkpoint: those a bundle holds, or the checkpoint's own.
+Only half a decoder layer, one encoder layer or one connector step is in memory at a time. A WeightReader provides the
+weights: those of a bundle, or the checkpoint's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class TorchStages:
     spec: ModelSpec
 
     def patches(self, pixels: Floats) -> Tensor:
-        """What enters the encoder's first layer: [images, 3, S, S] -> [images, 1 + patches, width]."""
+        """Input of the encoder's first layer: [images, 3, S, S] -> [images, 1 + patches, width]."""
         encoder = self._load(lambda: VisionEncoder(replace(self.spec.vision, num_layers=0)), "vision")
         assert isinstance(encoder, VisionEncoder), "what the builder makes"
         return encoder.embed(torch.from_numpy(pixels))
@@ -40,7 +40,7 @@ class TorchStages:
         return self._load(lambda: VisionLayer(self.spec.vision), f"vision.layers.{index}")
 
     def connector_step(self, step: ConnectorStep) -> nn.Module:
-        """One step of the connector; the first takes the encoder's rows without the class token."""
+        """One step of the connector; the first takes encoder rows without the class token."""
         return self._load(lambda: build_step(step), f"connector.{step.name}")
 
     def text_rows(self, ids: Ints) -> Floats:
@@ -49,7 +49,7 @@ class TorchStages:
         return np.concatenate(rows)
 
     def step(self, ids: Ints, pixels: Floats | None) -> Step:
-        """Positions and routing as PyTorch derives them from the ids [seq]."""
+        """Positions and routing that PyTorch derives from the ids [seq]."""
         decoder = Decoder(replace(self.spec.decoder, num_layers=0))
         decoder.inv_freq = self.reader.checkpoint.inv_freq()
         images = None if pixels is None else torch.from_numpy(pixels)
@@ -57,9 +57,9 @@ class TorchStages:
         return decoder.step(layout.position_ids, layout.vision_mask, causal_mask(layout.attention_mask))
 
     def decoder_layer(self, index: int, inputs: Sequence[Tensor], step: Step) -> list[tuple[Tensor, LayerCache]]:
-        """Hidden states [seq, hidden] through one layer, each input for itself, with the keys and values of each.
+        """Run each input [seq, hidden] through one layer; returns hidden states with keys and values.
 
-        Attention and MLP are loaded one after the other.
+        Loads attention and MLP one after the other.
         """
         caches = [LayerCache() for _ in inputs]
         layer = self._half_layer(index, ("attention_norm", "qkv", "dense"))
@@ -73,7 +73,7 @@ class TorchStages:
         return self._load(lambda: RmsNorm(self.spec.decoder.hidden, self.spec.decoder.norm_eps), "decoder.norm")
 
     def logits(self, normed: Tensor) -> Floats:
-        """Logits [rows, vocab] of normed rows, the head a block of its rows at a time."""
+        """Logits [rows, vocab] of normed rows, reading the head in blocks."""
         blocks = self.reader.blocks("lm_head.weight")
         parts = (torch.from_numpy(self.reader.effective_rows("lm_head.weight", *span)) for span in blocks)
         return np.asarray(torch.cat([normed @ part.T for part in parts], 1).numpy())
@@ -84,9 +84,9 @@ class TorchStages:
         return layer
 
     def _load(self, build: Callable[[], nn.Module], prefix: str, only: tuple[str, ...] = ()) -> nn.Module:
-        """A module with the reader's weights, taken over without a copy.
+        """A module with the reader's weights, not copied.
 
-        `only` names the submodules that get weights; the others stay without storage.
+        only: the submodules that get weights; the others have no storage.
         """
         with torch.device("meta"):
             module = build()

@@ -1,7 +1,7 @@
-"""The gate: every stage of a bundle is compared with PyTorch holding the same (dequantized) weights.
+"""The gate: compares every stage of a bundle with PyTorch on the same (dequantized) weights.
 
-Twice over the same files: once with exact activations, which proves the structure, once as shipped. Where the whole
-model is small, logits and greedy tokens are compared from end to end too. Bounds: runtime/parity.py.
+It runs the same files twice: with exact activations, which proves the structure, and as shipped. For small models it
+also compares logits and greedy tokens end to end. Bounds: runtime/parity.py.
 """
 
 import platform
@@ -33,13 +33,13 @@ from vlmdeploy.runtime.session import Session
 from vlmdeploy.spec.matrices import PARTS
 from vlmdeploy.spec.model import ModelSpec, with_settings
 
-WHOLE_MODEL_BYTES = 1 << 30  # float32 weights up to here are also compared from end to end
+WHOLE_MODEL_BYTES = 1 << 30  # models with float32 weights up to this size are also compared end to end
 GREEDY_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class CheckedBundle:
-    """What is verified: the graphs in `folder`, written from `reader` for `spec`. Messages call it `name`."""
+    """The bundle to verify: graphs in `folder`, written from `reader` for `spec`; `name` is for messages."""
 
     name: str
     reader: WeightReader
@@ -50,16 +50,15 @@ class CheckedBundle:
 
     def open(self, exact: bool) -> Session:
         """A session on the graphs, with exact activations or as shipped."""
-        return Session(self.folder, self.manifest, self._backend(exact))
-
-    def _backend(self, exact: bool) -> OrtBackend:
-        if exact or self.manifest.dialect == "trt":  # whose files have a cache of the whole context
-            return tapped_backend(self.folder, self.manifest, exact, self.threads, {}, "phase")
-        return OrtBackend(self.folder, self.manifest, self.threads, residency="phase")  # of the ort dialect
+        if exact or self.manifest.dialect == "trt":  # trt graphs have a cache of the whole context
+            backend = tapped_backend(self.folder, self.manifest, exact, self.threads, {}, "phase")
+        else:
+            backend = OrtBackend(self.folder, self.manifest, self.threads, residency="phase")
+        return Session(self.folder, self.manifest, backend)
 
 
 def verify_staged(subject: CheckedBundle, seed: int, progress: Progress) -> tuple[Verification, Record]:
-    """Compare every stage of the graphs with PyTorch; the verdict, and the record for later replays.
+    """Compare every stage of the graphs with PyTorch; returns the verdict and the record for later replays.
 
     Raises ParityError at the first stage that differs.
     """
@@ -84,7 +83,7 @@ def verify_staged(subject: CheckedBundle, seed: int, progress: Progress) -> tupl
 
 
 def _check_whole(gate: Gate, subject: CheckedBundle, runs: dict[str, TappedRun]) -> tuple[int, int]:
-    """End to end where the model is small: logits of the whole prompt, then greedy tokens (equal, total)."""
+    """Compare a small model end to end: logits of the whole prompt, then greedy tokens; returns (equal, total)."""
     parameters = sum(int(np.prod(rule.shape)) for rule in subject.reader.checkpoint.rules.values())
     if 4 * parameters > WHOLE_MODEL_BYTES:
         return 0, 0
@@ -103,7 +102,7 @@ def _check_whole(gate: Gate, subject: CheckedBundle, runs: dict[str, TappedRun])
 
 
 def _check_text_alone(gate: Gate, subject: CheckedBundle, model: VisionLanguageModel, prompt: Prompt) -> None:
-    """A prompt without a picture: BOS and the text of the sample."""
+    """Compare a prompt without a picture: BOS and the sample's text."""
     ids = prompt.ids[prompt.types == 0]
     expected = model(torch.from_numpy(ids)[None])[0].numpy()
     found = subject.open(exact=True).logits(ids)
@@ -121,8 +120,8 @@ def _load_whole(subject: CheckedBundle) -> VisionLanguageModel:
 
 
 def _check_greedy(gate: Gate, model: VisionLanguageModel, prompt: Prompt, found: Ints, wanted: Ints) -> int:
-    """How many leading tokens agree. A difference is an error unless the two best tokens are a tie within the bound."""
-    shared = min(len(found), len(wanted))  # a tie may end one of them early
+    """Number of leading tokens that agree. A difference is an error unless the two best tokens tie within the bound."""
+    shared = min(len(found), len(wanted))  # after a tie one of them may end early
     equal = int((found[:shared] == wanted[:shared]).cumprod().sum())
     if equal == len(wanted):
         return equal
@@ -138,7 +137,7 @@ def _check_greedy(gate: Gate, model: VisionLanguageModel, prompt: Prompt, found:
 
 
 def _record(gate: Gate, subject: CheckedBundle, run: TappedRun) -> Record:
-    """What the shipped graphs answer here, for replays; token by token must say what one pass over all says."""
+    """The answer of the shipped graphs here, for replays; decoding must agree with one pass over all tokens."""
     session, prompt = subject.open(exact=False), run.sample.prompt
     logits = session.logits(prompt.ids, prompt.pixels, last=1)[0]
     greedy_ids = session.generate_ids(prompt.ids, prompt.pixels, GREEDY_TOKENS)

@@ -1,7 +1,6 @@
-"""A small builder of ONNX graphs whose large weights go straight into an external data file, block by block.
+"""A small builder of ONNX graphs that writes large weights straight into an external data file, block by block.
 
-A graph is written in one of two dialects of the same structure: ort_dialect.py and trt_dialect.py hold the operations
-in which they differ.
+Graphs come in two dialects of the same structure; ort_dialect.py and trt_dialect.py hold the operations that differ.
 """
 
 import hashlib
@@ -22,20 +21,17 @@ from vlmdeploy.export.weight_reader import Ints, WeightReader
 from vlmdeploy.quant.grid import Grid, Quantized
 
 IR_VERSION = 11
-ALIGNMENT = 64 << 10  # external offsets are multiples of this, so that each tensor can be memory-mapped alone
-INLINE_BYTES = ALIGNMENT  # smaller tensors stay in the .onnx file: padding would cost more than they do
+ALIGNMENT = 64 << 10  # of external offsets, so that each tensor can be memory-mapped alone
+INLINE_BYTES = ALIGNMENT  # smaller tensors stay in the .onnx file: padding would outweigh them
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
-ONNX_OF_NUMPY = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
-ONNX_OF_NUMPY[np.dtype(np.uint8)] = TensorProto.UINT8
-
 
 Value = TypeVar("Value", bound=np.generic)
 Attribute = int | float | str | list[int]
 
 
 class DataFile:
-    """The external data of one graph: appended once, hashed while it is written."""
+    """The external data of one graph, hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +40,7 @@ class DataFile:
         self._stream = path.open("wb")
 
     def append(self, blocks: Iterable[NDArray[np.generic]]) -> tuple[int, int]:
-        """Write blocks one after the other at the next aligned offset; returns offset and length in bytes."""
+        """Write blocks at the next aligned offset; returns offset and length in bytes."""
         self._write(b"\0" * (-self.size % ALIGNMENT))
         offset = self.size
         for block in blocks:
@@ -57,7 +53,7 @@ class DataFile:
         self.size += len(content)
 
     def entry(self) -> FileEntry:
-        """Size and hash of what was written so far."""
+        """Size and hash of the content so far."""
         return FileEntry(self.size, self._digest.hexdigest())
 
     def __enter__(self) -> "DataFile":
@@ -70,11 +66,11 @@ class DataFile:
 
 
 class GraphBuilder(ABC):
-    """Collects the nodes of one graph; values are referred to by name. Values between operations are float32."""
+    """Collects the nodes of one graph and names their values. Values between operations are float32."""
 
     opsets: ClassVar[dict[str, int]]  # domain -> version
     functions: ClassVar[tuple[onnx.FunctionProto, ...]] = ()  # model-local functions that the nodes use
-    row_axis: ClassVar[str] = "rows"  # what the first axis of the decoder's rows is called
+    row_axis: ClassVar[str] = "rows"  # name of the first axis of the decoder's rows
 
     def __init__(self, name: str, weights: WeightReader, data: DataFile) -> None:
         self.name = name
@@ -89,7 +85,7 @@ class GraphBuilder(ABC):
         self._public_outputs: list[TensorInfo] = []
 
     def input(self, name: str, dtype: str, shape: tuple[int | str, ...], public: bool = True) -> str:
-        """Declare an input; public ones are listed in the manifest."""
+        """Declare an input; the manifest lists public ones."""
         self._inputs.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
         if public:
             self._public_inputs.append(TensorInfo(name, dtype, shape))
@@ -103,13 +99,13 @@ class GraphBuilder(ABC):
         return name
 
     def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Attribute) -> str:
-        """Add a node with one output and return the output's name."""
+        """Add a node with one output; returns the output's name."""
         return self.nodes(op, inputs, [output], domain, **attributes)[0]
 
     def nodes(
         self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Attribute
     ) -> list[str]:
-        """Add a node with several outputs; "" leaves one out."""
+        """Add a node with several outputs; "" skips one."""
         node = helper.make_node(op, inputs, outputs, name=outputs[-1], domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
         self._nodes.append(node)
@@ -121,7 +117,7 @@ class GraphBuilder(ABC):
         return self.node("Cast", [x], output, to=TYPES[kind])
 
     def constant(self, name: str, value: NDArray[np.generic]) -> str:
-        """A small tensor kept inside the .onnx file; the same name twice is the same tensor."""
+        """A small tensor in the .onnx file; a repeated name is the same tensor."""
         self._initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
@@ -137,10 +133,10 @@ class GraphBuilder(ABC):
         """A tensor held in memory: inline when small, else in the data file."""
         if value.nbytes < INLINE_BYTES:
             return self.constant(name, value)
-        return self.external(name, ONNX_OF_NUMPY[value.dtype], value.shape, [value])
+        return self.external(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, [value])
 
     def external(self, name: str, dtype: int, shape: tuple[int, ...], blocks: Iterable[NDArray[np.generic]]) -> str:
-        """A tensor in the data file, written block by block along its first axis."""
+        """A tensor in the data file, given in blocks along its first axis."""
         assert name not in self._initializers, f"{name} would be stored twice"
         offset, length = self.data.append(blocks)
         tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
@@ -151,9 +147,9 @@ class GraphBuilder(ABC):
 
     @abstractmethod
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """x @ W.T (+ bias) in the planned precision. x [..., in] -> [..., out], float32 both.
+        """x @ W.T (+ bias) in the planned precision. x [..., in] -> [..., out], both float32.
 
-        `target` is the name without ".weight". `order` picks and arranges output rows, -1 being a row of zeros.
+        `target` is the name without ".weight". `order` picks and arranges output rows; -1 is a row of zeros.
         """
 
     @abstractmethod
@@ -169,23 +165,23 @@ class GraphBuilder(ABC):
         """The residual sum, named `output`, and its RMS norm, named `output`.normed."""
 
     def encoder_rows(self, num_heads: int, width: int) -> Ints | None:
-        """How the rows of the encoder's qkv matrices are arranged, -1 being zeros; None: as they are stored."""
+        """Order of the rows of the encoder's qkv matrices, -1 for zeros; None: as stored."""
         return None
 
     @abstractmethod
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """Attention of all rows to all rows, heads `width` wide in all.
+        """Attention of all rows to all rows; `width`: of all heads together.
 
-        qkv [images, rows, 3 * width], or as wide as `encoder_rows` makes it -> [images, rows, width].
+        qkv [images, rows, 3 * width], or wider by `encoder_rows` -> [images, rows, width].
         """
 
     @abstractmethod
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """Declare what a decoder takes beside its rows: counters, positions, and the KV cache in and out."""
+        """Declare a decoder's inputs beside its rows: counters, positions, and the KV cache in and out."""
 
     @abstractmethod
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """Causal attention of layer `index` that rotates queries and keys, writes the cache in place and reads it.
+        """Causal attention of layer `index`: rotates queries and keys, writes the cache in place and reads it.
 
         qkv [rows, (heads + 2 kv_heads) * padded] -> [rows, heads * head_dim].
         """
@@ -212,6 +208,10 @@ class GraphBuilder(ABC):
             mixed = self.node("Slice", [split, *ends], f"{name}.heads.cut")
         return self.node("Reshape", [mixed, self.ints(-1, width)], f"{name}.mixed")
 
+    def _rows_of(self, weight: str, order: Ints | None) -> Ints:
+        """The order of a matrix's rows, by default as stored."""
+        return np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
+
     def _bias(self, target: str, order: Ints) -> str:
         return self.tensor(target, np.where(order < 0, np.float32(0), self.weights.vector(target)[order]))
 
@@ -223,7 +223,7 @@ class GraphBuilder(ABC):
         blocks = (
             _arranged(read(weight, *span), rows, span[0], 0).astype(kind) for rows, span in self._spans(weight, order)
         )
-        return self.external(weight, ONNX_OF_NUMPY[np.dtype(kind)], shape, blocks)
+        return self.external(weight, TYPES[type_name], shape, blocks)
 
     def _code_blocks(self, weight: str, order: Ints, grid: Grid) -> Iterable[Quantized]:
         """The codes of a matrix, a few of its arranged rows at a time."""
@@ -234,7 +234,7 @@ class GraphBuilder(ABC):
             yield Quantized(codes, _arranged(stored.scales, rows, span[0], 1), stored.grid, middles)
 
     def _spans(self, weight: str, order: Ints) -> Iterable[tuple[Ints, tuple[int, int]]]:
-        """Blocks of output rows, each with the range of stored rows that it needs (row 0 where it needs none)."""
+        """Blocks of output rows, each with the range of stored rows that it needs (row 0 if it needs none)."""
         size = self.weights.blocks(weight)[0][1]
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -242,9 +242,9 @@ class GraphBuilder(ABC):
             yield rows, (int(stored.min()), int(stored.max()) + 1)
 
     def write(self, folder: Path) -> GraphInfo:
-        """Write NAME.onnx beside the data file, check it, and say what goes in and out.
+        """Write NAME.onnx beside the data file and check it; returns its files, inputs and outputs.
 
-        Inputs that no node reads are left out: the lengths of a decoder whose only layer stops after keys and values.
+        Leaves out inputs that no node reads: the lengths of a decoder whose only layer stops after keys and values.
         """
         read = {name for node in self._nodes for name in node.input}
         inputs = [value for value in self._inputs if value.name in read]
@@ -261,7 +261,7 @@ class GraphBuilder(ABC):
 
 
 def _arranged(stored: NDArray[Value], order: Ints, first: int, fill: int) -> NDArray[Value]:
-    """Rows of `stored` (whose row 0 is number `first`) in the given order; -1 becomes a row of `fill`."""
+    """Rows of `stored`, whose row 0 is row `first` of the matrix, in this order; -1 becomes a row of `fill`."""
     if len(order) == len(stored) and (order == np.arange(first, first + len(order))).all():
         return stored
     rows = np.full((len(order), *stored.shape[1:]), fill, stored.dtype)

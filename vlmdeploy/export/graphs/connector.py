@@ -1,5 +1,5 @@
-"""The connector in the vision graph, step by step. How a step is put together stands here a second time, apart from the
-PyTorch module: that the two agree is what verification proves."""
+"""The connector in the vision graph, step by step. This second definition of each step is independent of the PyTorch
+module; verification proves that they agree."""
 
 from math import isqrt
 
@@ -19,9 +19,9 @@ ACTIVATION_OPS = {"gelu": "Gelu"}  # the standard operator's default is the exac
 
 
 def write_connector(builder: GraphBuilder, connector: ConnectorSpec, x: str, rows: int) -> str:
-    """All steps after patch features x [images, rows, width]; returns the name of what leaves the last one.
+    """Write all steps after patch features x [images, rows, width]; returns the name of the last output.
 
-    Each is written by the file that is named like the step's own; what leaves it is called connector.NAME.out.
+    The module named like a step's own writes it; its output is called connector.NAME.out.
     """
     for step in connector.steps:
         x = step.counterpart("export.graphs").write(builder, step, f"connector.{step.name}", x, rows)
@@ -30,7 +30,7 @@ def write_connector(builder: GraphBuilder, connector: ConnectorSpec, x: str, row
 
 
 def write(builder: GraphBuilder, step: ConnectorStep, name: str, x: str, rows: int) -> str:
-    """One of the steps in spec/connector.py: x [images, rows, width] in, NAME.out out, which is returned."""
+    """Write one of the steps in spec/connector.py from x [images, rows, width] to NAME.out, which is returned."""
     match step:
         case Downsample():
             blocks = _blocks_of_four(builder, isqrt(rows), step.in_width, x)
@@ -55,9 +55,9 @@ def layer_norm(builder: GraphBuilder, name: str, x: str, eps: float) -> str:
 
 
 def _blocks_of_four(builder: GraphBuilder, grid: int, width: int, x: str) -> str:
-    """2 x 2 neighbours side by side, so that the convolution is a matrix product: channel slowest, then row, column.
+    """Put 2 x 2 neighbours side by side, to make the convolution a matrix product: channel slowest, then row, column.
 
-    [images, grid * grid, C] -> [images, (grid / 2)^2, 4 C]; an odd last row and column are lost.
+    [images, grid * grid, C] -> [images, (grid / 2)^2, 4 C]; drops an odd last row and column.
     """
     half = grid // 2
     x = builder.node("Reshape", [x, builder.ints(0, grid, grid, width)], "downsample.grid")

@@ -1,8 +1,8 @@
-"""The decoder graphs: a plain decoder on one expert's weights, run segment by segment over one shared KV cache; or one
-decoder on both, which routes each row (export/graphs/routed_dialect.py).
+"""The decoder graphs: one plain decoder per expert, run segment by segment over a shared KV cache; or one decoder with
+both experts that routes each row (routed_dialect.py).
 
-`decoder_text` holds the language expert, the final norm and the head; `decoder_vision` the vision expert, without a
-head, and its last layer stops after K and V; `decoder` holds all of it. Positions are inputs, because image patches
+`decoder_text` holds the language expert, the final norm and the head; `decoder_vision` the vision expert without a
+head, and its last layer stops after K and V; `decoder` holds everything. Positions are inputs, because image patches
 share one. Why: docs/design/0001-segments.md and docs/design/0009-routed-plugin.md.
 """
 
@@ -14,12 +14,12 @@ from vlmdeploy.export.graphs.builder import GraphBuilder
 from vlmdeploy.export.graphs.connector import gated_mlp
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, ROUTED_GRAPH
-from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
+from vlmdeploy.spec.decoder import DecoderSpec
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Which weights a decoder graph runs its rows through: those of one expert, or both, each row by its own."""
+    """The weights of a decoder graph: one expert's, or both, one for each row."""
 
     name: str  # "language", "vision" or "routed"
     qkv_bias: bool
@@ -30,11 +30,10 @@ def branches(decoder: DecoderSpec, is_routed: bool) -> dict[str, Branch]:
     """The decoder graphs of a bundle, by name."""
     if is_routed:
         return {ROUTED_GRAPH: Branch("routed", any(expert.qkv_bias for expert in decoder.experts), has_head=True)}
-    return {GRAPH_OF_EXPERT[expert.name]: _branch(expert) for expert in decoder.experts}
-
-
-def _branch(expert: ExpertSpec) -> Branch:
-    return Branch(expert.name, expert.qkv_bias, has_head=expert.name == "language")
+    return {
+        GRAPH_OF_EXPERT[expert.name]: Branch(expert.name, expert.qkv_bias, has_head=expert.name == "language")
+        for expert in decoder.experts
+    }
 
 
 def build_decoder(builder: GraphBuilder, decoder: DecoderSpec, branch: Branch) -> None:
@@ -58,7 +57,7 @@ def build_decoder(builder: GraphBuilder, decoder: DecoderSpec, branch: Branch) -
 def _layer(
     builder: GraphBuilder, heads: HeadLayout, branch: Branch, index: int, x: str, normed: str
 ) -> tuple[str, str]:
-    """One layer: the residual stream and its normed form in, the same of the next layer out."""
+    """One layer: takes the residual stream and its norm, returns those that the next layer takes."""
     decoder, name = heads.decoder, f"decoder.layers.{index}.{branch.name}"
     order = np.concatenate((heads.query_rows(), heads.key_rows(), heads.value_rows()))
     qkv = builder.linear(normed, f"{name}.qkv", f"{name}.qkv", order, has_bias=branch.qkv_bias)
@@ -74,7 +73,7 @@ def _layer(
 
 
 def _keys_and_values(builder: GraphBuilder, heads: HeadLayout, branch: Branch, index: int, normed: str) -> None:
-    """The last layer of the vision expert: nothing reads its output, so only keys and values are computed."""
+    """The vision expert's last layer: only keys and values, since nothing reads its output."""
     order = np.concatenate((heads.key_rows(), heads.value_rows()))
     name = f"decoder.layers.{index}.{branch.name}"
     both = builder.linear(normed, f"{name}.qkv", f"{name}.qkv", order, has_bias=branch.qkv_bias)
@@ -82,14 +81,14 @@ def _keys_and_values(builder: GraphBuilder, heads: HeadLayout, branch: Branch, i
 
 
 def _head(builder: GraphBuilder, decoder: DecoderSpec, normed: str) -> None:
-    """Logits of the asked rows only."""
+    """Logits of the rows asked for."""
     asked = builder.node("Gather", [normed, "logit_rows"], "asked", axis=0)
     builder.linear(asked, "lm_head", "logits")
     builder.output("logits", "fp32", ("asked", decoder.vocab_size))
 
 
 def decoder_taps(decoder: DecoderSpec, branch: Branch) -> dict[str, str]:
-    """Stages of the graph that verification reads: our stage name -> the value's name."""
+    """Stages that verification reads: stage name -> name of the value in the graph."""
     count = decoder.num_layers if branch.has_head else decoder.num_layers - 1
     taps = {f"decoder.layer.{index}": f"layer.{index}.out" for index in range(count)}
     if branch.has_head:

@@ -1,4 +1,4 @@
-"""How attention heads are laid out in the graphs: padded to a width that every attention operator takes."""
+"""The layout of attention heads in the graphs: padded to a width that every attention operator takes."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention with rotary positions wants it; Tensor
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Attention heads padded to a width that the attention operator takes.
+    """Attention heads, padded.
 
-    Of queries and keys each rotary half is padded, of values the tail; zeros change neither scores nor sums. The output
-    is cut back to the true width, so that `dense` keeps the checkpoint's columns and groups.
+    Queries and keys are padded in each rotary half, values at the tail; zeros change neither scores nor sums. The
+    output is cut back to the true width, so `dense` keeps the checkpoint's columns and groups.
     """
 
     decoder: DecoderSpec
@@ -33,7 +33,7 @@ class HeadLayout:
         return self.padded != self.decoder.head_dim
 
     def rotary_slots(self) -> Ints:
-        """For each place of a padded query or key head the place in the true head, or -1. int64 [padded]."""
+        """Index in the true head of each element of a padded query or key head, or -1. int64 [padded]."""
         half, true_half = self.padded // 2, self.decoder.head_dim // 2
         slots = np.full(self.padded, -1)
         slots[:true_half] = np.arange(true_half)
@@ -41,7 +41,7 @@ class HeadLayout:
         return slots
 
     def value_slots(self) -> Ints:
-        """The same for a value head: the tail is padding."""
+        """The same for a value head."""
         return tail_slots(self.decoder.head_dim, self.padded)
 
     def query_rows(self) -> Ints:
@@ -70,13 +70,13 @@ class HeadLayout:
 
 
 def tail_slots(head_dim: int, padded: int) -> Ints:
-    """For each place of a head that is padded at its tail the place in the true head, or -1. int64 [padded]."""
+    """Index in the true head of each element of a head padded at its tail, or -1. int64 [padded]."""
     slots = np.full(padded, -1)
     slots[:head_dim] = np.arange(head_dim)
     return slots
 
 
 def head_rows(first_head: int, num_heads: int, head_dim: int, slots: Ints) -> Ints:
-    """Rows of a packed matrix that make up these heads, each arranged by `slots`; -1 is a row of zeros."""
+    """Rows of a packed matrix that form these heads, each arranged by `slots`; -1 is a row of zeros."""
     starts = (first_head + np.arange(num_heads)) * head_dim
     return np.where(slots < 0, -1, starts[:, None] + slots).reshape(-1)

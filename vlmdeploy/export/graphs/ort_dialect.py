@@ -1,19 +1,20 @@
-"""The `ort` dialect: standard operators plus ONNX Runtime's own, which are faster on a CPU than what they stand for.
+"""The `ort` dialect: standard operators plus ONNX Runtime's own, which are faster on a CPU.
 
-MatMulNBits multiplies with packed codes; GroupQueryAttention rotates, writes the KV cache in place and attends, with
-rotary tables as inputs indexed by cache slot.
+MatMulNBits multiplies with packed codes; GroupQueryAttention rotates, writes the KV cache in place and attends; its
+rotary tables are inputs, indexed by cache slot.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from onnx import TensorProto
 
 from vlmdeploy.errors import QuantizationError
-from vlmdeploy.export.graphs.builder import GraphBuilder
+from vlmdeploy.export.graphs.builder import NUMPY_TYPES, GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
 
@@ -25,38 +26,41 @@ class OrtGraph(GraphBuilder):
     """A graph for ONNX Runtime on a CPU."""
 
     opsets: ClassVar = {"": 23, CONTRIB: 1}  # 23: the first with RMSNormalization
-    largest_block: ClassVar = 128  # of MatMulNBits: the larger, the faster the prompt is read
-    scale_type: ClassVar[type[np.floating[Any]]] = np.float32
-    cache_type: ClassVar = "fp32"
+    largest_block: ClassVar = 128  # of MatMulNBits: larger blocks read prompts faster
+    kind: ClassVar = "fp32"  # of products, scales, attention and KV cache
     rope_tables: ClassVar = ("cos", "sin")
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder."""
         weight = f"{target}.weight"
-        order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
+        order = self._rows_of(weight, order)
         bias = self._bias(f"{target}.bias", order) if has_bias else ""
+        if self.weights.plan[weight].grid is not None:
+            return self._product(x, weight, order, output, bias)
+        product = self._product(x, weight, order, f"{output}.product" if bias else output)
+        return self.node("Add", [product, bias], output) if bias else product
+
+    def _product(self, x: str, weight: str, order: Ints, output: str, bias: str = "") -> str:
+        """x @ W.T in the type of x; a bias only with codes."""
         precision = self.weights.plan[weight]
         if precision.grid is not None:
             codes, sizes = self._codes(weight, order, precision.grid)
             inputs = [x, *codes, "", bias] if bias else [x, *codes]
-            return self.node("MatMulNBits", inputs, output, CONTRIB, **sizes, accuracy_level=INT8_ACCURACY)
-        product = output if not bias else f"{output}.product"
+            accuracy = INT8_ACCURACY if self.kind == "fp32" else FULL_ACCURACY
+            return self.node("MatMulNBits", inputs, output, CONTRIB, **sizes, accuracy_level=accuracy)
         matrix = self._floats(weight, order, precision.type)
-        if precision.type == "fp16":  # widened in the graph: the arithmetic stays float32
+        if precision.type == "fp16" and self.kind == "fp32":
             matrix = self.cast(matrix, f"{matrix}.fp32", "fp32")
-        self.node("FusedMatMul", [x, matrix], product, CONTRIB, transB=1)
-        return self.node("Add", [product, bias], output) if bias else product
+        return self.node("FusedMatMul", [x, matrix], output, CONTRIB, transB=1)
 
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], dict[str, int]]:
-        """Codes [out, blocks, bytes], scales [out, blocks] and zero points ("": the middle) as MatMulNBits wants them,
-        and its sizes. A 3-bit code takes a 4-bit field."""
-        bits, block_size = (
-            field_bits(grid.bits),
-            min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block),
-        )
+        """Codes [out, blocks, bytes], scales [out, blocks] and zero points ("": the middle) for MatMulNBits, and its
+        sizes. A 3-bit code takes a 4-bit field."""
+        bits = field_bits(grid.bits)
+        block_size = min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block)
         width = self.weights.matrix_shape(weight)[1]
         blocks = width // block_size
-        scales = np.empty((len(order), blocks), self.scale_type)
+        scales = np.empty((len(order), blocks), NUMPY_TYPES[self.kind])
         zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
 
         def packed() -> Iterator[Codes]:
@@ -75,43 +79,52 @@ class OrtGraph(GraphBuilder):
         names.append("" if grid.symmetric else self.tensor(f"{weight}.zero_points", zeros))
         return names, {"K": width, "N": len(order), "bits": bits, "block_size": block_size}
 
+    @override
     def silu(self, x: str, output: str) -> str:
-        """See GraphBuilder."""
         return self.node("QuickGelu", [x], output, CONTRIB, alpha=1.0)
 
+    @override
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:
-        """See GraphBuilder."""
         return self.node("RMSNormalization", [x, self.parameter(f"{norm}.weight")], output, axis=-1, epsilon=eps)
 
+    @override
     def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
-        """See GraphBuilder."""
         inputs, outputs = [x, branch, self.parameter(f"{norm}.weight")], [f"{output}.normed", "", "", output]
         self.nodes("SkipSimplifiedLayerNormalization", inputs, outputs, CONTRIB, epsilon=eps)
         return output, outputs[0]
 
+    @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder."""
         parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
         return self.node("MultiHeadAttention", parts, output, CONTRIB, num_heads=num_heads)
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder."""
         self.input("seqlens_k", "int32", (1,))
         self.input("total_sequence_length", "int32", ())
         for table in ("cos", "sin"):
             self.input(table, "fp32", ("capacity", heads.padded // 2))
-        self.cache_tensors(heads, self.cache_type, "capacity")
+        self.cache_tensors(heads, self.kind, "capacity")
 
+    @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """See GraphBuilder."""
-        packed = self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
-        return self.true_heads(heads, self._attention(heads, index, [packed, "", ""], heads.decoder.num_heads), name)
+        mixed = self._attention(heads, index, [self._packed(qkv, name), "", ""], heads.decoder.num_heads)
+        if self.kind == "fp16":
+            mixed = self.cast(mixed, f"{mixed}.fp32", "fp32")
+        return self.true_heads(heads, mixed, name)
 
+    @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """See GraphBuilder. An attention writes the cache: it gets the keys as queries and its output is dropped."""
-        packed = self.node("Unsqueeze", [both, self.ints(0)], f"{name}.qkv.batch")
+        """Writes the cache with an attention that takes the keys as queries; nothing reads its output."""
+        packed = self._packed(both, name)
         key, value = self.nodes("Split", [packed], [f"{name}.key", f"{name}.value"], axis=2, num_outputs=2)
         self._attention(heads, index, [key, key, value], heads.decoder.num_kv_heads)
+
+    def _packed(self, qkv: str, name: str) -> str:
+        """Rows [rows, width] -> [1, rows, width], in the type of the attention."""
+        if self.kind == "fp16":
+            qkv = self.cast(qkv, f"{name}.qkv.half", "fp16")
+        return self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
 
     def _attention(self, heads: HeadLayout, index: int, qkv: list[str], num_heads: int) -> str:
         past = [f"past_key.{index}", f"past_value.{index}"]
@@ -132,55 +145,33 @@ class OrtCudaGraph(OrtGraph):
     """
 
     largest_block: ClassVar = 32
-    scale_type: ClassVar[type[np.floating[Any]]] = np.float16
-    cache_type: ClassVar = "fp16"
+    kind: ClassVar = "fp16"
     rope_tables: ClassVar = ("cos.fp16", "sin.fp16")
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder."""
         weight = f"{target}.weight"
-        precision = self.weights.plan[weight]
-        if precision.type == "fp32":
+        if self.weights.plan[weight].type == "fp32":
             return super().linear(x, target, output, order, has_bias)
-        order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
-        narrow = self.cast(x, f"{output}.in", "fp16")
-        if precision.grid is None:
-            matrix = self._floats(weight, order, "fp16")
-            half = self.node("FusedMatMul", [narrow, matrix], f"{output}.fp16", CONTRIB, transB=1)
-        else:
-            codes, sizes = self._codes(weight, order, precision.grid)
-            half = self.node(
-                "MatMulNBits", [narrow, *codes], f"{output}.fp16", CONTRIB, **sizes, accuracy_level=FULL_ACCURACY
-            )
-        if not has_bias:
-            return self.cast(half, output, "fp32")
-        product = self.cast(half, f"{output}.product", "fp32")
-        return self.node("Add", [product, self._bias(f"{target}.bias", order)], output)
+        order = self._rows_of(weight, order)
+        half = self._product(self.cast(x, f"{output}.in", "fp16"), weight, order, f"{output}.fp16")
+        product = self.cast(half, f"{output}.product" if has_bias else output, "fp32")
+        return self.node("Add", [product, self._bias(f"{target}.bias", order)], output) if has_bias else product
 
+    @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder."""
         narrow = self.cast(qkv, f"{output}.qkv", "fp16")
         return self.cast(super().encoder_attention(narrow, f"{output}.fp16", num_heads, width), output, "fp32")
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder."""
         super().cache_inputs(heads)
         for table in ("cos", "sin"):
             self.cast(table, f"{table}.fp16", "fp16")
 
-    def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """See GraphBuilder."""
-        packed = self.node("Unsqueeze", [self.cast(qkv, f"{name}.qkv.half", "fp16"), self.ints(0)], f"{name}.qkv.batch")
-        mixed = self._attention(heads, index, [packed, "", ""], heads.decoder.num_heads)
-        return self.true_heads(heads, self.cast(mixed, f"{mixed}.fp32", "fp32"), name)
-
-    def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """See GraphBuilder."""
-        super().cached_keys_and_values(heads, index, self.cast(both, f"{name}.qkv.half", "fp16"), name)
-
 
 def matmul_block(weight: str, way_out: str, grid: Grid) -> int:
-    """Inputs that share a scale of MatMulNBits. Raises QuantizationError, with the weight's name, where none can."""
+    """MatMulNBits's block size for a grid. Raises QuantizationError, naming the weight, if there is none."""
     try:
         return matmul_block_size(grid.group_size)
     except QuantizationError as error:

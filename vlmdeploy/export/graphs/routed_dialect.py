@@ -1,8 +1,8 @@
-"""The routed decoder in the `trt` dialect: one graph whose rows each go through the weights of their own expert, for
-batches of prompts with and without pictures.
+"""The routed decoder in the `trt` dialect: one graph that sends each row through its expert's weights, for batches of
+prompts with and without pictures.
 
-Every linear of a layer is one RoutedLinear over the packed codes of both experts, a plugin in TensorRT and a function
-of the model elsewhere. What lies between the linears is as in `trt_dialect`, with a batch axis in the cache.
+Every linear of a layer is one RoutedLinear over the packed codes of both experts: a plugin in TensorRT, a function of
+the model elsewhere. Between the linears the graph is as in `trt_dialect`, with a batch axis in the cache.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from vlmdeploy.export.graphs.routed_functions import (
 from vlmdeploy.export.graphs.trt_dialect import OPSET, TRT_DOMAIN, TrtGraph, attention_function
 from vlmdeploy.export.weight_reader import Ints
 from vlmdeploy.kernels.packing import BITS, EXPERTS, check_layout, pack_codes, pack_scales
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import widen
 from vlmdeploy.quant.grid import Codes, Grid
 from vlmdeploy.quant.precision import Precision, PrecisionPlan
@@ -42,32 +43,33 @@ class RoutedTrtGraph(TrtGraph):
     batch: ClassVar[int | str] = "batch"
     row_axis: ClassVar = "tokens"
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder. Rows are those of all prompts, tokens = batch * rows, prompt after prompt.
+        """Rows of all prompts, prompt after prompt: tokens = batch * rows. Sorts them by expert once, for all layers.
 
-        experts int32 [tokens]: 0 language, 1 vision. The rest is as in TrtGraph. The rows are sorted by expert once,
-        for all layers.
+        experts int32 [tokens]: 0 language, 1 vision. Other inputs as in TrtGraph.
         """
         self.input("experts", "int32", ("tokens",))
         super().cache_inputs(heads)
         self.nodes(PARTITION, ["experts"], ["order", "language_count"], ROUTED_DOMAIN, **PLUGIN_ATTRIBUTES)
         self.node("Shape", ["position_ids"], "batch_and_rows")
 
+    @override
     def _cache_heads(self, num_heads: int, width: int) -> str:
-        """See TrtGraph."""
         name = f"batch_and_rows.{num_heads}x{width}"
         if name not in self._made:
             self.node("Concat", ["batch_and_rows", self.ints(num_heads, width)], name, axis=0)
         return name
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder. A target "….routed.…" stands for the linear of that name of both experts."""
+        """A target "….routed.…" stands for this linear of both experts."""
         if ROUTED not in target:
             return super().linear(x, target, output, order, has_bias)
         targets = [target.replace(ROUTED, f".{expert}.") for expert in EXPERTS]
-        out_width, in_width = self.weights.matrix_shape(f"{targets[0]}.weight")
-        order = np.arange(out_width) if order is None else order
-        grid = self._grid_of(targets[0])  # the other expert's has groups of the same size
+        in_width = self.weights.matrix_shape(f"{targets[0]}.weight")[1]
+        order = self._rows_of(f"{targets[0]}.weight", order)
+        grid = self._grid_of(targets[0])  # the other expert's groups have the same size
         scales = np.empty((len(targets), in_width // grid.group_size, len(order)), np.float16)
         shape = (len(targets), len(order), in_width // 2)
         codes = self.external(f"{target}.weight", TensorProto.INT8, shape, self._packed(targets, order, scales))
@@ -85,7 +87,7 @@ class RoutedTrtGraph(TrtGraph):
         return grid
 
     def _packed(self, targets: list[str], order: Ints, scales: NDArray[np.float16]) -> Iterator[Codes]:
-        """Packed codes of one expert after the other, a few rows at a time; the scales are filled in on the way."""
+        """Packed codes of one expert after the other, a few rows at a time; fills in the scales."""
         for expert, target in enumerate(targets):
             done, grid = 0, self._grid_of(target)
             for block in self._code_blocks(f"{target}.weight", order, grid):
@@ -96,7 +98,7 @@ class RoutedTrtGraph(TrtGraph):
                 yield pack_codes(held.codes, grid.group_size)
 
     def _biases(self, targets: list[str], order: Ints, has_bias: bool) -> NDArray[np.float32]:
-        """Of both experts, float32 [experts, out]; zeros where one has none."""
+        """Biases of both experts, float32 [experts, out]; zeros for an expert without."""
         biases = np.zeros((len(targets), len(order)), np.float32)
         for expert, target in enumerate(targets):
             if has_bias and f"{target}.bias" in self.weights.checkpoint.rules:
@@ -106,7 +108,7 @@ class RoutedTrtGraph(TrtGraph):
 
 
 def check_routed(spec: ModelSpec, plan: PrecisionPlan) -> None:
-    """Raise ExportError, naming the linear, where the routed kernel cannot take a model's decoder."""
+    """Raise ExportError, naming the linear, if the routed kernel cannot take a model's decoder."""
     if [expert.name for expert in spec.decoder.experts] != list(EXPERTS):
         raise ExportError(
             f"--routed-plugin on: {spec.family} has {len(spec.decoder.experts)} expert, expected language and vision "
@@ -131,7 +133,7 @@ def _check_linear(linear: Matrix, precision: Precision) -> None:
 
 
 def _check_equal_groups(spec: ModelSpec, plan: PrecisionPlan) -> None:
-    """Both experts of a linear must have groups of one size."""
+    """Require groups of one size for both experts of a linear."""
     language = {(item.layer, item.name): item for item in matrices(spec) if item.expert == "language"}
     for linear in matrices(spec):
         if linear.expert == "vision":

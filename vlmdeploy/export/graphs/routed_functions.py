@@ -1,7 +1,7 @@
-"""The two operations of the routed decoder graph, written out in standard ONNX operators as functions of the model.
+"""The two operators of the routed decoder graph as functions of standard ONNX operators.
 
-ONNX Runtime runs these bodies: slow, but exactly what the plugin's kernels compute, so that the graph which goes into
-an engine is the one that passes the gate. Shapes, types and the layout of the codes: docs/plugin.md.
+ONNX Runtime runs these bodies: slow, but exactly what the plugin's kernels compute, so the graph that passes the gate
+is the one that goes into an engine. Shapes, types and the layout of the codes: docs/plugin.md.
 """
 
 import onnx
@@ -106,12 +106,12 @@ RoutedLinear <group_size, plugin_namespace, plugin_version>
 
 
 def routed_functions() -> tuple[onnx.FunctionProto, ...]:
-    """The functions that a routed graph brings along."""
+    """The functions that a routed graph contains."""
     return tuple(parser.parse_function(body) for body in (PARTITION_BODY, EXPERT_BODY, LINEAR_BODY))
 
 
 def without_routed_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model for TensorRT, in place: what has a function body is not looked up among the plugins."""
+    """Remove the functions, in place: TensorRT does not look for a plugin if there is a function body."""
     kept = [function for function in model.functions if function.domain != ROUTED_DOMAIN]
     del model.functions[:]
     model.functions.extend(kept)

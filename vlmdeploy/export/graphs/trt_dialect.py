@@ -16,6 +16,7 @@ from vlmdeploy.errors import ExportError
 from vlmdeploy.export.graphs.builder import DataFile, GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HEAD_MULTIPLE, HeadLayout, head_rows, tail_slots
 from vlmdeploy.export.weight_reader import Ints, WeightReader
+from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import dequantize_linear
 from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.runtime.backends.lanes import rope_table
@@ -26,14 +27,14 @@ TRT_DOMAIN = "trt"  # TensorRT's parser knows TRT_Attention natively; others rea
 
 
 def kernel_width(head_dim: int) -> int:
-    """The width of an encoder's head that TensorRT has a fused kernel for, at least `head_dim`."""
+    """The smallest width, at least `head_dim`, of an encoder head that TensorRT has a fused kernel for."""
     if head_dim >= HEAD_MULTIPLE and head_dim % (HEAD_MULTIPLE // 2) == 0:
         return head_dim
     return -(-head_dim // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 def check_grid(weight: str, width: int, grid: Grid) -> None:
-    """Raise ExportError where TensorRT has no product for codes of this grid, `width` being all inputs."""
+    """Raise ExportError if TensorRT has no matrix product for codes of this grid; `width`: inputs of a row."""
     if not grid.symmetric:
         raise ExportError(
             f'"{weight}" has asymmetric codes and TensorRT takes symmetric ones only: quantize without --asymmetric'
@@ -48,8 +49,8 @@ def check_grid(weight: str, width: int, grid: Grid) -> None:
 def attention_function() -> onnx.FunctionProto:
     """TRT_Attention as a function of standard operators: softmax(q k^T) v, causal from the last valid key backwards.
 
-    It scales nothing, as TensorRT's layer does not. A standard Attention will not do: TensorRT aligns its is_causal
-    with the first key and drops its lengths without a word.
+    Like TensorRT's layer it does not scale. A standard Attention would be misread: TensorRT aligns its is_causal with
+    the first key and silently drops its lengths.
     """
     inputs = ["query", "key", "value", "mask", "query_lengths", "lengths"]
     node = helper.make_node(
@@ -75,10 +76,10 @@ class TrtGraph(GraphBuilder):
         self.cache = cache
         self.context_tokens = context_tokens
 
+    @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
-        """See GraphBuilder."""
         weight = f"{target}.weight"
-        order = np.arange(self.weights.matrix_shape(weight)[0]) if order is None else order
+        order = self._rows_of(weight, order)
         precision = self.weights.plan[weight]
         kind = "fp32" if precision.type == "fp32" else "fp16"
         if precision.grid is not None:
@@ -100,7 +101,7 @@ class TrtGraph(GraphBuilder):
     def _codes(self, weight: str, order: Ints, grid: Grid) -> str:
         """The matrix [in, out] in fp16, from codes [in, out] and fp16 scales [in / group, out].
 
-        In this order ONNX Runtime multiplies with the codes as they are; in the other it widens them on every call.
+        In this layout ONNX Runtime multiplies with the codes; transposed, it would widen them on every call.
         """
         width = self.weights.matrix_shape(weight)[1]
         check_grid(weight, width, grid)
@@ -116,28 +117,30 @@ class TrtGraph(GraphBuilder):
         inputs = [name, self.tensor(f"{weight}.scales", stored.scales.astype(np.float16))]
         return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=0, block_size=grid.group_size)
 
+    @override
     def silu(self, x: str, output: str) -> str:
-        """See GraphBuilder."""
         return self.node("Swish", [x], output, alpha=1.0)
 
+    @override
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:
-        """See GraphBuilder."""
         return self.node("RMSNormalization", [x, self.parameter(f"{norm}.weight")], output, axis=-1, epsilon=eps)
 
+    @override
     def add_and_norm(self, x: str, branch: str, norm: str, output: str, eps: float) -> tuple[str, str]:
-        """See GraphBuilder."""
         total = self.node("Add", [x, branch], output)
         return total, self.rms_norm(total, norm, f"{output}.normed", eps)
 
+    @override
     def encoder_rows(self, num_heads: int, width: int) -> Ints | None:
-        """See GraphBuilder. Heads that TensorRT has no kernel for are padded at their tails."""
+        """Pads the tails of heads that TensorRT has no kernel for."""
         true, padded = width // num_heads, kernel_width(width // num_heads)
         if true == padded:
             return None
         return head_rows(0, 3 * num_heads, true, tail_slots(true, padded))
 
+    @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
-        """See GraphBuilder. A standard Attention that is not causal is read correctly by everyone, its scale too."""
+        """Both readers agree on a standard Attention that is not causal, including its scale."""
         true, padded = width // num_heads, kernel_width(width // num_heads)
         parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
         shape = self.ints(0, -1, num_heads, padded)
@@ -151,7 +154,7 @@ class TrtGraph(GraphBuilder):
         return self.cast(joined, output, "fp32")
 
     def _cache_heads(self, num_heads: int, width: int) -> str:
-        """The shape [batch, rows, heads, width] that rows of the decoder are split into."""
+        """The shape [batch, rows, heads, width] into which decoder rows are split."""
         return self.ints(1, -1, num_heads, width)
 
     def _heads_first(self, x: str, shape: str) -> str:
@@ -159,12 +162,10 @@ class TrtGraph(GraphBuilder):
         split = self.node("Reshape", [x, shape], f"{x}.split")
         return self.node("Transpose", [split], f"{x}.heads", perm=[0, 2, 1, 3])
 
+    @override
     def cache_inputs(self, heads: HeadLayout) -> None:
-        """See GraphBuilder.
-
-        position_ids int64 [batch, rows]; write_index int64 [batch], the slot of the first row; lengths int64 [batch],
-        how many slots are filled after this call. The cache's length is fixed: TensorRT wants it so.
-        """
+        """position_ids int64 [batch, rows]; write_index int64 [batch], the slot of the first row; lengths int64
+        [batch], the slots filled after this call. TensorRT requires a cache of fixed length."""
         self.input("position_ids", "int64", (self.batch, "rows"))
         self.input("write_index", "int64", (self.batch,))
         self.input("lengths", "int64", (self.batch,))
@@ -173,8 +174,8 @@ class TrtGraph(GraphBuilder):
         self.tensor("rope.cos", table.cos)
         self.tensor("rope.sin", table.sin)
 
+    @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        """See GraphBuilder."""
         decoder = heads.decoder
         counts = (decoder.num_heads, decoder.num_kv_heads, decoder.num_kv_heads)
         sizes = self.ints(*(count * heads.padded for count in counts))
@@ -190,13 +191,13 @@ class TrtGraph(GraphBuilder):
         rows = self.node("Transpose", [mixed], f"{name}.attention.rows", perm=[0, 2, 1, 3])
         return self.true_heads(heads, self.cast(rows, f"{name}.attention.fp32", "fp32"), name)
 
+    @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """See GraphBuilder."""
         key, value = self.nodes("Split", [both], [f"{name}.k", f"{name}.v"], axis=1, num_outputs=2)
         self._write_cache(heads, index, key, value)
 
     def _write_cache(self, heads: HeadLayout, index: int, key: str, value: str) -> tuple[str, str]:
-        """Rotate the keys and put both behind what the cache holds; the whole cache, keys and values."""
+        """Rotate the keys and append both to the cache; returns the whole cache, keys and values."""
         num_heads = heads.decoder.num_kv_heads
         rotated = self._rotated(heads, key, num_heads)
         plain = self._heads_first(value, self._cache_heads(num_heads, heads.padded))

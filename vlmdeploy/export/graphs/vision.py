@@ -21,7 +21,7 @@ def build_vision(builder: GraphBuilder, spec: ModelSpec) -> None:
 
 
 def _embed(builder: GraphBuilder, vision: VisionSpec) -> str:
-    """Patches by convolution, the class token before them, positions added."""
+    """Patches by convolution, a class token before them, plus positions."""
     inputs = ["pixels", builder.parameter("vision.patch.weight"), builder.parameter("vision.patch.bias")]
     sides = [vision.patch_px, vision.patch_px]
     grid = builder.node("Conv", inputs, "patches.grid", kernel_shape=sides, strides=sides)
@@ -50,7 +50,7 @@ def _layer(builder: GraphBuilder, vision: VisionSpec, name: str, x: str) -> str:
 
 
 def vision_taps(spec: ModelSpec) -> dict[str, str]:
-    """Stages of the graph that verification reads: our stage name -> the value's name."""
+    """Stages that verification reads: stage name -> name of the value in the graph."""
     layers = {f"vision.layer.{index}": f"vision.layers.{index}.out" for index in range(spec.vision.num_layers)}
     steps = {f"connector.{step.name}": f"connector.{step.name}.out" for step in spec.connector.steps}
     return {"vision.embed": "vision.embed", **layers, **steps}

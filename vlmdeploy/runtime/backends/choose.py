@@ -1,4 +1,4 @@
-"""Which backend runs a bundle: chosen by what the bundle was made for, never by what happens to be installed."""
+"""Which backend runs a bundle: decided by the bundle's target, never by what is installed."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def open_backend(
     threads: int | None = None,
     residency: str = "all",
 ) -> Backend:
-    """The backend of a bundle. provider: the bundle's own (default), or for a TensorRT bundle "cpu", which runs its
-    graphs in ONNX Runtime. Raises BackendError where it is missing or another one is asked for."""
+    """The backend of a bundle. provider: the bundle's own (default), or "cpu" to run the graphs of a TensorRT bundle in
+    ONNX Runtime. Raises BackendError if the backend is missing or cannot use this provider."""
     if provider is not None and provider not in PROVIDERS:
         raise BackendError(f'provider is "{provider}", expected one of {", ".join(PROVIDERS)}')
     if manifest.dialect == "trt":

@@ -1,4 +1,4 @@
-"""The CUDA device as the TensorRT backend needs it: memory, copies on one stream, captured graphs. Without torch."""
+"""A CUDA device for the TensorRT backend, without torch: memory, copies on one stream, captured graphs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Buffer:
 
 
 def cuda_runtime() -> Any:
-    """CUDA's runtime interface; raises BackendError where it, a driver or a device is missing."""
+    """CUDA's runtime API; raises BackendError if the bindings, a driver or a device are missing."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -38,14 +38,14 @@ def cuda_runtime() -> Any:
 
 
 def _explained(status: str) -> str:
-    """What CUDA's answer means to a user."""
+    """A CUDA status in a user's words."""
     if status == "cudaErrorInsufficientDriver":
         return "no driver is installed, or one older than this CUDA (cudaErrorInsufficientDriver)"
     return f"CUDA says {status}"
 
 
 def compute_capability(runtime: Any) -> str:
-    """That of the first device, such as "8.6"."""
+    """Compute capability of the first device, such as "8.6"."""
     kinds = runtime.cudaDeviceAttr
     names = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
     return ".".join(str(runtime.cudaDeviceGetAttribute(name, 0)[1]) for name in names)
@@ -55,15 +55,15 @@ class CudaDevice:
     """The first visible CUDA device. Copies and engines run in order on its one stream."""
 
     def __init__(self) -> None:
-        """Raises BackendError where there is no CUDA device, or nothing to talk to it with."""
+        """Raises BackendError without a CUDA device, its driver or the bindings."""
         self._cuda: Any = cuda_runtime()
-        self._uploaded: list[NDArray[Any]] = []  # what copies under way may still read
+        self._uploaded: list[NDArray[Any]] = []  # pending copies may still read these
         self.compute_capability = compute_capability(self._cuda)
         self.name: str = self._call(self._cuda.cudaGetDeviceProperties(0)).name.decode()
         self.stream = int(self._call(self._cuda.cudaStreamCreate()))
 
     def _call(self, answer: tuple[Any, ...]) -> Any:
-        """The value of a CUDA call; raises BackendError where it failed."""
+        """The value of a CUDA call; raises BackendError if it failed."""
         error, *values = answer
         if error != self._cuda.cudaError_t.cudaSuccess:
             _, text = self._cuda.cudaGetErrorString(error)
@@ -71,7 +71,7 @@ class CudaDevice:
         return values[0] if values else None
 
     def free_bytes(self) -> int:
-        """Device memory that is free now; where it is the machine's own, what programs may still take."""
+        """Free device memory; on an integrated GPU the memory available to programs."""
         if self._call(self._cuda.cudaDeviceGetAttribute(self._cuda.cudaDeviceAttr.cudaDevAttrIntegrated, 0)):
             return available_bytes()
         error, free, _ = self._cuda.cudaMemGetInfo()
@@ -91,12 +91,12 @@ class CudaDevice:
         return buffer
 
     def free(self, buffer: Buffer) -> None:
-        """Give memory back, after everything on the stream is done."""
+        """Free memory after the stream has finished."""
         self.synchronize()
         self._call(self._cuda.cudaFree(buffer.address))
 
     def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
-        """Copy a host array to the start of a buffer; it is kept until the copy is done."""
+        """Copy a host array to the start of a buffer, keeping the array until the copy is done."""
         content = np.ascontiguousarray(array)
         assert content.nbytes <= buffer.size, f"{content.nbytes} bytes do not fit a buffer of {buffer.size}"
         self._uploaded.append(content)
@@ -104,18 +104,18 @@ class CudaDevice:
         self._call(self._cuda.cudaMemcpyAsync(buffer.address, content.ctypes.data, content.nbytes, kind, self.stream))
 
     def download(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """Fill a contiguous host array from the start of a buffer, and wait for it."""
+        """Fill a contiguous host array from the start of a buffer; returns when done."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._cuda.cudaMemcpyAsync(array.ctypes.data, buffer.address, array.nbytes, kind, self.stream))
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Wait for everything on the stream."""
+        """Wait for the stream."""
         self._call(self._cuda.cudaStreamSynchronize(self.stream))
         self._uploaded.clear()
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
-        """What `enqueue` puts on the stream, as a graph to launch; nothing of it runs now."""
+        """Record what `enqueue` puts on the stream as a CUDA graph, without running it."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._cuda.cudaStreamBeginCapture(self.stream, mode))
         try:
@@ -129,10 +129,10 @@ class CudaDevice:
         self._call(self._cuda.cudaGraphLaunch(graph, self.stream))
 
     def discard(self, graph: Any) -> None:
-        """Forget a captured graph."""
+        """Destroy a captured graph."""
         self._call(self._cuda.cudaGraphExecDestroy(graph))
 
     def close(self) -> None:
-        """Give the stream back, after everything on it is done."""
+        """Destroy the stream after it has finished."""
         self.synchronize()
         self._call(self._cuda.cudaStreamDestroy(self.stream))

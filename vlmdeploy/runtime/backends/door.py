@@ -1,8 +1,7 @@
-"""The door between the generate loop and whatever executes the graphs. It is complete: nobody on this side asks what
-kind of backend stands behind it.
+"""The interface between the generate loop and whatever executes the graphs; callers never ask which backend it is.
 
-The loop encodes images, runs rows of one or several prompts over one KV cache and asks for logits of single rows;
-everything but speed is the same behind every backend.
+The loop encodes images, runs rows of one or several prompts over one KV cache, and asks for the logits of single rows.
+Backends differ only in speed.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +10,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmdeploy.layout import Bools
+from vlmdeploy.bundle import Manifest
+from vlmdeploy.layout import Bools, expert_of
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 ROUTED_GRAPH = "decoder"  # both experts in one graph
-PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that no decoded token needs
+PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that decoding does not need
 CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """Memory of the GPU that a backend uses. planned_bytes: buffers and KV cache that it holds from the start, None
-    where the engine does not tell; in_use: bytes taken now."""
+    """GPU memory of a backend. planned_bytes: buffers and KV cache allocated at start, None if the engine does not say;
+    in_use: bytes taken now."""
 
     gpu: str
     planned_bytes: int | None
@@ -31,34 +31,21 @@ class DeviceUse:
 
 
 class Backend(Protocol):
-    """What a backend offers.
+    """Executes the graphs of one bundle."""
 
-    chunk_rows: how long the pieces are in which a prompt is best read. most_logits: rows of one call that may ask for
-    logits. most_lanes: prompts side by side in one call. mixes_experts: whether one call takes rows of both experts.
-    """
-
-    chunk_rows: int
-
-    @property
-    def most_logits(self) -> int:
-        """See above."""
-
-    @property
-    def most_lanes(self) -> int:
-        """See above."""
-
-    @property
-    def mixes_experts(self) -> bool:
-        """See above."""
+    chunk_rows: int  # best number of prompt rows per call
+    most_logits: int  # most rows of one call that may ask for logits
+    most_lanes: int  # most prompts of one call
+    mixes_experts: bool  # whether one call takes rows of both experts
 
     def encode_images(self, pixels: Floats) -> Floats:
         """Preprocessed pixels [images, 3, S, S] -> decoder rows [images, rows, hidden]."""
 
     def new_lanes(self, count: int, slots: int) -> Lanes:
-        """A KV cache of closed lanes, each with room for so many positions. The one made before may become invalid."""
+        """A KV cache of closed lanes with `slots` positions each. May invalidate the previous one."""
 
     def run(self, call: Call, lanes: Lanes) -> Floats:
-        """Run the rows, append the real ones to their lanes; logits [asked, vocab] of the rows asked for.
+        """Run the rows and append the real ones to their lanes; logits [asked, vocab] of the rows asked for.
 
         Without `mixes_experts` all rows of a call use the same expert.
         """
@@ -70,13 +57,18 @@ class Backend(Protocol):
         """
 
     def end_prefill(self) -> None:
-        """The prompts are in the cache: what only a prompt needs may be released (phase residency)."""
+        """Release what only prompts need, with residency "phase"; the prompts are in the cache."""
 
     def warm_up(self, graphs: Sequence[str]) -> None:
-        """Load these graphs now; the others are loaded when they are first needed."""
+        """Load these graphs now; the others load on first use."""
 
     def device_use(self) -> DeviceUse | None:
-        """The memory of its GPU, None where it uses none. Raises BackendError where it cannot be read."""
+        """Its GPU memory, None if it uses no GPU. Raises BackendError if it cannot be read."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
+
+
+def decoder_graph(manifest: Manifest, vision_mask: Bools) -> str:
+    """The decoder graph that takes rows of these experts."""
+    return ROUTED_GRAPH if manifest.is_routed else GRAPH_OF_EXPERT[expert_of(vision_mask.reshape(-1))]

@@ -1,8 +1,8 @@
-"""Prompts side by side in the KV cache, and one call of a decoder over them. One prompt is a single lane.
+"""Lanes of the KV cache, and one decoder call over them.
 
-A lane is one prompt's part of the cache. Every call runs the same number of rows in each lane; what a lane lacks is
-padding behind its real rows. Padding is written behind what an open lane holds, where the next call overwrites it, and
-is never read; a closed lane holds nothing that counts.
+A lane is one prompt's part of the cache. Every call runs the same number of rows in each lane, padding after a lane's
+real rows. Padding lands after the filled slots of an open lane, is never read, and the next call overwrites it; the
+contents of a closed lane do not matter.
 """
 
 from collections.abc import Callable, Collection
@@ -20,10 +20,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a decoder: the same number of rows of every lane, what a lane lacks padded at its end.
+    """One decoder call: the same number of rows in every lane, padding at the end of a lane.
 
-    hidden float32 [lanes, rows, hidden], vision_mask bool [lanes, rows], counts int64 [lanes]: real rows of each lane;
-    logit_rows int64 [asked]: counted over lanes * rows, rows of the language expert only.
+    hidden float32 [lanes, rows, hidden]; vision_mask bool [lanes, rows]; counts int64 [lanes]: real rows of each lane;
+    logit_rows int64 [asked]: indices into lanes * rows, of the language expert only.
     """
 
     hidden: Floats
@@ -38,16 +38,16 @@ class Call:
 
     @classmethod
     def of_tokens(cls, hidden: Floats, is_fed: Bools) -> "Call":
-        """One new token's row [lanes, hidden] of the lanes that `is_fed`; the logits of all lanes."""
+        """One new token's row [lanes, hidden] for the lanes that `is_fed`; asks for the logits of all lanes."""
         lanes = np.arange(len(hidden))
         return cls(hidden[:, None], np.zeros((len(hidden), 1), np.bool_), is_fed.astype(np.int64), lanes)
 
 
 class Lanes:
-    """The bookkeeping of the lanes of a KV cache; a backend adds their memory.
+    """Bookkeeping of a KV cache's lanes; a backend adds their memory.
 
-    positions int64 [lanes, slots]: the position id of every slot; lengths int64 [lanes]: how many slots are filled;
-    capacities int64 [lanes]: how many a lane's prompt may fill, 0 for a lane that is closed.
+    positions int64 [lanes, slots]: position id of every slot; lengths int64 [lanes]: filled slots; capacities int64
+    [lanes]: slots that a lane's prompt may fill, 0 for a closed lane.
     """
 
     def __init__(self, count: int, slots: int) -> None:
@@ -57,12 +57,12 @@ class Lanes:
 
     @property
     def count(self) -> int:
-        """How many lanes there are."""
+        """Number of lanes."""
         return len(self.lengths)
 
     @property
     def slots(self) -> int:
-        """How many positions each can hold."""
+        """Positions that each lane can hold."""
         return self.positions.shape[1]
 
     @property
@@ -76,7 +76,7 @@ class Lanes:
 
     def begin(self, lane: int, positions: Ints) -> None:
         """Empty a lane and open it for a prompt with one slot for each position id, int64 [capacity]."""
-        assert len(positions) <= self.slots, "a lane of so many slots"
+        assert len(positions) <= self.slots, "the lane has that many slots"
         self.positions[lane, : len(positions)] = positions
         self.lengths[lane], self.capacities[lane] = 0, len(positions)
 
@@ -85,14 +85,14 @@ class Lanes:
         self.lengths[lane] = self.capacities[lane] = 0
 
     def most_rows(self, lanes: Collection[int]) -> int:
-        """The longest call with rows of these lanes that leaves room for the padding of the others. A full one has no
-        room and needs none: nothing will read it again."""
+        """Most rows of a call on these lanes that leaves room for the padding of the others. A full lane needs none:
+        nothing reads it again."""
         waiting = self.lengths < self.capacities
         waiting[list(lanes)] = False
         return int((self.slots - self.lengths[waiting]).min(initial=self.slots))
 
     def starts(self, num_rows: int) -> Ints:
-        """The slot of each lane's first row in a call, int64 [lanes]: behind what it holds."""
+        """The slot of each lane's first row in a call, int64 [lanes]: after its filled slots."""
         return np.minimum(self.lengths, self.slots - num_rows)
 
     def row_positions(self, counts: Ints, num_rows: int) -> Ints:
@@ -103,7 +103,7 @@ class Lanes:
         return positions
 
     def inputs(self, call: Call) -> dict[str, NDArray[Any]]:
-        """What decoder graphs are told of a call, by name: a graph takes those that its dialect knows."""
+        """Inputs of the decoder graphs by name, in all dialects; a graph takes those that it knows."""
         lanes, num_rows, width = call.hidden.shape
         return {
             "hidden": call.hidden.reshape(lanes * num_rows, width),
@@ -113,7 +113,7 @@ class Lanes:
         }
 
     def append(self, counts: Ints) -> None:
-        """The real rows of a call are in the cache now."""
+        """Count the real rows of a call as filled slots."""
         self.lengths += counts
 
 
@@ -136,12 +136,12 @@ class RopeTable:
 
 
 def rope_table(shape: CacheShape, positions: Ints) -> RopeTable:
-    """Angles position * inv_freq in float32 for each slot. positions int64 [capacity]."""
+    """Cosines and sines of position * inv_freq in float32. positions int64 [capacity]."""
     angles = positions.astype(np.float32)[:, None] * np.array(shape.inv_freq, np.float32)
     return RopeTable(np.cos(angles), np.sin(angles))
 
 
 def slot_positions(prompt_positions: Ints, capacity: int) -> Ints:
-    """Position ids of all slots of a lane: the prompt's, then one more for each new token."""
+    """Position ids of a lane's slots: the prompt's, then counting up for new tokens."""
     new = int(prompt_positions[-1]) + 1 + np.arange(capacity - len(prompt_positions))
     return np.concatenate((prompt_positions, new))

@@ -1,7 +1,7 @@
-"""The ONNX Runtime backend: one session per graph, loaded when first needed, over one KV cache written in place.
+"""The ONNX Runtime backend: one session per graph, loaded on first use, over one KV cache written in place.
 
-Past and present of a layer are bound to the same buffer, which GroupQueryAttention recognizes by its address. A decoded
-token costs one session call; its bindings are made once.
+Past and present of a layer share one buffer; GroupQueryAttention recognizes its address. Each decoded token is one
+session call with bindings made once.
 """
 
 import sys
@@ -15,21 +15,23 @@ import numpy as np
 
 from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
-from vlmdeploy.layout import Bools, Ints, expert_of
+from vlmdeploy.layout import Bools, Ints
+from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
-from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, ROUTED_GRAPH, DeviceUse
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph
 from vlmdeploy.runtime.backends.lanes import COUNTERS, Call, Floats, Lanes, rope_table
 from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
-CHUNK_ROWS = 256  # rows per graph call while the prompt is read: bounds memory, and is no slower than more
-MOST_LANES = 4  # of one call of a routed decoder
+EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+CHUNK_ROWS = 256  # prompt rows per graph call: bounds memory; larger chunks are no faster
+MOST_LANES = 4  # per call of a routed decoder
 
 
 class OrtLanes(Lanes):
-    """Lanes with their memory on `device`: keys and values of every layer, [lanes, kv_heads, slots, head_dim] each by
-    name ("key.0"). On a CPU `arrays` are views of them."""
+    """Lanes with their memory on `device`: keys and values of every layer by name ("key.0"), each
+    [lanes, kv_heads, slots, head_dim]. On a CPU `arrays` are views of them."""
 
     def __init__(
         self, ort: ModuleType, manifest: Manifest, count: int, slots: int, kind: type[np.floating[Any]], device: str
@@ -38,15 +40,15 @@ class OrtLanes(Lanes):
         self.device = device
         self._on_device = ort.OrtValue.ortvalue_from_numpy
         shape = manifest.cache
-        self._rope_shape = shape if manifest.dialect == "ort" else None  # the other dialect holds its tables itself
+        self._rope_shape = shape if manifest.dialect == "ort" else None  # trt graphs contain their tables
         dims = (count, shape.kv_heads, slots, shape.head_dim)
         names = [f"{part}.{layer}" for layer in range(shape.num_layers) for part in ("key", "value")]
         self.arrays = {name: np.zeros(dims, kind) for name in names}
         self.values = {name: self._on_device(array, device, 0) for name, array in self.arrays.items()}
         self.tables: dict[str, Any] = {}
 
+    @override
     def begin(self, lane: int, positions: Ints) -> None:
-        """See Lanes."""
         super().begin(lane, positions)
         if self._rope_shape is not None:
             assert self.count == 1, "graphs of this dialect take one lane"
@@ -54,7 +56,7 @@ class OrtLanes(Lanes):
             self.tables = {name: self._on_device(getattr(rope, name), self.device, 0) for name in ("cos", "sin")}
 
     def bind(self, binding: Any) -> None:
-        """Bind tables, past and present of an io-binding to this memory."""
+        """Bind an io-binding's rotary tables, past and present to this memory."""
         for name, value in self.tables.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in self.values.items():
@@ -63,7 +65,7 @@ class OrtLanes(Lanes):
 
 
 class DecodeBinding:
-    """The bindings of one token in each lane: buffers that are filled anew for each step and bound once."""
+    """Decodes one token per lane with buffers that are bound once and refilled for each step."""
 
     def __init__(
         self, ort: ModuleType, session: Any, inputs: Sequence[str], lanes: OrtLanes, call: Call, vocab_size: int
@@ -83,7 +85,7 @@ class DecodeBinding:
         self._binding.bind_ortvalue_output("logits", self._logits)
 
     def fits(self, lanes: OrtLanes) -> bool:
-        """Whether it is bound to these lanes as they are now."""
+        """Whether it is bound to the current buffers of these lanes."""
         return lanes is self.lanes and lanes.tables is self._tables
 
     def _bind_inputs(self) -> None:
@@ -96,15 +98,15 @@ class DecodeBinding:
         for name, counter in self._counters:
             self._arrays[name][...] = counter(self.lanes, counts, 1)
         if self.lanes.device != "cpu":
-            self._bind_inputs()  # there binding is what copies them
+            self._bind_inputs()  # on a GPU, binding copies them
         self._session.run_with_iobinding(self._binding)
         self.lanes.append(counts)
         return self.logits
 
 
-class OrtBackend:
-    """Executes a bundle's graphs with ONNX Runtime. In a routed one the plugin's operations are run by their function
-    bodies: slow, and exact; so it is verified where there is no TensorRT, and its engine compared with it."""
+class OrtBackend(Backend):
+    """Executes a bundle's graphs with ONNX Runtime. A routed decoder runs the function bodies of the plugin operators:
+    slow but exact. Verification without TensorRT uses them, and engines are compared with them."""
 
     most_logits = sys.maxsize
 
@@ -118,8 +120,8 @@ class OrtBackend:
         load_graph: Callable[[str], Any] | None = None,
         cache_type: str | None = None,
     ) -> None:
-        """`load_graph` makes the session of a graph, its cache of any length and of `cache_type` (default: the
-        bundle's): verification hands in one that edits the graphs in memory."""
+        """load_graph: makes the session of a graph, with a cache of any length and of `cache_type` (default: the
+        bundle's); verification passes one that edits the graphs in memory."""
         self.ort = import_onnxruntime()
         self.chunk_rows = CHUNK_ROWS
         self.mixes_experts = manifest.is_routed
@@ -150,39 +152,34 @@ class OrtBackend:
         if self._sessions.pop(graph, None) is not None:
             release_freed()
 
+    @override
     def encode_images(self, pixels: Floats) -> Floats:
-        """See Backend."""
         if self.residency == "phase":
             self._decode = None
-            self.drop(self.manifest.token_graph)  # of the prompt before
+            self.drop(self.manifest.token_graph)  # loaded for the previous prompt
         rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
-        rows = rows.copy()  # what onnxruntime hands out keeps the session's whole working memory alive
+        rows = rows.copy()  # onnxruntime's array keeps the session's whole working memory alive
         if self.residency == "phase":
             self.drop("vision")
         return rows
 
+    @override
     def new_lanes(self, count: int, slots: int) -> OrtLanes:
-        """See Backend."""
         if self.provider != "cpu":
-            self.session(self.manifest.token_graph)  # which tells what is missing, where memory of a device only fails
+            self.session(self.manifest.token_graph)  # its error says what is missing; a failed allocation does not
         slots = self.manifest.context_tokens if self._has_fixed_cache else slots
         return OrtLanes(self.ort, self.manifest, count, slots, self._cache_type, self.provider)
 
+    @override
     def run(self, call: Call, lanes: Lanes) -> Floats:
-        """See Backend."""
-        graph = self.graph_of(call.vision_mask)
-        has_head = graph == self.manifest.token_graph
+        has_head = decoder_graph(self.manifest, call.vision_mask) == self.manifest.token_graph
         outputs = self.run_graph(call, lanes, ("logits",) if has_head else ())
         return outputs["logits"] if has_head else np.zeros((0, self.manifest.embedding.vocab_size), np.float32)
 
-    def graph_of(self, vision_mask: Bools) -> str:
-        """The decoder graph that takes rows of these experts."""
-        return ROUTED_GRAPH if self.manifest.is_routed else GRAPH_OF_EXPERT[expert_of(vision_mask.reshape(-1))]
-
     def run_graph(self, call: Call, lanes: Lanes, outputs: tuple[str, ...]) -> dict[str, Floats]:
-        """One call of the decoder graph of its rows; the named outputs beside the cache, [lanes * rows, ...]."""
+        """Call the decoder graph that takes these rows; returns the named outputs, [lanes * rows, ...]."""
         assert isinstance(lanes, OrtLanes), "lanes made by this backend"
-        graph = self.graph_of(call.vision_mask)
+        graph = decoder_graph(self.manifest, call.vision_mask)
         session, values = self.session(graph), lanes.inputs(call)
         binding = session.io_binding()
         lanes.bind(binding)
@@ -196,8 +193,8 @@ class OrtBackend:
         found = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
         return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
 
+    @override
     def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
-        """See Backend."""
         assert isinstance(lanes, OrtLanes), "lanes made by this backend"
         if self._decode is None or not self._decode.fits(lanes):
             graph, vocab_size = self.manifest.token_graph, self.manifest.embedding.vocab_size
@@ -206,33 +203,33 @@ class OrtBackend:
             self._decode = DecodeBinding(self.ort, self.session(graph), inputs, lanes, call, vocab_size)
         return self._decode.run(hidden, is_fed.astype(np.int64))
 
+    @override
     def warm_up(self, graphs: Sequence[str]) -> None:
-        """See Backend."""
         for graph in graphs:
             self.session(graph)
 
+    @override
     def device_use(self) -> DeviceUse | None:
-        """See Backend."""
         if self.provider != "cuda":
             return None
         device = CudaDevice()
         before = device.free_bytes()
         return DeviceUse(device.name, None, lambda: before - device.free_bytes())
 
+    @override
     def close(self) -> None:
-        """See Backend."""
         self._decode = None
         self._sessions.clear()
 
+    @override
     def end_prefill(self) -> None:
-        """Drop the prompt's graphs when only the current phase shall be resident."""
         if self.residency == "phase":
             for graph in PROMPT_ONLY:
                 self.drop(graph)
 
 
 def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module; raises BackendError where it is missing or installed twice."""
+    """The onnxruntime module; raises BackendError if it is missing or installed twice."""
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(installed) == 2:
         raise BackendError(
@@ -256,23 +253,28 @@ def _is_installed(name: str) -> bool:
 
 
 def session_options(ort: ModuleType, threads: int | None) -> Any:
-    """Options shared by all sessions: quiet, and as many threads as asked for (default: one per core)."""
+    """Options shared by all sessions: quiet, with `threads` threads (default: one per core)."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # products with codes as DequantizeLinear means them
+    options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # exact float activations
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
 
 
-def unwanted_optimizers(dialect: str) -> list[str]:
-    """What ONNX Runtime must not do to the graphs of a dialect: fold what widens or turns whole fp16 matrices."""
-    return ["ConstantFolding"] if dialect == "trt" else []
+def load_session(
+    ort: ModuleType, path: Path, provider: str, threads: int | None, dialect: str, edited: bytes | None = None
+) -> Any:
+    """A session of one graph on exactly this provider; raises BackendError if onnxruntime chose another.
 
-
-def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None, dialect: str) -> Any:
-    """A session of one graph on exactly the wanted provider; raises BackendError if it got another."""
-    wanted = PROVIDERS[provider]
+    edited: the graph of `path` after edits in memory; its weights are still read from the folder of `path`.
+    """
+    wanted, options = PROVIDERS[provider], session_options(ort, threads)
+    if edited is not None:
+        options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
+        options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
+    # Folding would widen or transpose whole fp16 matrices in graphs of the trt dialect.
+    disabled = ["ConstantFolding"] if dialect == "trt" else []
     if wanted not in ort.get_available_providers():
         raise BackendError(
             f"{path}: made for {wanted}, which this onnxruntime does not have: pip uninstall onnxruntime, then "
@@ -280,9 +282,8 @@ def load_session(ort: ModuleType, path: Path, provider: str, threads: int | None
         )
     try:
         session = ort.InferenceSession(
-            str(path), session_options(ort, threads), [wanted], enable_fallback=0,
-            disabled_optimizers=unwanted_optimizers(dialect),
-        )  # fmt: skip
+            edited or str(path), options, [wanted], enable_fallback=0, disabled_optimizers=disabled
+        )
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers()[0] != wanted:

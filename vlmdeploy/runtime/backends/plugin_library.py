@@ -1,5 +1,5 @@
-"""The C++ plugin library of plugins/ on this machine: what it is, whether it fits TensorRT and the GPU, and its
-registration, which an engine that was built with it needs too when it is loaded."""
+"""The C++ plugin library of plugins/: reads what it is, checks it against TensorRT and the GPU, and registers it, for
+building engines with it and for loading them."""
 
 import ctypes
 import json
@@ -11,7 +11,7 @@ from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 
 NAMESPACE = "vlmdeploy"
 OPERATIONS = ("RoutedPartition", "RoutedLinear")
-VERSION = "1"  # of both operations
+VERSION = "1"  # of both operators
 PACKING = 1  # layout of codes, scales and bias in our graphs
 HOW_TO_BUILD = "see docs/plugin.md"
 WANTED = f"expected a plugin library of vlmdeploy: {HOW_TO_BUILD}"
@@ -19,8 +19,8 @@ WANTED = f"expected a plugin library of vlmdeploy: {HOW_TO_BUILD}"
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """What a library says about itself. tensorrt: "11.1", of the headers that it was compiled with; architectures: the
-    GPUs that it has kernels for, 87 being compute capability 8.7."""
+    """What a library says about itself. tensorrt: version of the headers it was compiled with, such as "11.1";
+    architectures: the GPUs it has kernels for, 87 for compute capability 8.7."""
 
     path: Path
     plugin_version: str
@@ -30,14 +30,14 @@ class PluginInfo:
     architectures: tuple[int, ...]
 
 
-_loaded: dict[Path, PluginInfo] = {}  # the first is in TensorRT's registry, as long as the process; others are like it
+_loaded: dict[Path, PluginInfo] = {}  # the first is in TensorRT's registry for good; the others equal it
 
 
 def load_plugin_library(path: Path, library: TensorrtLibrary, architecture: int | None = None) -> PluginInfo:
-    """Register a plugin library, once in a process, and say what it is. A second one, of another bundle, is not
-    registered: the first serves its engines too, where both say the same about themselves.
+    """Register a plugin library and return what it says about itself. A process registers only its first library: that
+    of another bundle is accepted if it says the same about itself.
 
-    architecture: a GPU that it must have kernels for, such as 87. Call it before a graph is parsed or an engine loaded.
+    architecture: a GPU that it must have kernels for, such as 87. Call before parsing a graph or loading an engine.
     Raises BackendError.
     """
     info = _loaded.get(path.resolve()) or read_plugin_info(path)
@@ -52,7 +52,7 @@ def load_plugin_library(path: Path, library: TensorrtLibrary, architecture: int 
 
 
 def read_plugin_info(path: Path) -> PluginInfo:
-    """What a library says, without registering it; opening it runs nothing of TensorRT. Raises BackendError."""
+    """What a library says about itself, without registering it; runs no TensorRT code. Raises BackendError."""
     if not path.is_file():
         raise BackendError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}, {WANTED}")
     try:
@@ -80,7 +80,7 @@ def _parse_info(path: Path, text: bytes) -> PluginInfo:
 
 
 def _check(info: PluginInfo, library: TensorrtLibrary, architecture: int | None) -> None:
-    """Against this TensorRT, our graphs, and a GPU."""
+    """Check the library against this TensorRT, our graphs, and a GPU."""
     if library.is_rtx:
         raise BackendError(f"TensorRT-RTX {library.version} takes no plugin library: {info.path} is for targets trt-*")
     major = int(library.version.partition(".")[0])
@@ -97,7 +97,7 @@ def _check(info: PluginInfo, library: TensorrtLibrary, architecture: int | None)
 
 
 def _check_like(info: PluginInfo, registered: PluginInfo) -> None:
-    """Against the library in the registry. Versions, packing and TensorRT are equal: both were checked against ours."""
+    """Compare with the registered library. Versions, packing and TensorRT are equal: both passed `_check`."""
     if info.architectures != registered.architectures:
         raise BackendError(
             f"{info.path} was built for SM {_gpus(info)}, {registered.path}, which this process uses already, for SM "
@@ -110,7 +110,7 @@ def _gpus(info: PluginInfo) -> str:
 
 
 def check_not_registered(library: TensorrtLibrary) -> None:
-    """Raises BackendError where the parser knows the operations already."""
+    """Raise BackendError if the parser already knows the operators."""
     registered = [name for name in OPERATIONS if _is_registered(library, name)]
     if registered:
         raise BackendError(f"{registered[0]} is registered already: a process uses one form of the plugin")

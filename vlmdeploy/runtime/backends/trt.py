@@ -1,13 +1,14 @@
-"""The TensorRT backend: the bundle's engines over one KV cache on the device. Calls of a routed decoder take rows of
+"""The TensorRT backend: the bundle's engines over one KV cache on the device. A call of a routed decoder takes rows of
 both experts and of several prompts; its inputs have a batch axis.
 
-Buffers are allocated once. Keys and values are written in place: past and present of a layer are one address. A decoded
-token is one launch of a captured CUDA graph. With residency "phase" the engines that only a prompt needs are unloaded
-when it is read, and loaded again for the next one.
+Buffers are allocated once. Keys and values are written in place: past and present of a layer share one address. A
+decoded token is one launch of a captured CUDA graph. Residency "phase" unloads the engines that only prompts need after
+prefill and reloads them for the next prompt.
 """
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from vlmdeploy.bundle import EngineInfo, Manifest
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import BackendError
-from vlmdeploy.layout import Bools, expert_of
+from vlmdeploy.layout import Bools
+from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
-from vlmdeploy.runtime.backends.door import CACHE_TYPES, GRAPH_OF_EXPERT, PROMPT_ONLY, ROUTED_GRAPH, DeviceUse
+from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
@@ -33,7 +35,7 @@ logger = logging.getLogger("vlmdeploy")
 RESERVE_BYTES = 300 << 20  # CUDA context, libraries and kernels
 
 
-class TrtBackend:
+class TrtBackend(Backend):
     """Executes a bundle's engines with TensorRT or TensorRT-RTX."""
 
     def __init__(
@@ -44,7 +46,7 @@ class TrtBackend:
         library: TensorrtLibrary | None = None,
         device: CudaDevice | None = None,
     ) -> None:
-        """Raises BackendError where library, GPU or engines are missing or do not fit, or memory is short."""
+        """Raises BackendError if library, GPU or engines are missing or do not match, or memory is short."""
         self.folder = folder
         self.manifest = manifest
         self.residency = residency
@@ -55,7 +57,7 @@ class TrtBackend:
             )
         self.library = library or import_tensorrt(library_of(manifest.target))
         if manifest.plugin is not None and manifest.plugin.library:
-            load_plugin_library(folder / manifest.plugin.library, self.library)  # before an engine that needs it
+            load_plugin_library(folder / manifest.plugin.library, self.library)  # before the engines that use it
         self.device = device or CudaDevice()
         self.mixes_experts = manifest.is_routed
         self.chunk_rows = min(engine.chunk_rows for engine in manifest.engines.values())
@@ -71,8 +73,8 @@ class TrtBackend:
         self._buffers = {name: self.device.allocate(size) for name, size in sizes.items()}
         self._scratch = self.device.allocate(0)
         self._graph: object = None
-        self._graph_lanes = 0  # lanes of a call that the captured graph serves
-        self._can_capture: bool | None = None  # not asked yet
+        self._graph_lanes = 0  # lanes that the graph was captured for
+        self._can_capture: bool | None = None  # not known yet
         self._newest: Lanes | None = None
 
     def engines(self, graph: str) -> list[Engine]:
@@ -88,32 +90,29 @@ class TrtBackend:
         return Engine(self.folder / info.file, info, self._runtime, self.library, cache)
 
     def _grow_scratch(self, size: int) -> None:
-        """One working memory for all engines; contexts that hold a smaller one are made anew."""
+        """Grow the working memory that all engines share; contexts that hold the old one are recreated on next use."""
         if size <= self._scratch.size:
             return
-        self.device.synchronize()  # before contexts go that may be running
+        self.device.synchronize()  # a context may still be running
         self._forget_graph()
-        for engine in self._loaded():
+        for engine in chain.from_iterable(self._engines.values()):
             engine.forget_contexts()
         self.device.free(self._scratch)
-        self._scratch = Buffer(0, 0)  # until there is a new one
+        self._scratch = Buffer(0, 0)  # if allocating fails
         self._scratch = self.device.allocate(size)
 
-    def _loaded(self) -> list[Engine]:
-        return [engine for engines in self._engines.values() for engine in engines]
-
     def drop(self, graph: str) -> None:
-        """Unload a graph's engines; they are loaded again when needed."""
+        """Unload a graph's engines; they reload on next use."""
         self.device.synchronize()
         if graph == self.manifest.token_graph:
             self._forget_graph()
         for engine in self._engines.pop(graph, ()):
             engine.close()
 
+    @override
     def encode_images(self, pixels: Floats) -> Floats:
-        """See Backend."""
         if self.residency == "phase":
-            self.drop(self.manifest.token_graph)  # of the prompt before
+            self.drop(self.manifest.token_graph)  # loaded for the previous prompt
         rows = np.empty((len(pixels), self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden), np.float32)
         for index in range(len(pixels)):
             one = pixels[index : index + 1]
@@ -124,22 +123,20 @@ class TrtBackend:
             self.drop("vision")
         return rows
 
+    @override
     def new_lanes(self, count: int, slots: int) -> Lanes:
-        """See Backend. The lanes made before are no longer valid: all use the same memory."""
+        """Invalidates the previous lanes: all use the same memory."""
         assert count <= self.most_lanes and slots <= self.manifest.context_tokens, "what the engines were built for"
         self._newest = Lanes(count, self.manifest.context_tokens)
         return self._newest
 
+    @override
     def run(self, call: Call, lanes: Lanes) -> Floats:
-        """See Backend."""
         inputs = self._inputs(call, lanes)
         self._upload(inputs)
-        self._run(self._graph_of(call.vision_mask), PROMPT, self._shapes(inputs))
+        self._run(decoder_graph(self.manifest, call.vision_mask), PROMPT, self._shapes(inputs))
         lanes.append(call.counts)
         return self._download_logits(len(call.logit_rows))
-
-    def _graph_of(self, vision_mask: Bools) -> str:
-        return ROUTED_GRAPH if self.mixes_experts else GRAPH_OF_EXPERT[expert_of(vision_mask.reshape(-1))]
 
     def _download_logits(self, count: int) -> Floats:
         logits = np.empty((count, self.manifest.embedding.vocab_size), np.float32)
@@ -148,8 +145,7 @@ class TrtBackend:
         return logits
 
     def _inputs(self, call: Call, lanes: Lanes) -> dict[str, NDArray[Any]]:
-        """What one call of a decoder is told, by name of the graph's input. An engine gives at least one row of
-        logits."""
+        """Inputs of a decoder call, by name. An engine returns at least one row of logits."""
         self._check_newest(lanes)
         inputs = {name: value for name, value in lanes.inputs(call).items() if name in self._buffers}
         return inputs if len(call.logit_rows) else inputs | {"logit_rows": np.zeros(1, np.int64)}
@@ -163,7 +159,7 @@ class TrtBackend:
             self.device.upload(value, self._buffers[name])
 
     def _shapes(self, inputs: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs whose shape varies: in a routed decoder all that have a batch axis, the cache too."""
+        """Shapes of the inputs that vary: in a routed decoder all with a batch axis, including the cache."""
         if not self.mixes_experts:
             return {name: inputs[name].shape for name in ("hidden", "position_ids", "logit_rows")}
         shape, lanes = self.manifest.cache, len(inputs["write_index"])
@@ -171,8 +167,9 @@ class TrtBackend:
         names = [f"past_{kind}.{layer}" for layer in range(shape.num_layers) for kind in ("key", "value")]
         return {name: value.shape for name, value in inputs.items()} | dict.fromkeys(names, past)
 
+    @override
     def decode(self, hidden: Floats, is_fed: Bools, lanes: Lanes) -> Floats:
-        """See Backend. A graph captured for another number of lanes does not serve."""
+        """A captured graph serves one number of lanes; another number captures again."""
         call = Call.of_tokens(hidden, is_fed)
         inputs = self._inputs(call, lanes)
         if lanes.count != self._graph_lanes:
@@ -184,29 +181,29 @@ class TrtBackend:
         return self._download_logits(lanes.count)
 
     def _run_token(self, inputs: dict[str, NDArray[Any]]) -> None:
-        """Run one row of each prompt, from the second time on by launching a captured graph."""
+        """Run one row of each prompt, from the second token on by launching a captured graph."""
         self._upload(inputs)
         if self._graph is not None:
             self.device.launch(self._graph)
             return
-        # The first run also warms up what a capture must not do.
+        # The first run does the setup that a capture must not contain.
         self._run(self.manifest.token_graph, ONE_TOKEN, self._shapes(inputs))
-        if self._can_capture is None or self._can_capture:
+        if self._can_capture is not False:
             self._graph = self._captured()
 
     def _captured(self) -> object:
-        """One decoded token as a CUDA graph: every address and shape stays the same."""
+        """One decoded token as a CUDA graph: its addresses and shapes never change."""
         self.device.synchronize()
         runs = [
             (engine, engine.context(ONE_TOKEN, self._scratch, self.device))
             for engine in self.engines(self.manifest.token_graph)
         ]
-        # TensorRT cannot be asked: it captures whatever has neither loops nor branches, as our graphs.
+        # Only TensorRT-RTX has a query; TensorRT captures whatever has no loops or branches, like our graphs.
         self._can_capture = not self.library.is_rtx or all(
             context.is_stream_capturable(self.device.stream) for _, context in runs
         )
         if not self._can_capture:
-            logger.warning("TensorRT cannot be captured in a CUDA graph here: tokens are slower, not other ones")
+            logger.warning("TensorRT cannot be captured in a CUDA graph here: decoding is slower, its tokens the same")
             return None
 
         def enqueue() -> None:
@@ -221,37 +218,35 @@ class TrtBackend:
             self._graph = None
 
     def _run(self, graph: str, profile: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Run every engine of a graph, one after the other; rows go from one to the next."""
+        """Run the engines of a graph in order; each passes its rows to the next."""
         for engine in self.engines(graph):
             context = engine.context(profile, self._scratch, self.device)
             first = engine.info.layers[0]
             own = {**shapes, f"layer.{first - 1}.out": shapes["hidden"]} if first else shapes
-            engine.bind(context, {name: self._address(name, engine.info) for name in engine.names}, own)
+            addresses = {name: self._buffers[buffer_of(name, engine.info)].address for name in engine.names}
+            engine.bind(context, addresses, own)
             engine.enqueue(context, self.device)
 
-    def _address(self, name: str, info: EngineInfo) -> int:
-        """Where a tensor of an engine lives."""
-        return self._buffers[buffer_of(name, info)].address
-
+    @override
     def warm_up(self, graphs: Sequence[str]) -> None:
-        """See Backend."""
         for graph in graphs:
             self.engines(graph)
 
+    @override
     def device_use(self) -> DeviceUse:
-        """See Backend."""
         planned = sum(buffer.size for buffer in self._buffers.values())
         before = planned + self.device.free_bytes()
         return DeviceUse(self.device.name, planned, lambda: before - self.device.free_bytes())
 
+    @override
     def end_prefill(self) -> None:
-        """Unload what only a prompt needs, when only the current phase shall be resident."""
         if self.residency == "phase":
             for graph in PROMPT_ONLY:
                 self.drop(graph)
 
+    @override
     def close(self) -> None:
-        """Give everything on the device back, and keep the kernels that were compiled; then it is of no use."""
+        """Also writes newly compiled kernels to the user's cache."""
         self.device.synchronize()
         for graph in list(self._engines):
             self.drop(graph)
@@ -262,7 +257,7 @@ class TrtBackend:
 
 
 def _tell(severity: str, message: str) -> None:
-    """TensorRT's own words: errors and warnings only."""
+    """Log TensorRT's errors and warnings."""
     if severity in ("INTERNAL_ERROR", "ERROR"):
         logger.error("TensorRT: %s", message)
     elif severity == "WARNING":
@@ -270,8 +265,8 @@ def _tell(severity: str, message: str) -> None:
 
 
 def buffer_of(name: str, info: EngineInfo) -> str:
-    """The buffer that a tensor of an engine lives in: past and present of a layer in the same one; rows between the
-    parts of a decoder in two by turns, so that none reads what it writes."""
+    """The buffer of an engine's tensor. Past and present of a layer share one; rows between the parts of a decoder
+    alternate between two, so that no part reads what it writes."""
     if name.startswith(("past_", "present_")):
         return name.partition("_")[2]
     if name.startswith("layer."):
@@ -281,7 +276,7 @@ def buffer_of(name: str, info: EngineInfo) -> str:
 
 
 def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int, batch: int = 1) -> dict[str, int]:
-    """The memory plan: bytes of every buffer of a session. chunk_rows: of each of `batch` prompts."""
+    """The memory plan: bytes of every buffer of a session. chunk_rows: per prompt, of `batch` prompts."""
     hidden, side = manifest.embedding.hidden, manifest.image.size_px
     shape, has_parts = manifest.cache, any(engine.part for engine in manifest.engines.values())
     slots, tokens = batch * manifest.context_tokens, batch * chunk_rows
@@ -303,7 +298,7 @@ def buffer_bytes(manifest: Manifest, chunk_rows: int, logit_rows: int, batch: in
 
 
 def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: int) -> None:
-    """Raise BackendError, with the plan, where engines and buffers of some phase do not fit into the free memory."""
+    """Raise BackendError, with the memory plan, if engines and buffers of a phase do not fit into the free memory."""
     sizes: dict[str, int] = {}
     for info in manifest.engines.values():
         sizes[info.graph] = sizes.get(info.graph, 0) + manifest.files[info.file].bytes
@@ -322,12 +317,12 @@ def check_memory(folder: Path, manifest: Manifest, residency: str, free_bytes: i
 def needed_bytes(
     manifest: Manifest, graph_bytes: dict[str, int], chunk_rows: int, logit_rows: int, residency: str, batch: int = 1
 ) -> tuple[int, int]:
-    """What the device must have free, and how much of that is buffers and KV cache. graph_bytes: of each graph."""
+    """Device memory that a bundle needs, and how much of it is buffers and KV cache."""
     buffers = sum(buffer_bytes(manifest, chunk_rows, logit_rows, batch).values())
     return peak_bytes(graph_bytes, residency) + buffers + RESERVE_BYTES, buffers
 
 
 def peak_bytes(graph_bytes: dict[str, int], residency: str) -> int:
-    """The most bytes of weights that are on the device together: in phases the encoder alone, then both experts."""
+    """Peak bytes of weights on the device; with residency "phase" the encoder alone, then both experts."""
     experts = sum(graph_bytes.values()) - graph_bytes["vision"]
     return max(graph_bytes["vision"], experts) if residency == "phase" else sum(graph_bytes.values())

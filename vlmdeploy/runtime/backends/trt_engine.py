@@ -1,4 +1,4 @@
-"""One compiled engine on the device: loaded from its file, its tensors bound to addresses, run on the stream."""
+"""One compiled engine on the device: loads its file, binds its tensors to addresses, runs on the stream."""
 
 import logging
 import mmap
@@ -22,7 +22,7 @@ PROMPT, ONE_TOKEN = 0, 1  # optimization profiles of a decoder
 
 
 def check_engine(where: str, info: EngineInfo, library: TensorrtLibrary, capability: str) -> None:
-    """Raise BackendError where an engine is not for this library, version or GPU; says what to do."""
+    """Raise BackendError, with the remedy, if an engine is not for this library, version or GPU."""
     rebuild = "compile it on this machine with `vlmdeploy build`"
     if info.library != library.name:
         raise BackendError(f"{where}: built by {info.library}, not {library.name}: {HOW_TO_INSTALL[info.library]}")
@@ -38,25 +38,25 @@ def check_engine(where: str, info: EngineInfo, library: TensorrtLibrary, capabil
 
 @dataclass(frozen=True)
 class RuntimeCache:
-    """Kernels that TensorRT-RTX finished for this GPU, kept between runs in the user's cache, never in the bundle."""
+    """Kernels that TensorRT-RTX compiled for this GPU, kept between runs in the user's cache, never in the bundle."""
 
     path: Path
 
     @classmethod
     def of(cls, entry: FileEntry, device: CudaDevice) -> "RuntimeCache":
-        """The cache of an engine, by its hash and the model of the GPU."""
+        """The cache of an engine, keyed by its hash and the GPU model."""
         gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.name)
         return cls(cache_folder() / "rtx" / f"{entry.sha256}-{gpu}.cache")
 
     def read(self) -> bytes:
-        """What was kept; nothing where there is none."""
+        """The cached kernels; empty without a cache."""
         try:
             return self.path.read_bytes()
         except OSError:
             return b""
 
     def write(self, content: bytes) -> None:
-        """Keep for the next run; a folder that cannot be written costs time only, and a warning."""
+        """Keep for the next run; warn if the folder is not writable."""
         keep(self.path, content, "kernels are compiled at every start")
 
 
@@ -95,7 +95,7 @@ class Engine:
                 raise BackendError(f"{self._where}: does not write {name} in place; compile it with `vlmdeploy build`")
 
     def _config(self, profile: int) -> "trt.IRuntimeConfig":
-        """How contexts of a profile are made. A token's kernels are finished before they are captured."""
+        """The configuration of a profile's contexts. Kernels of decoding are compiled before they are captured."""
         if profile not in self._configs:
             runtime_config = self._engine.create_runtime_config()
             strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -106,7 +106,7 @@ class Engine:
         return self._configs[profile]
 
     def _finish_kernels(self, runtime_config: "trt.IRuntimeConfig", profile: int) -> None:
-        """Start TensorRT-RTX with the kernels of earlier runs."""
+        """Give TensorRT-RTX the kernels of earlier runs."""
         strategies = self.library.module.DynamicShapesKernelSpecializationStrategy
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
             strategies.EAGER if profile == ONE_TOKEN else strategies.LAZY
@@ -125,7 +125,7 @@ class Engine:
         return max(int(self._engine.get_device_memory_size_for_profile_v2(profile)) for profile in profiles)
 
     def context(self, profile: int, scratch: Buffer, device: CudaDevice) -> "trt.IExecutionContext":
-        """The execution context of a profile, made on first use."""
+        """The execution context of a profile, created on first use."""
         if profile not in self._contexts:
             context = self._engine.create_execution_context(self._config(profile))
             if context is None:
@@ -154,20 +154,15 @@ class Engine:
             raise BackendError(f"{self._where}: TensorRT could not run it, see the log above")
 
     def forget_contexts(self) -> None:
-        """Give up the contexts, which are made anew when needed. Nothing of them may be running."""
+        """Release the contexts, none of which may be running; they are recreated on next use."""
         self._contexts.clear()
 
     def close(self) -> None:
-        """Keep the kernels and give everything up, contexts first. Nothing of it may be running."""
-        self.keep_kernels()
-        self.forget_contexts()
-        self._configs.clear()
-        self._kernels = None
-        del self._engine
-
-    def keep_kernels(self) -> None:
-        """Write what TensorRT-RTX compiled since it was loaded to the user's cache."""
+        """Write newly compiled kernels to the user's cache and release everything. Nothing may be running."""
         kept = None if self._kernels is None else self._kernels.serialize()
         if kept is not None and (content := bytes(memoryview(kept))) != self._known:
             self._cache.write(content)
-            self._known = content
+        self.forget_contexts()  # before the engine
+        self._configs.clear()
+        self._kernels = None
+        del self._engine

@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX behind one door. Their Python interfaces are nearly equal; what differs stands here.
+"""TensorRT and TensorRT-RTX behind one interface. Their Python APIs are nearly equal; the differences are here.
 
 TensorRT-RTX serves RTX cards: one plan for many GPUs, finished on the device. TensorRT serves Jetson and datacenter
-GPUs: a plan for the GPU and the version that it was built with. Neither is needed before an engine is built or run.
+GPUs: a plan for one GPU and one TensorRT version. Neither is imported before an engine is built or run.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from vlmdeploy.errors import BackendError
 
 if TYPE_CHECKING:
-    import tensorrt as trt  # names the classes of both libraries
+    import tensorrt as trt  # types of both libraries
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -22,8 +22,8 @@ HOW_TO_INSTALL = {
     "tensorrt": "install TensorRT 11 and its Python bindings (a Jetson needs JetPack 7.2.2 and the SBSA package, see "
     "docs/jetson.md)",
 }
-WORKSPACE_BYTES = 1 << 30  # scratch that TensorRT may use: on a Jetson it would else be all memory
-SUPPORTED = {"tensorrt_rtx": ((1, 7), (2, 0)), "tensorrt": ((11, 0), (12, 0))}  # at least, below
+WORKSPACE_BYTES = 1 << 30  # limit of TensorRT's scratch, on a Jetson otherwise all memory
+SUPPORTED = {"tensorrt_rtx": ((1, 7), (2, 0)), "tensorrt": ((11, 0), (12, 0))}  # least, below
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class TensorrtLibrary:
 
     @property
     def is_rtx(self) -> bool:
-        """Whether plans are portable over GPUs."""
+        """Whether plans run on several GPU models."""
         return self.name == "tensorrt_rtx"
 
     def logger(self, tell: Callable[[str, str], None]) -> "trt.ILogger":
-        """A logger that hands on (severity, message); a process keeps the first one it gets."""
+        """A logger that passes (severity, message) to `tell`; a process keeps its first one."""
         module = self.module
 
         class Logger(module.ILogger):  # type: ignore[name-defined, misc]
@@ -53,7 +53,7 @@ class TensorrtLibrary:
         return Logger()
 
     def monitor(self, tell: Callable[[str, int, int], None]) -> "trt.IProgressMonitor":
-        """A progress monitor that hands on (phase, done, total) of the outermost phase."""
+        """A progress monitor that passes (phase, done, total) of the outermost phase to `tell`."""
         module = self.module
 
         class Monitor(module.IProgressMonitor):  # type: ignore[name-defined, misc]
@@ -77,14 +77,14 @@ class TensorrtLibrary:
         return Monitor()
 
     def plugin_registry(self) -> "trt.IPluginRegistry":
-        """Where the parser finds plugins; what is put there stays as long as the process."""
+        """Where the parser finds plugins; entries live as long as the process."""
         return self.module.get_plugin_registry()
 
     def prepare(self, config: "trt.IBuilderConfig", capabilities: tuple[str, ...]) -> None:
-        """Set what the two want differently. capabilities: the GPUs of a TensorRT-RTX plan, "8.6" each; none for a
-        portable one. Raises BackendError."""
+        """Set the options in which the libraries differ. capabilities: the GPUs of a TensorRT-RTX plan, such as "8.6";
+        none for a portable plan. Raises BackendError."""
         if self.is_rtx:
-            config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or it cannot be captured in a graph
+            config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # needed for CUDA graph capture
             self._set_compute_capabilities(config, capabilities)
         else:
             config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
@@ -107,7 +107,7 @@ def library_of(target: str) -> LibraryName:
 
 
 def import_tensorrt(name: LibraryName) -> TensorrtLibrary:
-    """The library; raises BackendError where it is missing or of a version that this code does not know."""
+    """The library; raises BackendError if it is missing or its version is not supported."""
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
