@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.reference import gptq_format as reference
 from tests.tiny_bundle import TEXT_MODEL, byte_tokenizer
 from tests.tiny_checkpoint import TinyCheckpoint
-from vlmdeploy.quant.grid import Grid, quantize_rtn
+from vlmdeploy.quant.grid import Grid, Quantized, quantize_rtn
 
 DOWN = "model.layers.0.mlp.language_mlp.down_proj"
 Tensors = dict[str, Tensor]
@@ -48,6 +48,16 @@ def write_gptq_checkpoint(
     (folder / "config.json").write_text(json.dumps(tiny.config() | {"quantization_config": quantization}))
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def quantized_matrix(grid: Grid, num_out: int = 64, num_in: int = 128) -> Quantized:
+    """Random codes over the whole range, scales and zero points."""
+    random = np.random.default_rng(grid.bits * 1000 + grid.group_size)
+    groups = num_in // grid.group_size
+    scales = random.uniform(0.01, 0.1, (num_out, groups)).astype(np.float16).astype(np.float32)
+    codes = random.integers(0, grid.max_code + 1, (num_out, num_in)).astype(np.uint8)
+    zeros = random.integers(1, grid.max_code + 1, (num_out, groups)).astype(np.uint8)
+    return Quantized(codes, scales, grid, None if grid.symmetric else zeros)
 
 
 def gptq_tensors(module: str, weight: NDArray[np.float32], bits: int, group_size: int) -> Tensors:

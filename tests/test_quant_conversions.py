@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from tests import gptq_checkpoint
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.quant.conversions import (
     DequantizeLinear,
@@ -29,14 +30,8 @@ OUT, IN = 24, 384
 both_symmetries = pytest.mark.parametrize("symmetric", [True, False])
 
 
-def quantized_matrix(grid: Grid, num_out: int = OUT, num_in: int = IN) -> Quantized:
-    """Random codes over the whole range, scales and zero points: the layouts do not care where they come from."""
-    random = np.random.default_rng(grid.bits * 1000 + grid.group_size)
-    groups = num_in // grid.group_size
-    scales = random.uniform(0.01, 0.1, (num_out, groups)).astype(np.float16).astype(np.float32)
-    codes = random.integers(0, grid.max_code + 1, (num_out, num_in)).astype(np.uint8)
-    zeros = random.integers(1, grid.max_code + 1, (num_out, groups)).astype(np.uint8)
-    return Quantized(codes, scales, grid, None if grid.symmetric else zeros)
+def quantized_matrix(grid: Grid, num_in: int = IN) -> Quantized:
+    return gptq_checkpoint.quantized_matrix(grid, OUT, num_in)
 
 
 def run_node(node: onnx.NodeProto, tensors: list[onnx.TensorProto], inputs: dict[str, Floats]) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from tests.gptq_checkpoint import quantized_matrix
 from tests.reference import gptq_format as reference
 from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
 from vlmdeploy.model.checkpoint import tensor_shards
@@ -39,15 +40,6 @@ Tensors = dict[str, NDArray[Any]]
 
 every_case = pytest.mark.parametrize("case", CASES)
 both_formats = pytest.mark.parametrize("checkpoint_format", FORMATS)
-
-
-def quantized_matrix(grid: Grid, num_out: int = 64, num_in: int = 128) -> Quantized:
-    random = np.random.default_rng(grid.bits * 1000 + grid.group_size)
-    groups = num_in // grid.group_size
-    scales = random.uniform(0.01, 0.1, (num_out, groups)).astype(np.float16).astype(np.float32)
-    codes = random.integers(0, grid.max_code + 1, (num_out, num_in)).astype(np.uint8)
-    zeros = random.integers(1, grid.max_code + 1, (num_out, groups)).astype(np.uint8)
-    return Quantized(codes, scales, grid, None if grid.symmetric else zeros)
 
 
 def half_weights(linear: StoredLinear) -> NDArray[np.float16]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vlmdeploy
 from vlmdeploy.artifact import staged_folder
-from vlmdeploy.calib.state import UnitRecord, shard_name
+from vlmdeploy.calib.state import Records, shard_name
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
 from vlmdeploy.quant.gptq_config import CONFIG_NAME, GptqConfig, ModuleGrid, config_json, dynamic_overrides
@@ -81,7 +81,7 @@ def is_quantized_by_us(out: Path) -> bool:
 def publish(
     checkpoint: Checkpoint,
     plan: PrecisionPlan,
-    records: list[UnitRecord],
+    records: Records,
     report: dict[str, Any],
     partial: Path,
     out: Path,
@@ -117,8 +117,8 @@ def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dic
     return dynamic_overrides(modules, provenance)
 
 
-def _write_shards(records: list[UnitRecord], partial: Path, folder: Path) -> None:
-    names = [shard_name(record.unit) for record in records if shard_name(record.unit) in record.files]
+def _write_shards(records: Records, partial: Path, folder: Path) -> None:
+    names = [shard_name(unit) for unit, record in records.items() if shard_name(unit) in record.files]
     total = sum((partial / name).stat().st_size for name in names)
     if total <= ONE_FILE_BYTES:
         tensors: dict[str, Tensor] = {}

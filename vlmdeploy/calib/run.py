@@ -31,8 +31,8 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.solver import Solver
 from vlmdeploy.calib.state import (
     SETTINGS,
+    Records,
     RunState,
-    UnitRecord,
     is_shard,
     unfinished_settings,
 )
@@ -229,20 +229,19 @@ class QuantizationRun(Quantizer):
         self._done = 0
 
     @torch.no_grad()
-    def all_units(self) -> list[UnitRecord]:
+    def all_units(self) -> Records:
         """Run the unfinished units and return the records of all."""
         state = RunState(self.folder, self.processes)
         records = self.processes.first_does(lambda: state.finished(self.units))
         state.tidy(records)
         self.processes.wait()
         flow = self._resume(state, records)
-        self._done = sum(self.checkpoint.size(report["name"]) for record in records for report in record.linears)
+        self._done = sum(self.checkpoint.size(linear.name) for linear in _linears(records))
         for unit in self.units[len(records) :]:
             self._show(unit)
             flow = self._run_unit(unit, flow)
             tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
-            linears = [asdict(report) for report in self._reports]
-            records.append(state.save_unit(unit, tensors, linears, flow))
+            records[unit] = state.save_unit(unit, tensors, self._reports, flow)
             del tensors
             self._encoded, self._reports = {}, []
         if flow is not None:
@@ -282,11 +281,11 @@ class QuantizationRun(Quantizer):
         flow.close()
         return None
 
-    def _resume(self, state: RunState, records: list[UnitRecord]) -> Flow | None:
+    def _resume(self, state: RunState, records: Records) -> Flow | None:
         """The output rows of the last finished unit."""
         if not records or len(records) == len(self.units):
             return None
-        unit, spec = records[-1].unit, self.checkpoint.spec
+        unit, spec = list(records)[-1], self.checkpoint.spec
         pictures = self.calibration.pictures
         if unit.startswith("vision"):
             tokens, width = pictures.tokens(spec.vision.num_patches + 1), spec.vision.width
@@ -345,10 +344,9 @@ class QuantizationRun(Quantizer):
     def _finish(self, target: str) -> None:
         self._done += self.checkpoint.size(target)
 
-    def report(self, records: list[UnitRecord]) -> dict[str, Any]:
+    def report(self, records: Records) -> dict[str, Any]:
         """The content of quantization_report.json."""
-        linears = [linear for record in records for linear in record.linears]
-        shards = [entry.bytes for record in records for name, entry in record.files.items() if is_shard(name)]
+        files = [item for record in records.values() for item in record.files.items()]
         return {
             "settings": self.options.settings,
             "calibration": {
@@ -358,6 +356,10 @@ class QuantizationRun(Quantizer):
                 **self.coverage.as_json(),
             },
             "warnings": list(self.coverage.warnings),
-            "size_bytes": sum(shards),
-            "linears": linears,
+            "size_bytes": sum(entry.bytes for name, entry in files if is_shard(name)),
+            "linears": [asdict(linear) for linear in _linears(records)],
         }
+
+
+def _linears(records: Records) -> list[LinearReport]:
+    return [linear for record in records.values() for linear in record.linears]

@@ -34,19 +34,13 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """A finished unit: its files with sizes and hashes, and the reports of its linears (as JSON objects)."""
-
-    unit: str
-    files: dict[str, FileEntry]
-    linears: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The content of a record file."""
+    """A finished unit: its files with sizes and hashes, and the reports of its linears."""
 
     files: dict[str, FileEntry]
     linears: tuple[LinearReport, ...]
+
+
+Records = dict[str, UnitRecord]  # by unit
 
 
 @dataclass(frozen=True)
@@ -56,35 +50,32 @@ class RunState:
     folder: Path
     processes: Processes
 
-    def finished(self, units: list[str]) -> list[UnitRecord]:
+    def finished(self, units: list[str]) -> Records:
         """Records of the finished units, which come first. Raises CalibrationError if one is damaged."""
-        records = []
+        records: Records = {}
         for unit in units:
             path = self._record_path(unit)
             if not path.is_file():
                 break
             with damage_explained(path, CalibrationError):
-                content = record_of(_Content, read_object(path, CalibrationError), str(path), CalibrationError)
-            records.append(UnitRecord(unit, content.files, [asdict(linear) for linear in content.linears]))
-        if records:
-            self._check_files(records)
+                records[unit] = record_of(UnitRecord, read_object(path, CalibrationError), str(path), CalibrationError)
+        for unit, record in records.items():
+            is_last = unit == list(records)[-1]
+            self._check_files({name: entry for name, entry in record.files.items() if is_shard(name) or is_last})
         return records
 
-    def _check_files(self, records: list[UnitRecord]) -> None:
-        """Check the hashes of every shard and of the last unit's output rows."""
-        wanted = [(name, entry) for record in records for name, entry in record.files.items() if is_shard(name)]
-        wanted += [(name, entry) for name, entry in records[-1].files.items() if not is_shard(name)]
-        for name, entry in wanted:
+    def _check_files(self, files: dict[str, FileEntry]) -> None:
+        for name, entry in files.items():
             path = self.folder / name
             if not path.is_file() or hash_file(path) != entry:
                 raise CalibrationError(f"{path}: damaged or missing; remove {self.folder} to start over")
 
-    def tidy(self, records: list[UnitRecord]) -> None:
+    def tidy(self, records: Records) -> None:
         """Delete what an interrupted unit left."""
         if not self.processes.is_first:
             return
-        named = {name for record in records for name in record.files}
-        named |= {self._record_path(record.unit).name for record in records} | {SETTINGS, LOCK}
+        named = {name for record in records.values() for name in record.files}
+        named |= {self._record_path(unit).name for unit in records} | {SETTINGS, LOCK}
         for path in self.folder.iterdir():
             if path.is_dir():
                 for spilled in path.iterdir():
@@ -93,11 +84,12 @@ class RunState:
                 path.unlink()
 
     def save_unit(
-        self, unit: str, tensors: Mapping[str, Tensor], linears: list[dict[str, Any]], flow: Flow | None
+        self, unit: str, tensors: Mapping[str, Tensor], linears: list[LinearReport], flow: Flow | None
     ) -> UnitRecord:
         """Commit a unit, then delete the output rows of the unit before."""
         flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
-        record = self.processes.first_does(lambda: self._commit(unit, tensors, linears, flows))
+        files = {name: entry for each in flows for name, entry in each.items()}
+        record = self.processes.first_does(lambda: self._commit(unit, tensors, files, tuple(linears)))
         self.processes.wait()
         return record
 
@@ -105,17 +97,17 @@ class RunState:
         self,
         unit: str,
         tensors: Mapping[str, Tensor],
-        linears: list[dict[str, Any]],
-        flows: list[dict[str, FileEntry]],
+        files: dict[str, FileEntry],
+        linears: tuple[LinearReport, ...],
     ) -> UnitRecord:
-        files = {name: entry for each in flows for name, entry in each.items()}
-        if tensors:
-            files[shard_name(unit)] = self._write_shard(unit, tensors)
-        content = {"files": {name: asdict(entry) for name, entry in files.items()}, "linears": linears}
-        text = json.dumps(content, indent=1).encode()
+        shard = {shard_name(unit): self._write_shard(unit, tensors)} if tensors else {}
+        record = UnitRecord(files | shard, linears)
+        text = json.dumps(asdict(record), indent=1).encode()
         write_file(self._record_path(unit), lambda file: file.write(text))
-        self._delete_flows(set(files))
-        return UnitRecord(unit, files, linears)
+        for path in self.folder.glob("*.flow"):
+            if path.name not in files:
+                path.unlink()
+        return record
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
         """Load the output rows of a unit."""
@@ -156,11 +148,6 @@ class RunState:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return hash_file(path)
-
-    def _delete_flows(self, kept: set[str]) -> None:
-        for path in self.folder.glob("*.flow"):
-            if path.name not in kept:
-                path.unlink()
 
     def _record_path(self, unit: str) -> Path:
         return self.folder / f"{unit}.json"
