@@ -4,7 +4,9 @@ Agreement tests: the rows of a padded batch against the same rows run alone.
 """
 
 import json
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -140,49 +142,52 @@ def alone(row: Row) -> tuple[Tensor, Tensor | None]:
     return ids[None], None if image is None else image[None]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("parts", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-class TestPaddedBatch:
-    def model_and_rows(
-        self, golden_model: GoldenModels, checkpoint: str, parts: Any
-    ) -> tuple[VisionLanguageModel, list[Row]]:
-        return golden_model(checkpoint), rows_of(checkpoint, parts)
+@dataclass(frozen=True)
+class Padded:
+    """Golden rows, alone and as a batch padded on one side."""
 
-    def test_logits_equal_the_rows_run_alone(
-        self, golden_model: GoldenModels, checkpoint: str, parts: Any, side: str
-    ) -> None:
-        model, rows = self.model_and_rows(golden_model, checkpoint, parts)
-        ids, mask, images = padded(rows, side, model.spec.tokens.pad_id)
-        with torch.no_grad():
-            together = model(ids, images, attention_mask=mask)
-            for index, row in enumerate(rows):
-                real = together[index][mask[index] == 1]
-                assert_close(f"row {index}", real, model(*alone(row))[0], SAME_ROW_FP32)
-        assert bool(torch.isfinite(together).all())
+    model: VisionLanguageModel
+    rows: list[Row]
+    side: str
 
-    def test_generated_ids_equal_the_rows_run_alone(
-        self, golden_model: GoldenModels, checkpoint: str, parts: Any, side: str
-    ) -> None:
-        model, rows = self.model_and_rows(golden_model, checkpoint, parts)
-        ids, mask, images = padded(rows, side, model.spec.tokens.pad_id)
-        together = model.generate(ids, images, attention_mask=mask, max_new_tokens=6)
-        for index, row in enumerate(rows):
-            single = model.generate(*alone(row), max_new_tokens=6)[0].tolist()
-            assert together[index].tolist() == single + [model.spec.tokens.pad_id] * (6 - len(single))
+    @property
+    def batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return padded(self.rows, self.side, self.model.spec.tokens.pad_id)
 
-    def test_positions_follow_the_rule_for_padding(
-        self, golden_model: GoldenModels, checkpoint: str, parts: Any, side: str
-    ) -> None:
-        model, rows = self.model_and_rows(golden_model, checkpoint, parts)
-        ids, mask, images = padded(rows, side, model.spec.tokens.pad_id)
-        layout = derive_layout(model.spec, ids, images, None, None, mask)
-        for index, (row_ids, _) in enumerate(rows):
-            single = derive_layout(model.spec, *alone(rows[index]), None, None, None).position_ids[0]
-            num_pads = ids.shape[1] - len(row_ids)
-            first = 1 if side == "left" and num_pads else 0  # after left padding the first real token gets 1
-            before, after = ([0] * num_pads, []) if side == "left" else ([], [int(single[-1])] * num_pads)
-            assert layout.position_ids[index].tolist() == before + (single + first).tolist() + after
+
+@pytest.fixture(params=product(CHECKPOINTS, BATCHES, ("left", "right")), ids="-".join)
+def case(request: pytest.FixtureRequest, golden_model: GoldenModels) -> Padded:
+    checkpoint, name, side = request.param
+    return Padded(golden_model(checkpoint), rows_of(checkpoint, BATCHES[name]), side)
+
+
+def test_logits_equal_the_rows_run_alone(case: Padded) -> None:
+    ids, mask, images = case.batch
+    with torch.no_grad():
+        together = case.model(ids, images, attention_mask=mask)
+        for index, row in enumerate(case.rows):
+            real = together[index][mask[index] == 1]
+            assert_close(f"row {index}", real, case.model(*alone(row))[0], SAME_ROW_FP32)
+    assert bool(torch.isfinite(together).all())
+
+
+def test_generated_ids_equal_the_rows_run_alone(case: Padded) -> None:
+    ids, mask, images = case.batch
+    together = case.model.generate(ids, images, attention_mask=mask, max_new_tokens=6)
+    for index, row in enumerate(case.rows):
+        single = case.model.generate(*alone(row), max_new_tokens=6)[0].tolist()
+        assert together[index].tolist() == single + [case.model.spec.tokens.pad_id] * (6 - len(single))
+
+
+def test_positions_follow_the_rule_for_padding(case: Padded) -> None:
+    ids, mask, images = case.batch
+    layout = derive_layout(case.model.spec, ids, images, None, None, mask)
+    for index, row in enumerate(case.rows):
+        single = derive_layout(case.model.spec, *alone(row), None, None, None).position_ids[0]
+        num_pads = ids.shape[1] - len(row[0])
+        first = 1 if case.side == "left" and num_pads else 0  # after left padding the first real token gets 1
+        before, after = ([0] * num_pads, []) if case.side == "left" else ([], [int(single[-1])] * num_pads)
+        assert layout.position_ids[index].tolist() == before + (single + first).tolist() + after
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

@@ -428,12 +428,6 @@ def test_asymmetric_target_equals_the_reference(act_order: bool) -> None:
     )
 
 
-def test_group_that_does_not_divide_the_width_is_an_error() -> None:
-    weights, hessian = problem(64)
-    with pytest.raises(QuantizationError, match="group size 48 does not divide the input width 64"):
-        quantize_gptq(weights, factorize(hessian, DAMPING), Grid(4, 48), GptqOptions(), hessian)
-
-
 def test_codes_do_not_depend_on_the_other_rows() -> None:
     weights, hessian = problem(rows=80)
     factor = factorize(hessian, DAMPING)

@@ -72,25 +72,15 @@ box_marks_weight = 1.0
 name = "patches"
 trains = "vision"
 images = 80
-batch_images = 8
-lr = 5e-3
-final_lr_share = 0.1
-warmup_steps = 2
 dense_weight = 1.0
-cpu_share = 0.5
-
+OTHERS
 [[stages]]
 name = "joint"
 trains = "all"
 images = 320
-batch_images = 8
-lr = 5e-3
-final_lr_share = 0.1
-warmup_steps = 2
 dense_weight = 0.2
-cpu_share = 0.5
 average = 0.5
-
+OTHERS
 [model]
 architectures = ["CogVLMForCausalLM"]
 bos_token_id = 1
@@ -111,13 +101,19 @@ intermediate_size = 32
 num_hidden_layers = 2
 num_heads = 2
 """
+STAGE = """batch_images = 8
+lr = 5e-3
+final_lr_share = 0.1
+warmup_steps = 2
+cpu_share = 0.5
+"""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "brightness.py").write_text(DATA)
     shutil.copy(DIGITS / "tokenizer.json", tmp_path)
-    (tmp_path / "train.toml").write_text(RECIPE)
+    (tmp_path / "train.toml").write_text(RECIPE.replace("OTHERS", STAGE))
     return tmp_path / "train.toml"
 
 

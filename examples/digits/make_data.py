@@ -79,7 +79,7 @@ def refusal(out: Path, force: bool) -> str | None:
 
 
 def publish(made: Path, out: Path) -> None:
-    """Put the finished folder in its place; an old one goes only once the new one is there."""
+    """Publish the finished folder; remove an old one only once the new one is in place."""
     if not out.exists():
         made.rename(out)
         return

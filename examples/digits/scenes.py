@@ -122,7 +122,7 @@ class DigitScenes:
     """Draws scenes from the handwriting of one split.
 
     Every split has the same layouts, contrasts and clutter. Only "train" also varies the handwriting itself (pixel
-    noise, rotation, shear, scale, elastic), anew for each digit drawn. Lengths scale with `size_px` (at least 32).
+    noise, rotation, shear, scale, elastic), drawn for each digit. Lengths scale with `size_px` (at least 32).
     """
 
     def __init__(self, split: str, size_px: int = 64, digits_path: Path | None = None) -> None:

@@ -219,7 +219,7 @@ def unit_rms(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 class _UnitRms(torch.autograd.Function):
-    """Fewer passes over memory than the operators it is made of: on a CPU they cost more than the matrix products."""
+    """Fewer passes over memory than separate operators, which on a CPU cost more than the matrix products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
