@@ -55,7 +55,7 @@ def widen_scales(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(("edit", "group_size", "message"), [
     (reverse_groups, 16, f"CKPT: {DOWN}: dynamic groups"), (widen_scales, 16, f"CKPT: {DOWN}: the scales are not fp16"),
-    (lambda tensors: None, 8, "groups of 8 are not made of blocks"),
+    (lambda tensors: None, 8, "groups of 8 are not multiples of a MatMulNBits block"),
 ])  # fmt: skip
 def test_codes_that_no_graph_can_hold_are_exported_as_floats(
     tmp_path: Path, edit: Callable[[Tensors], None], group_size: int, message: str

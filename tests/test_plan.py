@@ -228,18 +228,22 @@ def test_profile_file_is_a_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("usable", "useable", 'key "useable" is not known: did you mean usable?'),
-        ('kind = "jetson"', 'kind = "jetsom"', 'kind is "jetsom", expected one of jetson, rtx, datacenter, cpu'),
+        ("usable", "useable", 'key "useable" is unknown; did you mean "usable"?'),
+        (
+            'kind = "jetson"',
+            'kind = "jetsom"',
+            "\"kind\" is \"jetsom\", expected 'jetson' or 'rtx' or 'datacenter' or 'cpu'",
+        ),
         ("memory", "#", 'key "memory" is missing; needed are name, kind, memory, bandwidth_gb_s'),
-        ("100.0", '"fast"', "bandwidth_gb_s is 'fast', expected a number above 0"),
-        ("100.0", "nan", "bandwidth_gb_s is nan, expected a number above 0"),
-        ("100.0", "5e-324", "bandwidth_gb_s is 5e-324, expected a number above 0, 0.001 to 1e9"),
-        ("100.0", "true", "bandwidth_gb_s is True, expected a number above 0"),
-        ('"16GB"', '"16GiB"', 'memory "16GiB": expected a size'),
-        ('"16GB"', "-1", "memory is -1, expected a size"),
-        ('"13GB"', '"17GB"', "usable is 17000000000 bytes, more than memory, 16000000000"),
-        ('"board"', "7", "name is 7, expected a text"),
-        ("kind =", "kind", "is not TOML"),
+        ("100.0", '"fast"', '"bandwidth_gb_s" is "fast", expected a number'),
+        ("100.0", "nan", '"bandwidth_gb_s" is nan, expected 0.001 to 1e9'),
+        ("100.0", "5e-324", '"bandwidth_gb_s" is 5e-324, expected 0.001 to 1e9'),
+        ("100.0", "true", '"bandwidth_gb_s" is true, expected a number'),
+        ('"16GB"', '"16GiB"', '"memory" "16GiB": expected a size'),
+        ('"16GB"', "-1", '"memory" is -1, expected a size'),
+        ('"13GB"', '"17GB"', '"usable" is 17000000000 bytes, more than "memory", 16000000000'),
+        ('"board"', "7", '"name" is 7, expected a string'),
+        ("kind =", "kind", "not TOML"),
     ],
 )
 def test_profile_with_a_mistake_is_one_clear_line(old: str, new: str, message: str, tmp_path: Path) -> None:

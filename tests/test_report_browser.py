@@ -1,12 +1,14 @@
 """Contract: the report's page as a browser shows it, wide, narrow and printed. Slow: each look starts Chromium anew."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -47,16 +49,18 @@ Browse = Callable[..., str]
 
 
 @pytest.fixture
-def browse(tmp_path: Path) -> Browse:
+def browse() -> Iterator[Browse]:
     """Show a page with more flags; returns what the browser printed."""
+    with TemporaryDirectory(dir="/tmp") as folder:  # sockets lie there, and their paths have 107 bytes at most
 
-    def run(page: Path, *flags: str, width: int = 1280, height: int = 2400) -> str:
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [str(CHROMIUM), *FLAGS, profile, f"--window-size={width},{height}", *flags, page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout
+        def run(page: Path, *flags: str, width: int = 1280, height: int = 2400) -> str:
+            profile = f"--user-data-dir={folder}/profile"
+            command = [str(CHROMIUM), *FLAGS, profile, f"--window-size={width},{height}", *flags, page.as_uri()]
+            environment = os.environ | {"TMPDIR": folder}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+            return done.stdout
 
-    return run
+        yield run
 
 
 @pytest.mark.parametrize(("name", "width"), [("whole", 390), ("whole", 1280), ("evil", 360)])

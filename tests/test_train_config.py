@@ -104,7 +104,7 @@ def test_wrong_value_is_named(tmp_path: Path, old: str, new: str, message: str) 
 
 
 def test_missing_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.toml: no such file; expected a training recipe"):
         load_config(tmp_path / "none.toml")
 
 

@@ -3,7 +3,9 @@
 The caller chooses the error class: a bad manifest is a BundleError, a bad recipe a ConfigError.
 """
 
+import difflib
 import json
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -26,19 +28,34 @@ def read_object(
 
     expected: what should be there, for the message about an absent file.
     """
+    if is_optional and not path.exists():
+        return {}
+    content = _content(path, error, expected)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        if is_optional:
-            return {}
-        raise error(f"{path}: no such file{expected and f'; expected {expected}'}") from problem
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not JSON ({problem})") from problem
     if not isinstance(value, dict):
         raise error(f"{path}: holds {_shown(value)}, expected an object")
     return value
+
+
+def read_toml(path: Path, expected: str) -> Config:
+    """Read the tables in a TOML file. Raises ConfigError; expected: what should be there, for an absent file."""
+    content = _content(path, ConfigError, expected)
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"{path}: not TOML ({problem})") from problem
+
+
+def _content(path: Path, error: type[VlmdeployError], expected: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as problem:
+        raise error(f"{path}: no such file{expected and f'; expected {expected}'}") from problem
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
 
 
 def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -111,11 +128,15 @@ class _Reader:
         hints, known = typing.get_type_hints(kind), {item.name: item for item in fields(kind)}
         for name in data:
             if self.refuses_unknown and name not in known:
-                raise self.error(f'{self.where}: key "{_inner(key, name)}" is unknown; known are {", ".join(known)}')
-        for name, item in known.items():
-            if name not in data and item.default is MISSING and item.default_factory is MISSING:
-                hint = "" if self.refuses_unknown else "; was it made by an older version?"
-                raise self.error(f'{self.where}: key "{_inner(key, name)}" is missing{hint}')
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f'did you mean "{close[0]}"? ' if close else ""
+                expected = f"{meant}known are {', '.join(known)}"
+                raise self.error(f'{self.where}: key "{_inner(key, name)}" is unknown; {expected}')
+        needed = [item.name for item in known.values() if item.default is MISSING and item.default_factory is MISSING]
+        for name in needed:
+            if name not in data:
+                hint = f"needed are {', '.join(needed)}" if self.refuses_unknown else "was it made by an older version?"
+                raise self.error(f'{self.where}: key "{_inner(key, name)}" is missing; {hint}')
         return kind(**{name: self.value(hints[name], data[name], _inner(key, name)) for name in data if name in known})
 
     def _tuple(self, arguments: tuple[Any, ...], data: Any, key: str) -> tuple[Any, ...]:

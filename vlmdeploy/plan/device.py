@@ -12,22 +12,19 @@ cpu_gflops = 120.0           # float32, for targets that run on the CPU
 import difflib
 import os
 import time
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vlmdeploy import devices
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.records import read_toml, record_of
 from vlmdeploy.runtime.memory import total_bytes
 
 HOST = "host"
-KINDS = ("jetson", "rtx", "datacenter", "cpu")
-PROFILE_KEYS = ("name", "kind", "memory", "usable", "bandwidth_gb_s", "fp16_tflops", "cpu_gflops")
-NEEDED_KEYS = ("name", "kind", "memory", "bandwidth_gb_s")
 HOST_RESERVE_BYTES = 10**9
 PROBE_VALUES = 1 << 25  # 128 MiB of float32: beyond any cache
 PROBE_WIDTH = 1024
@@ -103,57 +100,43 @@ def _in_mode(found: PlanDevice, device: devices.Device, power_mode: str) -> Plan
     )
 
 
+@dataclass(frozen=True)
+class _Profile:
+    """What a profile file says; sizes in bytes, or as texts such as "16GB"."""
+
+    name: str
+    kind: Literal["jetson", "rtx", "datacenter", "cpu"]
+    memory: int | str
+    bandwidth_gb_s: float
+    usable: int | str | None = None
+    fp16_tflops: float | None = None
+    cpu_gflops: float | None = None
+
+
 def _read_profile(path: Path) -> PlanDevice:
-    try:
-        profile = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; expected a device profile") from error
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise ConfigError(f"{path}: is not TOML ({error})") from error
-    for key in profile:
-        if key not in PROFILE_KEYS:
-            close = difflib.get_close_matches(key, PROFILE_KEYS, 1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f'{path}: key "{key}" is not known: {meant}known keys: {", ".join(PROFILE_KEYS)}')
-    for key in NEEDED_KEYS:
-        if key not in profile:
-            raise ConfigError(f'{path}: key "{key}" is missing; needed are {", ".join(NEEDED_KEYS)}')
-    name, kind = _text(profile, "name", path), _text(profile, "kind", path)
-    if kind not in KINDS:
-        raise ConfigError(f'{path}: kind is "{kind}", expected one of {", ".join(KINDS)}')
-    memory = _size(profile, "memory", path)
-    reserve = devices.RESERVED_UNIFIED_BYTES if kind in ("jetson", "cpu") else devices.RESERVED_CARD_BYTES
-    usable = _size(profile, "usable", path) if "usable" in profile else max(0, memory - reserve)
+    profile = record_of(_Profile, read_toml(path, "a device profile"), str(path), unknown="refused")
+    for key in ("bandwidth_gb_s", "fp16_tflops", "cpu_gflops"):
+        rate = getattr(profile, key)
+        if rate is not None and not 1e-3 <= rate <= 1e9:
+            raise ConfigError(f'{path}: "{key}" is {rate}, expected 0.001 to 1e9')
+    memory = _size(profile.memory, f'{path}: "memory"')
+    reserve = devices.RESERVED_UNIFIED_BYTES if profile.kind in ("jetson", "cpu") else devices.RESERVED_CARD_BYTES
+    usable = max(0, memory - reserve) if profile.usable is None else _size(profile.usable, f'{path}: "usable"')
     if usable > memory:
-        raise ConfigError(f"{path}: usable is {usable} bytes, more than memory, {memory}")
+        raise ConfigError(f'{path}: "usable" is {usable} bytes, more than "memory", {memory}')
     return PlanDevice(
-        name, name, kind, memory, usable, 1e9 * _number(profile, "bandwidth_gb_s", path),
-        1e12 * _number(profile, "fp16_tflops", path) if "fp16_tflops" in profile else None,
-        1e9 * _number(profile, "cpu_gflops", path) if "cpu_gflops" in profile else None, f"profile {path}",
+        profile.name, profile.name, profile.kind, memory, usable, 1e9 * profile.bandwidth_gb_s,
+        None if profile.fp16_tflops is None else 1e12 * profile.fp16_tflops,
+        None if profile.cpu_gflops is None else 1e9 * profile.cpu_gflops, f"profile {path}",
     )  # fmt: skip
 
 
-def _text(profile: dict[str, Any], key: str, path: Path) -> str:
-    value = profile[key]
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{path}: {key} is {value!r}, expected a text")
+def _size(value: int | str, where: str) -> int:
+    if isinstance(value, str):
+        return parse_size(value, where)
+    if value < 1:
+        raise ConfigError(f'{where} is {value}, expected a size such as "16GB" or a number of bytes')
     return value
-
-
-def _size(profile: dict[str, Any], key: str, path: Path) -> int:
-    value = profile[key]
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(f'{path}: {key} is {value!r}, expected a size such as "16GB" or a number of bytes')
-    return parse_size(value, f"{path}: {key}")
-
-
-def _number(profile: dict[str, Any], key: str, path: Path) -> float:
-    value = profile[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e9:
-        raise ConfigError(f"{path}: {key} is {value!r}, expected a number above 0, 0.001 to 1e9")
-    return float(value)
 
 
 def _host() -> PlanDevice:

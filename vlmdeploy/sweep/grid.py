@@ -11,7 +11,6 @@ target = "ort-fp32"
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -20,6 +19,7 @@ from typing import Any
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.quant.precision import PRECISIONS, TARGETS
+from vlmdeploy.records import read_toml
 
 ALGORITHMS = ("routed", "pooled", "text-only", "rtn", "none")
 BITS = {"ort-int8": 8}  # targets with only one decoder width
@@ -85,12 +85,7 @@ class Point:
 
 def read_grid(path: Path) -> list[Point]:
     """The unique points of a grid file, in order. Raises ConfigError, naming file, key and value."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; expected a grid") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deeply
-        raise ConfigError(f"{path}: is not TOML ({error})") from error
+    content = read_toml(path, "a grid")
     single = content.pop("point", [])
     if not isinstance(single, list) or not all(isinstance(item, dict) for item in single):
         raise ConfigError(f"{path}: point is {single!r:.80}, expected [[point]] tables")

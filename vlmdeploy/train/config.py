@@ -2,7 +2,6 @@
 invalid value. The table [model] becomes config.json, except its key `family`, which is needed only if the other keys
 leave the family open."""
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import possible_families
-from vlmdeploy.records import Config, record_of
+from vlmdeploy.records import Config, read_toml, record_of
 from vlmdeploy.spec.model import Family, ModelSpec
 
 FAMILY = "family"  # a key of [model]
@@ -106,12 +105,7 @@ class TrainConfig:
 
 def load_config(path: Path) -> TrainConfig:
     """Read and check a training recipe; raises ConfigError."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a training recipe in TOML") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not TOML ({error})") from error
+    values = read_toml(path, "a training recipe")
     recipe = record_of(Recipe, values, str(path), unknown="refused")
     config = TrainConfig(path.absolute(), values, recipe, _read_spec(path, recipe.model))
     for key, found, expected in _problems(config):
