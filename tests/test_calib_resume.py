@@ -40,8 +40,7 @@ from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, run_cli
 from vlmdeploy.artifact import locked, partial_folder
 from vlmdeploy.bundle import FileEntry, hash_file
-from vlmdeploy.calib.request import QuantizeOptions
-from vlmdeploy.calib.request import quantize as quantize_here
+from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
 from vlmdeploy.progress import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]
@@ -204,7 +203,7 @@ def interrupted(ckpt: Path, data: Path, out: Path, at: str = "decoder.layers.0",
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_here(ckpt, out, QuantizeOptions(data, group=16, **options), stop)
+        quantize_checkpoint(ckpt, out, QuantizeOptions(data, group=16, **options), stop)
     return partial_folder(out)
 
 
@@ -237,7 +236,7 @@ def test_shards_of_a_run_are_read_back_once_at_most(
         return hash_file(path)
 
     monkeypatch.setattr("vlmdeploy.calib.state.hash_file", noted)
-    quantize_here(ckpt, tmp_path / "out", QuantizeOptions(data, group=16), no_progress)
+    quantize_checkpoint(ckpt, tmp_path / "out", QuantizeOptions(data, group=16), no_progress)
     assert sorted(hashed) == sorted(f"{unit}.safetensors" for unit in UNITS)
 
 

@@ -20,7 +20,7 @@ from vlmdeploy.calib.run import (
     Calibration,
     QuantizeResult,
     RunOptions,
-    quantize_checkpoint,
+    run_quantization,
 )
 from vlmdeploy.calib.solver import GptqSolver
 from vlmdeploy.calib.state import SETTINGS, unfinished_settings
@@ -100,8 +100,8 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
-    """Quantize a float checkpoint with calibration data; see `quantize_checkpoint`.
+def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
+    """Quantize a float checkpoint with calibration data; see `run_quantization`.
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
@@ -129,7 +129,7 @@ def quantize(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress
         options.force,
         options.reuse,
     )
-    result = quantize_checkpoint(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
+    result = run_quantization(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
     slow = () if best_loops().is_compiled else ("numba is not installed: the inner loops run in numpy, far slower",)
     return replace(result, warnings=(*slow, *plan_warnings(plan, options.group), *result.warnings))
 

@@ -93,7 +93,7 @@ class QuantizeResult:
     is_told_here: bool = True
 
 
-def quantize_checkpoint(
+def run_quantization(
     checkpoint: Checkpoint,
     plan: PrecisionPlan,
     calibration: Calibration,

@@ -71,8 +71,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @json_option
 def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Quantize a checkpoint with calibration data; the same command continues an interrupted run."""
-    from vlmdeploy.calib.request import QuantizeOptions, use_threads
-    from vlmdeploy.calib.request import quantize as quantize_checkpoint
+    from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint, use_threads
     from vlmdeploy.quant.quantization_table import (
         COVERAGE_COLUMNS,
         ERROR_COLUMNS,

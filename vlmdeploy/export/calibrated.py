@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmdeploy.artifact import check_output
 from vlmdeploy.bundle import Manifest, is_bundle
-from vlmdeploy.calib.request import QuantizeOptions, quantize
+from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
@@ -45,7 +45,7 @@ def export_calibrated(
         force=True,
         reuse=True,
     )
-    quantized = quantize(ckpt, aside, wanted, progress)
+    quantized = quantize_checkpoint(ckpt, aside, wanted, progress)
     manifest, warnings = export_bundle(aside, out, options, progress)
     shutil.rmtree(aside, ignore_errors=True)
     return manifest, (*quantized.warnings, *warnings)

@@ -1,1 +1,1 @@
-"""The calibration report: what compression cost, in accuracy, and what it bought, in latency, memory and size."""
+"""The report: what compression cost, in accuracy, and what it bought, in latency, memory and size."""

@@ -79,7 +79,7 @@ def perform(task: Task) -> None:
 
 
 def _quantize(point: Point, shared: Shared) -> None:
-    from vlmdeploy.calib.request import QuantizeOptions, quantize, use_threads
+    from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint, use_threads
     from vlmdeploy.progress import no_progress
 
     use_threads(shared.threads)
@@ -89,7 +89,7 @@ def _quantize(point: Point, shared: Shared) -> None:
         shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
         quality=point.quality, **parts, **shared.calibration,  # type: ignore[arg-type]
     )  # fmt: skip
-    quantize(shared.ckpt, shared.checkpoint(point), options, no_progress)
+    quantize_checkpoint(shared.ckpt, shared.checkpoint(point), options, no_progress)
 
 
 def _export(point: Point, shared: Shared) -> None:
