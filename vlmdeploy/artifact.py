@@ -190,7 +190,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) 
 
 
 @contextmanager
-def told_unwritable(path: Path) -> Iterator[None]:
+def unwritable_reported(path: Path) -> Iterator[None]:
     """Turn system errors about `path`, or without a file name (a full disk), into an ExportError about `path`."""
     try:
         yield

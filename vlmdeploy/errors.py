@@ -5,10 +5,10 @@ next; the command line prints it as one line and exits with status 1."""
 class VlmdeployError(Exception):
     """Base of all errors below; any other exception that escapes is a bug.
 
-    is_told_elsewhere: of several processes that fail together, another one prints it.
+    is_reported_elsewhere: of several processes that fail together, another one prints it.
     """
 
-    is_told_elsewhere = False
+    is_reported_elsewhere = False
 
 
 class ConfigError(VlmdeployError):

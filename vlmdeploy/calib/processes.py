@@ -61,7 +61,7 @@ class Processes:
                 holder[0] = error
         dist.broadcast_object_list(holder, src=0)
         if isinstance(holder[0], VlmdeployError):
-            holder[0].is_told_elsewhere = not self.is_first
+            holder[0].is_reported_elsewhere = not self.is_first
             raise holder[0]
         return holder[0]  # type: ignore[return-value]  # the first process's value
 

@@ -85,12 +85,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """The outcome and the report. is_told_here: whether this process prints it."""
+    """The outcome and the report. is_reported_here: whether this process prints it."""
 
     message: str
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    is_told_here: bool = True
+    is_reported_here: bool = True
 
 
 def run_quantization(
@@ -114,7 +114,7 @@ def run_quantization(
         if difference is None:
             if processes.is_first:
                 _remove_finished_partial(partial_folder(out.absolute()), options.settings)
-            return QuantizeResult("quantized already with these settings", done, is_told_here=processes.is_first)
+            return QuantizeResult("quantized already with these settings", done, is_reported_here=processes.is_first)
         if not options.force:
             key, ours, theirs = difference
             raise CalibrationError(

@@ -36,7 +36,7 @@ class Group(click.Group):
                 line = "interrupted" if is_interrupt else error_line(error)
                 if line is None or (context.params.get("debug") and not is_interrupt):
                     raise
-                if not getattr(error, "is_told_elsewhere", False):
+                if not getattr(error, "is_reported_elsewhere", False):
                     print(f"Error: {line}", file=sys.stderr)
                 context.exit(1)
 

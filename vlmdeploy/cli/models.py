@@ -83,7 +83,7 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
     use_threads(threads)
     with progress_bar() as progress:
         result = quantize_checkpoint(ckpt, out, QuantizeOptions(**options), progress)
-    if not result.is_told_here:
+    if not result.is_reported_here:
         return
     for message in result.warnings:
         warn(message)

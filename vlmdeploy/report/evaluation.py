@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmdeploy.artifact import told_unwritable, write_file
+from vlmdeploy.artifact import unwritable_reported, write_file
 from vlmdeploy.bench.measurement import Measurement
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.data.samples import Picture, Sample
@@ -74,7 +74,7 @@ class Store:
     def put(self, key: str, evaluation: Evaluation) -> Evaluation:
         """Write an evaluation under a key and return it."""
         content = json.dumps(asdict(evaluation), allow_nan=False).encode()
-        with told_unwritable(self.folder):
+        with unwritable_reported(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.path(key), lambda file: file.write(content))
         return evaluation
