@@ -217,14 +217,9 @@ class QuantizationRun(Quantizer):
         pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
         self._runner = UnitRunner(self.checkpoint, self, pool, 2 if self.options.asymmetric else 1)
         spec = self.checkpoint.spec
-        self.units = [
-            "vision.embed",
-            *(f"vision.layers.{index}" for index in range(spec.vision.num_layers)),
-            "connector",
-            "prompts",
-            *(f"decoder.layers.{index}" for index in range(spec.decoder.num_layers)),
-            "head",
-        ]
+        self._encoder = {f"vision.layers.{index}": index for index in range(spec.vision.num_layers)}
+        self._decoder = {f"decoder.layers.{index}": index for index in range(spec.decoder.num_layers)}
+        self.units = ["vision.embed", *self._encoder, "connector", "prompts", *self._decoder, "head"]
         self._total = sum(self.checkpoint.size(target) for target in self.plan.by_target)
         self._done = 0
 
@@ -263,20 +258,19 @@ class QuantizationRun(Quantizer):
     def _run_unit(self, unit: str, flow: Flow | None) -> Flow | None:
         """Run a unit and return its output rows."""
         runner, calibration = self._runner, self.calibration
-        kind, _, number = unit.rpartition(".")
         if unit == "vision.embed":
             return runner.embed_pictures(calibration.pictures)
         assert flow is not None, "only the first unit has no input"
-        if kind == "vision.layers":
-            return runner.vision_layer(int(number), flow)
+        if unit in self._encoder:
+            return runner.vision_layer(self._encoder[unit], flow)
         if unit == "connector":
             return runner.connector(flow)
         if unit == "prompts":
             rows = runner.embed_prompts(calibration.samples, calibration.tokens, flow, calibration.pictures)
             flow.close()
             return rows
-        if kind == "decoder.layers":
-            return runner.decoder_layer(int(number), flow, calibration.samples)
+        if unit in self._decoder:
+            return runner.decoder_layer(self._decoder[unit], flow, calibration.samples)
         runner.head(flow)
         flow.close()
         return None
@@ -287,7 +281,7 @@ class QuantizationRun(Quantizer):
             return None
         unit, spec = list(records)[-1], self.checkpoint.spec
         pictures = self.calibration.pictures
-        if unit.startswith("vision"):
+        if unit == "vision.embed" or unit in self._encoder:
             tokens, width = pictures.tokens(spec.vision.num_patches + 1), spec.vision.width
         elif unit == "connector":
             tokens, width = pictures.tokens(spec.connector.rows(spec.vision)), spec.decoder.hidden
