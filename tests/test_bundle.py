@@ -61,7 +61,11 @@ MANIFEST = Manifest(
 
 def signed(folder: Path, data: Any) -> Path:
     """A manifest with this content and a hash that fits, as another version of vlmdeploy might write it."""
-    body = json.dumps(data, indent=1)[:-2].encode() + b',\n "sha256": "'
+    return sealed(folder, json.dumps(data, indent=1)[:-2].encode() + b',\n "sha256": "')
+
+
+def sealed(folder: Path, body: bytes) -> Path:
+    """A manifest of these bytes and their hash."""
     (folder / MANIFEST_NAME).write_bytes(body + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n')
     return folder
 
@@ -221,6 +225,14 @@ def test_other_files_in_place_of_a_manifest_are_errors(tmp_path: Path, content: 
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(BundleError, match="truncated"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{, "sha256": "', b'{"a": ' + b"[" * 100_000 + b', "sha256": "', b'{"\xff": "sha256": "']
+)
+def test_manifest_that_is_not_json_is_an_error_though_its_hash_fits(tmp_path: Path, body: bytes) -> None:
+    with pytest.raises(BundleError, match="not JSON"):
+        read_manifest(sealed(tmp_path, body))
 
 
 def test_template_is_found_by_name_or_default() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmdeploy.errors import BundleError
-from vlmdeploy.records import record_of
+from vlmdeploy.records import parse_object, record_of
 
 FORMAT_VERSION = "1.2"
 ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with a routed decoder, which readers of version 1 must refuse
@@ -323,13 +323,7 @@ def _checked_json(path: Path, content: bytes) -> dict[str, Any]:
     digest = hashlib.sha256(signed + marker).hexdigest()
     if digest != tail[:64].decode("ascii", "replace"):
         raise BundleError(f"{path}: altered, its bytes do not fit its own hash; copy the bundle again")
-    try:
-        data = json.loads(content)
-    except ValueError as error:
-        raise BundleError(f"{path}: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path}: holds a {type(data).__name__}, expected an object")
-    return data
+    return parse_object(content, str(path), BundleError)
 
 
 def _check_version(path: Path, data: dict[str, Any]) -> None:

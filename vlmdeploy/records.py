@@ -30,13 +30,17 @@ def read_object(
     """
     if is_optional and not path.exists():
         return {}
-    content = _content(path, error, expected)
+    return parse_object(_content(path, error, expected), str(path), error)
+
+
+def parse_object(content: bytes, where: str, error: type[VlmdeployError] = ConfigError) -> Config:
+    """Parse a JSON object. Raises `error`, naming `where`."""
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not JSON ({problem})") from problem
+        raise error(f"{where}: not JSON ({problem})") from problem
     if not isinstance(value, dict):
-        raise error(f"{path}: holds {_shown(value)}, expected an object")
+        raise error(f"{where}: holds {_shown(value)}, expected an object")
     return value
 
 
