@@ -25,14 +25,14 @@ from vlmdeploy.cli.options import (
 @main.command()
 @click.option("--ckpt", type=FOLDER, help="A checkpoint, run in PyTorch.")
 @click.option("--bundle", type=FOLDER, help="A bundle, run in its runtime.")
-@click.option("--from-predictions", type=FOLDER, help="A file of answers: nothing is run.")
+@click.option("--from-predictions", type=FOLDER, help="Score this file of answers; run no model.")
 @click.option("--data", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, VLMEvalKit TSV, or RefCOCO.")
 @click.option("--per-task", type=click.IntRange(min=1), help="At most this many questions of each task.")
-@click.option("--seed", type=int, default=0, help="Which questions --per-task takes.")
-@click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: equal answers are counted.")
+@click.option("--seed", type=int, default=0, help="Seed that picks the questions of --per-task.")
+@click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: count equal answers.")
 @question_options
-@click.option("--predictions", type=FOLDER, help="Write the answers there too: .tsv, .xlsx or .jsonl.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer.")
+@click.option("--predictions", type=FOLDER, help="Also write the answers here: .tsv, .xlsx or .jsonl.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Most tokens of an answer.")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @provider_option
@@ -77,7 +77,7 @@ def validate(
 @click.option("--data", type=FOLDER, required=True, help="The questions: JSONL, VLMEvalKit TSV or RefCOCO.")
 @click.option("--ref", type=FOLDER, help="The float checkpoint to compare with.  [default: the first bundle]")
 @click.option("--out", type=FOLDER, required=True, help="The folder to write: report.html, JSON, CSV, PNG, Markdown.")
-@click.option("--title", help="What the page is called.")
+@click.option("--title", help="Title of the page.")
 @asking_options
 @provider_option
 @threads_option
@@ -128,7 +128,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 @click.argument("b", type=FOLDER)
 @click.option("--image", help="A picture: a path or a data URL.  [default: a drawn one, or none beside --prompt]")
 @click.option("--prompt", "text", help="A question.  [default: drawn ids]")
-@click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: names what is wrong itself.")
+@click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: finds the stages at fault.")
 @click.option("--tolerance", type=float, help="Relative error that passes.  [default: the gate's for these precisions]")
 @click.option("--plot", type=FOLDER, help="Draw the errors of all stages into this file (png, svg, pdf).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the drawn picture and ids.")
@@ -161,9 +161,9 @@ def diff(a: Path, b: Path, plot: Path | None, fail: bool, as_json: bool, **optio
 @click.option("--text-only", is_flag=True, help="Ask without a picture.")
 @click.option("--prompt", help="The question.  [default: a fixed one; random ids where there is no tokenizer]")
 @click.option("--template", help="The prompt template.  [default: the bundle's]")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=64, help="Tokens decoded in every answer.")
-@click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Answers that are timed.")
-@click.option("--warmup", type=click.IntRange(min=0), default=1, help="Answers before those, not timed.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=64, help="Tokens to decode per answer.")
+@click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Answers to time.")
+@click.option("--warmup", type=click.IntRange(min=0), default=1, help="Untimed answers before those.")
 @click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
 @provider_option
 @threads_option

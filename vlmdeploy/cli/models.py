@@ -53,19 +53,19 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--calib", type=FOLDER, required=True, help="JSONL, VLMEvalKit TSV, RefCOCO, SFT-311K root, or pictures.")
 @click.option("--out", type=FOLDER, required=True, help="The quantized checkpoint folder to write.")
 @calibration_options
-@click.option("--select", type=click.Choice(["random", "perplexity"]), default="random", help="How samples are drawn.")
+@click.option("--select", type=click.Choice(["random", "perplexity"]), default="random", help="How to draw samples.")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the checkpoint's]")
-@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Of the decoder's linears.")
+@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Bits of the decoder's linears.")
 @click.option("--group", type=int, default=128, help="Inputs that share a scale; -1: all of them.")
-@click.option("--asymmetric", is_flag=True, help="Zero points for every group; not for TensorRT.")
+@click.option("--asymmetric", is_flag=True, help="One zero point per group; not for TensorRT.")
 @precision_options("vision connector lm-head", "int8")
 @click.option("--override", multiple=True, help="PATTERN=TYPE or PATTERN=TYPE:GROUP for single linears.")
 @click.option("--budget", help="Choose bits and groups by measured cost: 9.0GB in all, or average bits such as 4.25.")
-@click.option("--hessian", type=HESSIAN, default="routed", help="Whose tokens calibrate an expert; others to compare.")
-@click.option("--allow-uncalibrated", is_flag=True, help="Round an expert to nearest that too few tokens reach.")
-@click.option("--max-memory", default="1GB", help="Activations beyond this go to disk.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which samples are drawn.")
+@click.option("--hessian", type=HESSIAN, default="routed", help="Which tokens calibrate an expert.")
+@click.option("--allow-uncalibrated", is_flag=True, help="Round an expert to nearest if too few tokens reach it.")
+@click.option("--max-memory", default="1GB", help="Memory for activations; more goes to disk.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed for drawing the samples.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch.  [default: one per core]")
 @force_option
 @json_option
@@ -99,10 +99,10 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
 
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The checkpoint folder (Hugging Face layout, safetensors).")
-@click.option("--target", type=TARGET, required=True, help="What the bundle runs on, and how precise it is.")
+@click.option("--target", type=TARGET, required=True, help="Where the bundle runs, and its precision.")
 @click.option("--out", type=FOLDER, required=True, help="The bundle folder to write.")
-@click.option("--calib", type=FOLDER, help="Data to quantize a float checkpoint with; see `quantize` for its kinds.")
-@click.option("--quant", type=click.Choice(["rtn"]), help="rtn: round to nearest, without any data.")
+@click.option("--calib", type=FOLDER, help="Data to quantize a float checkpoint with; `quantize` lists the kinds.")
+@click.option("--quant", type=click.Choice(["rtn"]), help="rtn: round to nearest, without data.")
 @calibration_options
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @precision_options("vision connector lm-head embedding", "the target's")
@@ -160,7 +160,7 @@ def export(
 @click.argument("bundle", type=FOLDER)
 @routed_option
 @click.option("--plugin-library", type=FOLDER, help="The routed plugin.  [default: its kernels go into the engine]")
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Most prompts of one call of a routed decoder.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Most prompts per call of a routed decoder.")
 @build_options
 @json_option
 def build(bundle: Path, as_json: bool, **options: Any) -> None:
@@ -178,16 +178,16 @@ def build(bundle: Path, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint, which all points are compared with.")
+@click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint to compare every point with.")
 @click.option("--grid", type=FOLDER, required=True, help="The grid of points, a TOML file.")
 @click.option("--data", type=FOLDER, required=True, help="The questions: JSONL, VLMEvalKit TSV or RefCOCO.")
-@click.option("--calib", type=FOLDER, help="Calibration data; see `quantize` for its kinds.")
-@click.option("--out", type=FOLDER, required=True, help="The folder of the sweep; the same one continues it.")
+@click.option("--calib", type=FOLDER, help="Calibration data; `quantize` lists the kinds.")
+@click.option("--out", type=FOLDER, required=True, help="The folder of the sweep; an interrupted sweep continues.")
 @click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many calibration samples.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens wanted per expert; see `quantize`.")
 @click.option("--ray", help='Run points on a Ray cluster: an address, "auto", or "local" for one on this machine.')
-@click.option("--cpus", type=click.IntRange(min=1), help="CPUs of a point on the cluster.  [default: a whole machine]")
-@click.option("--title", help="What the report is called.")
+@click.option("--cpus", type=click.IntRange(min=1), help="CPUs per point on the cluster.  [default: a whole machine]")
+@click.option("--title", help="Title of the report.")
 @asking_options
 @threads_option
 @json_option

@@ -84,11 +84,11 @@ def question_options(command: Command) -> Command:
         click.option("--rule", type=click.Choice(RULES), help=from_set),
         click.option("--split", help="Only the rows of this split.  [default: all]"),
         click.option(
-            "--prompt", type=PROMPT, default="vlmevalkit", help="How a TSV's questions are put; docs/evaluation.md."
+            "--prompt", type=PROMPT, default="vlmevalkit", help="Wording of a TSV's questions; see docs/evaluation.md."
         ),
-        click.option("--first-picture", is_flag=True, help="Of a question's several pictures show the first."),
-        click.option("--images", type=FOLDER, help="Pictures named by path.  [default: beside the data]"),
-        click.option("--grounding-prompt", help="How a RefCOCO phrase, <expr>, is asked for."),
+        click.option("--first-picture", is_flag=True, help="Show only the first of a question's pictures."),
+        click.option("--images", type=FOLDER, help="The folder of pictures named by path.  [default: beside the data]"),
+        click.option("--grounding-prompt", help="The question for a RefCOCO phrase, which replaces <expr>."),
     )
 
 
@@ -98,13 +98,15 @@ def asking_options(command: Command) -> Command:
         command,
         question_options,
         click.option("--per-task", type=click.IntRange(min=1), help="Ask at most this many questions of each task."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, help="Which questions are drawn."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed for drawing the questions."),
         click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
-        click.option("--tokenizer", type=FOLDER, help="Of the checkpoint.  [default: the one in its folder]"),
-        click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer."),
-        click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens of the measured answers."),
-        click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Measured answers."),
-        click.option("--residency", type=RESIDENCY, default="all", help="Of the measured bundles; see `run`."),
+        click.option("--tokenizer", type=FOLDER, help="The checkpoint's tokenizer.  [default: the one in its folder]"),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Most tokens of an answer."),
+        click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens per measured answer."),
+        click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Answers to measure."),
+        click.option(
+            "--residency", type=RESIDENCY, default="all", help="Residency of the measured bundles; see `run`."
+        ),
     )
 
 
@@ -124,10 +126,10 @@ def calibration_options(command: Command) -> Command:
     quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
     return in_order(
         command,
-        click.option("--calib-prompt", help="The question for each picture, where --calib is a folder of pictures."),
+        click.option("--calib-prompt", help="The question for each picture if --calib is a folder of pictures."),
         click.option("--samples", type=click.IntRange(min=1), default=512, help="At most this many samples."),
         click.option(
-            "--tokens", type=click.IntRange(min=1), help="Wanted per expert.  [default: 4 x its widest input]"
+            "--tokens", type=click.IntRange(min=1), help="Tokens wanted per expert.  [default: 4 x its widest input]"
         ),
         click.option("--skip-broken", is_flag=True, help="Leave out and count samples that cannot be used."),
         click.option("--quality", type=click.Choice(["default", "high"]), default="default", help=quality),
@@ -136,7 +138,7 @@ def calibration_options(command: Command) -> Command:
 
 def routed_option(command: Command) -> Command:
     """`--routed-plugin`, of `export` and `build`."""
-    text = "One decoder engine that routes its rows, for batches; auto: one engine for each expert. docs/plugin.md."
+    text = "One decoder engine that routes its rows, for batches; auto: one engine per expert. See docs/plugin.md."
     kind = click.Choice(["on", "off", "auto"])
     return click.option("--routed-plugin", type=kind, default="auto", show_default=True, help=text)(command)
 
@@ -149,6 +151,6 @@ def build_options(command: Command) -> Command:
         command,
         click.option("--sm", "capabilities", multiple=True, help=capability),
         click.option("--device", "device_name", help=device),
-        click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows of one call."),
+        click.option("--chunk-rows", type=click.IntRange(min=1), default=512, help="Most prompt rows per call."),
         click.option("--max-memory", help="Memory for building an engine, such as 12GB.  [default: what is free]"),
     )

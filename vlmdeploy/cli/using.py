@@ -33,7 +33,9 @@ CONTEXT = "Longest prompt and answer.  [default: the model's]"
 @click.option("--ckpt", type=FOLDER, help="A checkpoint folder; its weights may be missing.")
 @click.option("--family", help="A family's released checkpoint; with --ckpt: what the folder holds.")
 @click.option("--device", required=True, help='A device such as orin-nx-16, a profile file.toml, or "host".')
-@click.option("--power-mode", help="Of a Jetson, as nvpmodel names it.  [default: the fastest of its standard flash]")
+@click.option(
+    "--power-mode", help="A Jetson's mode, as nvpmodel names it.  [default: the fastest of its standard flash]"
+)
 @click.option("--target", type=TARGET, help="[default: the one for the device]")
 @click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
 @precision_options("vision connector lm-head embedding", "the target's")
@@ -42,16 +44,16 @@ CONTEXT = "Longest prompt and answer.  [default: the model's]"
     "--bits",
     type=click.Choice(["3", "4", "8"]),
     callback=lambda context, option, bits: bits and int(bits),
-    help="Of the decoder's codes.  [default: the target's]",
+    help="Bits of the decoder's codes.  [default: the target's]",
 )
 @click.option("--group", type=int, help="Weights that share a scale.  [default: 128]")
 @click.option("--context", "context_tokens", type=click.IntRange(min=1), help=CONTEXT)
-@click.option("--images", type=click.IntRange(min=0), default=1, help="Pictures of one prompt.")
-@click.option("--text-tokens", type=click.IntRange(min=1), default=64, help="Tokens of the prompt's text.")
+@click.option("--images", type=click.IntRange(min=0), default=1, help="Pictures per prompt.")
+@click.option("--text-tokens", type=click.IntRange(min=1), default=64, help="Text tokens per prompt.")
 @click.option("--residency", type=RESIDENCY, default="phase", help="phase: load only what a phase needs.")
-@click.option("--chunk-rows", type=click.IntRange(min=1), help="Most prompt rows of one engine call.  [default: 512]")
+@click.option("--chunk-rows", type=click.IntRange(min=1), help="Most prompt rows per engine call.  [default: 512]")
 @click.option("--swap", help="Swap for building engines on the device, such as 16GB.")
-@click.option("--html", type=FOLDER, help="Write the plan as a page, too.")
+@click.option("--html", type=FOLDER, help="Also write the plan as a page.")
 @json_option
 def plan(
     ckpt: Path | None,
@@ -91,13 +93,13 @@ def plan(
 @click.option("--image", multiple=True, help="A picture: a path or a data URL.")
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--template", help="The prompt template.  [default: the bundle's]")
-@click.option("--max-new-tokens", type=int, default=256, help="Longest answer.")
-@click.option("--temperature", type=float, default=0.0, help="0 takes the best token every time.")
+@click.option("--max-new-tokens", type=int, default=256, help="Most tokens of an answer.")
+@click.option("--temperature", type=float, default=0.0, help="0 always takes the best token.")
 @click.option("--top-k", type=int, default=0, help="Draw from the k best tokens; 0 is off.")
 @click.option("--top-p", type=float, default=1.0, help="Draw from the tokens that hold this much probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: repeat less; 1 is off.")
-@click.option("--seed", type=int, help="Makes a drawn answer repeatable.")
-@click.option("--stop", multiple=True, help="End the answer before this text.")
+@click.option("--seed", type=int, help="Seed that makes a drawn answer repeatable.")
+@click.option("--stop", multiple=True, help="Stop the answer before this text.")
 @click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
 @click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
 @provider_option
