@@ -54,6 +54,10 @@ class Flow:
         """Width of a row."""
         return self.states[0].width
 
+    def chunks(self) -> Iterator[Ints]:
+        """The numbers of all rows, in pieces of bounded size."""
+        return chunks(np.arange(self.tokens.count))
+
     def read(self, rows: Ints) -> Streams:
         """Read some rows of each stream."""
         return tuple(state.read(rows) for state in self.states)
@@ -123,9 +127,9 @@ class Rows:
 
     def mixed(self, mixer: RowMixer, arguments: Callable[[int], tuple[Any, ...]] = lambda sample: ()) -> "Rows":
         """Run a mixer sample by sample. arguments: makes its further arguments for a sample, once per stream."""
-        tokens = self.flow.tokens
-        counts = [mixer.shape(count, self.width)[0] for count in np.diff(tokens.offsets).tolist()]
-        mixed = self._zeros(tokens.with_rows(counts), mixer.shape(0, self.width)[1])
+        tokens, width = self.flow.tokens, self.width
+        counts = [mixer.shape(count, width)[0] for count in np.diff(tokens.offsets).tolist()]
+        mixed = self._zeros(tokens.with_rows(counts), mixer.shape(0, width)[1])
         for sample, values in self._samples():
             outputs = tuple(mixer(x[None], *arguments(sample))[0] for x in values)
             mixed.write(mixed.tokens.rows(sample), outputs)
@@ -166,7 +170,7 @@ class Rows:
     def _pieces(self) -> Iterator[tuple[Ints, Streams]]:
         """All finished rows in pieces, expert by expert."""
         if self.product is None:
-            yield from ((rows, self._inputs(rows)) for rows in chunks(np.arange(self.flow.tokens.count)))
+            yield from ((rows, self._inputs(rows)) for rows in self.flow.chunks())
             return
         for expert in self.product.targets:
             weights = self._weights(expert)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +19,7 @@ from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens,
 from vlmdeploy.calib.flow import Flow, Quantizer, Weights
 from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.solver import judged_rows
-from vlmdeploy.calib.statistics import Inputs, Statistics, chunks
+from vlmdeploy.calib.statistics import Inputs, Statistics
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.connector import Connector
@@ -224,9 +223,9 @@ def measure_costs(
 
 
 def _copy(runner: UnitRunner, flow: Flow) -> Flow:
-    copied = runner.flow(flow.tokens, flow.states[0].width)
-    for piece in chunks(np.arange(flow.tokens.count)):
-        copied.states[0].write(piece, flow.states[0].read(piece))
+    copied = runner.flow(flow.tokens, flow.width)
+    for rows in flow.chunks():
+        copied.write(rows, flow.read(rows))
     return copied
 
 

@@ -29,7 +29,6 @@ from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.records import Config, read_object, record_of
 
 SETTINGS, SPILL = "settings.json", "spill"
-ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,10 @@ class RunState:
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
         """Load the output rows of a unit."""
-        flow = Flow(tokens, tuple(pool.make(tokens.count, width) for _ in range(streams)))
+        flow = Flow.zeros(pool, tokens, width, streams)
         for index, state in enumerate(flow.states):
             with (self.folder / self._flow_name(unit, index)).open("rb") as file:
-                for start in range(0, tokens.count, ROWS_AT_ONCE):
-                    rows = np.arange(start, min(start + ROWS_AT_ONCE, tokens.count))
+                for rows in flow.chunks():
                     content = file.read(len(rows) * width * FLOAT_BYTES)
                     values = np.frombuffer(bytearray(content), np.float32).reshape(len(rows), width)
                     state.write(rows, torch.from_numpy(values))
@@ -124,21 +122,17 @@ class RunState:
     def _write_flow(self, unit: str, flow: Flow) -> dict[str, FileEntry]:
         entries = {}
         for index, state in enumerate(flow.states):
-            digest, size = hashlib.sha256(), 0
+            digest = hashlib.sha256()
 
-            def write(file: BinaryIO, state: Any = state, digest: Any = digest) -> int:
-                count = 0
-                for start in range(0, flow.tokens.count, ROWS_AT_ONCE):
-                    rows = np.arange(start, min(start + ROWS_AT_ONCE, flow.tokens.count))
+            def write(file: BinaryIO, state: Any = state, digest: Any = digest) -> None:
+                for rows in flow.chunks():
                     content = state.read(rows).numpy().tobytes()
                     digest.update(content)
-                    count += file.write(content)
-                return count
+                    file.write(content)
 
-            name = self._flow_name(unit, index)
-            write_file(self.folder / name, write)
-            size = (self.folder / name).stat().st_size
-            entries[name] = FileEntry(size, digest.hexdigest())
+            path = self.folder / self._flow_name(unit, index)
+            write_file(path, write)
+            entries[path.name] = FileEntry(path.stat().st_size, digest.hexdigest())
         return entries
 
     def _write_shard(self, unit: str, tensors: Mapping[str, Tensor]) -> FileEntry:
