@@ -337,7 +337,7 @@ def test_rows_get_the_positions_of_their_slots() -> None:
     lanes.append(np.array([2, 3, 0]))
     assert lanes.starts(2).tolist() == [2, 2, 0], "a full lane is not read again"
     assert lanes.row_positions(np.array([2, 0, 0]), 3).tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 0]]
-    assert lanes.is_open.tolist() == [True, True, False]
+    assert (lanes.capacities > 0).tolist() == [True, True, False]
     assert (lanes.is_full(0), lanes.is_full(1)) == (False, True)
     assert lanes.most_rows([2]) == 2, "padding of the first lane ends with its slots"
     assert lanes.most_rows([0]) == 4

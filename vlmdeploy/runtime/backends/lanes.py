@@ -65,11 +65,6 @@ class Lanes:
         """Positions that each lane can hold."""
         return self.positions.shape[1]
 
-    @property
-    def is_open(self) -> Bools:
-        """Which lanes hold a prompt, bool [lanes]."""
-        return self.capacities > 0
-
     def is_full(self, lane: int) -> bool:
         """Whether an open lane has no slot left."""
         return bool(self.lengths[lane] >= self.capacities[lane])
