@@ -149,23 +149,23 @@ class Evaluator:
 class Reference:
     """The model that the others are compared with; `key` is the key of its evaluation."""
 
-    runner: Evaluator
+    evaluator: Evaluator
     path: Path
     key: str
 
     def prepare(self) -> Evaluation:
         """Evaluate it and write its distributions. Does not open the model if both are stored."""
-        runner, asked = self.runner, self.runner.asked
-        kept = runner.store.get(self.key, len(asked.samples))
+        evaluator, asked = self.evaluator, self.evaluator.asked
+        kept = evaluator.store.get(self.key, len(asked.samples))
         if kept is not None and self._is_written():
             return kept
-        model = open_model(self.path, runner.options)
+        model = open_model(self.path, evaluator.options)
         try:
             self._mark().unlink(missing_ok=True)  # the files belong to no reference until all are rewritten
-            evaluation = kept or runner.store.put(self.key, runner.answered(model, self.path))
+            evaluation = kept or evaluator.store.put(self.key, evaluator.answered(model, self.path))
             for name, samples in asked.compared.items():
                 texts = self._texts(name, samples, model)
-                runner.progress(f"{self.path.name}: distributions, {name}", 0, len(samples))
+                evaluator.progress(f"{self.path.name}: distributions, {name}", 0, len(samples))
                 self._file(name, model.vocab_size).write(model, _givens(model, samples, texts))
             write_file(self._mark(), lambda file: file.write(self.key.encode()))
         finally:
@@ -174,31 +174,31 @@ class Reference:
 
     def _mark(self) -> Path:
         """The file that names the reference whose distributions are complete here."""
-        return self.runner.folder / f"{DISTRIBUTIONS}of"
+        return self.evaluator.folder / f"{DISTRIBUTIONS}of"
 
     def _is_written(self) -> bool:
         """Whether this reference's distributions and their answers are stored."""
         is_own = self._mark().is_file() and self._mark().read_text(errors="replace") == self.key
         return is_own and all(
             not _unanswered(samples) or self._kept_texts(name, samples) is not None
-            for name, samples in self.runner.asked.compared.items()
+            for name, samples in self.evaluator.asked.compared.items()
         )
 
     def compared(self, path: Path) -> Evaluation:
         """Evaluate another model."""
-        runner, model, agreements = self.runner, open_model(path, self.runner.options), {}
+        evaluator, model, agreements = self.evaluator, open_model(path, self.evaluator.options), {}
         try:
-            for name, samples in runner.asked.compared.items():
-                runner.progress(f"{path.name}: distributions, {name}", 0, len(samples))
+            for name, samples in evaluator.asked.compared.items():
+                evaluator.progress(f"{path.name}: distributions, {name}", 0, len(samples))
                 givens = _givens(model, samples, self._texts(name, samples))
                 record = compare(model, self._file(name, model.vocab_size), givens)
-                agreements[name] = agreement_of(record, runner.asked.sources[name])
-            return runner.answered(model, path, agreements.get(PICTURED), agreements.get(TEXTS))
+                agreements[name] = agreement_of(record, evaluator.asked.sources[name])
+            return evaluator.answered(model, path, agreements.get(PICTURED), agreements.get(TEXTS))
         finally:
             model.close()
 
     def _file(self, name: str, vocab_size: int) -> ReferenceFile:
-        return ReferenceFile(self.runner.folder / f"{DISTRIBUTIONS}{name}", vocab_size)
+        return ReferenceFile(self.evaluator.folder / f"{DISTRIBUTIONS}{name}", vocab_size)
 
     def _texts(self, name: str, samples: list[Sample], model: OpenedModel | None = None) -> list[str]:
         """The answers that all models are compared on: the data's, else the reference's own, for which `model`, the
@@ -217,7 +217,7 @@ class Reference:
         return self._text_store().get(f"{name}.{self.key}", count) if count else None
 
     def _text_store(self) -> Store:
-        return Store(self.runner.folder / TEXTS)
+        return Store(self.evaluator.folder / TEXTS)
 
 
 def _unanswered(samples: list[Sample]) -> list[Sample]:
