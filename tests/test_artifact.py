@@ -3,10 +3,12 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from vlmdeploy.artifact import staged_folder
+from vlmdeploy import artifact
+from vlmdeploy.artifact import as_umask_says, is_aside, staged_folder, write_file
 from vlmdeploy.errors import ExportError, ParityError
 
 
@@ -111,44 +113,135 @@ def test_only_a_real_folder_is_replaced(out: Path, kind: str) -> None:
     assert out.is_symlink() == (kind != "file")
 
 
-def leave_behind(out: Path, process_id: int) -> Path:
-    """What a killed run with that process id leaves: a copy of a staging folder while it is being filled."""
+def leave_behind(out: Path) -> Path:
+    """What a killed run leaves: a copy of a staging folder while it is being filled."""
     with staged_folder(out, False, is_ours) as staging:
-        left = out.with_name(staging.name.replace(str(os.getpid()), str(process_id)) + ".copy")
+        left = staging.with_name(f".{out.name}.0123abcd.staging")
         subprocess.run(["cp", "-r", staging, left], check=True)
     subprocess.run(["rm", "-r", out], check=True)
-    return left.rename(left.with_suffix(""))
-
-
-def dead_process_id() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+    return left
 
 
 def test_leftover_of_a_killed_run_is_removed_by_the_next(out: Path) -> None:
-    left = leave_behind(out, dead_process_id())
-    write(out, "new")
-    assert not left.exists()
-
-
-def test_leftover_with_our_own_process_id_is_removed(out: Path) -> None:
-    """Process ids repeat in containers: the killed run may have had the number that this one has."""
-    left = leave_behind(out, os.getpid())
+    left = leave_behind(out)
     (left / "graph.onnx").touch()
     write(out, "new")
     assert not left.exists()
     assert content(out) == {"manifest.json": "new"}
 
 
-def test_folder_of_a_running_export_is_left_alone(out: Path) -> None:
-    left = leave_behind(out, os.getppid())
+def test_old_output_that_a_killed_run_had_replaced_is_removed_by_the_next(out: Path) -> None:
+    write(out, "old")
+    old = out.rename(out.with_name(f".{out.name}.0123abcd.staging"))
     write(out, "new")
-    assert left.is_dir()
+    assert not old.exists()
+
+
+def test_folder_of_a_running_export_is_left_alone(out: Path) -> None:
+    """Two runs to one output, also in containers where both have the same process id: the first to finish wins, the
+    other says so and leaves it as it is."""
+    with pytest.raises(ExportError, match="another one wrote it"), staged_folder(out, False, is_ours) as staging:
+        (staging / "manifest.json").write_text("second")
+        write(out, "first")
+        assert staging.is_dir()
+    assert content(out) == {"manifest.json": "first"}
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("can_exchange", [False, True])
+def test_folder_that_appears_while_we_write_is_never_deleted(
+    out: Path, force: bool, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was only looked for at the start, then exchanged and removed, whatever it was by then."""
+    if not can_exchange:
+        monkeypatch.setattr("vlmdeploy.artifact._exchange", lambda first, second: False)
+    if force:
+        write(out, "old")
+    with pytest.raises(ExportError, match="changed while this command ran"), staged_folder(out, force, is_ours) as new:
+        (new / "manifest.json").write_text("new")
+        subprocess.run(["rm", "-rf", out], check=True)
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert content(out) == {"thesis.txt": "years of work"}
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_foreign_folder_stays_even_if_putting_it_back_fails(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The staging folder is removed at the end, unless it has become what was exchanged for it."""
+    calls: list[Path] = []
+
+    def exchange_once(first: Path, second: Path) -> bool:
+        calls.append(first)
+        return len(calls) == 1 and really_exchange(first, second)
+
+    really_exchange = artifact._exchange
+    monkeypatch.setattr(artifact, "_exchange", exchange_once)
+    write(out, "old")
+    with pytest.raises(ExportError), staged_folder(out, True, is_ours) as new:
+        (new / "manifest.json").write_text("new")
+        subprocess.run(["rm", "-rf", out], check=True)
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert "years of work" in [path.read_text() for path in out.parent.rglob("thesis.txt")]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_file_is_written_only_over_a_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.mkdir()
+    with pytest.raises(ExportError, match="expected a file or a name that is free"):
+        write_file(path, lambda file: file.write(b"new"))
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_file_that_cannot_be_finished_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_file(path, lambda file: file.write(b"old"))
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, fail)
+    assert content(tmp_path) == {path.name: "old"}
+
+
+def test_what_a_killed_run_left_of_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".answers.0123abcd.new.jsonl"
+    left.write_text("half")
+    assert is_aside(left)
+    write_file(tmp_path / "answers.jsonl", lambda file: file.write(b"new"))
+    assert content(tmp_path) == {"answers.jsonl": "new"}
+
+
+def test_link_is_kept_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "answers.jsonl")
+    write_file(tmp_path / "link.jsonl", lambda file: file.write(b"new"))
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert (tmp_path / "answers.jsonl").read_text() == "new"
+
+
+def test_files_respect_the_umask(tmp_path: Path) -> None:
+    """Files of the tensor library were readable by their owner only, then by everyone, whatever the umask said."""
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "a", lambda file: file.write(b""))
+        (tmp_path / "b").touch(0o600)
+        as_umask_says(tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
 
 
 def test_leftover_is_found_whatever_the_name_holds(tmp_path: Path) -> None:
     out = tmp_path / "int4 [g=128] *"
-    left = leave_behind(out, dead_process_id())
+    left = leave_behind(out)
     write(out, "new")
     assert not left.exists()

@@ -125,5 +125,5 @@ def test_a_file_that_is_no_object_is_named(tmp_path: Path, content: bytes, messa
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json: no such file; expected a recipe"):
         read_object(tmp_path / "none.json", expected="a recipe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, expected a file"):
         read_object(tmp_path, is_optional=True)

@@ -1,40 +1,49 @@
-"""Publish an output folder atomically: write a staging folder, then rename it. An existing folder is replaced only with
-`force`, and only if vlmdeploy made it.
+"""Publish an output atomically and durably: write it aside, sync it, rename it, sync the folder that names it; only
+then drop what it replaces. An existing folder is replaced only with `force`, and only if vlmdeploy made it.
 
-Long runs keep their finished parts in OUT.partial, which one run at a time may use."""
+After a kill or a power cut at any moment the old output is whole, or the new one. Long runs keep their finished parts
+in OUT.partial, which one run at a time may use."""
 
 import ctypes
 import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlmdeploy.errors import ExportError, VlmdeployError
+from vlmdeploy.input_files import kind_of
 from vlmdeploy.records import Config, first_difference, read_object
 
 _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
+_ASIDE = ".new"
 LOCK = "lock"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
+Place = tuple[int, int] | None  # device and inode of what lies at a path; None: nothing
 
-def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ExportError unless a folder may be written at `out`."""
+
+def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Place:
+    """Raise ExportError unless a folder may be written at `out`; returns what may be replaced there."""
     check_name(out)
-    if not (out.exists() or out.is_symlink()):
-        return
+    place = _place(out)
+    if place is None:
+        return None
     if not out.is_dir() or out.is_symlink():
         raise ExportError(f"{out}: exists and is not a folder; choose another output")
     if not force:
         raise ExportError(f"{out}: exists already; choose another output or replace it with --force")
     if not is_ours(out):
         raise ExportError(f"{out}: exists and was not made by vlmdeploy, so --force does not replace it")
+    return place
 
 
 def check_name(out: Path) -> None:
@@ -45,52 +54,121 @@ def check_name(out: Path) -> None:
         raise ExportError(f"{out}: the path is not valid UTF-8; choose another output") from error
 
 
+def _place(path: Path) -> Place:
+    try:
+        status = path.lstat()
+    except OSError:  # absent, or not to be reached: writing will say why
+        return None
+    return status.st_dev, status.st_ino
+
+
 @contextmanager
 def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield a staging folder that becomes `out` if the block succeeds and is removed if it fails.
 
-    First removes what killed runs left. Raises ExportError if `out` may not or cannot be written.
+    First removes what killed runs left. Raises ExportError if `out` may not or cannot be written, and if something
+    appeared there in the meantime.
     """
-    check_output(out, force, is_ours)
+    replaced = check_output(out, force, is_ours)
     out = out.absolute()
     _remove_leftovers(out, is_ours)
-    staging = out.with_name(f".{out.name}.{os.getpid()}{_STAGING_SUFFIX}")
+    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}{_STAGING_SUFFIX}")
     try:
-        staging.mkdir(parents=True)
-        (staging / _MARKER).touch()
-        yield staging
-        (staging / _MARKER).unlink()
-        _publish(staging, out)
+        make_folder(staging)
+        ours = _place(staging)
+        with _held(staging):
+            try:
+                (staging / _MARKER).touch()
+                yield staging
+                (staging / _MARKER).unlink()
+                _publish(staging, out, replaced, is_ours)
+            finally:
+                if _place(staging) == ours:
+                    _remove_tree(staging)
     except OSError as error:
         where = str(error.filename or staging).replace(str(staging), str(out))
         raise ExportError(f"{out}: cannot be written: {error.strerror or error} ({where})") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, and return once their names are on the disk."""
+    for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
+        missing.mkdir(exist_ok=True)
+        sync_folder(missing.parent)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder as far as possible; what a single failure leaves goes in the second pass."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder itself, so that other runs see that its owner lives; False if another run holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
     """Delete what killed runs left: a staging folder, or the old output that it was exchanged for."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
-        owner = folder.name[len(out.name) + 2 : -len(_STAGING_SUFFIX)]
-        is_leftover = (folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())
-        if is_leftover and owner.isdigit() and not _is_another_process(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError), _held(folder) as is_free:
+            if is_free and ((folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())):
+                _remove_tree(folder)
 
 
-def _is_another_process(process_id: int) -> bool:
-    """Whether another process has this id. In containers a killed run often had our own id."""
-    return process_id != os.getpid() and Path(f"/proc/{process_id}").exists()
+def _publish(staging: Path, out: Path, replaced: Place, is_ours: Callable[[Path], bool]) -> None:
+    """Give the finished folder its name, in place of what `check_output` allowed to go. Raises ExportError if anything
+    else lies there now, which stays."""
+    sync_tree(staging)
+    if replaced is None:
+        _rename_to_new(staging, out)
+        sync_folder(out.parent)
+        return
+    old = staging if _exchange(staging, out) else _renamed_away(staging, out)
+    if _place(old) != replaced or not is_ours(old):  # systems give the number of a deleted folder to a new one
+        if old == staging and _exchange(out, staging):
+            raise _appeared(out)
+        out.rename(staging)
+        old.rename(out)
+        raise _appeared(out)
+    sync_folder(out.parent)
+    with suppress(OSError):
+        (old / _MARKER).touch()  # a kill from here on leaves what the next run removes
+    _remove_tree(old)
 
 
-def _publish(staging: Path, out: Path) -> None:
-    """Rename the finished folder. An old one is exchanged atomically and then lies at `staging`."""
-    if not out.exists():
+def _rename_to_new(staging: Path, out: Path) -> None:
+    """Rename to a name that is free; the system refuses to put a folder over a file or a folder that is not empty."""
+    try:
         staging.rename(out)
-    elif not _exchange(staging, out):
-        old = staging.with_name(staging.name + ".old")
-        out.rename(old)
-        staging.rename(out)
-        shutil.rmtree(old)
+    except OSError as error:
+        if _place(out) is None:
+            raise
+        raise _appeared(out) from error
+
+
+def _appeared(out: Path) -> ExportError:
+    return ExportError(
+        f"{out}: changed while this command ran: another one wrote it; it stays, and this result is discarded"
+    )
+
+
+def _renamed_away(staging: Path, out: Path) -> Path:
+    """Two renames, where the system cannot exchange; returns the place of the old output."""
+    old = staging.with_name(staging.name.removesuffix(_STAGING_SUFFIX) + f".old{_STAGING_SUFFIX}")
+    out.rename(old)
+    staging.rename(out)
+    return old
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -99,6 +177,38 @@ def _exchange(first: Path, second: Path) -> bool:
     if renameat2 is None:
         return False
     return int(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE)) == 0
+
+
+def sync_tree(folder: Path) -> None:
+    """Return once every file below a folder, and every name, is on the disk."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            sync_tree(path)
+        else:
+            sync_file(path)
+    sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Return once a file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file that a library wrote for its owner alone the mode of every other new file."""
+    mask = os.umask(0o077)  # cannot be read without being set
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def partial_folder(out: Path) -> Path:
@@ -123,7 +233,7 @@ def open_partial(folder: Path, name: str, settings: Config, force: bool, error: 
                 "continue with the old settings, or start over with --force"
             )
         empty_partial(folder, name)
-    elif any(item.name not in (LOCK, f"{name}.new") for item in folder.iterdir()):
+    elif any(item.name != LOCK and not is_aside(item) for item in folder.iterdir()):
         raise error(f"{folder}: exists and holds no {name}: not an unfinished run; move it away")
     write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
 
@@ -166,7 +276,7 @@ def remove_partial(folder: Path, last: str) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder if needed and lock it against other runs. Raises ExportError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = (folder / LOCK).open("wb")
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror}") from error
@@ -179,14 +289,51 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
-    """Replace a file atomically. sync: return only once it is on the disk."""
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
+    """Replace a file atomically; on an error, nothing is left. sync: return only once file and name are on the disk.
+
+    Raises ExportError for a path that holds anything but a regular file; what a link names is replaced, not the link.
+    """
+    with written_aside(path, sync) as aside, aside.open("wb") as file:
         write(file)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    aside.replace(path)
+
+
+@contextmanager
+def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a path beside `path` for a library to write to, which then replaces it as `write_file` does."""
+    path = path.resolve()
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ExportError(f"{path}: is {kind_of(mode)}, expected a file or a name that is free")
+    start, end = f".{path.stem[:100]}.", f"{_ASIDE}{path.suffix}"
+    for left in path.parent.glob(f"{glob.escape(start)}????????{glob.escape(end)}"):
+        _remove_if_free(left)
+    aside = path.with_name(f"{start}{secrets.token_hex(4)}{end}")
+    with aside.open("xb") as held:
+        with suppress(OSError):  # where files cannot be locked, none is removed as a leftover
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield aside
+            if sync:
+                sync_file(aside)
+            aside.replace(path)
+            if sync:
+                sync_folder(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def _remove_if_free(aside: Path) -> None:
+    """Remove what a killed run left of a file; a run that still writes it holds its lock."""
+    with suppress(OSError), aside.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        aside.unlink()
+
+
+def is_aside(path: Path) -> bool:
+    """Whether `write_file` was killed while it wrote this file."""
+    return path.name.startswith(".") and path.name.removesuffix(path.suffix).endswith(_ASIDE)
 
 
 @contextmanager

@@ -26,3 +26,10 @@ def megabytes(size: int) -> str:
 def gigabytes(size: float) -> str:
     """Bytes in units of 10^9."""
     return f"{size / 1e9:.1f} GB"
+
+
+def shown_size(size: int) -> str:
+    """Bytes in the unit that suits a message: 512 bytes, 1.5 MB, 3.2 GB."""
+    if size < 10**5:
+        return f"{size:,} bytes"
+    return megabytes(size) if size < 10**9 else gigabytes(size)

@@ -1,5 +1,20 @@
 """Every error that vlmdeploy raises on purpose. A message says what was found where, what was expected and what to do
-next; the command line prints it as one line and exits with status 1."""
+next, in one line of printable characters; the command line prints it and exits with status 1."""
+
+import re
+
+LONGEST_MESSAGE = 1000  # characters
+_LINE_BREAKS = re.compile(r"\s*[\n\r\t\v\f]\s*")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def one_line(text: str) -> str:
+    """Text from outside, safe to print: line breaks become spaces, control characters (also those that change the
+    direction of writing) escapes; the middle of a long one is cut out."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE * 2 // 3]} [...] {text[-LONGEST_MESSAGE // 4 :]}"
+    line = _LINE_BREAKS.sub(" ", text.strip())
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 class VlmdeployError(Exception):
@@ -9,6 +24,9 @@ class VlmdeployError(Exception):
     """
 
     is_reported_elsewhere = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(VlmdeployError):

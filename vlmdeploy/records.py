@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vlmdeploy.errors import ConfigError, VlmdeployError
+from vlmdeploy.input_files import MOST_JSON_BYTES, read_input
 
 Record = TypeVar("Record")
 Config = dict[str, Any]  # a parsed JSON or TOML object
 
+DEEPEST = 64  # lists and objects within each other
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -30,7 +32,7 @@ def read_object(
     """
     if is_optional and not path.exists():
         return {}
-    return parse_object(_content(path, error, expected), str(path), error)
+    return parse_object(read_input(path, error, MOST_JSON_BYTES, expected), str(path), error)
 
 
 def parse_object(content: bytes, where: str, error: type[VlmdeployError] = ConfigError) -> Config:
@@ -41,25 +43,28 @@ def parse_object(content: bytes, where: str, error: type[VlmdeployError] = Confi
         raise error(f"{where}: not JSON ({problem})") from problem
     if not isinstance(value, dict):
         raise error(f"{where}: holds {_shown(value)}, expected an object")
-    return value
+    return _checked_depth(value, where, error)
 
 
 def read_toml(path: Path, expected: str) -> Config:
     """Read the tables in a TOML file. Raises ConfigError; expected: what should be there, for an absent file."""
-    content = _content(path, ConfigError, expected)
+    content = read_input(path, ConfigError, MOST_JSON_BYTES, expected)
     try:
-        return tomllib.loads(content.decode())
+        value = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise ConfigError(f"{path}: not TOML ({problem})") from problem
+    return _checked_depth(value, str(path), ConfigError)
 
 
-def _content(path: Path, error: type[VlmdeployError], expected: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as problem:
-        raise error(f"{path}: no such file{expected and f'; expected {expected}'}") from problem
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+def _checked_depth(value: Config, where: str, error: type[VlmdeployError]) -> Config:
+    """The value, unless it nests so deeply that comparing or writing it could fail."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [inner for item in items for inner in item if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise error(f"{where}: nested more than {DEEPEST} levels deep")
 
 
 def first_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:

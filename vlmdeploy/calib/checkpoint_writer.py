@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vlmdeploy
-from vlmdeploy.artifact import staged_folder
+from vlmdeploy.artifact import as_umask_says, staged_folder
 from vlmdeploy.calib.state import Records, shard_name
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
@@ -126,7 +126,7 @@ def _write_shards(records: Records, partial: Path, folder: Path) -> None:
             with safe_open(partial / name, framework="pt") as shard:
                 tensors |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  # not a dict
         save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-        (folder / SINGLE_NAME).chmod(0o644)
+        as_umask_says(folder / SINGLE_NAME)
         return
     weight_map: dict[str, str] = {}
     size = 0

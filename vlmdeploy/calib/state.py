@@ -7,7 +7,6 @@ and on disk, files that no record names are deleted.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, damage_explained, read_state, write_file
+from vlmdeploy.artifact import LOCK, as_umask_says, damage_explained, read_state, sync_file, write_file
 from vlmdeploy.bundle import FileEntry, hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -138,9 +137,8 @@ class RunState:
     def _write_shard(self, unit: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         path = self.folder / shard_name(unit)
         save_file(dict(tensors), path, metadata={"format": "pt"})
-        path.chmod(0o644)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        as_umask_says(path)
+        sync_file(path)
         return hash_file(path)
 
     def _record_path(self, unit: str) -> Path:

@@ -142,11 +142,13 @@ def run(
 
 def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:
     """Write the picture with the boxes painted on it. Raises DataError."""
+    from vlmdeploy.artifact import written_aside
     from vlmdeploy.runtime.boxes import draw_boxes
     from vlmdeploy.runtime.image import load_image
 
     try:
-        draw_boxes(load_image(image), boxes).save(path)
+        with written_aside(path) as aside:
+            draw_boxes(load_image(image), boxes).save(aside)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture cannot be written ({error})") from error
 

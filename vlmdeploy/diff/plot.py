@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vlmdeploy.artifact import write_file
 from vlmdeploy.diff.verdict import ModelDiff, StageDifference
 from vlmdeploy.errors import ConfigError
 
@@ -40,7 +41,7 @@ def write_plot(diff: ModelDiff, path: Path) -> None:
     axes.set_title(f"A: {diff.a}\nB: {diff.b}", fontsize=9, parse_math=False)
     axes.legend(fontsize=8)
     try:
-        figure.savefig(path, dpi=120)
+        write_file(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:].lower()))
     except OSError as error:
         raise ConfigError(f"--plot is {path}: cannot be written ({error.strerror or error})") from error
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmdeploy.artifact import as_umask_says
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import family_named
 from vlmdeploy.model.checkpoint import SINGLE_NAME, Checkpoint
@@ -85,7 +86,7 @@ def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: 
             part = values[first : first + source.shape[0]] if rule.op == "stack" else values
             tensors[source.name] = part.reshape(source.shape).contiguous().clone()
     save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-    (folder / SINGLE_NAME).chmod(0o644)  # the library makes files readable by their owner only
+    as_umask_says(folder / SINGLE_NAME)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

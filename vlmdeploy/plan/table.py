@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlmdeploy.artifact import write_file
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.plan.draft import Plan
@@ -126,11 +127,8 @@ def plan_page(plan: Plan) -> str:
 
 def write_page(plan: Plan, path: Path) -> None:
     """Write the page atomically, replacing an existing one. Raises ConfigError if it cannot be written."""
-    page = plan_page(plan)
-    aside = path.with_name(f".{path.name}.partial")
+    page = plan_page(plan).encode()
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        write_file(path, lambda file: file.write(page))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from error

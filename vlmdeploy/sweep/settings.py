@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.artifact import LOCK, check_name, check_output, write_file
+from vlmdeploy.artifact import LOCK, check_name, check_output, is_aside, write_file
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.records import read_object, record_of
 from vlmdeploy.report.run import is_report
@@ -26,8 +26,8 @@ def check_output_folder(shared: Shared) -> None:
         return
     if not shared.out.is_dir():
         raise ConfigError(f"{shared.out}: exists and is not a folder; choose another --out")
-    found = {item.name for item in shared.out.iterdir()}
-    others = sorted(found - {LOCK, f"{SETTINGS}.new"})
+    found = {item.name for item in shared.out.iterdir() if not is_aside(item)}
+    others = sorted(found - {LOCK})
     if others and SETTINGS not in found:
         raise ConfigError(f"{shared.out}: holds {others[0]} and is not a sweep; choose another --out")
     check_output(shared.report.out, True, is_report)

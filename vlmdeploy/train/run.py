@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, staged_folder
+from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, remove_partial, staged_folder
 from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
@@ -74,7 +74,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
         record = build_record(config, read_status(folder))
         with staged_folder(out, force, is_ours) as staging:
             write_checkpoint(config, trained_model(config, source, folder), record, staging)
-        shutil.rmtree(folder)
+        remove_partial(folder, RECIPE)
     return _result(record, "trained")
 
 

@@ -1,0 +1,93 @@
+"""Open what came from outside: regular files only, opened once, bounded in size, and inside the folder that named them."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from vlmdeploy.byte_sizes import shown_size
+from vlmdeploy.errors import VlmdeployError
+
+MOST_JSON_BYTES = 64 << 20  # of one config, index, report or tokenizer
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO or pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_input(path: Path, error: type[VlmdeployError], expected: str = "") -> BinaryIO:
+    """Open a regular file to read its bytes. Raises `error` for any other kind of file, and for one that is absent.
+
+    expected: what should be there, for the message. Never waits: a FIFO is refused, a device is not even opened.
+    """
+    wanted = expected and f"; expected {expected}"
+    try:
+        _require_regular(os.stat(path), path, error, expected)
+        stream = open(path, "rb", opener=_open_without_waiting)  # noqa: PTH123  # Path.open takes no opener
+    except FileNotFoundError as problem:
+        raise error(f"{path}: no such file{wanted}") from problem
+    except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
+        raise error(f"{path}: cannot be read ({getattr(problem, 'strerror', problem)}){wanted}") from problem
+    try:
+        _require_regular(os.fstat(stream.fileno()), path, error, expected)  # what was opened, not what was there before
+    except VlmdeployError:
+        stream.close()
+        raise
+    return stream
+
+
+def read_input(path: Path, error: type[VlmdeployError], most_bytes: int, expected: str = "") -> bytes:
+    """The content of a regular file. Raises `error` as `open_input` does, and for a file of more than `most_bytes`."""
+    with open_input(path, error, expected) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            content = stream.read(most_bytes + 1) if size <= most_bytes else b""
+        except OSError as problem:
+            raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+    if max(size, len(content)) > most_bytes:
+        found, wanted = shown_size(max(size, len(content))), expected and f"; expected {expected}"
+        raise error(f"{path}: has {found}, at most {shown_size(most_bytes)} are read{wanted}")
+    return content
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a string names an entry of a folder itself: no path, no hidden file, nothing unprintable."""
+    return name.isprintable() and not name.startswith(".") and "/" not in name and 0 < len(os.fsencode(name)) < 256
+
+
+def inside(folder: Path, name: str, error: type[VlmdeployError], follow_links: bool = False) -> Path:
+    """The path of the file `name` of a folder that came from outside.
+
+    Raises `error` if the name or a link leads out of the folder. In the cache of Hugging Face
+    (models--*/snapshots/REVISION) files are links into its own `blobs`: those are followed, as all are with
+    `follow_links`.
+    """
+    path = folder / name
+    if follow_links:
+        return path
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # a link to itself, a zero byte
+        raise error(f"{path}: cannot be followed ({getattr(problem, 'strerror', None) or problem})") from problem
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise error(f"{path}: leads out of its folder, to {target}; --follow-links allows it")
+    return path
+
+
+def kind_of(mode: int) -> str:
+    """What a file is that is no regular one, from its st_mode."""
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def _require_regular(status: os.stat_result, path: Path, error: type[VlmdeployError], expected: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: is {kind_of(status.st_mode)}, expected {expected or 'a file'}")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
