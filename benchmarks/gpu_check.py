@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import VlmdeployError
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.generate import Prompt, Read, read_prompts

@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import EngineInfo, Manifest, hash_file, read_manifest, write_manifest
+from vlmdeploy.bundle import hash_file, read_manifest, write_manifest
 from vlmdeploy.export.engines.parts import EnginePart, cut
+from vlmdeploy.manifest import EngineInfo, Manifest
 from vlmdeploy.runtime.backends.cuda_device import Buffer
 from vlmdeploy.runtime.backends.ort import session_options
 from vlmdeploy.runtime.backends.trt import TrtBackend

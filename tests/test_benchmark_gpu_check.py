@@ -7,8 +7,8 @@ import pytest
 
 from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
 from tests.tiny_bundle import ROOT, edit_manifest, export, run_process, write_text_checkpoint
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.trt import TrtBackend
 
 sys.path.append(str(ROOT / "benchmarks"))

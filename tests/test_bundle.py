@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from vlmdeploy.bundle import (
+from vlmdeploy.bundle import MANIFEST_NAME, hash_file, read_manifest, write_manifest
+from vlmdeploy.errors import BundleError
+from vlmdeploy.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     CacheShape,
     ChatTemplate,
     EmbeddingInfo,
@@ -25,11 +26,7 @@ from vlmdeploy.bundle import (
     TensorInfo,
     TokenRules,
     Verification,
-    hash_file,
-    read_manifest,
-    write_manifest,
 )
-from vlmdeploy.errors import BundleError
 
 GRAPH = GraphInfo(
     "decoder.onnx", "decoder.data", (TensorInfo("x", "float32", (1, "seq", 8)),), (TensorInfo("y", "float16", ()),)

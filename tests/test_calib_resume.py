@@ -39,8 +39,9 @@ from tests.calibration_data import (
 from tests.stored_linears import gptq_linears
 from tests.tiny_bundle import ROOT, content_of, flip_byte, run_cli
 from vlmdeploy.artifact import locked, partial_folder
-from vlmdeploy.bundle import FileEntry, hash_file
+from vlmdeploy.bundle import hash_file
 from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
+from vlmdeploy.manifest import FileEntry
 from vlmdeploy.progress import no_progress
 
 UNITS = ["vision.embed", "vision.layers.0", "connector", "prompts", "decoder.layers.0", "decoder.layers.1", "head"]

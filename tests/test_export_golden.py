@@ -19,9 +19,10 @@ from tests.graph_edits import graph_of, names_of
 from tests.reference import int4 as reference
 from tests.tiny_bundle import TEXT_MODEL, content_of, export, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
-from vlmdeploy.bundle import Manifest, read_manifest
+from vlmdeploy.bundle import read_manifest
 from vlmdeploy.export.gate.taps import tapped_backend
 from vlmdeploy.export.weight_reader import WeightReader
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter
 from vlmdeploy.model.vlm import VisionLanguageModel

@@ -14,10 +14,11 @@ import onnx
 import pytest
 
 from tests.tiny_bundle import edit_manifest, export, write_text_checkpoint
-from vlmdeploy.bundle import Manifest, read_manifest
+from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, BundleError, ExportError
 from vlmdeploy.export.engines.build import BuildOptions, build_bundle
 from vlmdeploy.export.engines.compiler import EngineRequest, RoutedPlugin, profiles, use_plugin
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.backends.plugin_library import PACKING
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary

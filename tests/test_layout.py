@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.reference import layout as reference
-from vlmdeploy.bundle import TokenRules
 from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import Segment, position_ids, segments_of, token_types_of, vision_expert_mask
+from vlmdeploy.manifest import TokenRules
 
 RULES = TokenRules(bos_id=1, pad_id=0, placeholder_id=0, stop_ids=(2,), rows_per_image=4, max_images=1)
 NO_EXPERT = TokenRules(1, 0, 0, (2,), 4, 1, vision_rows="none")

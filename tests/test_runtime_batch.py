@@ -14,9 +14,10 @@ from tests.fake_tensorrt import FakeDevice, fake_library, open_fake, write_fake_
 from tests.tiny_bundle import export, picture, write_text_checkpoint
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bench.memory_use import device_memory
-from vlmdeploy.bundle import PluginUse, read_manifest
+from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, PromptError
 from vlmdeploy.export.engines.parts import EnginePart
+from vlmdeploy.manifest import PluginUse
 from vlmdeploy.runtime.backends.lanes import Call, Lanes
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, needed_bytes

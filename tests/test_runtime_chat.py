@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from tests.golden_cases import CHECKPOINTS, GOLDEN
-from vlmdeploy.bundle import ChatTemplate, Piece, TokenRules
 from vlmdeploy.errors import BundleError, PromptError
 from vlmdeploy.families.cogvlm import TEMPLATES
+from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
 from vlmdeploy.runtime.chat import Conversation, StreamDecoder, Tokenizer, Turn, prompt_ids, read_messages, render
 
 PROMPT_CASES = [

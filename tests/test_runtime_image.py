@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.golden_cases import GOLDEN, GoldenCase, golden_cases
-from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import DataError
 from vlmdeploy.families.cogvlm import CLIP_MEAN, CLIP_STD
+from vlmdeploy.manifest import ImageRecipe
 from vlmdeploy.runtime.image import load_image, preprocess, resize_rgb
 
 IMAGES = GOLDEN / "cogvlm-images"

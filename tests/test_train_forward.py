@@ -8,7 +8,7 @@ import torch
 
 from tests.comparison import assert_close
 from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
-from vlmdeploy.bundle import ImageRecipe
+from vlmdeploy.manifest import ImageRecipe
 from vlmdeploy.model.load import load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.train.batches import normalized

@@ -1,4 +1,4 @@
-"""Open what came from outside: regular files only, opened once, bounded in size, and inside the folder that named them."""
+"""Open what came from outside: regular files only, opened once, of bounded size, inside the folder that names them."""
 
 import os
 import stat
@@ -26,8 +26,8 @@ def open_input(path: Path, error: type[VlmdeployError], expected: str = "") -> B
     """
     wanted = expected and f"; expected {expected}"
     try:
-        _require_regular(os.stat(path), path, error, expected)
-        stream = open(path, "rb", opener=_open_without_waiting)  # noqa: PTH123  # Path.open takes no opener
+        _require_regular(path.stat(), path, error, expected)
+        stream = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # returned
     except FileNotFoundError as problem:
         raise error(f"{path}: no such file{wanted}") from problem
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name

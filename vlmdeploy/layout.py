@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import TokenRules
 from vlmdeploy.errors import PromptError
+from vlmdeploy.manifest import TokenRules
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

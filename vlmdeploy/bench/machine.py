@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 from vlmdeploy.bench.measurement import EngineUsed, Machine
-from vlmdeploy.bundle import Manifest
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.ort import import_onnxruntime
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
 from vlmdeploy.runtime.memory import sizes_in

@@ -29,9 +29,9 @@ from vlmdeploy.bench.measurement import (
 from vlmdeploy.bench.memory_use import DeviceMemory, device_memory, peak_meter, resident
 from vlmdeploy.bench.phase_watch import PhaseWatch, Spent
 from vlmdeploy.bench.timed_answer import AnswerTimes, AskedPicture, TimedQuestion, chosen_picture
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.child_process import child_process, end_with_parent
 from vlmdeploy.errors import BackendError, VlmdeployError
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend

@@ -14,9 +14,9 @@ from PIL import Image
 
 from vlmdeploy.bench.measurement import MeasureOptions
 from vlmdeploy.bench.phase_watch import PhaseWatch
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import ConfigError, PromptError
 from vlmdeploy.layout import Bools, Ints
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.chat import prompt_ids, read_messages

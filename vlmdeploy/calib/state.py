@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdeploy.artifact import LOCK, as_umask_says, damage_explained, read_state, sync_file, write_file
-from vlmdeploy.bundle import FileEntry, hash_file
+from vlmdeploy.bundle import hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
 from vlmdeploy.calib.flow import Flow
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
+from vlmdeploy.manifest import FileEntry
 from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.records import Config, read_object, record_of
 

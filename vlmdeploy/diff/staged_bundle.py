@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.diff.stage_graphs import INPUT, StageGraphs
 from vlmdeploy.diff.staged_checkpoint import Arithmetic, StagedModel, StageGeometry
 from vlmdeploy.export.engines.build import ENGINES
 from vlmdeploy.export.gate.sample import InputRules
 from vlmdeploy.export.gate.taps import edit_graph
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats

@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlmdeploy.bundle import ChatTemplate
 from vlmdeploy.export.gate.sample import InputRules
 from vlmdeploy.export.gate.torch_stages import TorchStages
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import WeightReader
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import ChatTemplate
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.overriding import override

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlmdeploy.artifact import check_output
-from vlmdeploy.bundle import Manifest, is_bundle
+from vlmdeploy.bundle import is_bundle
 from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
 from vlmdeploy.quant.precision import TARGETS

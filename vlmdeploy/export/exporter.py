@@ -16,21 +16,7 @@ from numpy.typing import NDArray
 
 import vlmdeploy
 from vlmdeploy.artifact import check_output, staged_folder
-from vlmdeploy.bundle import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    ROUTED_FORMAT_VERSION,
-    CacheShape,
-    EmbeddingInfo,
-    FileEntry,
-    GraphInfo,
-    Manifest,
-    PluginUse,
-    Provenance,
-    hash_file,
-    is_bundle,
-    write_manifest,
-)
+from vlmdeploy.bundle import MANIFEST_NAME, hash_file, is_bundle, write_manifest
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import (
     ENGINES,
@@ -53,6 +39,17 @@ from vlmdeploy.export.graphs.vision import build_vision
 from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.kernels.packing import PACKING_VERSION
+from vlmdeploy.manifest import (
+    FORMAT_VERSION,
+    ROUTED_FORMAT_VERSION,
+    CacheShape,
+    EmbeddingInfo,
+    FileEntry,
+    GraphInfo,
+    Manifest,
+    PluginUse,
+    Provenance,
+)
 from vlmdeploy.model.checkpoint import LICENCE_PATTERNS, Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.progress import Progress, no_progress

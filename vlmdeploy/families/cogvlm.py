@@ -6,9 +6,9 @@ vision and a language expert. Facts: docs/families/cogvlm.md; tensor names are t
 
 from dataclasses import dataclass
 
-from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, Piece, TokenRules
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
+from vlmdeploy.manifest import ChatTemplate, GenerationDefaults, ImageRecipe, Piece, TokenRules
 from vlmdeploy.records import Config
 from vlmdeploy.spec.connector import (
     Activation,

@@ -6,7 +6,6 @@ The number of KV heads and the rotary base are constants of the authors' code, n
 
 from dataclasses import replace
 
-from vlmdeploy.bundle import TokenRules
 from vlmdeploy.families.cogvlm import (
     ARCHITECTURE,
     COGVLM2_TOKENS,
@@ -19,6 +18,7 @@ from vlmdeploy.families.cogvlm import (
     weights,
 )
 from vlmdeploy.families.config import ConfigReader
+from vlmdeploy.manifest import TokenRules
 from vlmdeploy.records import Config
 from vlmdeploy.spec.decoder import ExpertSpec, RopeSpec
 from vlmdeploy.spec.model import ModelSpec

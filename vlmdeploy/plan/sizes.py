@@ -7,10 +7,10 @@ float32; omits alignment and the graphs themselves, about 1 MB.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vlmdeploy.bundle import dialect_of
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.graphs.trt_dialect import kernel_width
+from vlmdeploy.manifest import dialect_of
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size
 from vlmdeploy.quant.precision import Precision, PrecisionPlan
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT

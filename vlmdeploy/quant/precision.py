@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from vlmdeploy.bundle import dialect_of
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import ExportError
+from vlmdeploy.manifest import dialect_of
 from vlmdeploy.quant.grid import Grid
 from vlmdeploy.spec.matrices import PARTS, Matrix, embedding, matrices
 from vlmdeploy.spec.model import Geometry

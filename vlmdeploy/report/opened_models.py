@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 import vlmdeploy
-from vlmdeploy.bundle import Manifest, has_manifest, read_manifest
+from vlmdeploy.bundle import has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import Ints, token_types_of
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.report.distributions import DistributionModel, Floats, GivenAnswer
 from vlmdeploy.report.document import ReportedModel

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import tokenizers
 from PIL import Image
 
-from vlmdeploy.bundle import ChatTemplate, Piece, TokenRules
 from vlmdeploy.errors import BundleError, PromptError
+from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
 from vlmdeploy.runtime.image import ImageSource
 
 Message: TypeAlias = Mapping[str, Any]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import EmbeddingInfo
 from vlmdeploy.errors import BundleError
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import EmbeddingInfo
 
 FLOAT_TYPES = {"fp32": np.float32, "fp16": np.float16}
 CODES_PER_BYTE = {"int8": 1, "int4": 2}

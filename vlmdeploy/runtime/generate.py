@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmdeploy.bundle import TokenRules
 from vlmdeploy.errors import PromptError
 from vlmdeploy.layout import Bools, Ints, position_ids, segments_of, token_types_of, vision_expert_mask
+from vlmdeploy.manifest import TokenRules
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
 from vlmdeploy.runtime.embedding import EmbeddingTable

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import DataError
+from vlmdeploy.manifest import ImageRecipe
 
 
 @runtime_checkable

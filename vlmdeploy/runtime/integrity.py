@@ -6,8 +6,9 @@ import logging
 import os
 from pathlib import Path
 
-from vlmdeploy.bundle import Manifest, hash_file, read_manifest
+from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BundleError
+from vlmdeploy.manifest import Manifest
 
 logger = logging.getLogger("vlmdeploy")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmdeploy.bundle import StageVerdict
 from vlmdeploy.errors import ParityError
+from vlmdeploy.manifest import StageVerdict
 from vlmdeploy.runtime.backends.lanes import Floats
 
 

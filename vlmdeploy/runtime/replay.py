@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmdeploy.bundle import Manifest, StageVerdict
 from vlmdeploy.errors import BundleError, ParityError
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import Manifest, StageVerdict
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.lanes import Floats

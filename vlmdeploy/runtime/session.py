@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.answer import Answer, Running
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend

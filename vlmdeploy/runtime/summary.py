@@ -1,7 +1,7 @@
 """A short description of a bundle."""
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.byte_sizes import megabytes
+from vlmdeploy.manifest import Manifest
 
 
 def bundle_rows(manifest: Manifest) -> list[list[str]]:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.data.samples import Picture, Sample, check_boxes
 from vlmdeploy.errors import DataError, PromptError
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
 from vlmdeploy.runtime.image import load_image, preprocess

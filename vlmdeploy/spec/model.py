@@ -4,8 +4,8 @@ builder and the runtime read these dataclasses and never ask for the family."""
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from vlmdeploy.bundle import ChatTemplate, GenerationDefaults, ImageRecipe, TokenRules
 from vlmdeploy.errors import ExportError
+from vlmdeploy.manifest import ChatTemplate, GenerationDefaults, ImageRecipe, TokenRules
 from vlmdeploy.records import Config
 from vlmdeploy.spec.connector import ConnectorSpec
 from vlmdeploy.spec.decoder import DecoderSpec

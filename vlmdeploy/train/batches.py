@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmdeploy.bundle import ImageRecipe
 from vlmdeploy.errors import TrainingError
+from vlmdeploy.manifest import ImageRecipe
 from vlmdeploy.runtime.chat import Tokenizer, Turn, render
 from vlmdeploy.train.config import TrainConfig
 from vlmdeploy.train.forward import TEXT_POSITION

@@ -16,13 +16,14 @@ from typing import Literal
 
 from vlmdeploy import devices
 from vlmdeploy.artifact import LOCK, empty_partial, locked
-from vlmdeploy.bundle import EngineInfo, FileEntry, Manifest, hash_file, write_manifest
+from vlmdeploy.bundle import hash_file, write_manifest
 from vlmdeploy.byte_sizes import gigabytes, parse_size
 from vlmdeploy.devices import Device
 from vlmdeploy.errors import BundleError, ConfigError, ExportError
 from vlmdeploy.export.engines.compiler import LOGIT_ROWS, EngineRequest, ProfileShapes, RoutedPlugin, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.kernels.packing import PACKING_VERSION
+from vlmdeploy.manifest import EngineInfo, FileEntry, Manifest
 from vlmdeploy.progress import Progress
 from vlmdeploy.runtime.backends.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH

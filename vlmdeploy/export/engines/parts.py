@@ -8,9 +8,9 @@ from typing import Any
 
 import onnx
 
-from vlmdeploy.bundle import GraphInfo
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import ExportError
+from vlmdeploy.manifest import GraphInfo
 
 # Peak memory of a build over the bytes of the graph's weights: benchmarks/engine_build.py.
 BASE_BYTES = 450 << 20

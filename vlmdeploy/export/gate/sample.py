@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmdeploy.bundle import ImageRecipe, Manifest, TokenRules
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import ImageRecipe, Manifest, TokenRules
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
 from vlmdeploy.spec.model import ModelSpec

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.export.gate.taps import TappedRun
 from vlmdeploy.export.gate.torch_stages import TorchStages
 from vlmdeploy.export.graphs.head_layout import HeadLayout
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.model.decoder import LayerCache, Step
 from vlmdeploy.progress import Progress
 from vlmdeploy.runtime import parity

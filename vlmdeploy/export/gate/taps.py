@@ -13,11 +13,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.door import decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats, slot_positions
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime, load_session

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmdeploy.bundle import Manifest, StageVerdict, Verification
 from vlmdeploy.errors import ExportError, ParityError
 from vlmdeploy.export.gate.sample import InputRules, draw_sample
 from vlmdeploy.export.gate.stage_checks import StageChecks
@@ -19,6 +18,7 @@ from vlmdeploy.export.gate.taps import TappedRun, tapped_backend
 from vlmdeploy.export.gate.torch_stages import TorchStages
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import Manifest, StageVerdict, Verification
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress

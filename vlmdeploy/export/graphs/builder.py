@@ -15,9 +15,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vlmdeploy.bundle import FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints, WeightReader
+from vlmdeploy.manifest import FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.quant.grid import Grid, Quantized
 
 IR_VERSION = 11

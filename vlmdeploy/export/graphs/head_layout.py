@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmdeploy.bundle import CacheShape
 from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.manifest import CacheShape
 from vlmdeploy.quant.grid import Floats
 from vlmdeploy.spec.decoder import DecoderSpec
 

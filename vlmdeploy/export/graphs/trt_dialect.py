@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from vlmdeploy.bundle import CacheShape
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.graphs.builder import DataFile, GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HEAD_MULTIPLE, HeadLayout, head_rows, tail_slots
 from vlmdeploy.export.weight_reader import Ints, WeightReader
+from vlmdeploy.manifest import CacheShape
 from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import dequantize_linear
 from vlmdeploy.quant.grid import Grid, Quantized

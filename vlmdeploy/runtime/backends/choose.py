@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.ort import PROVIDERS, OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend

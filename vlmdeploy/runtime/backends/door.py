@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.layout import Bools, expert_of
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}

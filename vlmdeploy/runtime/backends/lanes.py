@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import CacheShape
 from vlmdeploy.layout import Bools, Ints
+from vlmdeploy.manifest import CacheShape
 
 Floats = NDArray[np.float32]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmdeploy.bundle import Manifest
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Bools, Ints
+from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.bundle import EngineInfo, Manifest
 from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.errors import BackendError
 from vlmdeploy.layout import Bools
+from vlmdeploy.manifest import EngineInfo, Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph

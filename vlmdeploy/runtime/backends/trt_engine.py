@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmdeploy.bundle import EngineInfo, FileEntry
 from vlmdeploy.errors import BackendError
+from vlmdeploy.manifest import EngineInfo, FileEntry
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.backends.trt_library import HOW_TO_INSTALL, TensorrtLibrary
 from vlmdeploy.runtime.integrity import cache_folder, keep
