@@ -21,44 +21,46 @@ from typing import Any
 import numpy as np
 
 from vlmdeploy.errors import VlmdeployError
-from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.generate import Prompt, Read, read_prompts
-from vlmdeploy.runtime.integrity import cache_folder, check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.replay import read_record, sample_prompt
 from vlmdeploy.runtime.session import Session
+from vlmdeploy.runtime.user_folders import cache_folder
 
-Open = Callable[[Path, Manifest, str], TrtBackend]  # folder, manifest, residency
+Open = Callable[[BundleFiles, str], TrtBackend]  # files, residency
 
 
-def open_engines(folder: Path, manifest: Manifest, residency: str) -> TrtBackend:
+def open_engines(files: BundleFiles, residency: str) -> TrtBackend:
     """The bundle's engines on this machine's GPU."""
-    return TrtBackend(folder, manifest, residency)
+    return TrtBackend(files, residency)
 
 
 def check(folder: Path, num_tokens: int, bandwidth: float | None, open_backend: Open = open_engines) -> dict[str, Any]:
     """All answers about one bundle."""
-    manifest, record = check_bundle(folder, "full"), read_record(folder)
+    files = check_bundle(folder, "full")
+    manifest, record = files.manifest, read_record(files)
     prompt = sample_prompt(manifest, record.ids, record.picture)
-    shutil.rmtree(cache_folder() / "rtx", ignore_errors=True)  # so that the first start is one
-    starts = [start_of(folder, manifest, prompt, open_backend) for _ in range(2)]
-    session = Session(folder, manifest, open_backend(folder, manifest, "all"))
-    reference = Session(folder, manifest, OrtBackend(folder, manifest))
+    if (cache := cache_folder()) is not None:
+        shutil.rmtree(cache / "rtx", ignore_errors=True)  # so that the first start is one
+    starts = [start_of(files, prompt, open_backend) for _ in range(2)]
+    session = Session(files, open_backend(files, "all"))
+    reference = Session(files, OrtBackend(files))
     with session, reference:
         answers = compare(session, reference, prompt, num_tokens)
         speed = decode_speed(session, prompt, num_tokens, bandwidth)
-    memory = memory_by_phase(folder, manifest, prompt, open_backend)
+    memory = memory_by_phase(files, prompt, open_backend)
     return {
         "bundle": folder.name, "engines": {name: asdict(info) for name, info in manifest.engines.items()},
         "first_start": starts[0], "second_start": starts[1], "answers": answers, "speed": speed, "memory_bytes": memory,
     }  # fmt: skip
 
 
-def start_of(folder: Path, manifest: Manifest, prompt: Prompt, open_backend: Open) -> dict[str, float]:
+def start_of(files: BundleFiles, prompt: Prompt, open_backend: Open) -> dict[str, float]:
     """Milliseconds of opening, of one token and of three; the first start compiles kernels on the way."""
     start = time.perf_counter()
-    with Session(folder, manifest, open_backend(folder, manifest, "all")) as session:
+    with Session(files, open_backend(files, "all")) as session:
         opened = time.perf_counter()
         session.generate_ids(prompt.ids, prompt.pixels, 1)
         first = time.perf_counter()
@@ -105,12 +107,12 @@ def decode_speed(session: Session, prompt: Prompt, num_tokens: int, bandwidth: f
     return result | ({"of_bandwidth": size / seconds / bandwidth} if bandwidth else {})
 
 
-def memory_by_phase(folder: Path, manifest: Manifest, prompt: Prompt, open_backend: Open) -> dict[str, int]:
+def memory_by_phase(files: BundleFiles, prompt: Prompt, open_backend: Open) -> dict[str, int]:
     """Drop of the free memory in bytes after each phase, with residency "phase"."""
-    backend = open_backend(folder, manifest, "phase")
+    backend = open_backend(files, "phase")
     free = backend.device.free_bytes()
     taken: dict[str, int] = {}
-    with Session(folder, manifest, backend) as session:
+    with Session(files, backend) as session:
         assert prompt.pixels is not None, "the recorded prompt has a picture"
         backend.encode_images(prompt.pixels)
         taken["vision"] = free - backend.device.free_bytes()

@@ -30,7 +30,8 @@ if temporary.name != DEEP:  # workers of pytest-xdist inherit it
     temporary /= DEEP
     temporary.mkdir(exist_ok=True)
     tempfile.tempdir = str(temporary)
-os.environ |= {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(temporary / "cache")}
+os.environ |= {"TMPDIR": str(temporary)}
+os.environ |= {f"XDG_{kind.upper()}_HOME": str(temporary / kind) for kind in ("cache", "state")}
 os.environ |= {"COLUMNS": "40", "LC_ALL": "C", "TZ": "Asia/Kathmandu"}
 time.tzset()
 
@@ -80,6 +81,7 @@ def answering_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_hash_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of hashes of a test that neither reads nor writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("vlmdeploy.runtime.integrity.SETTLED_NS", 0)
     return tmp_path / "cache" / "vlmdeploy" / "hashes.json"
 
 
@@ -96,7 +98,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[["Edit"], None]:
 
     def install(edit: "Edit") -> None:
         def edit_and_verify(subject: "CheckedBundle", *rest: Any) -> Any:
-            edit(subject.folder)
+            edit(subject.files.folder)
             return verify_staged(subject, *rest)
 
         monkeypatch.setattr("vlmdeploy.export.exporter.verify_staged", edit_and_verify)

@@ -23,6 +23,7 @@ from vlmdeploy.runtime.backends.cuda_device import Buffer
 from vlmdeploy.runtime.backends.ort import session_options
 from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
+from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.session import Session
 
 NUMPY_TYPES = {
@@ -328,6 +329,6 @@ def open_fake(
     device: FakeDevice | None = None,
 ) -> tuple[Session, FakeDevice]:  # fmt: skip
     """A session on a bundle with fake plans, and its device."""
-    manifest, device = read_manifest(folder), device or FakeDevice()
-    backend = TrtBackend(folder, manifest, residency, fake_library(device, name, version), device)  # type: ignore[arg-type]
-    return Session(folder, manifest, backend), device
+    files, device = check_bundle(folder), device or FakeDevice()
+    backend = TrtBackend(files, residency, fake_library(device, name, version), device)  # type: ignore[arg-type]
+    return Session(files, backend), device

@@ -41,6 +41,7 @@ from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.lanes import Floats, Lanes
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
+from vlmdeploy.runtime.integrity import check_bundle
 
 ROWS = 18  # of a picture in the tiny models
 PHASES = {"open", "preprocess", "vision", "prefill", "decode"}
@@ -67,7 +68,7 @@ class CountingBackend(OrtBackend):
     """Counts the calls that cost something."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, read_manifest(folder), 1)
+        super().__init__(check_bundle(folder), 1)
         self.encoded = self.decoded = 0
         self.is_closed = False
 
@@ -103,7 +104,7 @@ class OneJouleEachTime:
 
 def measured(folder: Path, options: MeasureOptions, meter: Meter | None = None) -> tuple[Measurement, CountingBackend]:
     backend = CountingBackend(folder)
-    subject = MeasuredBundle(folder, read_manifest(folder), ENGINE, lambda: backend)
+    subject = MeasuredBundle(check_bundle(folder), ENGINE, lambda: backend)
     return measure_backend(subject, options, meter or Unknown("told by a test")), backend
 
 
@@ -202,9 +203,9 @@ def test_tensorrt_tells_what_it_plans_and_what_it_takes(tmp_path: Path) -> None:
     engine = EngineUsed("tensorrt_rtx", "1.7.1", "cuda", None, "all")
 
     def open_it() -> TrtBackend:
-        return TrtBackend(folder, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+        return TrtBackend(check_bundle(folder), "all", fake_library(device), device)  # type: ignore[arg-type]
 
-    found = measure_backend(MeasuredBundle(folder, manifest, engine, open_it), SHORT, Unknown(""))
+    found = measure_backend(MeasuredBundle(check_bundle(folder), engine, open_it), SHORT, Unknown(""))
     planned = sum(buffer_bytes(manifest, 7, 3).values())
     taken = {phase: memory.device_peak_bytes for phase, memory in found.memory.phases.items()}
     assert found.memory.device_planned_bytes == planned and found.machine.gpu == device.name
@@ -234,7 +235,7 @@ def test_wrong_picture_is_found_before_anything_is_opened(bundle: Path, tmp_path
     def open_it() -> CountingBackend:
         raise AssertionError("opened")
 
-    subject = MeasuredBundle(bundle, read_manifest(bundle), ENGINE, open_it)
+    subject = MeasuredBundle(check_bundle(bundle), ENGINE, open_it)
     with pytest.raises(DataError, match=r"empty\.png"):
         measure_backend(subject, replace(SHORT, image=str(tmp_path / "empty.png")), Unknown(""))
 

@@ -8,8 +8,8 @@ import pytest
 from tests.fake_tensorrt import FakeDevice, fake_library, write_fake_engines
 from tests.tiny_bundle import ROOT, edit_manifest, export, run_process, write_text_checkpoint
 from vlmdeploy.export.engines.parts import EnginePart
-from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.trt import TrtBackend
+from vlmdeploy.runtime.integrity import BundleFiles
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu_check
@@ -27,9 +27,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def open_fake(folder: Path, manifest: Manifest, residency: str) -> TrtBackend:
+def open_fake(files: BundleFiles, residency: str) -> TrtBackend:
     device = FakeDevice()
-    return TrtBackend(folder, manifest, residency, fake_library(device), device)  # type: ignore[arg-type]
+    return TrtBackend(files, residency, fake_library(device), device)  # type: ignore[arg-type]
 
 
 def test_every_question_is_answered(bundle: Path) -> None:

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmdeploy.bundle import MANIFEST_NAME, hash_file, read_manifest, write_manifest
+from vlmdeploy.bundle import hash_file, read_manifest, write_manifest
 from vlmdeploy.errors import BundleError
 from vlmdeploy.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     CacheShape,
     ChatTemplate,
     EmbeddingInfo,
@@ -28,9 +30,10 @@ from vlmdeploy.manifest import (
     Verification,
 )
 
-GRAPH = GraphInfo(
-    "decoder.onnx", "decoder.data", (TensorInfo("x", "float32", (1, "seq", 8)),), (TensorInfo("y", "float16", ()),)
+VISION = GraphInfo(
+    "vision.onnx", "vision.data", (TensorInfo("x", "float32", (1, "seq", 8)),), (TensorInfo("y", "float16", ()),)
 )
+FILES = ["decoder_text.onnx", "decoder_text.data", "vision.onnx", "vision.data", "tokenizer.json"]
 MANIFEST = Manifest(
     family="cogvlm",
     target="ort-int4",
@@ -41,16 +44,16 @@ MANIFEST = Manifest(
     default_template="chät",
     tokens=TokenRules(1, 0, 0, (2, 5), rows_per_image=18, max_images=1),
     generation=GenerationDefaults(True, 0.6, None, 40),
-    cache=CacheShape(2, 4, 32, "float16", (1.0, 0.1)),
-    graphs={"vision": GRAPH, "decoder_text": replace(GRAPH, inputs=())},
-    embedding=EmbeddingInfo("embedding.data", "int4", 320, 128, 32, 4096),
+    cache=CacheShape(2, 4, 4, "fp16", (1.0, 0.1)),
+    graphs={"vision": VISION, "decoder_text": GraphInfo("decoder_text.onnx", "decoder_text.data", (), VISION.outputs)},
+    embedding=EmbeddingInfo("embedding.bin", "int4", 320, 128, 32, 20480),
     has_tokenizer=True,
     precision={"vision": "int8"},
     group_sizes={"vision": 0},
     requested_group=128,
     kept_in_float=("decoder.layers.0.language.qkv",),
     memory_bytes={"decode": 12345678901},
-    files={"decoder.onnx": FileEntry(3, "ab" * 32)},
+    files={name: FileEntry(300, "ab" * 32) for name in FILES} | {"embedding.bin": FileEntry(23040, "cd" * 32)},
     made_by=Provenance("cd" * 32, {"torch": "2.0"}, "rtn", ("a note",)),
     verification=Verification(True, (StageVerdict("vision", "shipped", 1e-5, 3e-4, "y", True),), 1.0, 16, 16, "x86"),
 )
@@ -159,7 +162,7 @@ def test_keys_of_a_newer_minor_format_are_ignored(tmp_path: Path, data: dict[str
     "path",
     [
         ("family",), ("files",), ("image", "mean"), ("tokens", "stop_ids"), ("cache", "inv_freq"),
-        ("graphs", "vision", "inputs", 0, "shape"), ("made_by", "quantization"), ("files", "decoder.onnx", "sha256"),
+        ("graphs", "vision", "inputs", 0, "shape"), ("made_by", "quantization"), ("files", "vision.onnx", "sha256"),
         ("verification", "stages", 0, "tolerance"), ("templates", 0, "last_turn", 1, "kind"),
     ],
     ids=lambda path: path[-1],
@@ -188,7 +191,7 @@ def test_missing_key_is_named_with_its_place(tmp_path: Path, data: dict[str, Any
         (("generation", "top_p"), "0.9", "expected a number"),
         (("graphs",), [], "expected an object"),
         (("graphs", "vision", "inputs", 0, "shape", 1), 1.5, "expected a whole number or a string"),
-        (("files", "decoder.onnx", "bytes"), "3", "expected a whole number"),
+        (("files", "vision.onnx", "bytes"), "3", "expected a whole number"),
         (("verification",), "passed", "expected an object"),
         (("templates", 0, "past_turn", 0, "kind"), "system", "expected 'text' or 'user'"),
     ],
@@ -230,6 +233,131 @@ def test_other_files_in_place_of_a_manifest_are_errors(tmp_path: Path, content: 
 def test_manifest_that_is_not_json_is_an_error_though_its_hash_fits(tmp_path: Path, body: bytes) -> None:
     with pytest.raises(BundleError, match="not JSON"):
         read_manifest(sealed(tmp_path, body))
+
+
+# What a stranger may not write, though every type is right
+
+ESCAPES = [
+    "../vision.onnx", "/etc/passwd", "a/b", "engines/../x", "engines/a/b", ".", "..", "", ".hidden", "a\0b", "a\nb",
+    "manifest.json", "engines", "engines/", "n" * 256,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_file_names_are_plain(tmp_path: Path, data: dict[str, Any], name: str) -> None:
+    data["files"][name] = data["files"]["vision.onnx"]
+    with pytest.raises(BundleError, match=r'"files" is .*expected plain file names'):
+        read_manifest(signed(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        (("graphs", "vision", "file"), "graphs.vision.file"),
+        (("graphs", "vision", "data_file"), "graphs.vision.data_file"),
+        (("embedding", "file"), "embedding.file"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["unlisted.bin", "../vision.onnx", "/etc/passwd"])
+def test_every_file_that_is_read_is_listed(
+    tmp_path: Path, data: dict[str, Any], path: tuple[str, ...], key: str, name: str
+) -> None:
+    """A file that the manifest did not list was read without being hashed."""
+    inner(data, path)[path[-1]] = name
+    with pytest.raises(BundleError, match=rf'"{key}" is .*expected a file that "files" lists'):
+        read_manifest(signed(tmp_path, data))
+
+
+def test_tokenizer_is_listed(tmp_path: Path, data: dict[str, Any]) -> None:
+    del data["files"]["tokenizer.json"]
+    with pytest.raises(BundleError, match=r'"has_tokenizer" is .tokenizer\.json., expected a file that "files" lists'):
+        read_manifest(signed(tmp_path, data))
+
+
+ENGINE = {
+    "file": "engines/vision.engine", "graph": "vision", "part": 0, "layers": [0, 0], "library": "tensorrt",
+    "version": "11.4", "compute_capabilities": [], "chunk_rows": 8, "logit_rows": 4, "context_tokens": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"plugin": {"packing": 1, "library": "engines/p.so"}}, '"plugin" is .ort-int4., expected a routed decoder'),
+        ({"plugin": {"packing": 1}, "target": "trt-int4"}, '"plugin" is .trt-int4., expected a routed decoder for trt'),
+        ({"engines": {"vision": ENGINE}}, r'"engines" is .*expected none for ort-int4'),
+        ({"engines": {"v": ENGINE | {"file": "vision.onnx"}}, "target": "trt-int4"}, r"engines\.v\.file.*engines/NAME"),
+        (
+            {"engines": {"v": ENGINE | {"graph": "x"}}, "target": "trt-int4"},
+            r"engines\.v\.graph.*a graph of the bundle",
+        ),
+        ({"engines": {"v": ENGINE | {"layers": [0, 9]}}, "target": "trt-int4"}, r"engines\.v\.layers.*layers of the"),
+        ({"engines": {"v": ENGINE | {"chunk_rows": 0}}, "target": "trt-int4"}, r"chunk_rows.*a number from 1 to"),
+        ({"target": "cpu"}, '"target" is .cpu., expected ort-'),
+    ],
+)
+def test_native_code_is_for_targets_that_take_it(
+    tmp_path: Path, data: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    """The target was looked at only after the library of the plugin had been loaded."""
+    entry = data["files"]["vision.onnx"]
+    data["files"] |= {"engines/p.so": entry, "engines/vision.engine": entry}
+    with pytest.raises(BundleError, match=expected):
+        read_manifest(signed(tmp_path, data | changes))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("context_tokens",), 0), (("context_tokens",), 10**400),
+        (("image", "size_px"), 10**9), (("image", "std", 0), 0),
+        (("image", "mean", 0), 1e308), (("tokens", "rows_per_image"), 129), (("tokens", "max_images"), 10**6),
+        (("tokens", "bos_id"), 320), (("tokens", "placeholder_id"), -1), (("templates",), []),
+        (("embedding", "vocab_size"), 321), (("embedding", "hidden"), 0), (("embedding", "group_size"), 0),
+        (("embedding", "group_size"), 33),
+        (("embedding", "scales_offset"), 20478), (("embedding", "scales_offset"), -2),
+        (("embedding", "scales_offset"), 20482), (("embedding", "dtype"), "fp32"), (("cache", "num_layers"), 10**5),
+        (("cache", "kv_heads"), 100), (("cache", "dtype"), "float64"), (("cache", "inv_freq"), [1.0]),
+        (("cache", "inv_freq", 0), float("nan")), (("files", "vision.onnx", "bytes"), -1),
+        (("files", "vision.onnx", "sha256"), "../x"), (("graphs", "vision", "inputs", 0, "shape"), [-1]),
+        (("graphs", "vision", "inputs", 0, "shape"), [1] * 9), (("memory_bytes", "decode"), -1),
+        (("verification", "stages"), []), (("verification", "stages", 0, "tolerance"), 0),
+    ],
+    ids=lambda value: "-".join(map(str, value))[:40] if isinstance(value, tuple) else None,
+)  # fmt: skip
+def test_numbers_are_bounded_by_the_files(
+    tmp_path: Path, data: dict[str, Any], path: tuple[Any, ...], value: Any
+) -> None:
+    """Numbers of a stranger decided how much memory was asked for, or divided by zero."""
+    inner(data, path)[path[-1]] = value
+    with pytest.raises(BundleError, match=rf"{MANIFEST_NAME}: .*expected "):
+        read_manifest(signed(tmp_path, data))
+
+
+@pytest.mark.parametrize("graphs", [{"vision"}, {"vision", "decoder_text", "decoder"}, {"decoder_text", "../x"}])
+def test_graphs_are_those_that_we_know(tmp_path: Path, data: dict[str, Any], graphs: set[str]) -> None:
+    data["graphs"] = {name: data["graphs"].get(name, data["graphs"]["vision"]) for name in graphs}
+    with pytest.raises(BundleError, match=r'"graphs" is '):
+        read_manifest(signed(tmp_path, data))
+
+
+def test_two_graphs_do_not_share_a_file(tmp_path: Path, data: dict[str, Any]) -> None:
+    data["graphs"]["vision"]["data_file"] = "decoder_text.data"
+    with pytest.raises(BundleError, match="expected a file of its own for each graph"):
+        read_manifest(signed(tmp_path, data))
+
+
+def test_endless_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / MANIFEST_NAME).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BundleError, match=r"has 1099\.5 GB, at most 16\.8 MB are read"):
+        read_manifest(tmp_path)
+
+
+def test_manifest_that_is_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    with pytest.raises(BundleError, match="is a FIFO or pipe, expected a manifest"):
+        read_manifest(tmp_path)
 
 
 def test_template_is_found_by_name_or_default() -> None:

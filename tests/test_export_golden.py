@@ -29,6 +29,7 @@ from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.precision import plan_precision
 from vlmdeploy.runtime.backends.lanes import Call, slot_positions
 from vlmdeploy.runtime.backends.ort import CHUNK_ROWS, OrtBackend, import_onnxruntime
+from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.session import Session
 from vlmdeploy.spec.matrices import PARTS
 
@@ -92,8 +93,8 @@ def weight_reader(ckpt: Path, manifest: Manifest) -> WeightReader:
 
 def exact_session(exported: Exported) -> Session:
     """The bundle in float32, without int8 activations or fp16: only the order of sums differs from PyTorch."""
-    folder, manifest = exported.folder, exported.manifest
-    return Session(folder, manifest, tapped_backend(folder, manifest, True, 1, {}))
+    files = check_bundle(exported.folder)
+    return Session(files, tapped_backend(files, True, 1, {}))
 
 
 def assert_same_answers(session: Session, model: VisionLanguageModel, ids: list[int], pixels: Any, name: str) -> None:
@@ -315,13 +316,14 @@ class CountingSession:
 def counted(wide: Exported) -> tuple[Session, dict[str, CountingSession]]:
     """The bundle with its graphs' calls counted."""
     sessions: dict[str, CountingSession] = {}
+    files = check_bundle(wide.folder)
 
     def load(graph: str) -> Any:
         path = str(wide.folder / wide.manifest.graphs[graph].file)
         real = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
         return sessions.setdefault(graph, CountingSession(real))
 
-    return Session(wide.folder, wide.manifest, OrtBackend(wide.folder, wide.manifest, load_graph=load)), sessions
+    return Session(files, OrtBackend(files, load_graph=load)), sessions
 
 
 def test_one_session_call_for_each_token(counted: tuple[Session, dict[str, CountingSession]]) -> None:

@@ -397,7 +397,7 @@ def test_routed_bundle_of_a_later_format(version: str, is_read: bool, bundle: Pa
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_manifest(copy, format_version=version)
     if is_read:
-        assert check_bundle(copy).format_version == version
+        assert check_bundle(copy).manifest.format_version == version
     else:
         with pytest.raises(BundleError, match=r"format 3\.0 is newer than 2\.0"):
             check_bundle(copy)

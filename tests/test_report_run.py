@@ -5,6 +5,7 @@ Models are tiny and random; measurements are made up, but for the one test that 
 """
 
 import base64
+import errno
 import gc
 import io
 import json
@@ -518,9 +519,13 @@ def test_evaluation_keeps_text_that_is_no_utf8(tmp_path: Path) -> None:
     assert Store(tmp_path / "new" / "folder").put("key", kept) == Store(tmp_path / "new" / "folder").get("key", 4)
 
 
-def test_full_disk_is_one_line(tmp_path: Path) -> None:
+def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system names no file then, and the command ended with a traceback."""
-    (tmp_path / "key.json.new").symlink_to("/dev/full")
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlmdeploy.artifact.sync_file", fail)
     with pytest.raises(ExportError, match=f"{tmp_path}: cannot be written: No space left on device"):
         Store(tmp_path).put("key", evaluation_of("a"))
     given = GivenAnswer(ASKED[0], np.arange(2), np.arange(2), None)

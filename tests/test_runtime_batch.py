@@ -22,6 +22,7 @@ from vlmdeploy.runtime.backends.lanes import Call, Lanes
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, needed_bytes
 from vlmdeploy.runtime.generate import GenerateLoop, Request, make_prompt, prefill_steps
+from vlmdeploy.runtime.integrity import BundleFiles
 from vlmdeploy.runtime.sampling import SamplingOptions
 from vlmdeploy.runtime.session import Session, open_bundle
 
@@ -298,7 +299,7 @@ def test_memory_of_every_lane_is_planned(built: Path) -> None:
     for short, is_enough in ((0, True), (1, False)):
         device = FakeDevice(memory_bytes=needed - short)
         with contextlib.nullcontext() if is_enough else pytest.raises(BackendError, match="of GPU memory"):
-            TrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+            TrtBackend(BundleFiles(built, manifest), "all", fake_library(device), device)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("library", ["", "engines/libvlmdeploy_routed.so"])
@@ -307,8 +308,10 @@ def test_plugin_library_of_the_bundle_is_registered_first(
 ) -> None:
     manifest, device, loaded = read_manifest(built), FakeDevice(), []
     monkeypatch.setattr("vlmdeploy.runtime.backends.trt.load_plugin_library", lambda path, _: loaded.append(path))
+    if library:
+        (built / library).write_bytes(b"")
     manifest = replace(manifest, plugin=PluginUse(1, library))
-    TrtBackend(built, manifest, "all", fake_library(device), device)  # type: ignore[arg-type]
+    TrtBackend(BundleFiles(built, manifest), "all", fake_library(device), device)  # type: ignore[arg-type]
     assert loaded == ([built / library] if library else [])
 
 

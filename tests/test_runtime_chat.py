@@ -2,7 +2,6 @@
 as it streams equals the text decoded at once."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,14 +240,12 @@ def test_an_answer_cut_within_a_character_ends_with_the_mark_for_it(library_toke
     assert streamed(tokenizer, ids)[-1].startswith("\ufffd")
 
 
-def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    for path in (tmp_path / "tokenizer.json", tmp_path / "missing.json"):
-        with pytest.raises(BundleError, match=path.name):
-            Tokenizer.from_file(path)
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 10_000])
+def test_a_tokenizer_that_cannot_be_read_is_named(content: bytes) -> None:
+    with pytest.raises(BundleError, match=r"bundle/tokenizer\.json: cannot be read"):
+        Tokenizer.from_bytes(content, "bundle/tokenizer.json")
 
 
-def test_a_tokenizer_survives_its_file(tmp_path: Path, library_tokenizer: LibraryTokenizer) -> None:
-    library_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = Tokenizer.from_file(tmp_path / "tokenizer.json")
+def test_a_tokenizer_survives_its_file(library_tokenizer: LibraryTokenizer) -> None:
+    loaded = Tokenizer.from_bytes(library_tokenizer.to_str().encode(), "tokenizer.json")
     assert loaded.encode("he </s> 世") == Tokenizer(library_tokenizer).encode("he </s> 世")

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 import vlmdeploy
+from tests.graph_edits import graph_of
 from tests.tiny_bundle import (
     content_of,
     edit_manifest,
@@ -26,8 +27,9 @@ from tests.tiny_bundle import (
     without,
 )
 from tests.tiny_checkpoint import TinyCheckpoint
-from vlmdeploy.bundle import MANIFEST_NAME, read_manifest
+from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BackendError, BundleError, DataError, PromptError
+from vlmdeploy.manifest import MANIFEST_NAME
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.image import preprocess
 from vlmdeploy.runtime.sampling import SamplingOptions
@@ -338,21 +340,55 @@ def test_change_after_the_first_opening_is_found(copy: Path, file: str) -> None:
         vlmdeploy.open(copy)
 
 
-def test_full_check_trusts_no_status(copy: Path) -> None:
-    """Somebody flips a bit and sets the old time again: only hashing sees that."""
+def test_change_that_hides_behind_its_old_time_is_noticed(copy: Path) -> None:
+    """Somebody flips a bit and sets the old time again: only a full check saw that."""
     vlmdeploy.open(copy)
     status = (copy / "vision.data").stat()
     flip_byte(copy / "vision.data")
     os.utime(copy / "vision.data", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BundleError, match=r"vision\.data: altered"):
+        vlmdeploy.open(copy)
+
+
+def test_full_check_trusts_no_remembered_hash(copy: Path, own_hash_cache: Path) -> None:
+    vlmdeploy.open(copy)
+    flip_byte(copy / "vision.data")
+    known = json.loads(own_hash_cache.read_text())
+    status = (copy / "vision.data").stat()
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known[":".join(map(str, (copy / "vision.data", *stamp)))] = read_manifest(copy).files["vision.data"].sha256
+    own_hash_cache.write_text(json.dumps(known))
     vlmdeploy.open(copy)
     with pytest.raises(BundleError, match=r"vision\.data: altered"):
         vlmdeploy.open(copy, check="full")
 
 
+@pytest.mark.parametrize("file", ["vision.data", "vision.onnx", "decoder_text.data", "decoder_text.onnx"])
+def test_file_that_changes_after_the_bundle_was_opened_is_noticed(copy: Path, file: str) -> None:
+    """Graphs are loaded on first use, long after their files were hashed."""
+    session = vlmdeploy.open(copy, threads=1)
+    status = (copy / file).stat()
+    flip_byte(copy / file)
+    os.utime(copy / file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BundleError, match=rf"{file}: altered"):
+        session.backend.warm_up(list(session.manifest.graphs))
+
+
+def test_file_replaced_by_an_equal_one_is_hashed_again_and_used(copy: Path, tmp_path: Path) -> None:
+    session = vlmdeploy.open(copy, threads=1)
+    for file in FILES:
+        shutil.copyfile(copy / file, tmp_path / "aside")
+        (tmp_path / "aside").replace(copy / file)
+    session.backend.warm_up(list(session.manifest.graphs))
+
+
 @pytest.mark.parametrize("file", [*FILES, MANIFEST_NAME])
 def test_missing_file_is_named(copy: Path, file: str) -> None:
     (copy / file).unlink()
-    with pytest.raises(BundleError, match=f"has no {file}" if file == MANIFEST_NAME else f"{file}: missing"):
+    with pytest.raises(
+        BundleError,
+        match=f"has no {file}" if file == MANIFEST_NAME else f"{file}: no such file; copy",
+    ):
         vlmdeploy.open(copy)
 
 
@@ -370,7 +406,9 @@ def test_bundle_of_a_newer_minor_version_is_opened(copy: Path) -> None:
 
 
 def test_graph_that_the_engine_cannot_load_is_a_backend_error(copy: Path) -> None:
-    (copy / "decoder_text.onnx").write_bytes(b"not a graph")
+    model = graph_of(copy, "decoder_text")
+    model.graph.node[0].input[0] = "nowhere"
+    (copy / "decoder_text.onnx").write_bytes(model.SerializeToString())
     sign_again(copy)
     opened = vlmdeploy.open(copy)
     with pytest.raises(BackendError, match=r"decoder_text\.onnx: onnxruntime cannot load it"):
@@ -406,8 +444,17 @@ def test_hashes_are_remembered_in_the_users_cache(copy: Path, own_hash_cache: Pa
 
 def test_second_opening_hashes_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlmdeploy.open(copy)
-    monkeypatch.setattr("vlmdeploy.runtime.integrity.hash_file", lambda path: pytest.fail(f"{path} is hashed again"))
+    monkeypatch.setattr("vlmdeploy.runtime.integrity.hash_stream", lambda file: pytest.fail(f"{file} is hashed again"))
     vlmdeploy.open(copy)
+
+
+def test_hash_of_a_file_that_may_still_change_is_not_remembered(
+    copy: Path, own_hash_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one tick of the file system's clock a second change leaves every time as it is."""
+    monkeypatch.setattr("vlmdeploy.runtime.integrity.SETTLED_NS", 3600 * 10**9)
+    vlmdeploy.open(copy)
+    assert not own_hash_cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00"])

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from tests.fake_tensorrt import SCRATCH, FakeDevice, open_fake, write_fake_engines
-from tests.tiny_bundle import edit_manifest, export, flip_byte, only_error_line, run_cli, write_text_checkpoint
+from tests.tiny_bundle import (
+    edit_manifest,
+    export,
+    flip_byte,
+    only_error_line,
+    run_cli,
+    sign_again,
+    write_text_checkpoint,
+)
 from tests.tiny_checkpoint import TinyCheckpoint
 from vlmdeploy.bundle import hash_file, read_manifest
 from vlmdeploy.errors import BackendError
@@ -23,6 +31,7 @@ from vlmdeploy.runtime.backends.lanes import Call
 from vlmdeploy.runtime.backends.ort import OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend, buffer_bytes
 from vlmdeploy.runtime.generate import pieces_of
+from vlmdeploy.runtime.integrity import check_bundle
 from vlmdeploy.runtime.session import Session
 
 CHUNK_ROWS, LOGIT_ROWS = 7, 3
@@ -65,8 +74,8 @@ def with_engines(exported: Path, folder: Path, parts: str) -> Path:
 
 
 def reference(folder: Path) -> Session:
-    manifest = read_manifest(folder)
-    return Session(folder, manifest, OrtBackend(folder, manifest, 1))
+    files = check_bundle(folder)
+    return Session(files, OrtBackend(files, 1))
 
 
 def questions() -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -305,12 +314,14 @@ def test_altered_engine_is_found_when_the_bundle_is_opened(rtx: Path) -> None:
 def test_plan_that_tensorrt_refuses_is_named(rtx: Path) -> None:
     path = rtx / "engines/decoder_text.engine"
     path.write_text("no plan")
+    sign_again(rtx)
     session, _ = open_fake(rtx)
     with pytest.raises(BackendError, match=r"decoder_text\.engine: cannot be loaded"):
         session.generate_ids(np.array([1, 5]), max_new_tokens=1)
 
 
 def test_machine_without_gpu_is_one_clear_line(rtx: Path) -> None:
+    assert run_cli("trust", rtx).exit_code == 0
     line = only_error_line(run_cli("run", rtx, "--prompt", "Hello"))
     assert "needs a CUDA GPU and a driver for it" in line
     assert "--provider cpu" in line

@@ -137,7 +137,7 @@ def change(recipe: Path, old: str, new: str) -> None:
 
 def answers(checkpoint: Path) -> list[str]:
     """What the model says to the sum of a dark and a bright picture."""
-    model, tokenizer = load_model(checkpoint), Tokenizer.from_file(checkpoint / "tokenizer.json")
+    model, tokenizer = load_model(checkpoint), Tokenizer.from_bytes((checkpoint / "tokenizer.json").read_bytes(), "")
     template = {template.name: template for template in model.spec.templates}["chat"]
     prompt = prompt_ids(Conversation((Turn("What is the sum?"),), ("picture",)), template, model.spec.tokens, tokenizer)
     pixels = torch.tensor([75, 225], dtype=torch.uint8)[:, None, None, None].expand(2, 8, 8, 3)

@@ -8,13 +8,15 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from vlmdeploy.bundle_rules import check_manifest
 from vlmdeploy.errors import BundleError
-from vlmdeploy.manifest import FORMAT_VERSION, ROUTED_FORMAT_VERSION, FileEntry, Manifest
+from vlmdeploy.input_files import read_input
+from vlmdeploy.manifest import FORMAT_VERSION, MANIFEST_NAME, ROUTED_FORMAT_VERSION, FileEntry, Manifest
 from vlmdeploy.records import parse_object, record_of
 
-MANIFEST_NAME = "manifest.json"
+MOST_MANIFEST_BYTES = 16 << 20
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -36,27 +38,32 @@ def has_manifest(folder: Path) -> bool:
 def is_bundle(folder: Path) -> bool:
     """Whether vlmdeploy wrote this folder as a bundle: it has our manifest, even altered, truncated or of another
     version."""
-    if not has_manifest(folder):
-        return False
     try:
-        read_manifest(folder)
+        content = read_input(folder / MANIFEST_NAME, BundleError, MOST_MANIFEST_BYTES)
     except BundleError:
-        content = (folder / MANIFEST_NAME).read_bytes()
-        return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
-    return True
+        return False
+    return all(key in content for key in (b'"family"', b'"target"', b'"context_tokens"'))  # its first entries
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle. Raises BundleError if it is missing, truncated, altered or of a newer format."""
-    path = folder / MANIFEST_NAME
+    """The manifest of a bundle. Raises BundleError if it is missing, truncated, altered, of a newer format or breaks a
+    rule of `bundle_rules`."""
+    return read_hashed_manifest(folder)[0]
+
+
+def read_hashed_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a bundle, as `read_manifest`, and the SHA-256 of its file."""
+    path, expected = folder / MANIFEST_NAME, "a bundle made by `vlmdeploy export`"
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; expected a bundle made by `vlmdeploy export`")
-    if not path.is_file():
-        raise BundleError(f"{folder}: has no {MANIFEST_NAME}; expected a bundle made by `vlmdeploy export`")
-    content = path.read_bytes()
+        raise BundleError(f"{folder}: no such folder; expected {expected}")
+    if not path.exists():
+        raise BundleError(f"{folder}: has no {MANIFEST_NAME}; expected {expected}")
+    content = read_input(path, BundleError, MOST_MANIFEST_BYTES, "a manifest")
     data = _checked_json(path, content)
     _check_version(path, data)
-    return record_of(Manifest, data, str(path), BundleError)
+    manifest = record_of(Manifest, data, str(path), BundleError)
+    check_manifest(manifest, str(path))
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
 def _checked_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -84,10 +91,15 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, read in blocks of 1 MiB."""
-    digest, size = hashlib.sha256(), 0
+    """Size and SHA-256 of a file."""
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
+        return hash_stream(stream)
+
+
+def hash_stream(stream: BinaryIO) -> FileEntry:
+    """Size and SHA-256 of an open file from here on, read in blocks of 1 MiB."""
+    digest, size = hashlib.sha256(), 0
+    while block := stream.read(1 << 20):
+        digest.update(block)
+        size += len(block)
     return FileEntry(size, digest.hexdigest())

@@ -11,6 +11,12 @@ from vlmdeploy.errors import BundleError
 FORMAT_VERSION = "1.2"
 ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with a routed decoder, which readers of version 1 must refuse
 
+# Names of files that the manifest does not name itself; ENGINES is the folder of compiled engines and the plugin.
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+REFERENCE_NAME = "reference.npz"
+ENGINES = "engines"
+
 
 @dataclass(frozen=True)
 class ImageRecipe:

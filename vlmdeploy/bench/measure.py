@@ -36,7 +36,7 @@ from vlmdeploy.overriding import override
 from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
-from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.session import Session
 
 
@@ -45,13 +45,13 @@ def measure(folder: Path, options: MeasureOptions) -> Measurement:
 
     Raises BundleError, BackendError, PromptError, DataError and ConfigError.
     """
-    manifest = check_bundle(folder)
-    engine = engine_used(manifest, options.provider, options.threads, options.residency)
+    files = check_bundle(folder)
+    engine = engine_used(files.manifest, options.provider, options.threads, options.residency)
 
     def open_it() -> Backend:
-        return open_backend(folder, manifest, options.provider, options.threads, options.residency)
+        return open_backend(files, options.provider, options.threads, options.residency)
 
-    subject = MeasuredBundle(folder, manifest, engine, open_it)
+    subject = MeasuredBundle(files, engine, open_it)
     return measure_backend(subject, options, find_meter(engine.provider == "cuda"))
 
 
@@ -59,8 +59,7 @@ def measure(folder: Path, options: MeasureOptions) -> Measurement:
 class MeasuredBundle:
     """A checked bundle to measure, and how to open its backend."""
 
-    folder: Path
-    manifest: Manifest
+    files: BundleFiles
     engine: EngineUsed
     open_it: Callable[[], Backend]
 
@@ -102,8 +101,8 @@ def _run(subject: MeasuredBundle, options: MeasureOptions, picture: AskedPicture
     try:
         device = device_memory(backend)
         watch.device_use = device.in_use
-        question = TimedQuestion(Session(subject.folder, subject.manifest, backend), options, picture)
-        _load_graphs(backend, subject.manifest, options)
+        question = TimedQuestion(Session(subject.files, backend), options, picture)
+        _load_graphs(backend, subject.files.manifest, options)
         load_s = watch.now() - start
         for _ in range(options.warmup):
             question.ask(backend, watch)
@@ -123,12 +122,12 @@ def _measurement(
     energy: Energy | None,
     unknown: str | None,
 ) -> Measurement:
-    manifest, question, answers = subject.manifest, run.question, run.answers
+    manifest, question, answers = subject.files.manifest, run.question, run.answers
     prefill = Spread.of([answer.prefill for answer in answers])
     decode = Spread.of([ms for answer in answers for ms in answer.decode])
     target, context = manifest.target, manifest.context_tokens
     return Measurement(
-        bundle=BundleUsed(str(subject.folder), manifest.family, target, manifest.precision, context),
+        bundle=BundleUsed(str(subject.files.folder), manifest.family, target, manifest.precision, context),
         machine=machine(run.device.gpu),
         engine=subject.engine,
         picture=question.picture.name,
@@ -145,7 +144,7 @@ def _measurement(
         decode_per_token=decode,
         prefill_tok_s=1e3 * question.prompt_tokens / prefill.p50,
         decode_tok_s=1e3 / decode.p50,
-        disk_bytes=disk_use(subject.folder, manifest),
+        disk_bytes=disk_use(subject.files.folder, manifest),
         memory=memory,
         energy=energy,
         energy_unknown=unknown,

@@ -113,8 +113,8 @@ class TimedQuestion:
         rules = manifest.tokens
         self.picture = picture
         self.image_rows = 0 if picture.source is None else rules.rows_per_image
-        self._folder = session.folder
         self._manifest = replace(manifest, has_tokenizer=False, tokens=replace(rules, stop_ids=()))
+        self._files = replace(session.files, manifest=self._manifest)
         self._new_tokens = options.new_tokens
         self._template = manifest.template(options.template)
         self._text = QUESTION if options.prompt is None else options.prompt
@@ -145,9 +145,9 @@ class TimedQuestion:
         if self._new_tokens > room:
             advice = f"ask for at most {room}" if room > 0 else "shorten the prompt"
             raise PromptError(
-                f"{self._folder}: the prompt has {self.prompt_tokens} tokens ({self.image_rows} of them the picture), "
-                f"{self._new_tokens} new tokens are asked for, and the context holds {self._manifest.context_tokens}: "
-                f"{advice}, or export with a larger --context"
+                f"{self._files.folder}: the prompt has {self.prompt_tokens} tokens ({self.image_rows} of them the "
+                f"picture), {self._new_tokens} new tokens are asked for, and the context holds "
+                f"{self._manifest.context_tokens}: {advice}, or export with a larger --context"
             )
 
     def ask(self, backend: Backend, watch: PhaseWatch) -> AnswerTimes:
@@ -157,7 +157,7 @@ class TimedQuestion:
         start = watch.now()
         ids, pixels = self._ids(), self._pixels()
         ready = watch.now()
-        session = Session(self._folder, self._manifest, cast(Backend, measured))
+        session = Session(self._files, cast(Backend, measured))
         opened = watch.now()
         session.generate_ids(ids, pixels, self._new_tokens + 1)
         edges = np.diff([*measured.decode_begun, watch.now()])

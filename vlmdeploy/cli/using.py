@@ -154,6 +154,23 @@ def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--revoke", is_flag=True, help="Trust it no longer.")
+@json_option
+def trust(bundle: Path, revoke: bool, as_json: bool) -> None:
+    """Let this machine run the native code of a bundle: its engines and its plugin library."""
+    from vlmdeploy.runtime.trust import revoke_bundle, trust_bundle
+
+    digest = revoke_bundle(bundle) if revoke else trust_bundle(bundle)
+    if as_json:
+        print_json({"bundle": str(bundle), "manifest_sha256": digest, "trusted": not revoke})
+    else:
+        print_headline(
+            f"{bundle}: {'no longer trusted' if revoke else 'trusted'} here, SHA-256 of its manifest {digest}"
+        )
+
+
+@main.command()
 @click.argument("folder", type=FOLDER)
 @json_option
 def inspect(folder: Path, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmdeploy.bundle import MANIFEST_NAME, has_manifest
+from vlmdeploy.bundle import has_manifest
 from vlmdeploy.diff.inputs import make_input
 from vlmdeploy.diff.row_difference import RowMeter, row_difference
 from vlmdeploy.diff.staged_bundle import StagedBundle
@@ -20,6 +20,7 @@ from vlmdeploy.diff.staged_checkpoint import StagedCheckpoint, StagedModel
 from vlmdeploy.diff.verdict import ModelDiff, StageDifference, checked_tolerance, default_tolerance
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.layout import Ints
+from vlmdeploy.manifest import MANIFEST_NAME
 from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.generate import Prompt

@@ -12,11 +12,10 @@ import onnx
 
 from vlmdeploy.diff.stage_graphs import INPUT, StageGraphs
 from vlmdeploy.diff.staged_checkpoint import Arithmetic, StagedModel, StageGeometry
-from vlmdeploy.export.engines.build import ENGINES
 from vlmdeploy.export.gate.sample import InputRules
 from vlmdeploy.export.gate.taps import edit_graph
 from vlmdeploy.layout import Ints
-from vlmdeploy.manifest import Manifest
+from vlmdeploy.manifest import ENGINES, Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.door import GRAPH_OF_EXPERT, decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats
@@ -25,7 +24,7 @@ from vlmdeploy.runtime.chat import Tokenizer
 from vlmdeploy.runtime.embedding import EmbeddingTable
 from vlmdeploy.runtime.generate import Prompt, pieces_of
 from vlmdeploy.runtime.integrity import check_bundle
-from vlmdeploy.runtime.session import TOKENIZER_NAME
+from vlmdeploy.runtime.session import bundle_tokenizer
 
 
 class StagedBundle(StagedModel):
@@ -34,9 +33,9 @@ class StagedBundle(StagedModel):
     def __init__(self, folder: Path, threads: int | None) -> None:
         """Check the files and read the graphs without weights; raises BundleError and BackendError."""
         self._ort = import_onnxruntime()
-        self._folder = folder
         self._threads = threads
-        self._manifest = check_bundle(folder, without=f"{ENGINES}/")
+        self._files = check_bundle(folder, without=f"{ENGINES}/")
+        self._manifest = self._files.manifest
         self._graphs = {graph: self._read_graph(graph) for graph in self._manifest.graphs}
         self.name = str(folder)
         self.geometry = _geometry(self._manifest, self._graphs)
@@ -45,21 +44,17 @@ class StagedBundle(StagedModel):
         self.arithmetic = _arithmetic(self._manifest)
 
     def _read_graph(self, graph: str) -> StageGraphs:
-        path = self._path(graph)
-        model = onnx.load(str(path), load_external_data=False)
-        edit_graph(model, self._manifest, False, path.parent)
+        model = onnx.load_from_string(self._files.graph(graph))
+        edit_graph(model, self._manifest, False, self._files.folder)
         return StageGraphs(model)
-
-    def _path(self, graph: str) -> Path:
-        return self._folder / self._manifest.graphs[graph].file
 
     @override
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_file(self._folder / TOKENIZER_NAME) if self._manifest.has_tokenizer else None
+        return bundle_tokenizer(self._files) if self._manifest.has_tokenizer else None
 
     @override
     def text_rows(self, ids: Ints) -> Floats:
-        return EmbeddingTable(self._folder, self._manifest.embedding)[ids]
+        return EmbeddingTable(self._files)[ids]
 
     @override
     def run(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
@@ -81,8 +76,9 @@ class StagedBundle(StagedModel):
         return source, values[stage]
 
     def _session(self, graph: str, model: onnx.ModelProto) -> Any:
-        dialect, path = self._manifest.dialect, self._path(graph)
-        return load_session(self._ort, path, "cpu", self._threads, dialect, model.SerializeToString())
+        dialect, path = self._manifest.dialect, self._files.folder / self._manifest.graphs[graph].file
+        content = model.SerializeToString()
+        return load_session(self._ort, path, content, "cpu", self._threads, dialect, keeps_outputs=True)
 
     def _decoder_layer(self, stage: str, inputs: Sequence[Floats], prompt: Prompt) -> list[Floats]:
         """Both experts of one layer, over a KV cache of one layer."""
@@ -95,7 +91,7 @@ class StagedBundle(StagedModel):
             return self._session(graph, parts.cut(source, wanted, index))
 
         manifest = replace(self._manifest, cache=replace(self._manifest.cache, num_layers=1))
-        backend = OrtBackend(self._folder, manifest, self._threads, load_graph=load)
+        backend = OrtBackend(replace(self._files, manifest=manifest), self._threads, load_graph=load)
         return [self._run_pieces(backend, stage, x, prompt) for x in inputs]
 
     def _run_pieces(self, backend: OrtBackend, stage: str, x: Floats, prompt: Prompt) -> Floats:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 import vlmdeploy
 from vlmdeploy.artifact import check_output, staged_folder
-from vlmdeploy.bundle import MANIFEST_NAME, hash_file, is_bundle, write_manifest
+from vlmdeploy.bundle import hash_file, is_bundle, write_manifest
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import (
-    ENGINES,
     built_for,
     check_fit,
     check_options,
@@ -40,8 +39,11 @@ from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.manifest import (
+    ENGINES,
     FORMAT_VERSION,
+    MANIFEST_NAME,
     ROUTED_FORMAT_VERSION,
+    TOKENIZER_NAME,
     CacheShape,
     EmbeddingInfo,
     FileEntry,
@@ -58,7 +60,8 @@ from vlmdeploy.quant.precision import encoder_warning, is_tensorrt, plan_precisi
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
-from vlmdeploy.runtime.session import TOKENIZER_NAME
+from vlmdeploy.runtime.integrity import BundleFiles
+from vlmdeploy.runtime.trust import record_trust
 from vlmdeploy.spec.model import ModelSpec, with_settings
 
 EMBEDDING_NAME = "embedding.bin"
@@ -96,7 +99,7 @@ def export_bundle(
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
         check_fit(folder, manifest, options.build)
         parts = plan_engines(folder, manifest, options.build) if library else []
-        subject = CheckedBundle(str(out), reader, spec, folder, manifest, options.threads)
+        subject = CheckedBundle(str(out), reader, spec, BundleFiles(folder, manifest), options.threads)
         verification, record = verify_staged(subject, options.seed, progress)
         record.write(folder)
         files = {path.name: hashes.get(path.name) or hash_file(path) for path in _bundle_files(folder)}
@@ -110,6 +113,8 @@ def export_bundle(
             files |= engine_files(into)
         manifest = replace(manifest, files=files)
         write_manifest(folder, manifest)
+    if library:
+        record_trust(out, hash_file(out / MANIFEST_NAME).sha256)  # its engines were built here
     return manifest, tuple(warnings)
 
 

@@ -5,7 +5,6 @@ other model is compared with them.
 """
 
 import base64
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import vlmdeploy
 from vlmdeploy.artifact import write_file
 from vlmdeploy.bench.measure import measure_in_process
 from vlmdeploy.bench.measurement import Measurement, MeasureOptions
-from vlmdeploy.bundle import MANIFEST_NAME, has_manifest, hash_file
+from vlmdeploy.bundle import has_manifest, hash_file, read_hashed_manifest
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.progress import Progress
@@ -242,6 +241,6 @@ def _content_of(path: Path, subject: ReportedModel, tokenizer: Path | None) -> s
     from vlmdeploy.model.tokenizer import find_tokenizer
 
     if has_manifest(path):
-        return hashlib.sha256((path / MANIFEST_NAME).read_bytes()).hexdigest()
+        return read_hashed_manifest(path)[1]
     source = find_tokenizer(tokenizer or path)
     return subject.sha256 if source is None else f"{subject.sha256} {hash_file(source).sha256}"

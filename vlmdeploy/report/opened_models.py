@@ -13,7 +13,7 @@ from vlmdeploy.bundle import has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
 from vlmdeploy.layout import Ints, token_types_of
-from vlmdeploy.manifest import Manifest
+from vlmdeploy.manifest import TOKENIZER_NAME, Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.report.distributions import DistributionModel, Floats, GivenAnswer
 from vlmdeploy.report.document import ReportedModel
@@ -170,14 +170,15 @@ def identity_of(path: Path, tokenizer: Path | None) -> Identity:
 
 def _bundle_identity(path: Path) -> Identity:
     from vlmdeploy.runtime.embedding import EmbeddingTable
-    from vlmdeploy.runtime.session import TOKENIZER_NAME
+    from vlmdeploy.runtime.integrity import check_bundle
 
-    manifest = read_manifest(path)
+    files = check_bundle(path)
+    manifest = files.manifest
     cache, info = manifest.cache, manifest.embedding
     image, tokens = manifest.image, manifest.tokens
     sizes = (cache.num_layers, cache.kv_heads, info.hidden, info.vocab_size, image.size_px, tokens.rows_per_image)
-    rows = EmbeddingTable(path, info)[_fingerprint_rows(info.vocab_size)]
-    text = (path / TOKENIZER_NAME).read_text(encoding="utf-8") if manifest.has_tokenizer else ""
+    rows = EmbeddingTable(files)[_fingerprint_rows(info.vocab_size)]
+    text = files.read(TOKENIZER_NAME).decode() if manifest.has_tokenizer else ""
     return Identity(manifest.family, sizes, text, rows)
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,12 +89,12 @@ class Tokenizer:
         self._byte_and_special_ids = byte_ids | {token_id for token_id, token in added.items() if token.special}
 
     @classmethod
-    def from_file(cls, path: Path) -> "Tokenizer":
-        """The tokenizer in a tokenizer.json; raises BundleError if it cannot be read."""
+    def from_bytes(cls, content: bytes, where: str) -> "Tokenizer":
+        """The tokenizer in the content of a tokenizer.json. Raises BundleError, naming `where`."""
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls(tokenizers.Tokenizer.from_buffer(content))
         except Exception as error:  # the library raises nothing more precise
-            raise BundleError(f"{path}: cannot be read as tokenizer.json ({error}); copy the bundle again") from error
+            raise BundleError(f"{where}: cannot be read as tokenizer.json ({error}); copy the bundle again") from error
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or any other special token."""

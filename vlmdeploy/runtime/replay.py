@@ -6,8 +6,10 @@ the same, up to the rounding of its own kernels.
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +17,17 @@ from PIL import Image
 
 from vlmdeploy.errors import BundleError, ParityError
 from vlmdeploy.layout import Ints
-from vlmdeploy.manifest import Manifest, StageVerdict
+from vlmdeploy.manifest import REFERENCE_NAME, Manifest, StageVerdict
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.lanes import Floats
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
-from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.session import Session
 
-REFERENCE_NAME = "reference.npz"
 KEPT_ROWS = 64  # image rows kept in the record
+MOST_BYTES = 1 << 28  # of one array: a picture of MOST_IMAGE_PX fits
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,41 @@ class Record:
         )  # fmt: skip
 
 
-def read_record(folder: Path) -> Record:
-    """The record of a bundle; raises BundleError if it cannot be read."""
-    path = folder / REFERENCE_NAME
+def read_record(files: BundleFiles) -> Record:
+    """The record of a bundle; raises BundleError if it cannot be read or does not fit the manifest."""
+    path, manifest = files.folder / REFERENCE_NAME, files.manifest
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            return Record(**{name: stored[name] for name in ("picture", "ids", "image_rows", "logits", "greedy_ids")})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with files.open(REFERENCE_NAME) as stream, zipfile.ZipFile(stream) as archive:
+            record = Record(**{field.name: _stored(archive, field.name) for field in fields(Record)})
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error
+    hidden, vocab_size = manifest.embedding.hidden, manifest.embedding.vocab_size
+    is_right = (
+        (record.picture.dtype == np.uint8 and record.picture.ndim == 3 and record.picture.shape[2] == 3)
+        and all(ids.dtype == np.int64 and ids.ndim == 1 and ids.size > 0 for ids in (record.ids, record.greedy_ids))
+        and (record.image_rows.dtype == np.float32 and record.image_rows.shape[1:] == (hidden,))
+        and (record.logits.dtype == np.float32 and record.logits.shape == (vocab_size,))
+        and len(record.ids) + len(record.greedy_ids) <= manifest.context_tokens
+        and 0 <= record.greedy_ids.min() <= record.greedy_ids.max() < vocab_size
+    )
+    if not is_right:
+        raise BundleError(f"{path}: does not fit the manifest; copy the bundle again")
+    return record
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array of the archive. Reads no more than MOST_BYTES, whatever its header says."""
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, is_transposed, dtype = read_header(member)
+        size = prod(shape) * dtype.itemsize
+        if dtype.hasobject or is_transposed or not 0 <= size <= MOST_BYTES:
+            raise ValueError(f"{name} is {list(shape)} of {dtype}")
+        content = member.read(size)
+    return np.frombuffer(content, dtype, prod(shape)).reshape(shape)
 
 
 def kept_rows(rows: Floats) -> Floats:
@@ -70,15 +99,16 @@ def sample_prompt(manifest: Manifest, ids: Ints, picture: NDArray[np.uint8]) -> 
 def replay(folder: Path, threads: int | None = None, provider: str | None = None) -> tuple[StageVerdict, ...]:
     """Hash every file, then repeat the recorded run on this machine. Raises BundleError, BackendError, and ParityError
     naming the first difference."""
-    manifest = check_bundle(folder, "full")
-    gate, record = parity.Gate(str(folder)), read_record(folder)
+    files = check_bundle(folder, "full")
+    manifest = files.manifest
+    gate, record = parity.Gate(str(folder)), read_record(files)
     prompt = sample_prompt(manifest, record.ids, record.picture)
-    backend = open_backend(folder, manifest, provider, threads, residency="phase")
+    backend = open_backend(files, provider, threads, residency="phase")
     assert prompt.pixels is not None, "the recorded prompt has a picture"
     rows = kept_rows(backend.encode_images(prompt.pixels)[0])
     bound = _bound(manifest)
     gate.compare("image rows", "shipped", rows, record.image_rows, bound)
-    session = Session(folder, manifest, backend)
+    session = Session(files, backend)
     logits = session.logits(prompt.ids, prompt.pixels, last=1)
     gate.compare("logits", "shipped", logits, record.logits[None], bound)
     _check_greedy(gate, session, prompt, record)

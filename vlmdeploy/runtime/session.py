@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vlmdeploy.errors import BackendError, BundleError, PromptError
 from vlmdeploy.layout import Ints
-from vlmdeploy.manifest import Manifest
+from vlmdeploy.manifest import TOKENIZER_NAME
 from vlmdeploy.runtime.answer import Answer, Running
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
@@ -35,23 +35,23 @@ from vlmdeploy.runtime.generate import (
     read_prompts,
 )
 from vlmdeploy.runtime.image import load_image, preprocess
-from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
-TOKENIZER_NAME = "tokenizer.json"
 KEPT_IMAGES = 4
 
 
 class Session:
     """An opened bundle. Not thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, files: BundleFiles, backend: Backend) -> None:
+        self.files = files
+        self.folder = files.folder
+        self.manifest = files.manifest
         self.backend = backend
-        self.embedding = EmbeddingTable(folder, manifest.embedding)
+        self.embedding = EmbeddingTable(files)
         self._image_rows: dict[bytes, Floats] = {}  # the least recently used first
-        self._tokenizer = Tokenizer.from_file(folder / TOKENIZER_NAME) if manifest.has_tokenizer else None
+        self._tokenizer = bundle_tokenizer(files) if self.manifest.has_tokenizer else None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -241,6 +241,11 @@ def _naming(place: str) -> Iterator[None]:
         raise PromptError(f"{place}: {error}" if place else str(error)) from error
 
 
+def bundle_tokenizer(files: BundleFiles) -> Tokenizer:
+    """The tokenizer of a bundle that has one. Raises BundleError."""
+    return Tokenizer.from_bytes(files.read(TOKENIZER_NAME), str(files.folder / TOKENIZER_NAME))
+
+
 def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
     """A caller's value as an array; raises PromptError if it is none."""
     try:
@@ -255,15 +260,19 @@ def open_bundle(
     provider: str | None = None,
     threads: int | None = None,
     residency: str = "all",
+    trust: bool = False,
+    follow_links: bool = False,
 ) -> Session:
     """Open a bundle for inference.
 
     check: "auto" hashes every file when a bundle is first seen, "full" always. provider: the bundle's own (default), or
     "cpu" to run the graphs of a TensorRT bundle in ONNX Runtime and check them. residency: "phase" drops what only
-    prompts need after prefill and reloads it for the next prompt. Raises BundleError and BackendError.
+    prompts need after prefill and reloads it for the next prompt. trust: load engines and plugin libraries, which are
+    native code, of a bundle that was neither built nor trusted on this machine; see SECURITY.md. follow_links: read
+    files that links place outside the folder. Raises BundleError and BackendError.
     """
     folder = Path(folder)
     if residency not in ("all", "phase"):
         raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
-    manifest = check_bundle(folder, check)
-    return Session(folder, manifest, open_backend(folder, manifest, provider, threads, residency))
+    files = check_bundle(folder, check, follow_links=follow_links)
+    return Session(files, open_backend(files, provider, threads, residency, trust))

@@ -23,18 +23,19 @@ from vlmdeploy.errors import BundleError, ConfigError, ExportError
 from vlmdeploy.export.engines.compiler import LOGIT_ROWS, EngineRequest, ProfileShapes, RoutedPlugin, compile_engine
 from vlmdeploy.export.engines.parts import EnginePart, plan_parts
 from vlmdeploy.kernels.packing import PACKING_VERSION
-from vlmdeploy.manifest import EngineInfo, FileEntry, Manifest
+from vlmdeploy.manifest import ENGINES, MANIFEST_NAME, EngineInfo, FileEntry, Manifest
 from vlmdeploy.progress import Progress
 from vlmdeploy.runtime.backends.cuda_device import compute_capability, cuda_runtime
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt import needed_bytes
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
-from vlmdeploy.runtime.integrity import cache_folder, check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.memory import available_bytes
+from vlmdeploy.runtime.trust import is_trusted, record_trust
+from vlmdeploy.runtime.user_folders import cache_folder
 
 logger = logging.getLogger("vlmdeploy")
 
-ENGINES = "engines"
 ASIDE = ".engines.partial"
 LOG_NAME = "build.log"
 PLUGIN_NAME = "libvlmdeploy_routed.so"  # in the bundle, whatever it was called before
@@ -197,7 +198,10 @@ def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...
 
 def _new_log(into: Path) -> Path:
     """An empty log in the user's cache, where it outlives a failed build; in `into` if the cache is not writable."""
-    log = cache_folder() / f"build-{os.getpid()}.log"
+    cache = cache_folder()
+    if cache is None:
+        return into / LOG_NAME
+    log = cache / f"build-{os.getpid()}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
@@ -213,12 +217,14 @@ def engine_files(into: Path) -> dict[str, FileEntry]:
 
 
 def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tuple[Manifest, bool]:
-    """Compile the engines of a bundle in place; returns its new manifest, and whether it built anything.
+    """Compile the engines of a bundle in place and trust it from now on; returns its new manifest, and whether it built
+    anything.
 
-    Rebuilds damaged engines. Raises BundleError, BackendError and ExportError; the bundle then is unchanged or, if the
-    disk failed at the very end, without engines.
+    Rebuilds damaged engines, and those of somebody else whom the user does not trust. Raises BundleError, BackendError
+    and ExportError; the bundle then is unchanged or, if the disk failed at the very end, without engines.
     """
-    manifest = check_bundle(folder, without=f"{ENGINES}/")
+    files = check_bundle(folder, without=f"{ENGINES}/")
+    manifest = files.manifest
     if manifest.dialect != "trt":
         raise ExportError(f"{folder}: made for target {manifest.target}, which needs no engines: run it as it is")
     check_options(manifest.target, options)
@@ -226,15 +232,19 @@ def build_bundle(folder: Path, options: BuildOptions, progress: Progress) -> tup
     _check_packing(folder, manifest)
     check_fit(folder, manifest, options)
     built_for_here = built_for(import_tensorrt(library_of(manifest.target)), options)
-    if _is_built(folder, manifest, options, built_for_here):
+    if _is_built(files, options, built_for_here):
         return manifest, False
+    for graph in manifest.graphs:
+        files.graph(graph)  # checks that it is one of ours, before TensorRT reads it
     parts = plan_engines(folder, manifest, options)
     aside = folder / ASIDE
     try:
         with locked(aside), removed_on_error(aside):
             empty_partial(aside, LOG_NAME)
             engines = compile_engines(folder, manifest, parts, options, built_for_here, aside, progress)
-            return _publish(manifest, options, folder, engines, aside), True
+            built = _publish(manifest, options, folder, engines, aside)
+            record_trust(folder, hash_file(folder / MANIFEST_NAME).sha256)
+            return built, True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error} ({error.filename})") from error
 
@@ -249,8 +259,9 @@ def removed_on_error(aside: Path) -> Iterator[None]:
         raise
 
 
-def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for_here: tuple[str, ...]) -> bool:
-    """Whether the bundle has intact engines for these options and the installed library."""
+def _is_built(files: BundleFiles, options: BuildOptions, built_for_here: tuple[str, ...]) -> bool:
+    """Whether the bundle has intact engines that the user trusts, for these options and the installed library."""
+    manifest = files.manifest
     library = import_tensorrt(library_of(manifest.target))
     wanted = (library.name, library.version, built_for_here)
     shapes = shapes_of(manifest, options)
@@ -261,8 +272,10 @@ def _is_built(folder: Path, manifest: Manifest, options: BuildOptions, built_for
     ]
     if not fitting or not all(fitting) or not _has_plugin(manifest, options):
         return False
+    if not is_trusted(files.manifest_sha256):
+        return False
     try:
-        check_bundle(folder)
+        files.check_all()
     except BundleError:
         return False
     return True

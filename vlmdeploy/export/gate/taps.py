@@ -22,6 +22,7 @@ from vlmdeploy.runtime.backends.door import decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats, slot_positions
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime, load_session
 from vlmdeploy.runtime.embedding import EmbeddingTable
+from vlmdeploy.runtime.integrity import BundleFiles
 from vlmdeploy.spec.model import ModelSpec
 
 
@@ -34,19 +35,17 @@ class TappedRun:
     """
 
     def __init__(
-        self, spec: ModelSpec, folder: Path, manifest: Manifest, sample: GateSample, exact: bool, threads: int | None
+        self, spec: ModelSpec, files: BundleFiles, sample: GateSample, exact: bool, threads: int | None
     ) -> None:
         self.spec = spec
         self.sample = sample
         self.ids = sample.ids
         self.stages: dict[str, Floats] = {}
-        taps = _taps_of(spec, manifest.is_routed)
-        backend = tapped_backend(
-            folder, manifest, exact, threads, {graph: list(taps[graph].values()) for graph in taps}
-        )
+        taps = _taps_of(spec, files.manifest.is_routed)
+        backend = tapped_backend(files, exact, threads, {graph: list(taps[graph].values()) for graph in taps})
         self._run_vision(backend, taps["vision"])
         backend.drop("vision")
-        self._run_decoder(backend, EmbeddingTable(folder, manifest.embedding), taps, manifest)
+        self._run_decoder(backend, EmbeddingTable(files), taps, files.manifest)
 
     def _run_vision(self, backend: OrtBackend, taps: dict[str, str]) -> None:
         values = backend.session("vision").run([*taps.values(), "rows"], {"pixels": self.sample.prompt.pixels})
@@ -103,8 +102,7 @@ def _thinned(taps: dict[str, str], num_layers: int) -> dict[str, str]:
 
 
 def tapped_backend(
-    folder: Path,
-    manifest: Manifest,
+    files: BundleFiles,
     exact: bool,
     threads: int | None,
     taps: Mapping[str, list[str]],
@@ -112,19 +110,19 @@ def tapped_backend(
 ) -> OrtBackend:
     """A backend on a bundle's graphs, edited in memory: inner values as extra outputs, a KV cache of any length, and
     if `exact` float32 arithmetic instead of int8 activations or fp16."""
-    ort = import_onnxruntime()
+    ort, manifest = import_onnxruntime(), files.manifest
 
     def load(graph: str) -> Any:
-        path = folder / manifest.graphs[graph].file
-        model = onnx.load(str(path), load_external_data=False)
+        path = files.folder / manifest.graphs[graph].file
+        model = onnx.load_from_string(files.graph(graph))
         edit_graph(model, manifest, exact, path.parent)
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return load_session(ort, path, "cpu", threads, manifest.dialect, model.SerializeToString())
+        return load_session(ort, path, model.SerializeToString(), "cpu", threads, manifest.dialect, keeps_outputs=True)
 
     cache_type = "fp32" if exact else None
-    return OrtBackend(folder, manifest, threads, residency, load_graph=load, cache_type=cache_type)
+    return OrtBackend(files, threads, residency, load_graph=load, cache_type=cache_type)
 
 
 def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: Path) -> None:

@@ -26,7 +26,7 @@ from vlmdeploy.quant.precision import plan_precision
 from vlmdeploy.runtime import parity
 from vlmdeploy.runtime.backends.ort import OrtBackend, import_onnxruntime
 from vlmdeploy.runtime.generate import Prompt
-from vlmdeploy.runtime.integrity import check_bundle
+from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.parity import Gate
 from vlmdeploy.runtime.replay import Record, check_decode_loop, kept_rows
 from vlmdeploy.runtime.session import Session
@@ -39,22 +39,26 @@ GREEDY_TOKENS = 8
 
 @dataclass(frozen=True)
 class CheckedBundle:
-    """The bundle to verify: graphs in `folder`, written from `reader` for `spec`; `name` is for messages."""
+    """The bundle to verify, written from `reader` for `spec`; `name` is for messages."""
 
     name: str
     reader: WeightReader
     spec: ModelSpec
-    folder: Path
-    manifest: Manifest
+    files: BundleFiles
     threads: int | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.files.manifest
 
     def open(self, exact: bool) -> Session:
         """A session on the graphs, with exact activations or as shipped."""
         if exact or self.manifest.dialect == "trt":  # trt graphs have a cache of the whole context
-            backend = tapped_backend(self.folder, self.manifest, exact, self.threads, {}, "phase")
+            backend = tapped_backend(self.files, exact, self.threads, {}, "phase")
         else:
-            backend = OrtBackend(self.folder, self.manifest, self.threads, residency="phase")
-        return Session(self.folder, self.manifest, backend)
+            backend = OrtBackend(self.files, self.threads, residency="phase")
+        return Session(self.files, backend)
 
 
 def verify_staged(subject: CheckedBundle, seed: int, progress: Progress) -> tuple[Verification, Record]:
@@ -70,7 +74,7 @@ def verify_staged(subject: CheckedBundle, seed: int, progress: Progress) -> tupl
     for check in names:
         progress(f"run {check}", len(runs), len(names))
         exact = check == "structure"
-        runs[check] = TappedRun(subject.spec, subject.folder, manifest, sample, exact, subject.threads)
+        runs[check] = TappedRun(subject.spec, subject.files, sample, exact, subject.threads)
     with torch.no_grad():
         checks = StageChecks(gate, TorchStages(subject.reader, subject.spec), runs, progress)
         checks.preprocess(manifest)
@@ -150,7 +154,8 @@ def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress:
 
     Raises BundleError, ParityError, and ExportError when the bundle was made from another checkpoint.
     """
-    manifest = check_bundle(folder, "full")
+    files = check_bundle(folder, "full")
+    manifest = files.manifest
     checkpoint = Checkpoint(ckpt)
     if checkpoint.fingerprint() != manifest.made_by.checkpoint_sha256:
         raise ExportError(f"{folder}: was not made from {ckpt}: its config or tensors differ")
@@ -160,7 +165,7 @@ def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress:
     stored = stored_precisions(checkpoint)
     plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group, stored=stored)
     spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template)
-    subject = CheckedBundle(str(folder), WeightReader(checkpoint, plan), spec, folder, manifest, threads)
+    subject = CheckedBundle(str(folder), WeightReader(checkpoint, plan), spec, files, threads)
     return verify_staged(subject, 0, progress)[0].stages
 
 

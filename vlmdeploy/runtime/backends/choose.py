@@ -1,23 +1,24 @@
 """Which backend runs a bundle: decided by the bundle's target, never by what is installed."""
 
-from pathlib import Path
-
 from vlmdeploy.errors import BackendError
-from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.ort import PROVIDERS, OrtBackend
 from vlmdeploy.runtime.backends.trt import TrtBackend
+from vlmdeploy.runtime.integrity import BundleFiles
+from vlmdeploy.runtime.trust import require_trust
 
 
 def open_backend(
-    folder: Path,
-    manifest: Manifest,
+    files: BundleFiles,
     provider: str | None = None,
     threads: int | None = None,
     residency: str = "all",
+    trust: bool = False,
 ) -> Backend:
     """The backend of a bundle. provider: the bundle's own (default), or "cpu" to run the graphs of a TensorRT bundle in
-    ONNX Runtime. Raises BackendError if the backend is missing or cannot use this provider."""
+    ONNX Runtime. trust: see `open_bundle`. Raises BackendError if the backend is missing or cannot use this provider,
+    BundleError if it would load native code that is not trusted."""
+    folder, manifest = files.folder, files.manifest
     if provider is not None and provider not in PROVIDERS:
         raise BackendError(f'provider is "{provider}", expected one of {", ".join(PROVIDERS)}')
     if manifest.dialect == "trt":
@@ -27,11 +28,13 @@ def open_backend(
                 "runs its graphs in ONNX Runtime"
             )
         if provider is None:
-            return TrtBackend(folder, manifest, residency)
-        return OrtBackend(folder, manifest, threads, residency, provider)
+            if manifest.engines and not trust:
+                require_trust(files)
+            return TrtBackend(files, residency)
+        return OrtBackend(files, threads, residency, provider)
     if provider not in (None, manifest.provider):
         raise BackendError(
             f"{folder}: exported for provider {manifest.provider}, asked for {provider}: export again with "
             f"--provider {provider}"
         )
-    return OrtBackend(folder, manifest, threads, residency, manifest.provider)
+    return OrtBackend(files, threads, residency, manifest.provider)

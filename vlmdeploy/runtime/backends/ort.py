@@ -20,6 +20,7 @@ from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph
 from vlmdeploy.runtime.backends.lanes import COUNTERS, Call, Floats, Lanes, rope_table
+from vlmdeploy.runtime.integrity import BundleFiles
 from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -112,8 +113,7 @@ class OrtBackend(Backend):
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        files: BundleFiles,
         threads: int | None = None,
         residency: str = "all",
         provider: str = "cpu",
@@ -123,11 +123,11 @@ class OrtBackend(Backend):
         """load_graph: makes the session of a graph, with a cache of any length and of `cache_type` (default: the
         bundle's); verification passes one that edits the graphs in memory."""
         self.ort = import_onnxruntime()
+        self.files = files
+        self.manifest = manifest = files.manifest
         self.chunk_rows = CHUNK_ROWS
         self.mixes_experts = manifest.is_routed
         self.most_lanes = MOST_LANES if manifest.is_routed else 1
-        self.folder = folder
-        self.manifest = manifest
         self.threads = threads
         self.residency = residency
         self.provider = provider
@@ -144,8 +144,11 @@ class OrtBackend(Backend):
         return self._sessions[graph]
 
     def _load_file(self, graph: str) -> Any:
-        path = self.folder / self.manifest.graphs[graph].file
-        return load_session(self.ort, path, self.provider, self.threads, self.manifest.dialect)
+        path = self.files.folder / self.manifest.graphs[graph].file
+        content = self.files.graph(graph)
+        session = load_session(self.ort, path, content, self.provider, self.threads, self.manifest.dialect)
+        self.files.require_unchanged(self.manifest.graphs[graph].data_file)  # which onnxruntime opened by its name
+        return session
 
     def drop(self, graph: str) -> None:
         """Release a graph's memory; it is loaded again when needed."""
@@ -263,16 +266,22 @@ def session_options(ort: ModuleType, threads: int | None) -> Any:
 
 
 def load_session(
-    ort: ModuleType, path: Path, provider: str, threads: int | None, dialect: str, edited: bytes | None = None
+    ort: ModuleType,
+    path: Path,
+    content: bytes,
+    provider: str,
+    threads: int | None,
+    dialect: str,
+    keeps_outputs: bool = False,
 ) -> Any:
     """A session of one graph on exactly this provider; raises BackendError if onnxruntime chose another.
 
-    edited: the graph of `path` after edits in memory; its weights are still read from the folder of `path`.
+    content: the serialized graph; its weights are read from the folder of `path`. keeps_outputs: the caller keeps
+    outputs for long, which would keep the session's whole arena alive.
     """
     wanted, options = PROVIDERS[provider], session_options(ort, threads)
-    if edited is not None:
-        options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
-        options.enable_cpu_mem_arena = False  # outputs would keep the whole arena alive
+    options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
+    options.enable_cpu_mem_arena = not keeps_outputs
     # Folding would widen or transpose whole fp16 matrices in graphs of the trt dialect.
     disabled = ["ConstantFolding"] if dialect == "trt" else []
     if wanted not in ort.get_available_providers():
@@ -281,9 +290,7 @@ def load_session(
             f'pip install "vlmdeploy[{provider}]"'
         )
     try:
-        session = ort.InferenceSession(
-            edited or str(path), options, [wanted], enable_fallback=0, disabled_optimizers=disabled
-        )
+        session = ort.InferenceSession(content, options, [wanted], enable_fallback=0, disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers()[0] != wanted:

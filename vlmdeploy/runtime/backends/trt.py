@@ -26,6 +26,7 @@ from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_engine import ONE_TOKEN, PROMPT, Engine, RuntimeCache, check_engine
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary, import_tensorrt, library_of
+from vlmdeploy.runtime.integrity import BundleFiles
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -40,15 +41,15 @@ class TrtBackend(Backend):
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        files: BundleFiles,
         residency: str = "all",
         library: TensorrtLibrary | None = None,
         device: CudaDevice | None = None,
     ) -> None:
         """Raises BackendError if library, GPU or engines are missing or do not match, or memory is short."""
-        self.folder = folder
-        self.manifest = manifest
+        self.files = files
+        self.manifest = manifest = files.manifest
+        folder = files.folder
         self.residency = residency
         if not manifest.engines:
             raise BackendError(
@@ -57,6 +58,7 @@ class TrtBackend(Backend):
             )
         self.library = library or import_tensorrt(library_of(manifest.target))
         if manifest.plugin is not None and manifest.plugin.library:
+            files.require_unchanged(manifest.plugin.library)
             load_plugin_library(folder / manifest.plugin.library, self.library)  # before the engines that use it
         self.device = device or CudaDevice()
         self.mixes_experts = manifest.is_routed
@@ -87,7 +89,7 @@ class TrtBackend(Backend):
 
     def _load(self, info: EngineInfo) -> Engine:
         cache = RuntimeCache.of(self.manifest.files[info.file], self.device)
-        return Engine(self.folder / info.file, info, self._runtime, self.library, cache)
+        return Engine(self.files, info, self._runtime, self.library, cache)
 
     def _grow_scratch(self, size: int) -> None:
         """Grow the working memory that all engines share; contexts that hold the old one are recreated on next use."""

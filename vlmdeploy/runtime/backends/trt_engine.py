@@ -11,7 +11,8 @@ from vlmdeploy.errors import BackendError
 from vlmdeploy.manifest import EngineInfo, FileEntry
 from vlmdeploy.runtime.backends.cuda_device import Buffer, CudaDevice
 from vlmdeploy.runtime.backends.trt_library import HOW_TO_INSTALL, TensorrtLibrary
-from vlmdeploy.runtime.integrity import cache_folder, keep
+from vlmdeploy.runtime.integrity import BundleFiles
+from vlmdeploy.runtime.user_folders import cache_folder, keep
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -40,18 +41,19 @@ def check_engine(where: str, info: EngineInfo, library: TensorrtLibrary, capabil
 class RuntimeCache:
     """Kernels that TensorRT-RTX compiled for this GPU, kept between runs in the user's cache, never in the bundle."""
 
-    path: Path
+    path: Path | None  # None for a user without a home
 
     @classmethod
     def of(cls, entry: FileEntry, device: CudaDevice) -> "RuntimeCache":
         """The cache of an engine, keyed by its hash and the GPU model."""
         gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.name)
-        return cls(cache_folder() / "rtx" / f"{entry.sha256}-{gpu}.cache")
+        folder = cache_folder()
+        return cls(None if folder is None else folder / "rtx" / f"{entry.sha256}-{gpu}.cache")
 
     def read(self) -> bytes:
         """The cached kernels; empty without a cache."""
         try:
-            return self.path.read_bytes()
+            return b"" if self.path is None else self.path.read_bytes()
         except OSError:
             return b""
 
@@ -64,18 +66,23 @@ class Engine:
     """A loaded engine. Its contexts share `scratch` with those of every other engine: one runs at a time."""
 
     def __init__(
-        self, path: Path, info: EngineInfo, runtime: "trt.Runtime", library: TensorrtLibrary, cache: RuntimeCache
+        self,
+        files: BundleFiles,
+        info: EngineInfo,
+        runtime: "trt.Runtime",
+        library: TensorrtLibrary,
+        cache: RuntimeCache,
     ) -> None:
         self.info = info
         self.library = library
-        self._where = str(path)
+        self._where = str(files.folder / info.file)
         self._cache = cache
         self._known = cache.read() if library.is_rtx else b""
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with files.open(info.file) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._engine = runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise BackendError(
-                f"{path}: cannot be loaded, see the log above: for lack of memory, or compile it again with "
+                f"{self._where}: cannot be loaded, see the log above: for lack of memory, or compile it again with "
                 "`vlmdeploy build`"
             )
         self._kernels: trt.IRuntimeCache | None = None  # of TensorRT-RTX, shared by all contexts
