@@ -117,6 +117,12 @@ def test_parts_are_collected_in_order() -> None:
     assert conversation.images == ("a.png", "data:image/png;base64,", picture)
 
 
+def test_image_url_may_name_a_file_if_the_caller_says_so() -> None:
+    """Whoever could send messages could have any file of the machine opened."""
+    assert read_messages(part(type="image_url", image_url={"url": "a.png"}), 1, allow_local=True).images == ("a.png",)
+    assert read_messages(part(type="image", image="a.png"), 1).images == ("a.png",)
+
+
 def part(**entries: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [entries]}]
 
@@ -140,6 +146,10 @@ def part(**entries: Any) -> list[dict[str, Any]]:
         (part(type="text"), "text is a NoneType"),
         (part(type="image"), "image is a NoneType"),
         (part(type="image_url", image_url="a.png"), "expected .*image_url"),
+        (part(type="image_url", image_url={"url": "a.png"}), "part 0: image_url is no data URL.*allow_local=True"),
+        (part(type="image_url", image_url={"url": "file:///etc/passwd"}), "part 0: image_url is no data URL"),
+        (part(type=10**5000), "type a number of thousands of digits"),
+        ([{"role": 10**5000}], "role a number of thousands of digits"),
         ([{"role": "user", "content": "\udcff"}], "not valid UTF-8 at character 0"),
         (
             [QUESTION, {"role": "assistant", "content": [IMAGE]}, QUESTION],

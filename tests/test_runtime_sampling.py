@@ -109,13 +109,13 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", True)],
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", True, 10**400)],
         *[("top_k", value) for value in (-1, 1.5, True)],
         *[("top_p", value) for value in (0, 1.1, math.nan)],
-        *[("repetition_penalty", value) for value in (0, -1, math.inf)],
+        *[("repetition_penalty", value) for value in (0, -1, math.inf, 10**400)],
         *[("seed", value) for value in (-1, 0.5)],
         *[("max_new_tokens", value) for value in (0, -1, None)],
-        *[("stop", value) for value in ("text", ("",), (1,))],
+        *[("stop", value) for value in ("text", ("",), (1,), None)],
     ],
 )
 def test_an_option_out_of_range_is_named(option: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,71 @@ def test_picture_may_come_as_path_bytes_pillow_or_data_url(session: Session, tmp
     messages = [*(user("Why?", source) for source in sources), by_url]
     answers = {"".join(session.generate([message], max_new_tokens=8)) for message in messages}
     assert len(answers) == 1
+
+
+def test_no_stop_strings_may_be_none_as_in_other_clients(session: Session) -> None:
+    assert "".join(session.generate([user("Why?")], 4, stop=None)) == "".join(session.generate([user("Why?")], 4))
+    with pytest.raises(PromptError, match="option stop is 7, expected a string, a list of strings or None"):
+        session.generate([user("Why?")], stop=7)  # type: ignore[arg-type]
+
+
+def test_text_that_no_context_holds_is_refused_before_it_is_tokenized(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmdeploy.runtime.chat.Tokenizer.encode", lambda *_: pytest.fail("tokenized"))
+    with pytest.raises(PromptError, match=r"the text has 16,385 bytes, at most 16,384 bytes fit into a context of 128"):
+        session.generate([user("a" * 16_385)])
+
+
+@pytest.mark.parametrize("values", [[10**400], [1.5], [], [[1, 2], [3]], "text", None, [None], {}, np.zeros(2, bool)])
+def test_ids_and_pixels_of_any_kind_are_one_prompt_error(session: Session, values: Any) -> None:
+    with pytest.raises(PromptError):
+        session.generate_ids(values)
+    if values is not None:
+        with pytest.raises(PromptError):
+            session.logits(np.array([1, 2]), images=values)
+
+
+def edit_graph(bundle: Path, name: str, edit: Callable[[Any], None]) -> None:
+    model = graph_of(bundle, name)
+    edit(model)
+    (bundle / f"{name}.onnx").write_bytes(model.SerializeToString())
+    sign_again(bundle)
+
+
+def test_run_that_the_engine_refuses_is_a_backend_error(copy: Path) -> None:
+    """Errors of onnxruntime are of classes that it keeps for itself."""
+
+    def edit(model: Any) -> None:
+        pixels = next(value for value in model.graph.input if value.name == "pixels")
+        pixels.type.tensor_type.shape.dim[2].dim_value += 1
+
+    edit_graph(copy, "vision", edit)
+    with (
+        vlmdeploy.open(copy, threads=1) as opened,
+        pytest.raises(BackendError, match=r"vision\.onnx: onnxruntime cannot"),
+    ):
+        list(opened.generate([user("Why?", picture())]))
+
+
+def test_outputs_of_another_shape_are_a_backend_error(copy: Path) -> None:
+    """Numpy failed on them, with a traceback."""
+
+    def edit(model: Any) -> None:
+        rows = next(value for value in model.graph.output if value.name == "rows")
+        for node in model.graph.node:
+            node.output[:] = ["rows.whole" if name == "rows" else name for name in node.output]
+        transpose = type(model.graph.node[0])(op_type="Transpose", input=["rows.whole"], output=["rows"])
+        model.graph.node.append(transpose)
+        del rows.type.tensor_type.shape.dim[:]
+        rows.type.tensor_type.ClearField("shape")
+
+    edit_graph(copy, "vision", edit)
+    with (
+        vlmdeploy.open(copy, threads=1) as opened,
+        pytest.raises(BackendError, match=r"vision\.onnx: rows is float32 \["),
+    ):
+        list(opened.generate([user("Why?", picture())]))
 
 
 def test_picture_changes_the_answer(session: Session) -> None:
@@ -387,7 +453,7 @@ def test_missing_file_is_named(copy: Path, file: str) -> None:
     (copy / file).unlink()
     with pytest.raises(
         BundleError,
-        match=f"has no {file}" if file == MANIFEST_NAME else f"{file}: no such file; copy",
+        match=f"has no {file}" if file == MANIFEST_NAME else f"{file}: no such file",
     ):
         vlmdeploy.open(copy)
 

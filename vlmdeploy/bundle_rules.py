@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vlmdeploy.errors import BundleError
+from vlmdeploy.errors import BundleError, shown
 from vlmdeploy.input_files import is_plain_name
 from vlmdeploy.manifest import (
     ENGINES,
@@ -60,7 +60,7 @@ class _Checker:
             self._verification(self.manifest.verification)
 
     def _fail(self, key: str, found: object, expected: str) -> None:
-        raise BundleError(f'{self.where}: "{key}" is {found!r:.120}, expected {expected}')
+        raise BundleError(f'{self.where}: "{key}" is {shown(found, 120)}, expected {expected}')
 
     def _require(self, holds: bool, key: str, found: object, expected: str) -> None:
         if not holds:

@@ -17,6 +17,15 @@ def one_line(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
+def shown(value: object, most: int = 80) -> str:
+    """A value from outside in a message: its `repr`, cut to a number of characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class VlmdeployError(Exception):
     """Base of all errors below; any other exception that escapes is a bug.
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import tokenizers
 from PIL import Image
 
-from vlmdeploy.errors import BundleError, PromptError
+from vlmdeploy.errors import BundleError, PromptError, shown
 from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
-from vlmdeploy.runtime.image import ImageSource
+from vlmdeploy.runtime.image import ImageSource, is_url
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -41,12 +41,12 @@ class Conversation:
     images: tuple[ImageSource, ...] = ()
 
 
-def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
+def read_messages(messages: Sequence[Message], max_images: int, allow_local: bool = False) -> Conversation:
     """The conversation in OpenAI-style messages: user and assistant alternate, the user first and last.
 
     `content` is a string or a list of parts {"type": "text", "text"}, {"type": "image", "image": path, bytes or Pillow
-    image} and {"type": "image_url", "image_url": {"url": path or data URL}}; texts are joined without a separator.
-    Raises PromptError for anything else, and for more images than the model has slots.
+    image} and {"type": "image_url", "image_url": {"url": data URL, or with allow_local a path}}; texts are joined
+    without a separator. Raises PromptError for anything else, and for more images than the model has slots.
     """
     if not isinstance(messages, list | tuple):
         raise PromptError(f"messages are a {type(messages).__name__}, expected a list of {{role, content}}")
@@ -55,7 +55,7 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
     texts, images = [], []
     for index, message in enumerate(messages):
         _check_role(message, index)
-        text, message_images = _read_content(message, f"message {index}")
+        text, message_images = _read_content(message, f"message {index}", allow_local)
         texts.append(text)
         images.extend(message_images)
     if len(texts) % 2 == 0:
@@ -168,12 +168,12 @@ def _check_role(message: Message, index: int) -> None:
     if role == "system":
         raise PromptError(f"message {index} is a system message; this model's prompt has no place for one")
     if role not in ("user", "assistant"):
-        raise PromptError(f'message {index} has the role {role!r:.80}, expected "user" or "assistant"')
+        raise PromptError(f'message {index} has the role {shown(role)}, expected "user" or "assistant"')
     if role != expected:
         raise PromptError(f"message {index} is from the {role}, expected {expected}: they take turns, the user first")
 
 
-def _read_content(message: Message, where: str) -> tuple[str, list[ImageSource]]:
+def _read_content(message: Message, where: str, allow_local: bool) -> tuple[str, list[ImageSource]]:
     """Text and images of one message."""
     content = message.get("content")
     if isinstance(content, str):
@@ -186,7 +186,7 @@ def _read_content(message: Message, where: str) -> tuple[str, list[ImageSource]]
         if _part_type(part, part_where) == "text":
             text += _checked_text(part.get("text"), part_where)
         elif message["role"] == "user":
-            images.append(_read_image(part, part_where))
+            images.append(_read_image(part, part_where, allow_local))
         else:
             raise PromptError(f"{part_where}: an image from the assistant, expected images from the user only")
     return text, images
@@ -195,7 +195,7 @@ def _read_content(message: Message, where: str) -> tuple[str, list[ImageSource]]
 def _part_type(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "image", "image_url"):
-        found = f"type {kind!r}" if isinstance(part, Mapping) else f"a {type(part).__name__}"
+        found = f"type {shown(kind)}" if isinstance(part, Mapping) else f"a {type(part).__name__}"
         raise PromptError(f'{where}: {found}, expected an object of type "text", "image" or "image_url"')
     return str(kind)
 
@@ -210,13 +210,17 @@ def _checked_text(text: object, where: str) -> str:
     return text
 
 
-def _read_image(part: Message, where: str) -> ImageSource:
+def _read_image(part: Message, where: str, allow_local: bool) -> ImageSource:
     source = part.get("image")
     if part["type"] == "image_url":
         holder = part.get("image_url")
         source = holder.get("url") if isinstance(holder, Mapping) else None
         if not isinstance(source, str):
-            raise PromptError(f'{where}: expected {{"type": "image_url", "image_url": {{"url": path or data URL}}}}')
+            raise PromptError(f'{where}: expected {{"type": "image_url", "image_url": {{"url": data URL}}}}')
+        if not (allow_local or is_url(source)):
+            raise PromptError(
+                f"{where}: image_url is no data URL; give a path as image, or open the bundle with allow_local=True"
+            )
     if not isinstance(source, str | PathLike | bytes | Image.Image):
         raise PromptError(f"{where}: image is a {type(source).__name__}, expected a path, bytes or a Pillow image")
     return source

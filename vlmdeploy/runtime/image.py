@@ -86,7 +86,7 @@ def _name(source: ImageSource) -> str:
     """A source's name in messages: a path as it is; the beginning of a string too long for one, such as pasted data."""
     if isinstance(source, bytes):
         return f"picture of {len(source)} bytes"
-    if _is_url(source, "data:"):
+    if is_url(source, "data:"):
         return "picture in a data URL"
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
@@ -96,8 +96,10 @@ def _name(source: ImageSource) -> str:
     raise DataError(f"picture is a {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
 
 
-def _is_url(source: ImageSource, *schemes: str) -> bool:
-    return isinstance(source, str) and source[:8].lower().startswith(schemes)
+def is_url(source: ImageSource, *schemes: str) -> bool:
+    """Whether a source is a URL of one of these schemes, by default of any that we know."""
+    known = schemes or ("data:", "http://", "https://")
+    return isinstance(source, str) and source[:8].lower().startswith(known)
 
 
 @contextlib.contextmanager
@@ -133,9 +135,9 @@ def _content(source: str | os.PathLike[str] | bytes | StoredImage, name: str) ->
         return io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
         return io.BytesIO(source.read_bytes())
-    if _is_url(source, "data:"):
+    if is_url(source, "data:"):
         return io.BytesIO(_data_url_bytes(os.fspath(source), name))
-    if _is_url(source, "http://", "https://"):
+    if is_url(source, "http://", "https://"):
         raise DataError(f"{name}: pictures are not fetched from the network; download it and give the file")
     return Path(source)
 

@@ -4,13 +4,14 @@ Filters apply in the order of Hugging Face transformers: repetition penalty, tem
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vlmdeploy.errors import BackendError, PromptError
+from vlmdeploy.errors import BackendError, PromptError, shown
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ class SamplingOptions:
 
 def _check(option: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise PromptError(f"option {option} is {value!r}, expected {expected}")
+        raise PromptError(f"option {option} is {shown(value)}, expected {expected}")
 
 
 def _is_finite(value: object, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and value >= at_least and value > above and value <= at_most
+    is_small = abs(value) <= sys.float_info.max  # false for NaN, and for whole numbers that no float holds
+    return is_small and value >= at_least and value > above and value <= at_most
 
 
 def _is_count(value: object, at_least: int) -> bool:

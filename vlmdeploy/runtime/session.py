@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.errors import BackendError, BundleError, PromptError
+from vlmdeploy.byte_sizes import shown_size
+from vlmdeploy.errors import BackendError, BundleError, PromptError, shown
 from vlmdeploy.layout import Ints
 from vlmdeploy.manifest import TOKENIZER_NAME
 from vlmdeploy.runtime.answer import Answer, Running
@@ -39,16 +40,18 @@ from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
 KEPT_IMAGES = 4
+BYTES_PER_TOKEN = 128  # the longest tokens of real vocabularies are runs of as many spaces
 
 
 class Session:
     """An opened bundle. Not thread-safe."""
 
-    def __init__(self, files: BundleFiles, backend: Backend) -> None:
+    def __init__(self, files: BundleFiles, backend: Backend, allow_local: bool = False) -> None:
         self.files = files
         self.folder = files.folder
         self.manifest = files.manifest
         self.backend = backend
+        self._allow_local = allow_local
         self.embedding = EmbeddingTable(files)
         self._image_rows: dict[bytes, Floats] = {}  # the least recently used first
         self._tokenizer = bundle_tokenizer(files) if self.manifest.has_tokenizer else None
@@ -84,15 +87,14 @@ class Session:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         template: str | None = None,
     ) -> Iterator[str]:
         """Answer OpenAI-style messages, piece by piece as text becomes certain; greedy unless a temperature is given.
 
         Checks messages and options before returning the iterator. Raises PromptError and DataError.
         """
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, stops)
+        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens, _stops(stop))
         return self.start(messages, options, template).pieces()
 
     def answer(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Answer:
@@ -103,7 +105,8 @@ class Session:
     def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Running:
         """Check and prepare an answer; the model first runs when a piece is taken."""
         tokenizer, timings = self.tokenizer, Timings()
-        conversation = read_messages(messages, self.manifest.tokens.max_images)
+        conversation = read_messages(messages, self.manifest.tokens.max_images, self._allow_local)
+        self._check_text_length(conversation)
         ids = prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
         start = time.perf_counter()
         pixels, size = self._pictures(conversation)
@@ -219,6 +222,16 @@ class Session:
             return None, (0, 0)
         return np.stack([preprocess(picture, self.manifest.image) for picture in pictures]), pictures[0].size
 
+    def _check_text_length(self, conversation: Conversation) -> None:
+        """Refuse texts that no context holds before they are tokenized."""
+        size = sum(len(text.encode()) for turn in conversation.turns for text in (turn.user, turn.assistant or ""))
+        most = BYTES_PER_TOKEN * self.manifest.context_tokens
+        if size > most:
+            raise PromptError(
+                f"the text has {shown_size(size)}, at most {shown_size(most)} fit into a context of "
+                f"{self.manifest.context_tokens} tokens: shorten it"
+            )
+
     def _prompt(self, input_ids: NDArray[Any], images: NDArray[Any] | None) -> Prompt:
         manifest = self.manifest
         ids = _array("input_ids", input_ids)
@@ -246,11 +259,20 @@ def bundle_tokenizer(files: BundleFiles) -> Tokenizer:
     return Tokenizer.from_bytes(files.read(TOKENIZER_NAME), str(files.folder / TOKENIZER_NAME))
 
 
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """A caller's stop strings; raises PromptError for another kind of value."""
+    if isinstance(stop, str):
+        return (stop,)
+    if not isinstance(stop, list | tuple | None):
+        raise PromptError(f"option stop is {shown(stop)}, expected a string, a list of strings or None")
+    return tuple(stop or ())
+
+
 def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
     """A caller's value as an array; raises PromptError if it is none."""
     try:
         return np.asarray(values, kind)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise PromptError(f"{name} cannot be read as an array of numbers: {error}") from error
 
 
@@ -262,6 +284,7 @@ def open_bundle(
     residency: str = "all",
     trust: bool = False,
     follow_links: bool = False,
+    allow_local: bool = False,
 ) -> Session:
     """Open a bundle for inference.
 
@@ -269,10 +292,11 @@ def open_bundle(
     "cpu" to run the graphs of a TensorRT bundle in ONNX Runtime and check them. residency: "phase" drops what only
     prompts need after prefill and reloads it for the next prompt. trust: load engines and plugin libraries, which are
     native code, of a bundle that was neither built nor trusted on this machine; see SECURITY.md. follow_links: read
-    files that links place outside the folder. Raises BundleError and BackendError.
+    files that links place outside the folder. allow_local: `image_url` may name a file of this machine. Raises
+    BundleError and BackendError.
     """
     folder = Path(folder)
     if residency not in ("all", "phase"):
         raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
     files = check_bundle(folder, check, follow_links=follow_links)
-    return Session(files, open_backend(files, provider, threads, residency, trust))
+    return Session(files, open_backend(files, provider, threads, residency, trust), allow_local)

@@ -5,7 +5,8 @@ session call with bindings made once.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
@@ -160,7 +161,11 @@ class OrtBackend(Backend):
         if self.residency == "phase":
             self._decode = None
             self.drop(self.manifest.token_graph)  # loaded for the previous prompt
-        rows: Floats = self.session("vision").run(["rows"], {"pixels": pixels})[0]
+        session = self.session("vision")
+        with self._failures_named("vision"):
+            rows: Floats = session.run(["rows"], {"pixels": pixels})[0]
+        tokens, hidden = self.manifest.tokens.rows_per_image, self.manifest.embedding.hidden
+        self._check_shape("vision", "rows", rows, (len(pixels), tokens, hidden))
         rows = rows.copy()  # onnxruntime's array keeps the session's whole working memory alive
         if self.residency == "phase":
             self.drop("vision")
@@ -177,7 +182,10 @@ class OrtBackend(Backend):
     def run(self, call: Call, lanes: Lanes) -> Floats:
         has_head = decoder_graph(self.manifest, call.vision_mask) == self.manifest.token_graph
         outputs = self.run_graph(call, lanes, ("logits",) if has_head else ())
-        return outputs["logits"] if has_head else np.zeros((0, self.manifest.embedding.vocab_size), np.float32)
+        vocab_size = self.manifest.embedding.vocab_size
+        logits = outputs["logits"] if has_head else np.zeros((0, vocab_size), np.float32)
+        self._check_shape(self.manifest.token_graph, "logits", logits, (len(logits) if logits.ndim else 0, vocab_size))
+        return logits
 
     def run_graph(self, call: Call, lanes: Lanes, outputs: tuple[str, ...]) -> dict[str, Floats]:
         """Call the decoder graph that takes these rows; returns the named outputs, [lanes * rows, ...]."""
@@ -191,7 +199,8 @@ class OrtBackend(Backend):
                 binding.bind_cpu_input(info.name, np.ascontiguousarray(values[info.name]))
         for name in outputs:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        with self._failures_named(graph):
+            session.run_with_iobinding(binding)
         lanes.append(call.counts)
         found = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
         return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
@@ -204,7 +213,22 @@ class OrtBackend(Backend):
             inputs = [info.name for info in self.manifest.graphs[graph].inputs]
             call = Call.of_tokens(hidden, is_fed)
             self._decode = DecodeBinding(self.ort, self.session(graph), inputs, lanes, call, vocab_size)
-        return self._decode.run(hidden, is_fed.astype(np.int64))
+        with self._failures_named(self.manifest.token_graph):
+            return self._decode.run(hidden, is_fed.astype(np.int64))
+
+    @contextmanager
+    def _failures_named(self, graph: str) -> Iterator[None]:
+        """Turn the engine's errors, of its own private classes, into BackendErrors."""
+        try:
+            yield
+        except Exception as error:
+            where = self.files.folder / self.manifest.graphs[graph].file
+            raise BackendError(f"{where}: onnxruntime cannot run it ({error})") from error
+
+    def _check_shape(self, graph: str, name: str, found: Floats, wanted: tuple[int, ...]) -> None:
+        if found.shape != wanted or found.dtype != np.float32:
+            where = self.files.folder / self.manifest.graphs[graph].file
+            raise BackendError(f"{where}: {name} is {found.dtype} {list(found.shape)}, expected float32 {list(wanted)}")
 
     @override
     def warm_up(self, graphs: Sequence[str]) -> None:
@@ -292,7 +316,7 @@ def load_session(
     try:
         session = ort.InferenceSession(content, options, [wanted], enable_fallback=0, disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
-        raise BackendError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from error
+        raise BackendError(f"{path}: onnxruntime cannot load it ({error})") from error
     if session.get_providers()[0] != wanted:
         raise BackendError(
             f"{path}: wanted {wanted}, onnxruntime fell back to {session.get_providers()[0]}: is there a GPU, and do "
