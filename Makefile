@@ -4,7 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: all demo report test test-all lint format kernels gptqmodel clean
+MINUTES ?= 10
+
+.PHONY: all demo report test test-all fuzz lint format kernels gptqmodel clean
 
 all: $(READY)
 
@@ -34,6 +36,11 @@ test: $(READY) lint
 
 test-all: test
 	$(BIN)/python -m pytest -q -m slow
+
+# Attacks on everything that reads what came from outside; findings are kept in fuzz/corpus.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no Atheris for this machine: inputs are changed blindly"
+	$(BIN)/python -m fuzz --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .
