@@ -16,7 +16,7 @@ from vlmdeploy.errors import BundleError
 Span = tuple[int, int]  # the first byte of a message, and the one after its last
 Operator = tuple[str, str]  # domain, type
 
-MOST_FIELDS = 1 << 19  # a decoder of a hundred layers has a tenth
+MOST_FIELDS = 1 << 19  # a decoder of a hundred layers has an eighth
 MOST_NODES = 1 << 20  # with every function written out where it is called
 MOST_DIMS = 8
 
@@ -311,7 +311,7 @@ class _Graph(_Wire):
         """External data: within the data file, of which all tensors together take no more than it has."""
         pairs = [{"key": "", "value": ""} | dict(self.fields("StringStringEntryProto", entry)) for entry in entries]
         place = {pair["key"]: pair["value"] for pair in pairs}
-        if set(place) != PLACE_KEYS or len(pairs) != len(place) or place["location"] != self.data_file:
+        if set(place) != PLACE_KEYS or place["location"] != self.data_file:
             raise self.error(f"{tensor} lies at {place}, expected a place in {self.data_file}")
         if not all(_WHOLE_NUMBER.fullmatch(place[key]) for key in ("offset", "length")):
             raise self.error(f"{tensor} lies at {place}, expected whole numbers")

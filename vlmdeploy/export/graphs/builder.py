@@ -19,6 +19,7 @@ from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints, WeightReader
 from vlmdeploy.manifest import FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.quant.grid import Grid, Quantized
+from vlmdeploy.runtime.graph_check import check_graph
 
 IR_VERSION = 11
 ALIGNMENT = 64 << 10  # of external offsets, so that each tensor can be memory-mapped alone
@@ -242,7 +243,7 @@ class GraphBuilder(ABC):
             yield rows, (int(stored.min()), int(stored.max()) + 1)
 
     def write(self, folder: Path) -> GraphInfo:
-        """Write NAME.onnx beside the data file and check it; returns its files, inputs and outputs.
+        """Write NAME.onnx beside the data file and check it, as the runtime will; returns its files, inputs and outputs.
 
         Leaves out inputs that no node reads: the lengths of a decoder whose only layer stops after keys and values.
         """
@@ -257,6 +258,7 @@ class GraphBuilder(ABC):
         path = folder / f"{self.name}.onnx"
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path))
+        check_graph(path.read_bytes(), str(path), self.data.path.name, self.data.size)
         return GraphInfo(path.name, self.data.path.name, tuple(self._public_inputs), tuple(self._public_outputs))
 
 
