@@ -20,7 +20,7 @@ from vlmdeploy.bundle import hash_file, read_manifest, write_manifest
 from vlmdeploy.export.engines.parts import EnginePart, cut
 from vlmdeploy.manifest import EngineInfo, Manifest
 from vlmdeploy.runtime.backends.cuda_device import Buffer
-from vlmdeploy.runtime.backends.ort import session_options
+from vlmdeploy.runtime.backends.ort import import_onnxruntime, session_options
 from vlmdeploy.runtime.backends.trt import TrtBackend
 from vlmdeploy.runtime.backends.trt_library import TensorrtLibrary
 from vlmdeploy.runtime.integrity import check_bundle
@@ -180,8 +180,7 @@ class FakeEngine:
     kernels: "FakeKernels | None" = None
 
     def __init__(self, plan: dict[str, Any], device: FakeDevice, config: "type[FakeConfig]") -> None:
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         self.device = device
         self.create_runtime_config = config
         self.graph, self.name, self.profiles = plan["graph"], plan["name"], plan["profiles"]

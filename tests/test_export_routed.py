@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -29,6 +28,7 @@ from vlmdeploy.export.graphs.routed_dialect import check_routed
 from vlmdeploy.export.graphs.routed_functions import ROUTED_DOMAIN, routed_functions, without_routed_functions
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.precision import Precision, plan_precision
+from vlmdeploy.runtime.backends.ort import import_onnxruntime
 from vlmdeploy.runtime.integrity import check_bundle
 
 SIZES: dict[str, Any] = {
@@ -71,7 +71,7 @@ def run_function(
     graph = helper.make_graph([node], "one", inputs, values)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=routed_functions())
     onnx.checker.check_model(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return list(session.run(outputs, feeds))
 
 

@@ -4,6 +4,7 @@ Past and present of a layer share one buffer; GroupQueryAttention recognizes its
 session call with bindings made once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -256,13 +257,14 @@ class OrtBackend(Backend):
 
 
 def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module; raises BackendError if it is missing or installed twice."""
+    """The onnxruntime module, without its telemetry; raises BackendError if it is missing or installed twice."""
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(installed) == 2:
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall both, then install one of vlmdeploy[cpu] and vlmdeploy[cuda]"
         )
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when it is imported
     try:
         import onnxruntime
     except ImportError as error:
