@@ -248,7 +248,9 @@ def add_counts(folder: Path) -> None:
     """Constant counts that the sabotaged nodes read."""
     model = graph_of(folder, "decoder")
     for name, value in (("count.all", 10**6), ("count.none", 0)):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int32), name))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"{name}.64"))
+        narrow = onnx.helper.make_node("Cast", [f"{name}.64"], [name], to=onnx.TensorProto.INT32)
+        model.graph.node.insert(0, narrow)
     (folder / "decoder.onnx").write_bytes(model.SerializeToString())
 
 

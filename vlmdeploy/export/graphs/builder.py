@@ -243,7 +243,7 @@ class GraphBuilder(ABC):
             yield rows, (int(stored.min()), int(stored.max()) + 1)
 
     def write(self, folder: Path) -> GraphInfo:
-        """Write NAME.onnx beside the data file and check it, as the runtime will; returns its files, inputs and outputs.
+        """Write NAME.onnx beside the data file, checked as the runtime will; returns its files, inputs and outputs.
 
         Leaves out inputs that no node reads: the lengths of a decoder whose only layer stops after keys and values.
         """
