@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,14 +46,34 @@ def read_input(path: Path, error: type[VlmdeployError], most_bytes: int, expecte
     """The content of a regular file. Raises `error` as `open_input` does, and for a file of more than `most_bytes`."""
     with open_input(path, error, expected) as stream:
         size = os.fstat(stream.fileno()).st_size
-        try:
+        with _named(path, error):
             content = stream.read(most_bytes + 1) if size <= most_bytes else b""
-        except OSError as problem:
-            raise error(f"{path}: cannot be read ({problem.strerror})") from problem
     if max(size, len(content)) > most_bytes:
         found, wanted = shown_size(max(size, len(content))), expected and f"; expected {expected}"
         raise error(f"{path}: has {found}, at most {shown_size(most_bytes)} are read{wanted}")
     return content
+
+
+def input_lines(path: Path, error: type[VlmdeployError], longest_bytes: int, expected: str = "") -> Iterator[bytes]:
+    """The lines of a regular file, ends included. Raises `error` as `open_input` does, and for a longer line."""
+    number = 0
+    with open_input(path, error, expected) as stream, _named(path, error):
+        while line := stream.readline(longest_bytes + 1):
+            number += 1
+            if len(line) > longest_bytes:
+                raise error(f"{path}:{number}: is longer than {shown_size(longest_bytes)}, the most that a line may have")
+            yield line
+
+
+def why_unreadable(path: Path) -> str:
+    """What keeps a path from being opened as a regular file, such as "no such file"; "" for such a file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as problem:  # a name too long, a folder that may not be entered, a zero byte
+        return f"cannot be read ({getattr(problem, 'strerror', problem)})"
+    return "" if stat.S_ISREG(mode) else f"is {kind_of(mode)}"
 
 
 def is_plain_name(name: str) -> bool:
@@ -79,9 +101,23 @@ def inside(folder: Path, name: str, error: type[VlmdeployError], follow_links: b
     return path
 
 
+def find_inside(folder: Path, name: str, error: type[VlmdeployError], follow_links: bool = False) -> Path | None:
+    """`inside` for a file that may be absent: None if the folder has no entry of this name, not even a broken link."""
+    return inside(folder, name, error, follow_links) if os.path.lexists(folder / name) else None
+
+
 def kind_of(mode: int) -> str:
     """What a file is that is no regular one, from its st_mode."""
     return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+@contextmanager
+def _named(path: Path, error: type[VlmdeployError]) -> Iterator[None]:
+    """Turn the system's errors while reading an open file into `error`."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
 
 
 def _require_regular(status: os.stat_result, path: Path, error: type[VlmdeployError], expected: str) -> None:

@@ -5,6 +5,7 @@ The caller chooses the error class: a bad manifest is a BundleError, a bad recip
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -20,11 +21,19 @@ Record = TypeVar("Record")
 Config = dict[str, Any]  # a parsed JSON or TOML object
 
 DEEPEST = 64  # lists and objects within each other
+MOST_TOML_BYTES = 1 << 20  # of a file written by hand
+LARGEST_INT = (1 << 63) - 1
+MOST_DOTS = 256  # in a line: the parser's memory grows with the square of a dotted key's parts
+_LONG_NUMBER = re.compile(rb"0[xob][0-9A-Fa-f_]{65}")  # only decimal digits are counted when such a number is read
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 def read_object(
-    path: Path, error: type[VlmdeployError] = ConfigError, is_optional: bool = False, expected: str = ""
+    path: Path,
+    error: type[VlmdeployError] = ConfigError,
+    is_optional: bool = False,
+    expected: str = "",
+    most_bytes: int = MOST_JSON_BYTES,
 ) -> Config:
     """Read the JSON object in a file; {} if an optional file is absent. Raises `error`.
 
@@ -32,13 +41,13 @@ def read_object(
     """
     if is_optional and not path.exists():
         return {}
-    return parse_object(read_input(path, error, MOST_JSON_BYTES, expected), str(path), error)
+    return parse_object(read_input(path, error, most_bytes, expected), str(path), error)
 
 
 def parse_object(content: bytes, where: str, error: type[VlmdeployError] = ConfigError) -> Config:
-    """Parse a JSON object. Raises `error`, naming `where`."""
+    """Parse a JSON object in UTF-8, with or without a byte order mark. Raises `error`, naming `where`."""
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: not JSON ({problem})") from problem
     if not isinstance(value, dict):
@@ -48,22 +57,36 @@ def parse_object(content: bytes, where: str, error: type[VlmdeployError] = Confi
 
 def read_toml(path: Path, expected: str) -> Config:
     """Read the tables in a TOML file. Raises ConfigError; expected: what should be there, for an absent file."""
-    content = read_input(path, ConfigError, MOST_JSON_BYTES, expected)
+    content = read_input(path, ConfigError, MOST_TOML_BYTES, expected)
+    for number, line in enumerate(content.splitlines(), 1):
+        _check_toml_line(line, f"{path}:{number}")
     try:
         value = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise ConfigError(f"{path}: not TOML ({problem})") from problem
-    return _checked_depth(value, str(path), ConfigError)
+    tree = _checked_depth(value, str(path), ConfigError)
+    try:
+        json.dumps(tree)  # as settings are kept
+    except TypeError as problem:
+        raise ConfigError(f"{path}: holds a date or a time, which no key takes") from problem
+    return tree
 
 
-def _checked_depth(value: Config, where: str, error: type[VlmdeployError]) -> Config:
-    """The value, unless it nests so deeply that comparing or writing it could fail."""
-    level: list[Any] = [value]
+def _check_toml_line(line: bytes, where: str) -> None:
+    if line.count(b".") > MOST_DOTS:
+        raise ConfigError(f"{where}: holds more than {MOST_DOTS} dots")
+    if _LONG_NUMBER.search(line):
+        raise ConfigError(f"{where}: holds a number of more than 64 digits")
+
+
+def _checked_depth(tree: Config, where: str, error: type[VlmdeployError]) -> Config:
+    """The tree, unless it nests so deeply that comparing or writing it could fail."""
+    level: list[Any] = [tree]
     for _ in range(DEEPEST):
-        items = [item.values() if isinstance(item, dict) else item for item in level]
+        items = (item.values() if isinstance(item, dict) else item for item in level)
         level = [inner for item in items for inner in item if isinstance(inner, dict | list)]
         if not level:
-            return value
+            return tree
     raise error(f"{where}: nested more than {DEEPEST} levels deep")
 
 
@@ -129,7 +152,8 @@ class _Reader:
                 return float(data)
             except OverflowError:
                 self._require(False, data, "a number below 1.8e308", key)
-        self._require(isinstance(data, kind) and (kind is bool or type(data) is not bool), data, NAMES[kind], key)
+        self._require(_is_plain(kind, data), data, NAMES[kind], key)
+        self._require(kind is not int or abs(data) <= LARGEST_INT, data, "a whole number below 9.2e18", key)
         return data
 
     def _record(self, kind: Any, data: Any, key: str) -> Any:
@@ -161,13 +185,19 @@ class _Reader:
         kinds = [kind for kind in arguments if kind is not types.NoneType]
         if len(kinds) == 1:
             return self.value(kinds[0], data, key)
-        self._require(isinstance(data, tuple(kinds)), data, " or ".join(NAMES[kind] for kind in kinds), key)
-        return data
+        fitting = [kind for kind in kinds if _is_plain(kind, data)]
+        self._require(bool(fitting), data, " or ".join(NAMES[kind] for kind in kinds), key)
+        return self._plain(fitting[0], data, key)
 
     def _require(self, holds: bool, data: Any, expected: str, key: str) -> None:
         if not holds:
             name = f'"{key}" is' if key else "holds"
             raise self.error(f"{self.where}: {name} {_shown(data)}, expected {expected}")
+
+
+def _is_plain(kind: type, data: Any) -> bool:
+    """Whether a value is of a plain type; true and false are no numbers."""
+    return isinstance(data, kind) and (kind is bool or type(data) is not bool)
 
 
 def _shown(data: Any) -> str:
