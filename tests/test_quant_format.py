@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tests.gptq_checkpoint import quantized_matrix
 from tests.reference import gptq_format as reference
 from vlmdeploy.errors import ConfigError, QuantizationError, WeightsError
-from vlmdeploy.model.checkpoint import tensor_shards
+from vlmdeploy.model.shards import Shards
 from vlmdeploy.model.stored_codes import StoredCodes
 from vlmdeploy.quant.gptq_config import (
     CheckpointFormat,
@@ -68,7 +68,7 @@ def linears_of(case: str) -> dict[str, StoredLinear]:
 
 
 def stored_codes(case: str) -> StoredCodes:
-    return StoredCodes(GOLDEN / case, tensor_shards(GOLDEN / case))
+    return StoredCodes(Shards(GOLDEN / case))
 
 
 @every_case

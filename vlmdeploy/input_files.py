@@ -61,7 +61,9 @@ def input_lines(path: Path, error: type[VlmdeployError], longest_bytes: int, exp
         while line := stream.readline(longest_bytes + 1):
             number += 1
             if len(line) > longest_bytes:
-                raise error(f"{path}:{number}: is longer than {shown_size(longest_bytes)}, the most that a line may have")
+                raise error(
+                    f"{path}:{number}: is longer than {shown_size(longest_bytes)}, the most that a line may have"
+                )
             yield line
 
 

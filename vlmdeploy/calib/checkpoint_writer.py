@@ -17,7 +17,8 @@ import vlmdeploy
 from vlmdeploy.artifact import as_umask_says, staged_folder
 from vlmdeploy.calib.state import Records, shard_name
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.model.checkpoint import INDEX_NAME, LICENCE_PATTERNS, SINGLE_NAME, Checkpoint
+from vlmdeploy.model.checkpoint import LICENCE_PATTERNS, Checkpoint
+from vlmdeploy.model.shards import INDEX_NAME, SINGLE_NAME
 from vlmdeploy.quant.gptq_config import CONFIG_NAME, GptqConfig, ModuleGrid, config_json, dynamic_overrides
 from vlmdeploy.quant.gptq_format import encode_linear
 from vlmdeploy.quant.grid import Quantized
@@ -95,10 +96,7 @@ def publish(
         _write_json(folder / "config.json", config)
         _write_json(folder / CONFIG_NAME, quantization)
         _write_json(folder / REPORT_NAME, report)
-        for pattern in COPIED:
-            for path in sorted(checkpoint.folder.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+        checkpoint.copy_files(COPIED, folder)
 
 
 def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dict[str, Any]) -> GptqConfig:

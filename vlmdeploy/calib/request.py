@@ -55,7 +55,7 @@ DECODER_BITS = ("3", "4", "8")
 class QuantizeOptions:
     """The options of `vlmdeploy quantize`, named like its parameters; None: the default in its help.
 
-    reuse: keep an output made with the same settings, even with `force`.
+    reuse: keep an output made with the same settings, even with `force`. follow_links: out of the checkpoint's folder.
     """
 
     calib: Path
@@ -81,6 +81,7 @@ class QuantizeOptions:
     seed: int = 0
     force: bool = False
     reuse: bool = False
+    follow_links: bool = False
 
     @property
     def memory_bytes(self) -> int:
@@ -108,7 +109,7 @@ def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progres
     check_name(out)
     budget = None if options.budget is None else Budget.parse(options.budget)
     memory_bytes = options.memory_bytes
-    checkpoint = Checkpoint(ckpt)
+    checkpoint = Checkpoint(ckpt, options.follow_links)
     if checkpoint.is_quantized:
         raise CalibrationError(f"{ckpt}: is quantized already; give the float checkpoint that it was made from")
     processes = Processes.join()
@@ -193,7 +194,7 @@ def _readable(
     samples: list[Sample], checkpoint: Checkpoint, options: QuantizeOptions, skipped: Skipped
 ) -> list[CalibrationSample]:
     """Tokenize samples. A broken or too long sample is counted with --skip-broken, else raised."""
-    source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer)
+    source = checkpoint_tokenizer(checkpoint.folder, options.tokenizer, options.follow_links)
     tokenizer, found = Tokenizer(import_tokenizer(source)), []
     for sample in samples:
         try:

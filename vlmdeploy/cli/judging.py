@@ -12,6 +12,7 @@ from vlmdeploy.cli.options import (
     FOLDER,
     RESIDENCY,
     asking_options,
+    follow_links_option,
     force_option,
     json_option,
     provider_option,
@@ -35,6 +36,7 @@ from vlmdeploy.cli.options import (
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Most tokens of an answer.")
 @click.option("--template", help="The prompt template for rows that name none.  [default: the model's]")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
+@follow_links_option
 @provider_option
 @threads_option
 @click.option(
@@ -101,10 +103,13 @@ def report(out: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--ckpt", type=FOLDER, help="Compare every stage with this checkpoint in PyTorch.")
+@follow_links_option
 @provider_option
 @threads_option
 @json_option
-def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int | None, as_json: bool) -> None:
+def verify(
+    bundle: Path, ckpt: Path | None, follow_links: bool, provider: str | None, threads: int | None, as_json: bool
+) -> None:
     """Check a bundle on this machine: every hash, then every stage against --ckpt, or else the recorded run."""
     if ckpt is None:
         from vlmdeploy.runtime.replay import replay
@@ -114,7 +119,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
         from vlmdeploy.export.gate.verify import verify_bundle
 
         with progress_bar() as progress:
-            verdicts = verify_bundle(bundle, ckpt, threads, progress)
+            verdicts = verify_bundle(bundle, ckpt, threads, progress, follow_links)
     if as_json:
         print_json({"passed": True, "stages": [asdict(verdict) for verdict in verdicts]})
         return
@@ -126,6 +131,7 @@ def verify(bundle: Path, ckpt: Path | None, provider: str | None, threads: int |
 @main.command()
 @click.argument("a", type=FOLDER)
 @click.argument("b", type=FOLDER)
+@follow_links_option
 @click.option("--image", help="A picture: a path or a data URL.  [default: a drawn one, or none beside --prompt]")
 @click.option("--prompt", "text", help="A question.  [default: drawn ids]")
 @click.option("--isolate", is_flag=True, help="Also feed each stage of B with A's values: finds the stages at fault.")

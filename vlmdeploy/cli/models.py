@@ -16,6 +16,7 @@ from vlmdeploy.cli.options import (
     asking_options,
     build_options,
     calibration_options,
+    follow_links_option,
     force_option,
     json_option,
     precision_options,
@@ -50,6 +51,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The float checkpoint folder.")
+@follow_links_option
 @click.option("--calib", type=FOLDER, required=True, help="JSONL, VLMEvalKit TSV, RefCOCO, SFT-311K root, or pictures.")
 @click.option("--out", type=FOLDER, required=True, help="The quantized checkpoint folder to write.")
 @calibration_options
@@ -99,6 +101,7 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
 
 @main.command()
 @click.option("--ckpt", type=FOLDER, required=True, help="The checkpoint folder (Hugging Face layout, safetensors).")
+@follow_links_option
 @click.option("--target", type=TARGET, required=True, help="Where the bundle runs, and its precision.")
 @click.option("--out", type=FOLDER, required=True, help="The bundle folder to write.")
 @click.option("--calib", type=FOLDER, help="Data to quantize a float checkpoint with; `quantize` lists the kinds.")
@@ -136,7 +139,7 @@ def export(
 
     if calib is not None and quant is not None:
         raise click.UsageError("--calib and --quant rtn exclude each other: give one of them")
-    if calib is None and quant is None and target.endswith("int4") and not holds_codes(ckpt):
+    if calib is None and quant is None and target.endswith("int4") and not holds_codes(ckpt, options["follow_links"]):
         raise click.UsageError(
             f"{ckpt} holds floats, so int4 codes must be chosen: give --calib DATA to calibrate them, or --quant rtn "
             "to round to nearest"

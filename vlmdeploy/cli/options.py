@@ -54,6 +54,12 @@ def force_option(command: Command) -> Command:
     return click.option("--force", is_flag=True, help="Replace an output folder that vlmdeploy made.")(command)
 
 
+def follow_links_option(command: Command) -> Command:
+    """--follow-links, the same for every command that takes a checkpoint."""
+    text = "Read what links in a checkpoint's folder name outside it; those of Hugging Face's cache need no option."
+    return click.option("--follow-links", is_flag=True, help=text)(command)
+
+
 def provider_option(command: Command) -> Command:
     """--provider, the same for every command that runs a bundle."""
     text = "Run with this provider of ONNX Runtime.  [default: what the bundle was made for]"
@@ -101,6 +107,7 @@ def asking_options(command: Command) -> Command:
         click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed for drawing the questions."),
         click.option("--template", help="The prompt template for rows that name none.  [default: the model's]"),
         click.option("--tokenizer", type=FOLDER, help="The checkpoint's tokenizer.  [default: the one in its folder]"),
+        follow_links_option,
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Most tokens of an answer."),
         click.option("--new-tokens", type=click.IntRange(min=1), default=32, help="Tokens per measured answer."),
         click.option("--repeat", "repeats", type=click.IntRange(min=1), default=5, help="Answers to measure."),

@@ -15,6 +15,7 @@ from vlmdeploy.cli.options import (
     PROVIDER,
     RESIDENCY,
     TARGET,
+    follow_links_option,
     json_option,
     precision_options,
     provider_option,
@@ -31,6 +32,7 @@ CONTEXT = "Longest prompt and answer.  [default: the model's]"
 
 @main.command()
 @click.option("--ckpt", type=FOLDER, help="A checkpoint folder; its weights may be missing.")
+@follow_links_option
 @click.option("--family", help="A family's released checkpoint; with --ckpt: what the folder holds.")
 @click.option("--device", required=True, help='A device such as orin-nx-16, a profile file.toml, or "host".')
 @click.option(
@@ -57,6 +59,7 @@ CONTEXT = "Longest prompt and answer.  [default: the model's]"
 @json_option
 def plan(
     ckpt: Path | None,
+    follow_links: bool,
     family: str | None,
     device: str,
     power_mode: str | None,
@@ -74,7 +77,7 @@ def plan(
     if ckpt is None and family is None:
         raise click.UsageError("give --ckpt or --family")
     chosen = PlanOptions(precisions=taken_precisions(options), **options)
-    made = make_plan(planned_model(ckpt, family), plan_device(device, power_mode), chosen)
+    made = make_plan(planned_model(ckpt, family, follow_links), plan_device(device, power_mode), chosen)
     for message in made.warnings:
         warn(message)
     if html is not None:
@@ -172,8 +175,9 @@ def trust(bundle: Path, revoke: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", type=FOLDER)
+@follow_links_option
 @json_option
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path, follow_links: bool, as_json: bool) -> None:
     """Describe a checkpoint or a bundle."""
     from vlmdeploy.bundle import has_manifest, read_manifest
 
@@ -185,7 +189,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     else:
         from vlmdeploy.model.summary import checkpoint_rows, checkpoint_summary
 
-        content = checkpoint_summary(folder)
+        content = checkpoint_summary(folder, follow_links)
         rows = checkpoint_rows(content)
     if as_json:
         print_json(content)

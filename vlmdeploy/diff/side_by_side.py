@@ -42,6 +42,7 @@ class DiffOptions:
     tolerance: float | None = None
     threads: int | None = None
     seed: int = 0
+    follow_links: bool = False  # of checkpoints
 
 
 def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_progress) -> ModelDiff:
@@ -53,7 +54,7 @@ def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_
     tolerance = None if options.tolerance is None else checked_tolerance(options.tolerance)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    first, second = open_staged(a, options.threads), open_staged(b, options.threads)
+    first, second = (open_staged(folder, options.threads, options.follow_links) for folder in (a, b))
     _check_geometry(first, second)
     tolerance = tolerance or default_tolerance(first.arithmetic, second.arithmetic)
     given = make_input(first, second, options.image, options.text, options.seed)
@@ -61,14 +62,14 @@ def diff_models(a: Path, b: Path, options: DiffOptions, progress: Progress = no_
     return ModelDiff(str(a), str(b), given.as_json(), tolerance, stages)
 
 
-def open_staged(folder: Path, threads: int | None) -> StagedModel:
+def open_staged(folder: Path, threads: int | None, follow_links: bool = False) -> StagedModel:
     """Open a checkpoint or a bundle. Raises ConfigError for other folders."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a checkpoint or a bundle")
     if has_manifest(folder):
         return StagedBundle(folder, threads)
-    if (folder / CONFIG_NAME).is_file():
-        return StagedCheckpoint(folder)
+    if (folder / CONFIG_NAME).exists():
+        return StagedCheckpoint(folder, follow_links)
     raise ConfigError(f"{folder}: holds no {CONFIG_NAME} and no {MANIFEST_NAME}; expected a checkpoint or a bundle")
 
 

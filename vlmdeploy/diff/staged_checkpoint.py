@@ -109,9 +109,9 @@ class StagedModel(Protocol):
 class StagedCheckpoint(StagedModel):
     """A checkpoint, float or quantized."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, follow_links: bool = False) -> None:
         """Raises ConfigError and WeightsError."""
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, follow_links)
         spec = checkpoint.spec
         self.name = str(folder)
         self.geometry = StageGeometry.of_spec(spec)
@@ -120,11 +120,11 @@ class StagedCheckpoint(StagedModel):
         self.arithmetic = _arithmetic(checkpoint)
         as_stored = PrecisionPlan({}, {}, {}, ())  # converts nothing
         self._stages = TorchStages(WeightReader(checkpoint, as_stored), spec)
-        self._folder = folder
+        self._checkpoint = checkpoint
 
     @override
     def tokenizer(self) -> Tokenizer | None:
-        source = find_tokenizer(self._folder)
+        source = find_tokenizer(self._checkpoint.folder, self._checkpoint.follow_links)
         return None if source is None else Tokenizer(import_tokenizer(source))
 
     @override

@@ -19,9 +19,9 @@ from vlmdeploy.quant.precision import TARGETS
 BITS_OF_TARGET = {"ort-int4": "4", "ort-int8": "8", "rtx-int4": "4", "trt-int4": "4"}
 
 
-def holds_codes(ckpt: Path) -> bool:
+def holds_codes(ckpt: Path, follow_links: bool = False) -> bool:
     """Whether a checkpoint is quantized already. Raises ConfigError and WeightsError."""
-    return Checkpoint(ckpt).is_quantized
+    return Checkpoint(ckpt, follow_links).is_quantized
 
 
 def export_calibrated(
@@ -43,6 +43,7 @@ def export_calibrated(
         tokenizer=options.tokenizer,
         template=options.default_template,
         seed=options.seed,
+        follow_links=options.follow_links,
         force=True,
         reuse=True,
     )

@@ -4,7 +4,6 @@ Peak memory depends on the largest tensor, not the model: weights are read and w
 PyTorch layer at a time.
 """
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -57,7 +56,7 @@ from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.quant.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
-from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
+from vlmdeploy.quant.quantization_report import REPORT_NAME
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
 from vlmdeploy.runtime.integrity import BundleFiles
@@ -77,7 +76,7 @@ def export_bundle(
     """
     check_output(out, options.force, is_bundle)
     cache_type = options.cache_type  # raises before anything is read
-    checkpoint = Checkpoint(ckpt)
+    checkpoint = Checkpoint(ckpt, options.follow_links)
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
@@ -92,7 +91,7 @@ def export_bundle(
     warnings += encoder_warning(plan, spec) if is_tensorrt(options.target) else ()
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
-        _copy_files(checkpoint.folder, folder)
+        checkpoint.copy_files((*LICENCE_PATTERNS, REPORT_NAME), folder)  # the runtime reads none of them
         cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
@@ -119,7 +118,7 @@ def export_bundle(
 
 
 def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Path, warnings: list[str]) -> bool:
-    source = find_tokenizer(options.tokenizer or checkpoint.folder)
+    source = find_tokenizer(options.tokenizer or checkpoint.folder, options.follow_links)
     if source is None:
         if options.tokenizer is not None:
             raise ExportError(f"{options.tokenizer}: holds no tokenizer.json and no tokenizer.model")
@@ -135,14 +134,6 @@ def _write_tokenizer(checkpoint: Checkpoint, options: ExportOptions, folder: Pat
         raise ExportError(f"{source}: has ids up to {largest}, the model's vocabulary only 0..{vocab_size - 1}")
     (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return True
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    """Copy licences and the quantization report; the runtime reads neither."""
-    for pattern in (*LICENCE_PATTERNS, REPORT_NAME):
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def _write_graphs(
@@ -277,7 +268,7 @@ def _quantization_notes(reader: WeightReader) -> Iterable[str]:
     targets = [target for target in reader.plan.by_target if reader.plan[target].bits == 3]
     if targets:
         yield f"{len(targets)} linears hold 3-bit codes in 4-bit fields: exact, with the size and speed of 4 bits"
-    linears = read_report(reader.checkpoint.folder).get("linears", [])
+    linears = reader.checkpoint.report().get("linears", [])
     rounded = [linear["name"] for linear in linears if linear["note"].startswith("uncalibr")]
     if rounded:
         yield f"{len(rounded)} linears are not calibrated, only rounded to nearest: {rounded[0]} and others"

@@ -25,6 +25,7 @@ class ExportOptions:
     threads: int | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     kv: str | None = None
+    follow_links: bool = False  # of the checkpoint and the tokenizer's folder
 
     @property
     def is_routed(self) -> bool:

@@ -14,7 +14,6 @@ from vlmdeploy.errors import ExportError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.quant.grid import Floats, Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import Precision, PrecisionPlan, Stored
-from vlmdeploy.quant.quantization_report import read_report
 
 Ints = NDArray[np.int64]
 BLOCK_BYTES = 8 << 20  # float32 bytes of a block of rows: it stays in the processor's cache
@@ -26,7 +25,7 @@ def stored_precisions(checkpoint: Checkpoint) -> Stored | None:
         return None
     grids = {target: checkpoint.stored_grid(target) for target in checkpoint.rules if target in checkpoint}
     codes = {target: Precision.of(grid) for target, grid in grids.items() if grid is not None}
-    report = read_report(checkpoint.folder)
+    report = checkpoint.report()
     chosen = report["settings"]["parts"] if report else {}
     return Stored(codes, {part: kind for part, kind in chosen.items() if kind in ("fp32", "fp16")})
 

@@ -6,42 +6,48 @@ filled exactly once.
 
 import hashlib
 import json
-from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.errors import ConfigError, WeightsError
 from vlmdeploy.families import find_family
+from vlmdeploy.input_files import MOST_JSON_BYTES, find_inside, inside, is_plain_name, read_input
 from vlmdeploy.model.decoder import default_inv_freq
+from vlmdeploy.model.shards import Shards
 from vlmdeploy.model.stored_codes import StoredCodes
 from vlmdeploy.quant.grid import Grid, Quantized, stacked
 from vlmdeploy.quant.packing import fills_words
-from vlmdeploy.records import read_object
+from vlmdeploy.quant.quantization_report import read_report
+from vlmdeploy.records import Config, read_object
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import Source, WeightRule
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+MOST_CONFIG_BYTES = 16 << 20
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "MODEL_LICENSE*", "COPYING*", "USE_POLICY*")
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
-    """A checkpoint folder. Opening it reads configs and headers only."""
+    """A checkpoint folder. Opening it reads configs and headers only.
 
-    def __init__(self, folder: str | Path) -> None:
+    Links in it are followed within it, in Hugging Face's cache also to its own blobs; elsewhere only with `follow_links`.
+    """
+
+    def __init__(self, folder: str | Path, follow_links: bool = False) -> None:
         self.folder = Path(folder)
+        self.follow_links = follow_links
         if not self.folder.is_dir():
             raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")
-        self.config = read_object(self.folder / "config.json", expected="a checkpoint in Hugging Face layout")
-        self.generation_config = read_object(self.folder / "generation_config.json", is_optional=True)
-        self.shard_of = tensor_shards(self.folder)
-        self.codes = StoredCodes(self.folder, self.shard_of)
+        self.config = read_config_file(self.folder, follow_links)
+        self.generation_config = self._generation_config()
+        self.shards = Shards(self.folder, follow_links)
+        self.shard_of = self.shards.file_of
+        self.codes = StoredCodes(self.shards)
         try:
             family = find_family(self.config, self.codes.names())
             self.spec: ModelSpec = family.spec(self.config, self.generation_config)
@@ -50,6 +56,20 @@ class Checkpoint:
         self.rules = {rule.target: rule for rule in family.weights(self.spec)}
         self._fingerprint: str | None = None
         _check_tensors(self)
+
+    def _generation_config(self) -> Config:
+        path = find_inside(self.folder, "generation_config.json", ConfigError, self.follow_links)
+        return {} if path is None else read_object(path, most_bytes=MOST_CONFIG_BYTES)
+
+    def copy_files(self, patterns: Iterable[str], into: Path) -> None:
+        """Copy the files whose names match, but no folders. Raises WeightsError for one that cannot be read."""
+        for path in [path for pattern in patterns for path in sorted(self.folder.glob(pattern)) if not path.is_dir()]:
+            if not is_plain_name(path.name):
+                raise WeightsError(f"{path}: cannot be copied: its name has characters that cannot be printed")
+            content = read_input(
+                inside(self.folder, path.name, WeightsError, self.follow_links), WeightsError, MOST_JSON_BYTES
+            )
+            (into / path.name).write_bytes(content)
 
     def shape(self, target: str) -> tuple[int, ...]:
         """The shape of a parameter."""
@@ -71,6 +91,10 @@ class Checkpoint:
         """The stored rotary frequencies, else the exact ones, float32 [head_dim / 2]."""
         target = "decoder.inv_freq"
         return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
+
+    def report(self) -> Config:
+        """The report of `vlmdeploy quantize`; {} if there is none. Raises ConfigError."""
+        return read_report(self.folder, self.follow_links)
 
     @property
     def is_quantized(self) -> bool:
@@ -120,7 +144,7 @@ class Checkpoint:
 
     def raw(self, name: str) -> Tensor:
         """A tensor as stored, by its name in the checkpoint."""
-        with safe_open(self.folder / self.shard_of[name], framework="pt") as shard:
+        with self.shards.opened(name) as shard:
             values: Tensor = shard.get_tensor(name)
         return values
 
@@ -128,7 +152,7 @@ class Checkpoint:
         """Stored bytes of a rule's float tensors."""
         total = 0
         for source in self.present(rule):
-            with safe_open(self.folder / self.shard_of[source.name], framework="pt") as shard:
+            with self.shards.opened(source.name) as shard:
                 dtype = shard.get_slice(source.name).get_dtype()
             total += prod(source.shape) * FLOAT_DTYPES[dtype].itemsize
         return total
@@ -143,63 +167,20 @@ class Checkpoint:
                 raise WeightsError(f'{self.folder}: tensor "{source.name}" differs from "{rule.sources[0].name}"')
 
     def _read(self, source: Source, start: int, stop: int) -> Tensor:
-        """Rows of one stored tensor. Reopening the file each time frees its mapped pages."""
+        """Rows of one stored tensor."""
         if source in self.codes:
             return self.codes.values(source, start, stop)
-        path = self.folder / self.shard_of[source.name]
-        with safe_open(path, framework="pt") as shard:
+        with self.shards.opened(source.name) as shard:
             values: Tensor = shard.get_slice(source.name)[start:stop].float()
         if not bool(torch.isfinite(values).all()):
-            raise WeightsError(f'{path}: tensor "{source.name}" holds NaN or Inf')
+            raise WeightsError(f'{self.shards.path_of(source.name)}: tensor "{source.name}" holds NaN or Inf')
         return values
 
 
-def tensor_shards(folder: Path) -> dict[str, str]:
-    """Map tensor names to file names, from the index or the single file, checked against the file headers."""
-    index_path = folder / INDEX_NAME
-    if index_path.is_file():
-        weight_map = read_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise WeightsError(f'{index_path}: has no "weight_map" object')
-        for name, file in weight_map.items():
-            if not isinstance(file, str):
-                raise WeightsError(f'{index_path}: tensor "{name}" is in file {file!r}, expected a file name')
-        files = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).is_file():
-        weight_map, files = None, [SINGLE_NAME]
-    else:
-        raise _no_safetensors(folder)
-    found = [(name, file) for file in files for name in _shard_names(folder / file)]
-    counts = Counter(name for name, _ in found)
-    doubled = [name for name, count in counts.items() if count > 1]
-    if doubled:
-        raise WeightsError(f'{folder}: tensor "{doubled[0]}" is stored in more than one file')
-    if weight_map is not None and weight_map != dict(found):
-        odd = sorted(set(weight_map.items()) ^ set(found))[0]
-        raise WeightsError(f'{index_path}: tensor "{odd[0]}" and file "{odd[1]}" do not match: index and shards differ')
-    return dict(found)
-
-
-def _no_safetensors(folder: Path) -> WeightsError:
-    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
-    if not pickles:
-        return WeightsError(f"{folder}: holds no {SINGLE_NAME} and no {INDEX_NAME}")
-    name = pickles[0].name
-    return WeightsError(
-        f"{folder}: {name} is a pickle, which can run code and is not read. If you trust it, convert each file: "
-        f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous().clone() for k, v in '
-        f"torch.load('{name}', weights_only=True).items()}}, '{Path(name).stem}.safetensors')\""
-    )
-
-
-def _shard_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file, but {INDEX_NAME} names it")
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return list(shard.keys())
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file, {path.stat().st_size} bytes ({error})") from error
+def read_config_file(folder: Path, follow_links: bool = False) -> Config:
+    """The content of a checkpoint's config.json. Raises ConfigError."""
+    path = inside(folder, "config.json", ConfigError, follow_links)
+    return read_object(path, expected="a checkpoint in Hugging Face layout", most_bytes=MOST_CONFIG_BYTES)
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -218,12 +199,14 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             checkpoint.codes.check(source)
         elif source.name in stored:
             by_shard.setdefault(checkpoint.shard_of[source.name], []).append(source)
-    for file, expected in by_shard.items():
-        _check_shapes(checkpoint.folder / file, expected, checkpoint.spec.family)
+    for expected in by_shard.values():
+        _check_shapes(checkpoint.shards, expected, checkpoint.spec.family)
 
 
-def _check_shapes(path: Path, expected: list[Source], family: str) -> None:
-    with safe_open(path, framework="pt") as shard:
+def _check_shapes(shards: Shards, expected: list[Source], family: str) -> None:
+    """Check tensors that lie in one file."""
+    path = shards.path_of(expected[0].name)
+    with shards.opened(expected[0].name) as shard:
         for source in expected:
             stored = shard.get_slice(source.name)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()

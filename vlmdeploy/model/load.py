@@ -11,9 +11,10 @@ from torch import Tensor
 from vlmdeploy.artifact import as_umask_says
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import family_named
-from vlmdeploy.model.checkpoint import SINGLE_NAME, Checkpoint
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.kernel_layer import check_routable, load_codes, replace_layers
+from vlmdeploy.model.shards import SINGLE_NAME
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import WeightRule
@@ -26,11 +27,13 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     quantized: Literal["dequantize", "kernel"] = "dequantize",
+    follow_links: bool = False,
 ) -> VisionLanguageModel:
     """Load the PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
 
     quantized: how to load the decoder's linears of a quantized checkpoint. "dequantize" makes them floats, "kernel"
-    keeps int4 codes on a CUDA device and runs the routed kernels, without gradients.
+    keeps int4 codes on a CUDA device and runs the routed kernels, without gradients. follow_links: also links out of the
+    folder that do not lead to the blobs of Hugging Face's cache.
 
     Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
     naming an unsupported linear, and BackendError if they cannot run.
@@ -41,7 +44,7 @@ def load_model(
         dtype = DTYPE_NAMES[dtype]
     if quantized not in ("dequantize", "kernel"):
         raise ConfigError(f'quantized {quantized!r}: expected "dequantize" or "kernel"')
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, follow_links)
     if quantized == "kernel":
         check_routable(checkpoint, dtype, device)
     with torch.device("meta"):

@@ -5,14 +5,13 @@ A quantized `X.weight` is stored as `X.qweight`, `X.qzeros`, `X.scales` and `X.g
 """
 
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vlmdeploy.errors import QuantizationError, WeightsError
+from vlmdeploy.model.shards import Shards
 from vlmdeploy.quant.gptq_config import GptqConfig, grid_of, read_config
 from vlmdeploy.quant.gptq_format import PARTS, StoredLinear, check_g_idx, decode_linear
 from vlmdeploy.quant.grid import Grid, Quantized
@@ -27,12 +26,13 @@ DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F3
 
 
 class StoredCodes:
-    """Reads the GPTQ tensors of a checkpoint folder; shard_of: tensor name -> file name."""
+    """Reads the GPTQ tensors of a checkpoint folder."""
 
-    def __init__(self, folder: Path, shard_of: dict[str, str]) -> None:
-        self._folder = folder
-        self._shard_of = shard_of
-        self.config: GptqConfig | None = read_config(folder)
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._folder = folder = shards.folder
+        self._shard_of = shard_of = shards.file_of
+        self.config: GptqConfig | None = read_config(folder, shards.follow_links)
         self.modules = {name.removesuffix(".qweight") for name in shard_of if name.endswith(".qweight")}
         if self.modules and self.config is None:
             module = sorted(self.modules)[0]
@@ -89,7 +89,7 @@ class StoredCodes:
         """Type and shape of a tensor. Reads the header of each file once."""
         file = self._shard_of[name]
         if file not in self._headers:
-            with safe_open(self._folder / file, framework="pt") as shard:
+            with self._shards.opened(name) as shard:
                 slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118  # not a dict
                 self._headers[file] = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
         return self._headers[file][name]
@@ -121,7 +121,7 @@ class StoredCodes:
         for part in PARTS:
             name = f"{module}.{part}"
             if name in self._shard_of:
-                with safe_open(self._folder / self._shard_of[name], framework="pt") as shard:
+                with self._shards.opened(name) as shard:
                     values = shard.get_tensor(name)
                 tensors[part] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
         if "g_idx" not in tensors or not tensors["g_idx"].size:

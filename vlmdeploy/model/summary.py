@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.quant.quantization_report import read_report
 
 PARTS = ("vision", "connector", "embedding", "decoder", "lm_head")
 
 
-def checkpoint_summary(folder: Path) -> dict[str, Any]:
+def checkpoint_summary(folder: Path, follow_links: bool = False) -> dict[str, Any]:
     """Family, geometry and parameter counts by part. Raises ConfigError and WeightsError."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, follow_links)
     spec = checkpoint.spec
     parameters = dict.fromkeys(PARTS, 0)
     for target, rule in checkpoint.rules.items():
@@ -42,7 +41,7 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.codes.config
     if config is None:
         return {}
-    report = read_report(checkpoint.folder)
+    report = checkpoint.report()
     quantization = {"bits": config.bits, "group_size": config.group_size, "sym": config.symmetric}
     found = {"quantization": quantization, "quantized_linears": len(checkpoint.codes.modules)}
     return {**found, "quantization_report": report} if report else found

@@ -20,22 +20,22 @@ FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
-def find_tokenizer(folder_or_file: Path) -> Path | None:
+def find_tokenizer(folder_or_file: Path, follow_links: bool = False) -> Path | None:
     """The tokenizer file itself, or the one in a folder, tokenizer.json first; None if there is none.
 
-    Raises ConfigError if the path does not exist.
+    Raises ConfigError if the path does not exist, or the folder's file is a link out of it without `follow_links`.
     """
-    if folder_or_file.is_file():
-        return folder_or_file
     if not folder_or_file.is_dir():
-        raise ConfigError(f"tokenizer: {folder_or_file} does not exist, expected a file or a folder with one")
-    candidates = (folder_or_file / name for name in FILE_NAMES)
-    return next((path for path in candidates if path.is_file()), None)
+        if problem := why_unreadable(folder_or_file):
+            raise ConfigError(f"tokenizer {folder_or_file}: {problem}, expected a file or a folder with one")
+        return folder_or_file
+    found = (find_inside(folder_or_file, name, ConfigError, follow_links) for name in FILE_NAMES)
+    return next((path for path in found if path is not None), None)
 
 
-def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None) -> Path:
+def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None, follow_links: bool = False) -> Path:
     """The tokenizer file of a checkpoint: the given one, else the one in its folder. Raises ConfigError."""
-    source = find_tokenizer(tokenizer or ckpt)
+    source = find_tokenizer(tokenizer or ckpt, follow_links)
     if source is None:
         raise ConfigError(f"{ckpt}: holds no tokenizer.json and no tokenizer.model: give --tokenizer FILE")
     return source

@@ -9,7 +9,9 @@ from pathlib import Path
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.export.weight_reader import stored_precisions
 from vlmdeploy.families import all_families, possible_families
-from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.input_files import find_inside
+from vlmdeploy.model.checkpoint import Checkpoint, read_config_file
+from vlmdeploy.model.shards import INDEX_NAME, MOST_HEADER_BYTES
 from vlmdeploy.quant.precision import Stored
 from vlmdeploy.records import read_object
 from vlmdeploy.spec.connector import Activation, BoundaryRows, ConnectorSpec, Downsample, GatedMlp, Norm, Projection
@@ -17,7 +19,6 @@ from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
 from vlmdeploy.spec.model import Family, Geometry
 from vlmdeploy.spec.vision import VisionSpec
 
-INDEX_NAME = "model.safetensors.index.json"
 ONE_IMAGE = 1  # of every family so far
 
 
@@ -70,10 +71,10 @@ def family_names() -> list[str]:
     return [*(family.NAME for family in all_families()), *PLANNED_ONLY]
 
 
-def planned_model(folder: Path | None, family: str | None) -> PlannedModel:
+def planned_model(folder: Path | None, family: str | None, follow_links: bool = False) -> PlannedModel:
     """The model in a folder, or without a folder a family's. Raises ConfigError and WeightsError."""
     if folder is not None:
-        return checkpoint_model(folder, family)
+        return checkpoint_model(folder, family, follow_links)
     assert family is not None, "the command line asks for one of the two"
     return released_model(family)
 
@@ -88,7 +89,7 @@ def released_model(name: str) -> PlannedModel:
     return PlannedModel(family.NAME, family.spec(family.RELEASED, {}))
 
 
-def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
+def checkpoint_model(folder: Path, family: str | None = None, follow_links: bool = False) -> PlannedModel:
     """The model in a folder. Without weights and an index, `family` must say which it is.
 
     Raises ConfigError and WeightsError.
@@ -96,17 +97,18 @@ def checkpoint_model(folder: Path, family: str | None = None) -> PlannedModel:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a checkpoint, or at least its config.json")
     if any(folder.glob("*.safetensors")):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, follow_links)
         if family not in (None, checkpoint.spec.family):
             raise ConfigError(f"{folder}: holds {checkpoint.spec.family}, but --family is {family}")
         return PlannedModel(str(folder), checkpoint.spec, stored_precisions(checkpoint))
-    return _config_model(folder, family)
+    return _config_model(folder, family, follow_links)
 
 
-def _config_model(folder: Path, family: str | None) -> PlannedModel:
+def _config_model(folder: Path, family: str | None, follow_links: bool) -> PlannedModel:
     """The float model of a folder without weights."""
-    config = read_object(folder / "config.json", expected="a checkpoint in Hugging Face layout")
-    index = read_object(folder / INDEX_NAME, is_optional=True)
+    config = read_config_file(folder, follow_links)
+    index_path = find_inside(folder, INDEX_NAME, ConfigError, follow_links)
+    index = {} if index_path is None else read_object(index_path, most_bytes=MOST_HEADER_BYTES)
     if "quantization_config" in config:
         raise ConfigError(
             f"{folder}: config.json is of a quantized checkpoint without its weights, and only they tell what is in "

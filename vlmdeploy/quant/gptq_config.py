@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlmdeploy.errors import ConfigError, QuantizationError
+from vlmdeploy.input_files import find_inside
 from vlmdeploy.quant.grid import Grid
 from vlmdeploy.records import read_object
 
@@ -81,16 +82,17 @@ class ModuleGrid:
     grid: Grid | None
 
 
-def read_config(folder: Path) -> GptqConfig | None:
+def read_config(folder: Path, follow_links: bool = False) -> GptqConfig | None:
     """Read the config of a checkpoint folder; None if neither file mentions a quantization.
 
-    Raises ConfigError for other methods than GPTQ, other layouts, and two files that contradict each other.
+    Raises ConfigError for other methods than GPTQ, other layouts, two files that contradict each other, and a link out
+    of the folder without `follow_links`.
     """
-    own, model = folder / CONFIG_NAME, folder / MODEL_CONFIG_NAME
+    own, model = (find_inside(folder, name, ConfigError, follow_links) for name in (CONFIG_NAME, MODEL_CONFIG_NAME))
     found: list[tuple[str, Settings]] = []
-    if own.is_file():  # AutoGPTQ wrote no quant_method here: the file name implied it
+    if own is not None:  # AutoGPTQ wrote no quant_method here: the file name implied it
         found.append((str(own), {"quant_method": "gptq"} | _settings(str(own), read_object(own))))
-    if model.is_file() and (nested := read_object(model).get(MODEL_CONFIG_KEY)) is not None:
+    if model is not None and (nested := read_object(model).get(MODEL_CONFIG_KEY)) is not None:
         where = f"{model}: {MODEL_CONFIG_KEY}"
         found.append((where, _settings(where, nested)))
     if not found:

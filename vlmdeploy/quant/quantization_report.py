@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.input_files import find_inside
 from vlmdeploy.records import Config, read_object, record_of
 
 REPORT_NAME = "quantization_report.json"
@@ -71,13 +72,13 @@ class _Report:
     linears: tuple[LinearReport, ...]
 
 
-def read_report(folder: Path) -> Config:
+def read_report(folder: Path, follow_links: bool = False) -> Config:
     """Read the report in a folder, with defaults filled in for every linear; {} if there is none.
 
-    Raises ConfigError for a file that is no report.
+    Raises ConfigError for a file that is no report, or a link out of the folder without `follow_links`.
     """
-    path = folder / REPORT_NAME
-    if not path.is_file():
+    path = find_inside(folder, REPORT_NAME, ConfigError, follow_links)
+    if path is None:
         return {}
     try:
         content = read_object(path)

@@ -51,8 +51,9 @@ def model_result(
     evaluation: Evaluation,
     reference: Evaluation | None,
     pictures: PictureFolder,
+    follow_links: bool = False,
 ) -> ModelResult:
-    """The result of one model; reference None: this is the reference."""
+    """The result of one model; reference None: this is the reference. follow_links: out of a checkpoint's folder."""
     predictions = evaluation.predictions(samples)
     alone = ModelResult(
         subject=subject,
@@ -65,7 +66,7 @@ def model_result(
         grounding=None,
         measurement=evaluation.measurement,
         unmeasured=evaluation.unmeasured,
-        layer_errors=layer_errors(Path(subject.path)),
+        layer_errors=layer_errors(Path(subject.path), follow_links),
         regressions=(),
         num_regressions=0,
         num_improvements=0,
@@ -149,10 +150,10 @@ def _box_example(before: Prediction, after: Prediction, moved: float | None, pic
     )
 
 
-def layer_errors(folder: Path) -> LayerErrors | None:
+def layer_errors(folder: Path, follow_links: bool = False) -> LayerErrors | None:
     """Held-out errors from a bundle's or checkpoint's quantization report; None without one. Raises ConfigError for a
     damaged report."""
-    content = read_report(folder)
+    content = read_report(folder, follow_links)
     if not content:
         return None
     linears = [record_of(LinearReport, linear, str(folder / REPORT_NAME)) for linear in content["linears"]]

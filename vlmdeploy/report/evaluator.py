@@ -98,7 +98,7 @@ class Evaluator:
         return self._kept(key) or self.store.put(key, reference.compared(path))
 
     def _key(self, path: Path, subject: ReportedModel, reference: "Reference | None" = None) -> str:
-        content = _content_of(path, subject, self.options.tokenizer)
+        content = _content_of(path, subject, self.options)
         return key_of(model=content, reference=reference and reference.key, **self._decided_by())
 
     def _decided_by(self) -> dict[str, object]:
@@ -236,11 +236,11 @@ def _picture_argument(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _content_of(path: Path, subject: ReportedModel, tokenizer: Path | None) -> str:
-    """A hash of everything that a model's answers depend on. tokenizer: replaces the one in a checkpoint's folder."""
+def _content_of(path: Path, subject: ReportedModel, options: OpenOptions) -> str:
+    """A hash of everything that a model's answers depend on."""
     from vlmdeploy.model.tokenizer import find_tokenizer
 
     if has_manifest(path):
         return read_hashed_manifest(path)[1]
-    source = find_tokenizer(tokenizer or path)
+    source = find_tokenizer(options.tokenizer or path, options.follow_links)
     return subject.sha256 if source is None else f"{subject.sha256} {hash_file(source).sha256}"

@@ -76,13 +76,14 @@ class OpenedModel(Answerer, DistributionModel):
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How models are opened and asked."""
+    """How models are opened and asked. follow_links: of checkpoints, out of their folders."""
 
     template: str | None = None
     tokenizer: Path | None = None
     threads: int | None = None
     provider: str | None = None
     max_new_tokens: int = 64
+    follow_links: bool = False
 
 
 def open_model(path: Path, options: OpenOptions) -> OpenedModel:
@@ -117,9 +118,10 @@ class OpenedCheckpoint(OpenedModel):
         from vlmdeploy.runtime.chat import Tokenizer
         from vlmdeploy.score.torch_answerer import TorchAnswerer
 
-        tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(path, options.tokenizer)))
+        source = checkpoint_tokenizer(path, options.tokenizer, options.follow_links)
+        tokenizer = Tokenizer(import_tokenizer(source))
         self.path = path
-        self.model = vlmdeploy.load_model(path)
+        self.model = vlmdeploy.load_model(path, follow_links=options.follow_links)
         decoder = self.model.spec.decoder
         self.context_tokens, self.vocab_size = decoder.context_tokens, decoder.vocab_size
         self.maker = QuestionMaker(self.model.spec, tokenizer, options.template)
@@ -138,14 +140,14 @@ class OpenedCheckpoint(OpenedModel):
         return last_logits
 
 
-def subject_of(path: Path, name: str) -> ReportedModel:
+def subject_of(path: Path, name: str, follow_links: bool = False) -> ReportedModel:
     """Describe a model from its files. Raises BundleError, ConfigError and WeightsError."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if has_manifest(path):
         return _bundle_subject(path, name, read_manifest(path), size)
     from vlmdeploy.model.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, follow_links)
     kind = "gptq" if checkpoint.is_quantized else "none"
     return ReportedModel(
         name, str(path), "checkpoint", checkpoint.spec.family, None, None, {"all": "fp32 in PyTorch"}, {}, kind, (),
@@ -163,9 +165,9 @@ def _bundle_subject(path: Path, name: str, manifest: Manifest, size: int) -> Rep
     )  # fmt: skip
 
 
-def identity_of(path: Path, tokenizer: Path | None) -> Identity:
+def identity_of(path: Path, options: OpenOptions) -> Identity:
     """Read a model's identity from its files. Raises ConfigError, WeightsError and BundleError."""
-    return _bundle_identity(path) if has_manifest(path) else _checkpoint_identity(path, tokenizer)
+    return _bundle_identity(path) if has_manifest(path) else _checkpoint_identity(path, options)
 
 
 def _bundle_identity(path: Path) -> Identity:
@@ -182,16 +184,16 @@ def _bundle_identity(path: Path) -> Identity:
     return Identity(manifest.family, sizes, text, rows)
 
 
-def _checkpoint_identity(path: Path, tokenizer: Path | None) -> Identity:
+def _checkpoint_identity(path: Path, options: OpenOptions) -> Identity:
     from vlmdeploy.model.checkpoint import Checkpoint
     from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, options.follow_links)
     spec, decoder = checkpoint.spec, checkpoint.spec.decoder
     widths = (decoder.num_layers, decoder.num_kv_heads, decoder.hidden, decoder.vocab_size)
     wanted = _fingerprint_rows(decoder.vocab_size)
     rows = np.concatenate([checkpoint.rows("embedding.weight", row, row + 1).numpy() for row in wanted.tolist()])
-    source = find_tokenizer(tokenizer or path)
+    source = find_tokenizer(options.tokenizer or path, options.follow_links)
     text = "" if source is None else import_tokenizer(source).to_str(pretty=True)
     return Identity(spec.family, (*widths, spec.image.size_px, spec.tokens.rows_per_image), text, rows)
 

@@ -73,7 +73,8 @@ def make_report(
     names = model_names(models)
     source, samples = _questions(options)
     _check_models(models, options)
-    subjects = [subject_of(path, name) for path, name in zip(models, names, strict=True)]
+    follow_links = options.asked.follow_links
+    subjects = [subject_of(path, name, follow_links) for path, name in zip(models, names, strict=True)]
     partial = partial_folder(options.out)
     _check_partial(partial)
     with locked(partial), _removed_if_empty(partial):
@@ -84,7 +85,7 @@ def make_report(
         with staged_folder(options.out, options.force, is_report) as folder:
             pictures, reference = PictureFolder(folder), next(evaluations)
             results = (
-                model_result(subjects[0], samples, reference, None, pictures),
+                model_result(subjects[0], samples, reference, None, pictures, follow_links),
                 *(
                     model_result(subject, samples, evaluation, reference, pictures)
                     for subject, evaluation in zip(subjects[1:], evaluations, strict=True)
@@ -122,7 +123,8 @@ def prepare_reference(options: ReportOptions, folder: Path, progress: Progress =
     """Evaluate a sweep's reference and store its distributions in `folder`; returns the key for `evaluate_one`."""
     assert options.ref is not None, "a sweep compares with its checkpoint"
     runner = _runner_in(folder, options, progress)
-    return runner.reference(options.ref, subject_of(options.ref, options.ref.name)).key
+    subject = subject_of(options.ref, options.ref.name, options.asked.follow_links)
+    return runner.reference(options.ref, subject).key
 
 
 def evaluate_one(options: ReportOptions, bundle: Path, folder: Path, reference_key: str) -> None:
@@ -191,10 +193,10 @@ def _check_models(models: Sequence[Path], options: ReportOptions) -> None:
             f"--ref {options.ref}: is a bundle, expected a checkpoint; without --ref the first bundle is the reference"
         )
     for path in models:
-        layer_errors(path)  # report a damaged one before asking all questions, not after
-    first = identity_of(models[0], options.asked.tokenizer)
+        layer_errors(path, options.asked.follow_links)  # report a damaged one before asking all questions, not after
+    first = identity_of(models[0], options.asked)
     for path in models[1:]:
-        check_same_model(models[0], first, path, identity_of(path, None))
+        check_same_model(models[0], first, path, identity_of(path, options.asked))
 
 
 def _asked(samples: list[Sample], options: ReportOptions) -> Asked:

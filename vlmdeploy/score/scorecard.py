@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import vlmdeploy
 from vlmdeploy.bundle import has_manifest
@@ -53,6 +53,7 @@ class ScoreOptions:
     max_new_tokens: int = MAX_NEW_TOKENS
     predictions: Path | None = None
     force: bool = False
+    follow_links: bool = False  # of checkpoints
 
 
 @dataclass(frozen=True)
@@ -178,23 +179,24 @@ def open_answerer(model: Path, options: ScoreOptions) -> Answerer:
     from vlmdeploy.runtime.chat import Tokenizer
     from vlmdeploy.score.torch_answerer import TorchAnswerer
 
-    tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(model, options.tokenizer)))
-    checkpoint = load_on(model, options.device)
+    tokenizer = Tokenizer(import_tokenizer(checkpoint_tokenizer(model, options.tokenizer, options.follow_links)))
+    checkpoint = load_on(model, options.device, options.follow_links)
     return TorchAnswerer(checkpoint, tokenizer, max_new_tokens=options.max_new_tokens, template=options.template)
 
 
-def load_on(checkpoint: Path, device: str) -> "VisionLanguageModel":
+def load_on(checkpoint: Path, device: str, follow_links: bool = False) -> "VisionLanguageModel":
     """Load a checkpoint in PyTorch: float32 on a CPU; on a CUDA device the checkpoint's 16-bit type (default float16),
     with quantized decoder linears as codes. Raises BackendError without such a device."""
     if device == "cpu":
-        return vlmdeploy.load_model(checkpoint)
+        return vlmdeploy.load_model(checkpoint, follow_links=follow_links)
     import torch
 
     from vlmdeploy.model.checkpoint import Checkpoint
 
     if not torch.cuda.is_available():
         raise BackendError(f"--device {device}: PyTorch finds no CUDA device")
-    opened = Checkpoint(checkpoint)
+    opened = Checkpoint(checkpoint, follow_links)
     named = opened.config.get("torch_dtype")
     dtype = named if named in ("float16", "bfloat16") else "float16"
-    return vlmdeploy.load_model(checkpoint, dtype, device, "kernel" if opened.is_quantized else "dequantize")
+    quantized: Literal["dequantize", "kernel"] = "kernel" if opened.is_quantized else "dequantize"
+    return vlmdeploy.load_model(checkpoint, dtype, device, quantized, follow_links)

@@ -127,10 +127,11 @@ def _check_inputs(options: SweepOptions, points: Sequence[Point]) -> str:
         open_source(options.calib)
     if has_manifest(options.ckpt):
         raise ConfigError(f"--ckpt {options.ckpt}: is a bundle, expected a float checkpoint")
-    checkpoint = Checkpoint(options.ckpt)
+    follow_links = options.report.asked.follow_links
+    checkpoint = Checkpoint(options.ckpt, follow_links)
     if checkpoint.is_quantized:
         raise ConfigError(f"--ckpt {options.ckpt}: is already quantized, expected the float checkpoint")
-    checkpoint_tokenizer(options.ckpt, options.report.asked.tokenizer)
+    checkpoint_tokenizer(options.ckpt, options.report.asked.tokenizer, follow_links)
     return checkpoint.fingerprint()
 
 

@@ -87,7 +87,8 @@ def _quantize(point: Point, shared: Shared) -> None:
     parts = {part: kind for part, kind in point.precisions.items() if part != "embedding"}
     options = QuantizeOptions(
         shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
-        quality=point.quality, **parts, **shared.calibration,  # type: ignore[arg-type]
+        quality=point.quality, follow_links=shared.report.asked.follow_links,
+        **parts, **shared.calibration,  # type: ignore[arg-type]
     )  # fmt: skip
     quantize_checkpoint(shared.ckpt, shared.checkpoint(point), options, no_progress)
 
@@ -108,7 +109,7 @@ def _export(point: Point, shared: Shared) -> None:
         precisions["decoder"] = f"int{point.bits}"
     options = ExportOptions(
         point.target, precisions, point.group, tokenizer=shared.report.asked.tokenizer, threads=shared.threads,
-        provider=point.provider, kv=point.kv,  # type: ignore[arg-type]
+        provider=point.provider, kv=point.kv, follow_links=shared.report.asked.follow_links,  # type: ignore[arg-type]
     )  # fmt: skip
     export_bundle(source, out, options)
 

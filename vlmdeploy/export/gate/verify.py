@@ -149,14 +149,16 @@ def _record(gate: Gate, subject: CheckedBundle, run: TappedRun) -> Record:
     return Record(run.sample.picture, prompt.ids, kept_rows(run.image_rows), logits, greedy_ids)
 
 
-def verify_bundle(folder: Path, ckpt: str | Path, threads: int | None, progress: Progress) -> tuple[StageVerdict, ...]:
+def verify_bundle(
+    folder: Path, ckpt: str | Path, threads: int | None, progress: Progress, follow_links: bool = False
+) -> tuple[StageVerdict, ...]:
     """Repeat the gate of a published bundle on this machine, after hashing all its files.
 
     Raises BundleError, ParityError, and ExportError when the bundle was made from another checkpoint.
     """
     files = check_bundle(folder, "full")
     manifest = files.manifest
-    checkpoint = Checkpoint(ckpt)
+    checkpoint = Checkpoint(ckpt, follow_links)
     if checkpoint.fingerprint() != manifest.made_by.checkpoint_sha256:
         raise ExportError(f"{folder}: was not made from {ckpt}: its config or tensors differ")
     parts = manifest.requested_precision
