@@ -299,7 +299,7 @@ def test_config_with_a_size_of_no_model_names_the_key(tmp_path: Path, section: s
     """A million million layers were counted one by one, for ever."""
     write_tiny_checkpoint(tmp_path)
     edit_config(tmp_path, lambda config: section_of(config, section).update({key: 10**300}))
-    assert_config_error(tmp_path, f'"{key}" is 1000', "expected at most 10000")
+    assert_config_error(tmp_path, f'"{key}" is 1000', "expected at most 1000")
 
 
 @pytest.mark.parametrize(

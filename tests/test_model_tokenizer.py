@@ -119,7 +119,7 @@ def test_a_folders_tokenizer_is_found_json_first(tmp_path: Path) -> None:
     assert find_tokenizer(tmp_path) == model == find_tokenizer(model)
     (tmp_path / "tokenizer.json").touch()
     assert find_tokenizer(tmp_path) == tmp_path / "tokenizer.json"
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="elsewhere: no such file, expected a file or a folder"):
         find_tokenizer(tmp_path / "elsewhere")
 
 
@@ -128,7 +128,8 @@ def test_a_folders_tokenizer_is_found_json_first(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b"hello world", "starts with b'hello world'"),
-        (b'{"version": 1', "not a valid tokenizer.json"),
+        (b'{"version": 1', "not JSON"),
+        (b'{"version": 1}', "not a valid tokenizer.json"),
         (b"IQ== 0\nIg== 1\n", "tiktoken ranks"),
     ],
 )

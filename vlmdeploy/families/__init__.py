@@ -32,14 +32,15 @@ def possible_families(config: Config, tensor_names: frozenset[str] | None) -> tu
     if "vision_config" not in config:
         kind = config.get("model_type") or config.get("architectures")
         raise ConfigError(
-            f'config.json: no "vision_config" (model type {kind!r}): a text-only model; expected a vision-language one'
+            f'config.json: no "vision_config" (model type {kind!r:.80}): a text-only model; expected a vision-language '
+            "one"
         )
     matches = tuple(family for family in all_families() if family.detect(config, tensor_names))
     if matches:
         return matches
     known = ", ".join(family.NAME for family in all_families())
     raise ConfigError(
-        f"config.json: architecture {config.get('architectures')!r} (model_type {config.get('model_type')!r}) "
+        f"config.json: architecture {config.get('architectures')!r:.80} (model_type {config.get('model_type')!r:.80}) "
         f"is not supported; known families: {known}"
     )
 

@@ -1,11 +1,13 @@
 """Read a checkpoint's config.json with types: each key is REQUIRED or has a default, and errors name the key."""
 
+import sys
 from typing import Any, Final, TypeVar
 
 from vlmdeploy.errors import ConfigError
 
 MOST = 10**9
-MOST_LAYERS = 10**4
+MOST_LAYERS = 1000  # the rules of every layer are held in memory before a tensor is looked for
+LARGEST = sys.float_info.max
 Number = TypeVar("Number", int, float)
 
 
@@ -42,22 +44,22 @@ class ConfigReader:
     def token_id(self, key: str, default: int | _Required = REQUIRED) -> int:
         """A whole number of at least 0."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not _is_token_id(value):
             raise self._error(key, value, "a token id")
-        return value
+        return int(value)
 
     def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """One token id or a list of them, without duplicates."""
         value = self._get(key, list(default))
         ids = value if isinstance(value, list) else [value]
-        if not ids or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        if not ids or not all(map(_is_token_id, ids)):
             raise self._error(key, value, "a token id or a list of them")
         return tuple(dict.fromkeys(ids))
 
     def positive(self, key: str, default: float | _Required = REQUIRED) -> float:
         """A number above 0, such as an epsilon."""
         value = self._get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST:
             raise self._error(key, value, "a number above 0")
         return float(value)
 
@@ -77,7 +79,11 @@ class ConfigReader:
         return default
 
     def _error(self, key: str, value: Any, expected: str) -> ConfigError:
-        return ConfigError(f'{self.where}: "{key}" is {value!r}, expected {expected}')
+        return ConfigError(f'{self.where}: "{key}" is {value!r:.80}, expected {expected}')
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def check_divides(whole: int, part: int, what: str) -> None:

@@ -35,7 +35,7 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class Checkpoint:
     """A checkpoint folder. Opening it reads configs and headers only.
 
-    Links in it are followed within it, in Hugging Face's cache also to its own blobs; elsewhere only with `follow_links`.
+    Its links are followed within it, in Hugging Face's cache to the blobs there; elsewhere only with `follow_links`.
     """
 
     def __init__(self, folder: str | Path, follow_links: bool = False) -> None:

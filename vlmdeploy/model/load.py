@@ -32,8 +32,8 @@ def load_model(
     """Load the PyTorch reference of a checkpoint, in eval mode. `dtype` is float32, float16 or bfloat16.
 
     quantized: how to load the decoder's linears of a quantized checkpoint. "dequantize" makes them floats, "kernel"
-    keeps int4 codes on a CUDA device and runs the routed kernels, without gradients. follow_links: also links out of the
-    folder that do not lead to the blobs of Hugging Face's cache.
+    keeps int4 codes on a CUDA device and runs the routed kernels, without gradients. follow_links: see
+    `Checkpoint`.
 
     Raises ConfigError or WeightsError, naming the file and the key or tensor; for kernels also QuantizationError,
     naming an unsupported linear, and BackendError if they cannot run.

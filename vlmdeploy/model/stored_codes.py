@@ -43,6 +43,7 @@ class StoredCodes:
                 f'{folder}: linear "{doubled[0]}" is stored twice, as floats (weight) and as codes (qweight): expected '
                 "one of them"
             )
+        self._grids: dict[Source, Grid] = {}
         self._headers: dict[str, dict[str, Header]] = {}
         self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
 
@@ -57,12 +58,14 @@ class StoredCodes:
     def grid(self, source: Source) -> Grid:
         """The grid of a quantized linear, by the config."""
         assert self.config is not None, "checked when opened"
-        grid = grid_of(self.config, _module(source), prod(source.shape[1:]))
-        if grid is None:
-            raise WeightsError(
-                f'{self._folder}: "{_module(source)}" has codes, but the config says that it is kept in float'
-            )
-        return grid
+        if source not in self._grids:
+            grid = grid_of(self.config, _module(source), prod(source.shape[1:]))
+            if grid is None:
+                raise WeightsError(
+                    f'{self._folder}: "{_module(source)}" has codes, but the config says that it is kept in float'
+                )
+            self._grids[source] = grid
+        return self._grids[source]
 
     def check(self, source: Source) -> None:
         """Raise WeightsError unless all parts are present with supported types and the right shapes."""

@@ -5,6 +5,7 @@ sentencepiece's bpe_model.cc and normalizer.cc. Rejects others rather than appro
 """
 
 import importlib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.input_files import MOST_JSON_BYTES, find_inside, read_input, why_unreadable
+from vlmdeploy.records import Config, parse_object
 
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # ▁, how SentencePiece writes a space
 MANY = 1 << 16  # more spaces than any answer starts with
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+LONGEST_PIECE = 512  # characters, the most that SentencePiece trains
+UNCHECKED = ("Precompiled", "FixedLength")  # types of parts whose values the library does not check
+PANIC = "PanicException"  # an error in the library's Rust code, no Exception
+PROBE = "a 1 é\N{GRINNING FACE}\n"
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
@@ -43,10 +50,7 @@ def checkpoint_tokenizer(ckpt: Path, tokenizer: Path | None, follow_links: bool 
 
 def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
     """Import a tokenizer.json or SentencePiece file. Raises ConfigError if it is neither or not supported."""
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"tokenizer {source}: cannot be read ({error.strerror})") from error
+    content = read_input(source, ConfigError, MOST_JSON_BYTES, "a tokenizer")
     if not content:
         raise ConfigError(f"tokenizer {source}: is empty (0 bytes)")
     if TIKTOKEN_LINE.match(content):
@@ -57,29 +61,71 @@ def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(content: bytes, source: Path) -> tokenizers.Tokenizer:
+    _check_json(parse_object(content, f"tokenizer {source}"), source)
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more specific
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        _try(tokenizer)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise ConfigError(f"tokenizer {source}: not a valid tokenizer.json ({error})") from error
+    return tokenizer
+
+
+def _check_json(document: Config, source: Path) -> None:
+    """Refuse what the library trusts: with other values it reads out of bounds or takes any amount of memory."""
+    found = [name for name in UNCHECKED if name in _types(document.get("normalizer"), document.get("pre_tokenizer"))]
+    model = document.get("model")
+    if isinstance(model, dict) and model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
+        found.append("BPE with a continuing_subword_prefix")
+    if found:
+        raise ConfigError(f"tokenizer {source}: has {found[0]}, which no supported family uses and is not read")
+
+
+def _types(*parts: Any) -> set[Any]:
+    """The types of parts of a tokenizer.json and of what they hold."""
+    waiting, types = list(parts), set[Any]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            types.add(str(part.get("type")))
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return types
+
+
+def _try(tokenizer: tokenizers.Tokenizer) -> None:
+    """Run every part on a short text. Raises what the library raises, and its panics."""
+    text = tokenizer.normalizer.normalize_str(PROBE) if tokenizer.normalizer else PROBE
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer else [(text, None)]
+    tokenizer.decode([token.id for word, _ in words for token in tokenizer.model.tokenize(word)])
 
 
 def _parse_sentencepiece(content: bytes, source: Path) -> Any:
     """The SentencePiece ModelProto, a protobuf message."""
     try:
-        sentencepiece = importlib.import_module("sentencepiece")
         schema = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+        protobuf = importlib.import_module("google.protobuf.message")
     except ImportError as error:
         needed = "reading a SentencePiece model needs the packages sentencepiece and protobuf"
         raise ConfigError(f"tokenizer {source}: {needed}; install vlmdeploy[toolchain] ({error})") from error
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the schema
-    except RuntimeError as error:
-        expected = "expected tokenizer.json or a SentencePiece model"
-        raise ConfigError(f"tokenizer {source}: starts with {content[:16]!r}, {expected}") from error
-    return schema.ModelProto.FromString(content)
+        model = schema.ModelProto.FromString(content)
+    except protobuf.DecodeError as error:
+        raise _no_tokenizer(content, source) from error
+    if not model.pieces:
+        raise _no_tokenizer(content, source)
+    return model
+
+
+def _no_tokenizer(content: bytes, source: Path) -> ConfigError:
+    expected = "expected tokenizer.json or a SentencePiece model"
+    return ConfigError(f"tokenizer {source}: starts with {content[:16]!r}, {expected}")
 
 
 def _convert(model: Any, source: Path) -> tokenizers.Tokenizer:
+    _check_pieces(model, source)
     _check_supported(model, source)
     kinds = model.SentencePiece.Type
     special = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
@@ -97,6 +143,23 @@ def _convert(model: Any, source: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _check_pieces(model: Any, source: Path) -> None:
+    """Raise ConfigError unless the pieces are texts with a score, one of them for what is unknown."""
+    kinds = model.SentencePiece.Type
+    for token_id, piece in enumerate(model.pieces):
+        is_text = isinstance(piece.piece, str)  # the parser gives bytes where it is not UTF-8
+        if not is_text or not 0 < len(piece.piece) <= LONGEST_PIECE or not math.isfinite(piece.score):
+            expected = f"a text of 1 to {LONGEST_PIECE} characters with a score"
+            raise ConfigError(f"tokenizer {source}: piece {token_id} is {piece.piece[:40]!r}, expected {expected}")
+    unknown = [piece.piece for piece in model.pieces if piece.type == kinds.UNKNOWN]
+    if unknown != [model.trainer_spec.unk_piece]:
+        expected = f"{model.trainer_spec.unk_piece!r:.40} alone"
+        raise ConfigError(f"tokenizer {source}: its unknown pieces are {unknown!r:.80}, expected {expected}")
+    named = {piece.piece for piece in model.pieces if piece.type == kinds.BYTE}
+    if named and named != {f"<0x{value:02X}>" for value in range(256)}:
+        raise ConfigError(f"tokenizer {source}: has {len(named)} byte pieces, expected <0x00> to <0xFF>")
+
+
 def _check_supported(model: Any, source: Path) -> None:
     """Reject every feature that the conversion would change."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece.Type
@@ -104,10 +167,10 @@ def _check_supported(model: Any, source: Path) -> None:
     odd_pieces = [piece.piece for piece in model.pieces if piece.type in (kinds.USER_DEFINED, kinds.UNUSED)]
     problems = {
         f"model type {model_type}": model_type != "BPE",
-        f'text normalization "{normalizer.name}"': bool(normalizer.precompiled_charsmap),
+        f'text normalization "{str(normalizer.name)[:40]}"': bool(normalizer.precompiled_charsmap),
         "spaces that are not escaped": not normalizer.escape_whitespaces,
         "the space mark as a suffix": trainer.treat_whitespace_as_suffix,
-        f"user-defined or unused pieces such as {odd_pieces[:1]}": bool(odd_pieces),
+        f"user-defined or unused pieces such as {odd_pieces[:1]!r:.80}": bool(odd_pieces),
         "two pieces of the same name": len({piece.piece for piece in model.pieces}) < len(model.pieces),
     }
     found = [problem for problem, is_there in problems.items() if is_there]

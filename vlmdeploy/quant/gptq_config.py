@@ -2,7 +2,8 @@
 regex overrides ("dynamic") for single linears.
 
 Follows GPTQModel 7.7.0: a pattern matches from the start of the module's name and need not reach its end; all "-:"
-patterns (kept in float) come first; of the others, the first match decides.
+patterns (kept in float) come first; of the others, the first match decides. `module_patterns` says what a pattern may
+hold.
 """
 
 import re
@@ -15,6 +16,7 @@ from typing import Any, Literal, cast
 from vlmdeploy.errors import ConfigError, QuantizationError
 from vlmdeploy.input_files import find_inside
 from vlmdeploy.quant.grid import Grid
+from vlmdeploy.quant.module_patterns import check_patterns, matches
 from vlmdeploy.records import read_object
 
 CONFIG_NAME = "quantize_config.json"
@@ -130,7 +132,7 @@ def grid_of(config: GptqConfig, module_name: str, in_width: int) -> Grid | None:
     """
     if module_name.rpartition(".")[2] == HEAD and not config.lm_head:
         return None
-    if any(override is None and re.match(pattern, module_name) for pattern, override in config.dynamic):
+    if any(override is None and matches(pattern, module_name) for pattern, override in config.dynamic):
         return None
     override = _first_match(config, module_name)
     group_size = config.group_size if override.group_size is None else override.group_size
@@ -167,7 +169,7 @@ def dynamic_overrides(modules: Sequence[ModuleGrid], provenance: Mapping[str, An
 
 def _first_match(config: GptqConfig, name: str) -> Override:
     for pattern, override in config.dynamic:
-        if override is not None and re.match(pattern, name):
+        if override is not None and matches(pattern, name):
             return override
     return Override()
 
@@ -258,7 +260,7 @@ def _settings(where: str, raw: Any) -> Settings:
             continue
         settings[key] = next(iter(values.values()))
         if any(value != settings[key] for value in values.values()):
-            raise ConfigError(f"{where}: {' and '.join(values)} contradict each other: {list(values.values())}")
+            raise ConfigError(f"{where}: {' and '.join(values)} contradict each other: {list(values.values())!r:.80}")
     return settings
 
 
@@ -292,7 +294,7 @@ def _check_layout(where: str, settings: Settings) -> None:
     """Raise ConfigError unless the tensors are in the layout that `gptq_format` reads."""
     method, layout = settings.get("quant_method"), settings.get("checkpoint_format", "gptq")
     if method != "gptq":
-        raise ConfigError(f"{where}: quantized with {method!r}; only GPTQ checkpoints can be read")
+        raise ConfigError(f"{where}: quantized with {method!r:.80}; only GPTQ checkpoints can be read")
     if settings.get("is_marlin_format") or layout == "marlin":
         raise ConfigError(
             f"{where}: the codes are in Marlin's kernel layout; expected the layout {' or '.join(FORMATS)}"
@@ -302,16 +304,16 @@ def _check_layout(where: str, settings: Settings) -> None:
             f"{where}: the codes are in GPTQModel's planar layout gptq_p; expected {' or '.join(FORMATS)}"
         )
     if layout not in FORMATS:
-        raise ConfigError(f"{where}: unknown checkpoint_format {layout!r}; expected {' or '.join(FORMATS)}")
+        raise ConfigError(f"{where}: unknown checkpoint_format {layout!r:.80}; expected {' or '.join(FORMATS)}")
     if settings.get("pack_dtype", "int32") != "int32":
-        raise ConfigError(f"{where}: pack_dtype is {settings['pack_dtype']!r}; only int32 words can be read")
+        raise ConfigError(f"{where}: pack_dtype is {settings['pack_dtype']!r:.80}; only int32 words can be read")
 
 
 def _checked_bits(where: str, bits: Any) -> int:
     if type(bits) is int and bits in PLANAR_BITS:
         raise ConfigError(f"{where}: {bits} bits exist only in GPTQModel's planar layout, which cannot be read")
     if type(bits) is not int or bits not in BITS:
-        raise ConfigError(f"{where}: bits is {bits!r}; expected {', '.join(map(str, BITS))}")
+        raise ConfigError(f"{where}: bits is {bits!r:.80}; expected {', '.join(map(str, BITS))}")
     return bits
 
 
@@ -323,23 +325,20 @@ def _checked_group_size(where: str, group_size: Any) -> int:
 
 def _checked_flag(where: str, key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"{where}: {key} is {value!r}; expected true or false")
+        raise ConfigError(f"{where}: {key} is {value!r:.80}; expected true or false")
     return value
 
 
 def _dynamic_from(where: str, raw: Any) -> tuple[tuple[str, Override | None], ...]:
-    patterns = _checked_object(where, raw).items()
-    return tuple(_entry_from(where, pattern, override) for pattern, override in patterns)
+    entries = tuple(_entry_from(where, *entry) for entry in _checked_object(where, raw).items())
+    check_patterns([pattern for pattern, _ in entries], where)
+    return entries
 
 
 def _entry_from(where: str, pattern: str, raw: Any) -> tuple[str, Override | None]:
     """One pattern without its prefix. Ignores keys that do not affect reading, as GPTQModel does."""
     here = f"{where}: {pattern:.80}"
     bare = pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
-    try:
-        re.compile(bare)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{here}: not a regular expression: {error}") from error
     if pattern.startswith("-:"):
         return bare, None
     given = _checked_object(here, raw)

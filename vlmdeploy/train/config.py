@@ -109,7 +109,7 @@ def load_config(path: Path) -> TrainConfig:
     recipe = record_of(Recipe, values, str(path), unknown="refused")
     config = TrainConfig(path.absolute(), values, recipe, _read_spec(path, recipe.model))
     for key, found, expected in _problems(config):
-        raise ConfigError(f'{path}: "{key}" is {found!r}, expected {expected}')
+        raise ConfigError(f'{path}: "{key}" is {found!r:.80}, expected {expected}')
     return config
 
 
