@@ -566,7 +566,7 @@ GOOD: list[Any] = [
     *({"messages": messages(f"Why {number}?", "over the tree, left")} for number in range(3)),
 ]
 BROKEN: dict[str, tuple[Json | str, str]] = {
-    "broken JSON": ('{"messages": [', "data.jsonl:9: not a line of JSON"),
+    "broken JSON": ('{"messages": [', "data.jsonl:9: not JSON"),
     "missing picture": ({"image": "gone.png", "messages": messages("What?", "It")}, "gone.png: no such file"),
     "damaged picture": ({"image": "damaged.png", "messages": messages("What?", "It")}, "damaged.png"),
     "too long": ({"messages": messages("long " * 40, "yes")}, "the model's context 128"),

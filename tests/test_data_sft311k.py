@@ -100,7 +100,7 @@ def test_the_only_language_is_read_and_captions_are_asked_for_in_it(tmp_path: Pa
         (b'{"captions": ', "not JSON"),
         (b"\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        ([1], "holds a list; expected"),
+        ([1], "holds a list of 1, expected an object; expected"),
         ({"caption": "x"}, "has the keys caption; expected"),
         (CAPTION | talk("?", "!"), "has the keys captions, conversations; expected"),
         ({"captions": "x"}, '"captions" is a str, expected a list'),

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from vlmdeploy.byte_sizes import shown_size
 from vlmdeploy.errors import VlmdeployError
 
+NOTHING_THERE = "no such file"
 MOST_JSON_BYTES = 64 << 20  # of one config, index, report or tokenizer
 
 _KINDS = {
@@ -68,11 +69,11 @@ def input_lines(path: Path, error: type[VlmdeployError], longest_bytes: int, exp
 
 
 def why_unreadable(path: Path) -> str:
-    """What keeps a path from being opened as a regular file, such as "no such file"; "" for such a file."""
+    """What keeps a path from being opened as a regular file, such as NOTHING_THERE; "" for such a file."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "no such file"
+        return NOTHING_THERE
     except (OSError, ValueError) as problem:  # a name too long, a folder that may not be entered, a zero byte
         return f"cannot be read ({getattr(problem, 'strerror', problem)})"
     return "" if stat.S_ISREG(mode) else f"is {kind_of(mode)}"

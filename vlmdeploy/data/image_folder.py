@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import NOTHING_THERE, why_unreadable
 from vlmdeploy.runtime.chat import Turn
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -21,7 +22,7 @@ def has_pictures(path: Path) -> bool:
 
 def read_items(path: Path, prompt: str) -> Iterator[Callable[[], Sample]]:
     """One function per picture, sorted, that returns its sample: the prompt, task "caption". Skips hidden files and
-    folders. A function raises DataError if its picture is a broken link."""
+    folders. A function raises DataError if its picture is a broken link or no file."""
     return (partial(_sample, picture, prompt) for picture in sorted(_pictures(path)))
 
 
@@ -33,6 +34,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _sample(picture: Path, prompt: str) -> Sample:
-    if not picture.is_file():
-        raise DataError(f"{picture}: no such file, though the folder lists it: is it a broken link?")
+    if problem := why_unreadable(picture):
+        hint = ", though the folder lists it: is it a broken link?" if problem == NOTHING_THERE else ""
+        raise DataError(f"{picture}: {problem}{hint}")
     return Sample(picture, (Turn(prompt),), "caption", "caption", answer=None)

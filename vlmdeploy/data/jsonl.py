@@ -6,7 +6,6 @@ Only messages and task are required (to calibrate, only messages): kind defaults
 last message. Benchmark tasks may also have "answers", a list of right ones, and "options", {"A": "cat"}.
 """
 
-import errno
 import json
 import string
 import sys
@@ -16,14 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmdeploy.data.samples import PixelBox, Sample, checked_text
+from vlmdeploy.data.samples import PixelBox, Sample, checked_text, first_picture
 from vlmdeploy.errors import DataError, PromptError
+from vlmdeploy.input_files import input_lines, why_unreadable
+from vlmdeploy.records import parse_object
 from vlmdeploy.runtime.chat import read_messages
 
 ROWS_NAME = "data.jsonl"
 
 Row = dict[str, Any]
 Value = TypeVar("Value")
+LONGEST_LINE_BYTES = 16 << 20
 LONGEST_SHOWN = 80  # characters of a value or a name in a message
 JSON_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 
@@ -31,12 +33,13 @@ JSON_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an 
 def find_rows(data: str | Path) -> Path:
     """The file with the rows: `data`, or data.jsonl in that folder. Raises DataError if there is none."""
     path = Path(data)
+    expected = f"expected a JSONL file or a folder with {ROWS_NAME}"
     if path.is_dir():
-        if not (path / ROWS_NAME).is_file():
-            raise DataError(f"{path}: holds no {ROWS_NAME}; expected a JSONL file or a folder with {ROWS_NAME}")
-        return path / ROWS_NAME
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder; expected a JSONL file or a folder with {ROWS_NAME}")
+        if not (path / ROWS_NAME).exists():
+            raise DataError(f"{path}: holds no {ROWS_NAME}; {expected}")
+        path = path / ROWS_NAME
+    if problem := why_unreadable(path):
+        raise DataError(f"{path}: {problem}; {expected}")
     return path
 
 
@@ -54,34 +57,17 @@ def read_items(data: str | Path, default_task: str | None = None) -> Iterator[Ca
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and content of every line that is not blank. Raises DataError at the end if there was none."""
     found = False
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found = True
-                yield number, line
+    for number, line in enumerate(input_lines(path, DataError, LONGEST_LINE_BYTES), 1):
+        if line.strip():
+            found = True
+            yield number, line
     if not found:
         raise DataError(f"{path}: holds no rows")
 
 
 def _read(line: bytes, default_task: str | None, path: Path, number: int) -> Sample:
     where = f"{path}:{number}"
-    try:
-        return _sample(parse_line(line, where), default_task, path.parent, where)
-    except RecursionError as error:  # while a message shows the value
-        raise DataError(f"{where}: JSON nested too deeply") from error
-
-
-def parse_line(line: bytes, where: str) -> Row:
-    """A line's JSON object. Raises DataError, which begins with `where`."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise DataError(f"{where}: not a line of JSON ({error})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: JSON nested too deeply") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds a {type(row).__name__}, expected an object")
-    return row
+    return _sample(parse_object(line, where, DataError), default_task, path.parent, where)
 
 
 def _sample(row: Row, default_task: str | None, folder: Path, where: str) -> Sample:
@@ -167,17 +153,9 @@ def _image(row: Row, folder: Path, where: str) -> Path | None:
     name = _optional(row, "image", str, where)
     if name is None:
         return None
-    short = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
     if name.startswith("data:"):
-        raise DataError(f"{where}: picture {short} is a data URL, expected the path of a file")
-    try:
-        is_file = (folder / name).is_file()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        shown = short if error.errno == errno.ENAMETOOLONG else name
-        raise DataError(f"{where}: picture {folder / shown}: {error.strerror}") from error
-    if not is_file:
-        raise DataError(f"{where}: picture {folder / name}: no such file")
-    return folder / name
+        raise DataError(f"{where}: picture {name[:LONGEST_SHOWN]}... is a data URL, expected the path of a file")
+    return first_picture([folder / name], where)
 
 
 def _boxes(row: Row, where: str) -> tuple[PixelBox, ...]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from vlmdeploy.errors import ConfigError, DataError
+from vlmdeploy.data.samples import first_picture
+from vlmdeploy.errors import ConfigError
 
 PromptStyle: TypeAlias = Literal["vlmevalkit", "cogvlm", "bare"]
 
@@ -43,12 +44,4 @@ def find_picture(name: str, beside: Path, images: Path | None, where: str) -> Pa
     Raises DataError, which begins with `where`.
     """
     places = [beside / name, *([] if images is None else [images / name, images / Path(name).name])]
-    for place in places:
-        try:
-            if place.is_file():
-                return place
-        except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
-            problem = getattr(error, "strerror", None) or error
-            raise DataError(f"{where}: picture {name[:80]!r} is not a valid path ({problem})") from error
-    hint = "; validate --images DIR looks for it elsewhere" if images is None else ""
-    raise DataError(f"{where}: picture {places[-1]}: no such file{hint}")
+    return first_picture(places, where, "; validate --images DIR looks for it elsewhere" if images is None else "")

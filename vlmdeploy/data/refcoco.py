@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmdeploy.data.jsonl import numbered_lines, parse_line
+from vlmdeploy.data.jsonl import LONGEST_LINE_BYTES, numbered_lines
 from vlmdeploy.data.questions import EXPRESSION, QuestionOptions, find_picture
 from vlmdeploy.data.samples import PixelBox, Sample, checked_text, is_inside
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import input_lines, read_input
+from vlmdeploy.records import parse_object
 from vlmdeploy.runtime.boxes import format_box, normalize_box
 from vlmdeploy.runtime.chat import Turn
 
@@ -24,29 +26,32 @@ Row: TypeAlias = dict[str, Any]
 
 PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 PICKLE_START = b"\x80"  # of every pickle since protocol 2
+MOST_COCO_BYTES = 1 << 30  # COCO's own largest file has 450 MB
 LONGEST_SHOWN = 80
 EXPECTED_JSON = 'expected RefCOCO in COCO\'s form, {"images": [...], "annotations": [...]}'
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise DataError if the file is a Python pickle, such as refs(unc).p."""
-    with path.open("rb") as file:
-        if path.suffix.lower() in PICKLE_SUFFIXES or file.read(1) == PICKLE_START:
-            raise DataError(
-                f"{path}: is a Python pickle, and reading one runs its code; if you trust it, convert it to JSON with "
-                "the lines under RefCOCO in docs/evaluation.md"
-            )
+def refuse_pickle(path: Path, start: bytes) -> None:
+    """Raise DataError if the file, which begins with `start`, is a Python pickle, such as refs(unc).p."""
+    if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_START):
+        raise DataError(
+            f"{path}: is a Python pickle, and reading one runs its code; if you trust it, convert it to JSON with "
+            "the lines under RefCOCO in docs/evaluation.md"
+        )
 
 
 def is_lines(path: Path) -> bool:
     """Whether the first row has Qwen-VL's keys."""
-    with path.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
+    return {"sent", "bbox"} <= _first_row(path).keys()
+
+
+def _first_row(path: Path) -> Row:
+    """The first line that is not blank, if it is an object of JSON alone, else {}."""
     try:
-        row = json.loads(first.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and "sent" in row and "bbox" in row
+        first = next((line for line in input_lines(path, DataError, LONGEST_LINE_BYTES) if line.strip()), b"")
+        return parse_object(first, str(path), DataError)
+    except DataError:
+        return {}
 
 
 def read_lines(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sample]]:
@@ -59,7 +64,7 @@ def read_lines(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sa
 
 def _read_line(line: bytes, number: int, path: Path, options: QuestionOptions) -> Sample:
     where = f"{path}:{number}"
-    row = parse_line(line, where)
+    row = parse_object(line, where, DataError)
     corners, phrase, name = _numbers(row, "bbox", where), _text(row, "sent", where), _text(row, "image", where)
     return _sample(phrase, name, corners, row, str(number), where, path, options)
 
@@ -69,13 +74,15 @@ def is_coco(path: Path) -> bool:
 
     Raises DataError if it has only one of the two.
     """
-    if path.suffix.lower() != ".json":
+    first = _first_row(path)
+    if path.suffix.lower() != ".json" or (first and "images" not in first and "annotations" not in first):
         return False
+    content = read_input(path, DataError, MOST_COCO_BYTES)
     try:
-        document = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        document = parse_object(content, str(path), DataError)
+    except DataError:
         return False
-    found = [key for key in ("images", "annotations") if isinstance(document, dict) and key in document]
+    found = [key for key in ("images", "annotations") if key in document]
     if len(found) == 1:
         raise DataError(f'{path}: has "{found[0]}" alone; {EXPECTED_JSON}')
     return bool(found)
@@ -86,7 +93,7 @@ def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sam
 
     Raises DataError at once if the document is not in COCO's form or has no phrases.
     """
-    document = json.loads(path.read_bytes().decode("utf-8-sig"))
+    document = parse_object(read_input(path, DataError, MOST_COCO_BYTES), str(path), DataError)
     images, annotations = (_objects(document, key, path) for key in ("images", "annotations"))
     by_id = _by_id(images, path)
     chosen = annotations if options.split is None else _of_split(annotations, options.split, path)

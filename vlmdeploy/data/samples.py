@@ -1,7 +1,7 @@
 """A question about a picture with its reference answer, from any data set; and drawing some of many."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -10,9 +10,11 @@ import numpy as np
 
 from vlmdeploy.data.stored_picture import StoredPicture
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import NOTHING_THERE, why_unreadable
 from vlmdeploy.runtime.chat import Conversation, Turn
 
 EDGE_PX = 2.0  # how far a box may extend outside its picture
+LONGEST_PATH_SHOWN = 400  # characters
 
 Picture: TypeAlias = Path | StoredPicture
 """A file, or a place in a table; equal if it is the same picture. `load_image` takes both."""
@@ -83,6 +85,19 @@ def checked_text(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{what} is not valid UTF-8 at character {error.start}") from error
     return text
+
+
+def first_picture(places: Sequence[Path], where: str, hint: str = "") -> Path:
+    """The first of the places that is a file; pictures are not opened here.
+
+    Raises DataError, which begins with `where` and, where there is nothing, ends with `hint`.
+    """
+    for place in places:
+        problem = why_unreadable(place)
+        if not problem:
+            return place
+    shown = str(place) if len(str(place)) <= LONGEST_PATH_SHOWN else f"{str(place)[:LONGEST_PATH_SHOWN]}..."
+    raise DataError(f"{where}: picture {shown}: {problem}{hint if problem == NOTHING_THERE else ''}")
 
 
 def choose(samples: Iterable[Sample], per_task: int | None, seed: int) -> list[Sample]:

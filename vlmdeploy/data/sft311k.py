@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias
 
 from vlmdeploy.data.samples import Sample, checked_text
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import MOST_JSON_BYTES, NOTHING_THERE, read_input, why_unreadable
+from vlmdeploy.records import parse_object
 from vlmdeploy.runtime.chat import Turn
 
 Language: TypeAlias = Literal["en", "zh"]
@@ -37,7 +39,7 @@ QUESTIONS: dict[Language, tuple[str, ...]] = {
     ),
     "zh": ("请详细描述这张图片。", "这张图片里有什么", "请说明图中的全部内容。"),
 }
-TRAILING_COMMA = re.compile(r",\s*[\]}]")
+TRAILING_COMMA = re.compile(rb",\s*+[\]}]")
 EXPECTED = 'expected {"captions": [...]} or {"conversations": [...]}'
 
 
@@ -99,7 +101,7 @@ def _read_sample(file: Path) -> Sample:
     document = _read_json(file)
     keys = [key for key in ("captions", "conversations") if key in document]
     if len(keys) != 1:
-        raise DataError(f"{file}: has the keys {', '.join(document) or '(none)'}; {EXPECTED}")
+        raise DataError(f"{file}: has the keys {', '.join(document)[:80] or '(none)'}; {EXPECTED}")
     entries = document[keys[0]]
     if not isinstance(entries, list):
         raise DataError(f'{file}: "{keys[0]}" is a {type(entries).__name__}, expected a list')
@@ -118,24 +120,19 @@ def _key(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    text = ""
+    content = read_input(file, DataError, MOST_JSON_BYTES)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        document = json.loads(text)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise DataError(f"{file}: not JSON ({error}){_comma_hint(text)}; {EXPECTED}") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{file}: holds a {type(document).__name__}; {EXPECTED}")
-    return document
+        return parse_object(content, str(file), DataError)
+    except DataError as error:
+        raise DataError(f"{error}{_comma_hint(content)}; {EXPECTED}") from error
 
 
-def _comma_hint(text: str) -> str:
-    comma = TRAILING_COMMA.search(text)
+def _comma_hint(content: bytes) -> str:
+    comma = TRAILING_COMMA.search(content)
     if comma is None:
         return ""
-    return f", maybe because of the trailing comma in line {1 + text.count(chr(10), 0, comma.start())}"
+    line = 1 + content.count(b"\n", 0, comma.start())
+    return f", maybe because of the trailing comma in line {line}"
 
 
 def _caption(entries: list[Any], file: Path) -> str:
@@ -168,6 +165,9 @@ def _image(file: Path) -> Path:
     base = file.parent.parent / "images" / file.stem
     for suffix in SUFFIXES:
         path = base.with_name(base.name + suffix)
-        if path.is_file():
+        problem = why_unreadable(path)
+        if not problem:
             return path
-    raise DataError(f"{file}: its picture {base}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}): no such file")
+        if problem != NOTHING_THERE:
+            raise DataError(f"{file}: its picture {path}: {problem}")
+    raise DataError(f"{file}: its picture {base}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}): {NOTHING_THERE}")

@@ -18,6 +18,7 @@ from vlmdeploy.data.samples import Sample, checked_text
 from vlmdeploy.data.tsv_table import read_table
 from vlmdeploy.data.vlmevalkit import QuestionSet, plan_questions
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import open_input, why_unreadable
 from vlmdeploy.runtime.image import load_image
 
 Kind: TypeAlias = Literal[
@@ -114,7 +115,7 @@ def open_source(
     default_task = None if to_score else DEFAULT_TASK
     if data.is_file():
         source = _open_file(data, options or QuestionOptions(), default_task)
-    elif (data / jsonl.ROWS_NAME).is_file():
+    elif (data / jsonl.ROWS_NAME).exists():
         source = _open_jsonl(data, default_task)
     elif sft311k.is_root(data):
         taken = ", ".join(f"{labels.parent.name}/{labels.name}" for labels in sft311k.label_folders(data))
@@ -136,8 +137,10 @@ def open_source(
 
 
 def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -> DataSource:
-    refcoco.refuse_pickle(data)
-    _refuse_packed(data)
+    with open_input(data, DataError) as file:
+        start = file.read(4)
+    refcoco.refuse_pickle(data, start)
+    _refuse_packed(data, start)
     if data.suffix.lower() == ".tsv":
         questions = plan_questions(read_table(data), options)
         return DataSource("VLMEvalKit TSV", data, questions.description(), questions.items, questions)
@@ -150,9 +153,7 @@ def _open_file(data: Path, options: QuestionOptions, default_task: str | None) -
     return _open_jsonl(data, default_task)
 
 
-def _refuse_packed(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(4)
+def _refuse_packed(path: Path, start: bytes) -> None:
     for magic, name in PACKED.items():
         if start.startswith(magic):
             raise DataError(f"{path}: is packed with {name}, expected text in UTF-8: unpack it first")
@@ -192,7 +193,7 @@ def _open_pictures(folder: Path, prompt: str | None) -> DataSource:
 
 
 def _nothing_known(data: Path) -> str:
-    found = "holds no known data" if data.is_dir() else "no such file or folder"
+    found = "holds no known data" if data.is_dir() else why_unreadable(data)
     return (
         f"{data}: {found}; looked for a JSONL file, a VLMEvalKit TSV, RefCOCO as JSONL or JSON, "
         f"a folder with {jsonl.ROWS_NAME}, a CogVLM-SFT-311K root (with "

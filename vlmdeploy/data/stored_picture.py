@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import open_input
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,9 @@ class StoredPicture:
 
     def read_bytes(self) -> bytes:
         """Decode the picture file. Raises DataError if the table has changed or the text is not base64."""
-        try:
-            with self.file.open("rb") as table:
-                table.seek(self.offset)
-                text = table.read(self.length)
-        except OSError as error:
-            raise DataError(f"{self.name}: {self.file} cannot be read ({error.strerror})") from error
+        with open_input(self.file, DataError) as table:
+            table.seek(self.offset)
+            text = table.read(self.length)
         if hashlib.sha256(text).hexdigest() != self.sha256:
             raise DataError(f"{self.name}: {self.file} was changed while it was in use; start again")
         return decode_picture(text, self.name)
