@@ -110,12 +110,12 @@ def test_a_spreadsheet_program_may_have_changed_types(tmp_path: Path) -> None:
         ("x.tsv", b"index\tanswer\n1\ta\n", 'column "prediction" must be in the header once; it holds index, answer'),
         ("x.tsv", b"index\tprediction\n1\ta\n1\tb\n", 'index "1" occurs twice'),
         ("x.tsv", b"index\tprediction\n1\n", "row 2 has 1 cells, the header 2"),
-        ("x.tsv", b"index\tprediction\n1\t\xff\n", "cannot be read as tab-separated values"),
-        ("x.jsonl", b"{\n", "1: not a line of JSON"),
-        ("x.jsonl", b"[]\n", '1: expected an object with "index" and "prediction"'),
+        ("x.tsv", b"index\tprediction\n1\t\xff\n", "2: not UTF-8"),
+        ("x.jsonl", b"{\n", "1: not JSON"),
+        ("x.jsonl", b"[]\n", "1: holds a list of 0, expected an object"),
         ("x.jsonl", b'{"index": 1}\n', '1: expected an object with "index" and "prediction"'),
         ("x.jsonl", b'\n{"index": 1, "prediction": 3}\n', "2: prediction is 3, expected a text"),
-        ("x.jsonl", b"", "holds no answers"),
+        ("x.jsonl", b"", "holds no rows"),
     ],
 )
 def test_a_bad_file_of_answers_is_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:

@@ -102,7 +102,11 @@ def test_device_of_a_bundle_is_wrong_usage(bundle: Path, data: Path) -> None:
 def test_quantized_checkpoint_keeps_its_codes_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(vlmdeploy, "load_model", lambda *arguments: asked.append(arguments), raising=False)
+
+    def load(*arguments: object, follow_links: bool) -> None:
+        asked.append(arguments)
+
+    monkeypatch.setattr(vlmdeploy, "load_model", load, raising=False)
     floats, codes = write_text_checkpoint(tmp_path / "floats"), write_gptq_checkpoint(tmp_path / "codes")
     for folder, device in ((floats, "cuda"), (codes, "cuda"), (codes, "cpu")):
         load_on(folder, device)

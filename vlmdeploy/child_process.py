@@ -18,7 +18,7 @@ def child_process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A fresh interpreter that runs one of our modules, with pipes to and from it. Any exception in the block,
     including Ctrl-C, kills it. errors: Popen's stderr."""
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-P", "-m", module]  # -P: no module of the current folder, which may hold anything
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,

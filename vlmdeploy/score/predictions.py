@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from vlmdeploy.artifact import write_file
-from vlmdeploy.data.samples import Sample, check_boxes
+from vlmdeploy.byte_sizes import shown_size
+from vlmdeploy.data.jsonl import numbered_lines
+from vlmdeploy.data.samples import Sample, check_boxes, checked_text
 from vlmdeploy.data.source import DataSource
-from vlmdeploy.data.tsv_table import INDEX, LONGEST_CELL
+from vlmdeploy.data.tsv_table import INDEX, LONG_CELLS, read_rows
 from vlmdeploy.errors import DataError, ExportError
+from vlmdeploy.input_files import open_input
 from vlmdeploy.overriding import override
+from vlmdeploy.records import parse_object
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.score.answerers import Answerer
 from vlmdeploy.score.metrics import Prediction
@@ -29,6 +33,8 @@ SUFFIXES = (".tsv", ".xlsx", ".jsonl")
 PREDICTION = "prediction"
 COLUMNS = (INDEX, "image", "question", "answer", PREDICTION)  # if the data is not a TSV
 LONGEST_XLSX_CELL = 32767  # characters, Excel's limit
+MOST_XLSX_BYTES = 64 << 20  # packed and unpacked; its XML takes up to a hundred times as much memory
+MOST_XLSX_ROWS, MOST_XLSX_COLUMNS = 1 << 20, 200  # Excel's own limit; more columns than any table of answers has
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # a float holds these exactly
 NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # not allowed in XML 1.0
 
@@ -37,7 +43,7 @@ Cells: TypeAlias = Mapping[str, str]
 
 def is_predictions(path: Path) -> bool:
     """Whether this is an answer file, by its suffix."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def output_paths(out: Path, models: Sequence[Path]) -> list[Path]:
@@ -145,51 +151,64 @@ def read_predictions(path: Path) -> dict[str, str]:
 
     Raises DataError, naming the file, if it cannot be read, a column is missing or an index occurs twice.
     """
-    if not is_predictions(path):
+    if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: not an answer file; expected a file that ends in {', '.join(SUFFIXES)}")
     read = {".tsv": _read_tsv, ".xlsx": _read_xlsx, ".jsonl": _read_jsonl}[path.suffix.lower()]
     answers: dict[str, str] = {}
     for index, text in read(path):
         if index in answers:
-            raise DataError(f'{path}: index "{index}" occurs twice')
-        answers[index] = text
+            raise DataError(f'{path}: index "{index:.200}" occurs twice')
+        answers[checked_text(index, f"{path}: an index")] = checked_text(text, f'{path}: the answer to "{index:.200}"')
     if not answers:
         raise DataError(f"{path}: holds no answers")
     return answers
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, str]]:
-    limit = csv.field_size_limit(LONGEST_CELL)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return iter(list(_pairs(path, list(csv.reader(file, delimiter="\t")))))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as tab-separated values ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
+    with LONG_CELLS:
+        yield from _pairs(path, (row.cells for row in read_rows(path)))
 
 
 def _read_xlsx(path: Path) -> Iterator[tuple[str, str]]:
+    with open_input(path, DataError) as file:
+        _check_unpacked_size(path, file)
+        yield from _pairs(path, _xlsx_rows(path, file))
+
+
+def _check_unpacked_size(path: Path, file: BinaryIO) -> None:
+    """Raise DataError for a file that is larger than is read, also unpacked: no more than its directory says is."""
+    size = unpacked = file.seek(0, io.SEEK_END)
+    if size <= MOST_XLSX_BYTES:
+        try:
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+        except Exception as error:  # damaged ones raise more than BadZipFile
+            raise DataError(f"{path}: cannot be read as .xlsx ({error})") from error
+    if max(size, unpacked) > MOST_XLSX_BYTES:
+        expected = f"at most {shown_size(MOST_XLSX_BYTES)} are read"
+        raise DataError(f"{path}: holds {shown_size(unpacked)} of tables, {expected}: give the answers as .tsv")
+
+
+def _xlsx_rows(path: Path, file: BinaryIO) -> Iterator[Sequence[Any]]:
+    """The rows of the first sheet, one by one: an empty sheet may claim any number of them."""
     import openpyxl
 
     try:
-        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        rows = [list(row) for row in workbook.worksheets[0].iter_rows(values_only=True)]
-        workbook.close()
-    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, SyntaxError) as error:  # XML errors are syntax errors
+        sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+        width = min(sheet.max_column or MOST_XLSX_COLUMNS, MOST_XLSX_COLUMNS)
+        yield from sheet.iter_rows(max_row=MOST_XLSX_ROWS, max_col=width, values_only=True)
+    except Exception as error:  # the library checks little of what it reads
         raise DataError(f"{path}: cannot be read as .xlsx ({error})") from error
-    return _pairs(path, rows)
 
 
-def _pairs(path: Path, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str]]:
-    header = [_text(cell).strip() for cell in rows[0]] if rows else []
+def _pairs(path: Path, rows: Iterator[Sequence[Any]]) -> Iterator[tuple[str, str]]:
+    header = [_text(cell).strip() for cell in next(rows, ())]
     for name in (INDEX, PREDICTION):
         if header.count(name) != 1:
             found = ", ".join(header)[:200] or "nothing"
             raise DataError(f'{path}: column "{name}" must be in the header once; it holds {found}')
     places = header.index(INDEX), header.index(PREDICTION)
-    for number, row in enumerate(rows[1:], 2):
-        if any(_text(cell) for cell in row):
+    for number, row in enumerate(rows, 2):
+        if any(cell not in (None, "") for cell in row):
             if max(places) >= len(row):
                 raise DataError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
             yield _text(row[places[0]]).strip(), _text(row[places[1]])
@@ -203,19 +222,13 @@ def _text(cell: Any) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict) or not {INDEX, PREDICTION} <= row.keys():
-                raise DataError(f'{path}:{number}: expected an object with "{INDEX}" and "{PREDICTION}"')
-            if not isinstance(row[PREDICTION], str):
-                raise DataError(f"{path}:{number}: {PREDICTION} is {json.dumps(row[PREDICTION])[:80]}, expected a text")
-            yield str(row[INDEX]), row[PREDICTION]
+    for number, line in numbered_lines(path):
+        row = parse_object(line, f"{path}:{number}", DataError)
+        if not {INDEX, PREDICTION} <= row.keys():
+            raise DataError(f'{path}:{number}: expected an object with "{INDEX}" and "{PREDICTION}"')
+        if not isinstance(row[PREDICTION], str):
+            raise DataError(f"{path}:{number}: {PREDICTION} is {json.dumps(row[PREDICTION])[:80]}, expected a text")
+        yield str(row[INDEX]), row[PREDICTION]
 
 
 class PredictionsAnswerer(Answerer):

@@ -199,4 +199,4 @@ def load_on(checkpoint: Path, device: str, follow_links: bool = False) -> "Visio
     named = opened.config.get("torch_dtype")
     dtype = named if named in ("float16", "bfloat16") else "float16"
     quantized: Literal["dequantize", "kernel"] = "kernel" if opened.is_quantized else "dequantize"
-    return vlmdeploy.load_model(checkpoint, dtype, device, quantized, follow_links)
+    return vlmdeploy.load_model(checkpoint, dtype, device, quantized, follow_links=follow_links)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlmdeploy.records import read_toml
 
 ALGORITHMS = ("routed", "pooled", "text-only", "rtn", "none")
 BITS = {"ort-int8": 8}  # targets with only one decoder width
+MOST_POINTS = 10_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PART_VALUES = tuple(kind for kind in PRECISIONS if kind != "int3")
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -90,6 +92,8 @@ def read_grid(path: Path) -> list[Point]:
     if not isinstance(single, list) or not all(isinstance(item, dict) for item in single):
         raise ConfigError(f"{path}: point is {single!r:.80}, expected [[point]] tables")
     points = [*_grid_points(content, path), *(_single_point(item, path) for item in single)]
+    if len(points) > MOST_POINTS:
+        raise ConfigError(f"{path}: holds {len(points)} points, at most {MOST_POINTS} are run in one sweep")
     if not points:
         raise ConfigError(f"{path}: holds no point; expected lists such as bits = [4, 3], or [[point]] tables")
     return list(_each_once(points, path))
@@ -102,7 +106,10 @@ def _grid_points(content: Mapping[str, Any], path: Path) -> Iterator[Point]:
         values = value if isinstance(value, list) else [value]
         if not values:
             raise ConfigError(f"{path}: {key} is an empty list, expected values to combine")
-        lists[key] = [_checked(key, each, path) for each in values]
+        lists[key] = list(dict.fromkeys(_checked(key, each, path) for each in values))
+    total = prod(map(len, lists.values()))
+    if total > MOST_POINTS:
+        raise ConfigError(f"{path}: its lists give {total} points, at most {MOST_POINTS} are run in one sweep")
     for chosen in product(*lists.values()) if lists else ():
         settings = dict(zip(lists, chosen, strict=True))
         yield _named(_resolved(Point("", **settings), path), settings)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import possible_families
+from vlmdeploy.input_files import why_unreadable
 from vlmdeploy.records import Config, read_toml, record_of
 from vlmdeploy.spec.model import Family, ModelSpec
 
@@ -109,7 +110,7 @@ def load_config(path: Path) -> TrainConfig:
     recipe = record_of(Recipe, values, str(path), unknown="refused")
     config = TrainConfig(path.absolute(), values, recipe, _read_spec(path, recipe.model))
     for key, found, expected in _problems(config):
-        raise ConfigError(f'{path}: "{key}" is {found!r:.80}, expected {expected}')
+        raise ConfigError(f'{path}: "{key}" is {found!r:.400}, expected {expected}')
     return config
 
 
@@ -142,8 +143,8 @@ def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
     if recipe.seed < 0:
         yield "seed", recipe.seed, "at least 0"
     for key, file in (("tokenizer", config.tokenizer_path), ("data", config.data_path)):
-        if not file.is_file():
-            yield key, str(file), "a file beside the recipe"
+        if problem := why_unreadable(file):
+            yield key, str(file), f"a file beside the recipe ({problem})"
     templates = [template.name for template in config.spec.templates]
     if text.template not in templates:
         yield "text.template", text.template, " or ".join(templates)

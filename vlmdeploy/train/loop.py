@@ -27,7 +27,7 @@ def train(exchange: Exchange, config_path: Path, folder: Path) -> None:
     trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
     batches = BatchMaker(config, source, exchange.worker)
     clock = Clock(exchange, read_status(folder))
-    place = load_place(folder)
+    place = load_place(folder, len(config.recipe.stages))
     for number in range(place.stage, len(config.recipe.stages)):
         if number > place.stage:
             images = place.images_before + place.step * config.recipe.stages[place.stage].batch_images

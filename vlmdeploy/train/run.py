@@ -24,7 +24,7 @@ from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress
-from vlmdeploy.records import read_object
+from vlmdeploy.records import read_object, record_of
 from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.stages import build_optimizer
@@ -64,7 +64,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
     config = load_config(config_path)
     record = read_record(out)
     if record and not force and record["recipe"] == config.values:
-        return _result(record, "trained already with this recipe")
+        return _result(record, out, "trained already with this recipe")
     check_output(out, force, is_ours)
     source = load_source(config.data_path, config.recipe.data_class)
     folder = partial_folder(out.absolute())
@@ -75,7 +75,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
         with staged_folder(out, force, is_ours) as staging:
             write_checkpoint(config, trained_model(config, source, folder), record, staging)
         remove_partial(folder, RECIPE)
-    return _result(record, "trained")
+    return _result(record, out, "trained")
 
 
 class Watch:
@@ -142,7 +142,8 @@ def is_ours(out: Path) -> bool:
 def trained_model(config: TrainConfig, source: TrainingData, folder: Path) -> VisionLanguageModel:
     """Load the model that the workers trained."""
     trainee = Trainee(config.spec, source.num_patch_classes, config.recipe.seed)
-    stage = config.recipe.stages[load_place(folder).stage]
+    stages = config.recipe.stages
+    stage = stages[load_place(folder, len(stages)).stage]
     load_optimizer(folder, build_optimizer(trainee, stage, config.recipe.optimizer))
     return trainee.model
 
@@ -189,7 +190,17 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _result(record: dict[str, Any], what: str) -> Result:
-    took = {name: record[name] for name in ("cpu_minutes", "wall_minutes", "images", "losses")}
-    message = f"{what}: {took['images']} images in {took['cpu_minutes']} CPU minutes ({took['wall_minutes']} minutes)"
-    return Result(message, **took)
+@dataclass(frozen=True)
+class _Cost:
+    """What training.json says a run took."""
+
+    cpu_minutes: float
+    wall_minutes: float
+    images: int
+    losses: dict[str, float]
+
+
+def _result(record: dict[str, Any], out: Path, what: str) -> Result:
+    took = record_of(_Cost, record, str(out / RECORD), TrainingError)
+    message = f"{what}: {took.images} images in {took.cpu_minutes} CPU minutes ({took.wall_minutes} minutes)"
+    return Result(message, took.cpu_minutes, took.wall_minutes, took.images, took.losses)

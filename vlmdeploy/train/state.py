@@ -14,10 +14,15 @@ from torch import Tensor
 
 from vlmdeploy.artifact import write_file
 from vlmdeploy.errors import TrainingError
+from vlmdeploy.input_files import open_input
 from vlmdeploy.records import read_object, record_of
 from vlmdeploy.train.optimizer import FlatOptimizer
 
 STATE, STATUS, RECIPE = "state.pt", "status.json", "recipe.json"
+KINDS: dict[str, type] = {
+    "stage": int, "step": int, "cpu_s_before": float, "images_before": int, "average": Tensor, "losses": Tensor,
+    "values": Tensor, "first": Tensor, "second": Tensor, "num_steps": int,
+}  # fmt: skip
 
 
 @dataclass
@@ -53,26 +58,49 @@ def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
     write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
 
 
-def load_place(folder: Path) -> Place:
-    """The place to resume from; the start if there is no state."""
+def load_place(folder: Path, num_stages: int) -> Place:
+    """The place to resume from; the start if there is no state. Raises TrainingError for a damaged state."""
     content = _read_state(folder)
-    return Place(**{name: content[name] for name in vars(Place())}) if content else Place()
+    if not content:
+        return Place()
+    place = Place(**{name: content[name] for name in vars(Place())})
+    if place.stage >= num_stages or place.losses.shape != Place().losses.shape:
+        raise _damaged(folder, f"of stage {place.stage}, the recipe has {num_stages}")
+    return place
 
 
 def load_optimizer(folder: Path, optimizer: FlatOptimizer) -> None:
-    """Restore the optimizer of the state's stage."""
-    optimizer.load_state(_read_state(folder))
+    """Restore the optimizer of the state's stage. Raises TrainingError for the state of another model."""
+    content = _read_state(folder)
+    for name in ("values", "first", "second"):
+        found, expected = content[name].shape, getattr(optimizer, name).shape
+        if found != expected:
+            raise _damaged(folder, f"{name} is {list(found)}, expected {list(expected)}")
+    optimizer.load_state(content)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
+    """The content of state.pt, of the expected kinds; {} if there is none. Runs no code that the file may hold."""
     path = folder / STATE
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:  # unpickling raises anything
-        raise TrainingError(f"{path}: damaged ({error}); remove {folder} to start over") from error
+    with open_input(path, TrainingError) as file:
+        try:
+            content = torch.load(file, weights_only=True)
+        except Exception as error:  # unpickling raises anything, in many lines
+            raise _damaged(folder, f"{str(error).strip():.200}") from error
+    odd = [name for name, kind in KINDS.items() if not isinstance(content, dict) or not _is(content.get(name), kind)]
+    if odd:
+        raise _damaged(folder, f'"{odd[0]}" is missing or of another kind')
     return content
+
+
+def _is(value: Any, kind: type) -> bool:
+    return type(value) is int and value >= 0 if kind is int else isinstance(value, kind)
+
+
+def _damaged(folder: Path, found: str) -> TrainingError:
+    return TrainingError(f"{folder / STATE}: damaged ({found}); remove {folder} to start over")
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -22,7 +22,10 @@ from vlmdeploy.errors import TrainingError
 
 LOCALHOST = "127.0.0.1"
 POLL_S = 0.5
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
+# One thread each, and no module from the folder that the command was given in, which may hold anything.
+OF_WORKERS = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "PYTHONSAFEPATH": "1"
+}  # fmt: skip
 
 
 class Exchange:
@@ -54,7 +57,7 @@ def run_workers(
     """
     store = TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
     started = (work, arguments, num_workers, store.port)
-    with _environment(ONE_THREAD):
+    with _environment(OF_WORKERS):
         context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
     try:
         while not context.join(timeout=POLL_S):
