@@ -18,7 +18,7 @@ from PIL import Image
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.data.source import open_source
 from vlmdeploy.manifest import MANIFEST_NAME, ImageRecipe
-from vlmdeploy.model.checkpoint import Checkpoint, tensor_shards
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.plan.device import plan_device
 from vlmdeploy.quant.quantization_report import read_report
@@ -251,7 +251,7 @@ def _sheet(models: Models) -> list[bytes]:
 
 
 def _index(checkpoint: Path) -> bytes:
-    weight_map = dict.fromkeys(tensor_shards(checkpoint), "model.safetensors")
+    weight_map = Checkpoint(checkpoint).shard_of
     return json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}).encode()
 
 
