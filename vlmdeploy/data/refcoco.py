@@ -101,7 +101,7 @@ def read_coco(path: Path, options: QuestionOptions) -> Iterator[Callable[[], Sam
     if not asked:
         of_split = "" if options.split is None else f' of split "{options.split}"'
         raise DataError(f'{path}: no annotation{of_split} has a "caption" or "sentences"; {EXPECTED_JSON}')
-    keys = _keys([f"{each.get('id', number)}: {phrase}" for number, each, phrase in asked])
+    keys = _keys([f"{_id(each, number, path)}: {phrase}" for number, each, phrase in asked])
     named = zip(asked, keys, strict=True)
     return (
         partial(_read_annotation, each, phrase, number, key, by_id, path, options)
@@ -125,6 +125,14 @@ def _of_split(annotations: list[Row], split: str, path: Path) -> list[Row]:
         known = ", ".join(sorted({str(each["split"]) for each in annotations if "split" in each})) or 'no key "split"'
         raise DataError(f'{path}: has no annotation of split "{split}"; it has: {known[:LONGEST_SHOWN]}')
     return chosen
+
+
+def _id(annotation: Row, number: int, path: Path) -> int | str:
+    """The annotation's id, else its number."""
+    found = annotation.get("id", number)
+    if not isinstance(found, int | str):
+        raise DataError(f'{path}: "id" of annotation {number} is {_shown(found)}, expected a number or a text')
+    return checked_text(found, f'{path}: "id" of annotation {number}') if isinstance(found, str) else found
 
 
 def _keys(names: list[str]) -> list[str]:

@@ -73,7 +73,9 @@ def literal_list(cell: str) -> list[str] | None:
         return [text[1:-1] for text in PLAIN_TEXT.findall(cell)]
     try:
         items = ast.literal_eval(cell) if len(cell) <= LONGEST_LITERAL else None
-        return [str(item) for item in items] if isinstance(items, list) else None
+        texts = [str(item) for item in items] if isinstance(items, list) else None
+        "".join(texts or ()).encode()  # escapes may stand for what is no text
+        return texts
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
 

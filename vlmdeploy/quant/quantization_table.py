@@ -47,7 +47,8 @@ def _method(linear: dict[str, Any]) -> str:
     if linear["method"] != "gptq":
         return f"{linear['method']}: {linear['note']}" if linear["note"] else linear["method"]
     extra = f", {linear['sweeps']} sweeps" if linear["sweeps"] else ""
-    return f"gptq, damping {linear['damping']:g}{extra}"
+    damping = "" if linear["damping"] is None else f", damping {linear['damping']:g}"
+    return f"gptq{damping}{extra}"
 
 
 def _counted(values: Iterable[str]) -> str:
