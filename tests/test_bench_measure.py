@@ -324,7 +324,7 @@ def test_warning_about_the_picture_is_said_once(bundle: Path, tmp_path: Path) ->
     question = ["--image", tmp_path / "moves.gif", "--new-tokens", 2, "--threads", 1, "--json"]
     done = run_process("-m", "vlmdeploy", "bench", bundle, *question)
     assert json.loads(done.stdout)["picture"] == str(tmp_path / "moves.gif")
-    assert done.stderr == f"{tmp_path / 'moves.gif'}: holds several frames; only the first one is used\n"
+    assert done.stderr == f"Warning: {tmp_path / 'moves.gif'}: holds several frames; only the first one is used\n"
 
 
 def test_meter_is_given_back_when_measuring_fails(bundle: Path) -> None:

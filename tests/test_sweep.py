@@ -6,7 +6,6 @@ Quick tests do the tasks in this process and make the measurements up; slow ones
 
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -38,7 +37,7 @@ from vlmdeploy.score import intervals
 from vlmdeploy.sweep import runners
 from vlmdeploy.sweep.grid import Point
 from vlmdeploy.sweep.run import SweepOptions, SweepResult, run_sweep
-from vlmdeploy.sweep.task import Shared, Task, perform, run_task
+from vlmdeploy.sweep.task import Calibration, Shared, Task, perform, run_task
 
 TWO_POINTS = 'algorithm = "rtn"\nbits = [4, 8]\ngroup = 16'
 ONE_POINT = 'algorithm = "rtn"\ngroup = 16'
@@ -80,7 +79,7 @@ class Here:
         if task.point.name in self.fails:
             return self.fails[task.point.name]
         try:
-            perform(pickle.loads(pickle.dumps(task)))
+            perform(Task.read(task.as_json()))
         except VlmdeployError as error:
             return str(error)
         return None
@@ -110,7 +109,7 @@ def options_for(ckpt: Path, data: Path, out: Path, grid: str, **options: Any) ->
     tokenizer = options.pop("tokenizer", None)
     opened = OpenOptions(tokenizer=tokenizer, max_new_tokens=3, threads=1)
     asked = ReportOptions((), data, out, ckpt, asked=opened, measured=Measured(new_tokens=2, repeats=1))
-    calibration = {"samples": 512, "tokens": None, "tokenizer": tokenizer}
+    calibration = Calibration(tokenizer=tokenizer)
     defaults: dict[str, Any] = {"calibration": calibration, "threads": 1}
     return SweepOptions(ckpt, path, out, asked, **defaults | options)
 
@@ -250,7 +249,7 @@ def test_other_calibration_is_another_sweep(data: Path, calib: Path, sweep: Swee
     sweep(ONE_POINT, calib=calib)
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calib is '.*calib', now it is '.*data'"):
         sweep(ONE_POINT, calib=data)
-    fewer = {"samples": 3, "tokens": None, "tokenizer": None}
+    fewer = Calibration(samples=3)
     with pytest.raises(ConfigError, match=r"out: holds a sweep whose calibration is {'samples': '512'"):
         sweep(ONE_POINT, calib=calib, calibration=fewer)
 
@@ -258,7 +257,7 @@ def test_other_calibration_is_another_sweep(data: Path, calib: Path, sweep: Swee
 def test_calibration_may_come_later_and_be_left_out_where_nothing_needs_it(
     data: Path, calib: Path, sweep: Sweep
 ) -> None:
-    fewer = {"samples": 3, "tokens": None, "tokenizer": None}
+    fewer = Calibration(samples=3)
     sweep(ONE_POINT)
     sweep(ONE_POINT, calib=calib, calibration=fewer)
     sweep(ONE_POINT)
@@ -384,7 +383,7 @@ def test_command_lists_points_and_warns_of_failures(ckpt: Path, data: Path, tmp_
 
 def a_task(tmp_path: Path) -> Task:
     report = ReportOptions((), tmp_path / "data", tmp_path / "report", tmp_path / "ckpt")
-    return Task("point", Point("a"), Shared(tmp_path / "ckpt", None, tmp_path, report, {}, 1))
+    return Task("point", Point("a"), Shared(tmp_path / "ckpt", None, tmp_path, report, Calibration(), 1))
 
 
 @pytest.fixture
@@ -448,9 +447,9 @@ def test_the_error_of_a_task_is_told_whatever_libraries_print(
 
 @slow
 def test_a_task_refuses_to_run_for_a_sweep_that_is_gone(tmp_path: Path, interpreter: Callable[[str], None]) -> None:
-    interpreter(f"{sys.executable} -m vlmdeploy.sweep.task")  # the shell stands between
+    interpreter(f'{sys.executable} "$@"')  # the shell stands between
     found = run_task(a_task(tmp_path))
-    assert found == "the process ended with status 1: the sweep that wanted this is gone"
+    assert found == "the process ended with status 1: the command that wanted this is gone"
 
 
 def sweep_process(ckpt: Path, data: Path, grid: Path, out: Path, *more: object) -> subprocess.Popen[str]:

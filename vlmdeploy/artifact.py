@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from vlmdeploy.errors import ExportError, VlmdeployError
 from vlmdeploy.input_files import kind_of
 from vlmdeploy.records import Config, first_difference, read_object
+from vlmdeploy.stopping import undisturbed
 
 _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
@@ -73,21 +74,25 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
     out = out.absolute()
     _remove_leftovers(out, is_ours)
     staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}{_STAGING_SUFFIX}")
+    ours: Place = None
     try:
-        make_folder(staging)
-        ours = _place(staging)
+        with undisturbed():
+            make_folder(staging)
+            ours = _place(staging)
         with _held(staging):
-            try:
-                (staging / _MARKER).touch()
-                yield staging
-                (staging / _MARKER).unlink()
+            (staging / _MARKER).touch()
+            yield staging
+            (staging / _MARKER).unlink()
+            sync_tree(staging)
+            with undisturbed():
                 _publish(staging, out, replaced, is_ours)
-            finally:
-                if _place(staging) == ours:
-                    _remove_tree(staging)
     except OSError as error:
         where = str(error.filename or staging).replace(str(staging), str(out))
         raise ExportError(f"{out}: cannot be written: {error.strerror or error} ({where})") from error
+    finally:
+        if ours is not None and _place(staging) == ours:
+            with undisturbed():
+                _remove_tree(staging)
 
 
 def make_folder(folder: Path) -> None:
@@ -127,9 +132,8 @@ def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
 
 
 def _publish(staging: Path, out: Path, replaced: Place, is_ours: Callable[[Path], bool]) -> None:
-    """Give the finished folder its name, in place of what `check_output` allowed to go. Raises ExportError if anything
+    """Give the synced folder its name, in place of what `check_output` allowed to go. Raises ExportError if anything
     else lies there now, which stays."""
-    sync_tree(staging)
     if replaced is None:
         _rename_to_new(staging, out)
         sync_folder(out.parent)

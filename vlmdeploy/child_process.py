@@ -2,35 +2,63 @@
 that started it."""
 
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from vlmdeploy.standard_streams import lines_on_stderr
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+GRACE_S = 5.0  # for a child that cleans up
 
 
 @contextmanager
-def child_process(
-    module: str, errors: int | None = None, start_new_session: bool = False
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A fresh interpreter that runs one of our modules, with pipes to and from it. Any exception in the block,
-    including Ctrl-C, kills it. errors: Popen's stderr."""
-    command = [sys.executable, "-P", "-m", module]  # -P: no module of the current folder, which may hold anything
+def child_process(module: str, errors: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A fresh interpreter that runs `main` of one of our modules, with pipes to and from it. Any exception in the
+    block, including Ctrl-C, ends it. errors: Popen's stderr."""
+    # -P: no module of the current folder, which may hold anything.
+    command = [sys.executable, "-P", "-m", __name__, module, str(os.getpid())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
-        start_new_session=start_new_session,
-    ) as process:  # fmt: skip
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+    ) as process:
         try:
             yield process
         except BaseException:
-            process.kill()
+            _end(process)
             raise
 
 
-def end_with_parent() -> None:
-    """Call first in the child: the system kills it when its parent ends."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    finally:
+        process.kill()
+
+
+def end_with_parent(parent: int) -> None:
+    """Call first in a child of the process `parent`: the system kills it when its parent ends, and Ctrl-C, which the
+    terminal sends to both, ends it without a word."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the command that wanted this is gone")
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def main() -> None:
+    """The child process."""
+    module, parent = sys.argv[1:]
+    end_with_parent(int(parent))
+    with lines_on_stderr():
+        importlib.import_module(module).main()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,16 @@ def one_line(text: str) -> str:
     direction of writing) escapes; the middle of a long one is cut out."""
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE * 2 // 3]} [...] {text[-LONGEST_MESSAGE // 4 :]}"
-    line = _LINE_BREAKS.sub(" ", text.strip())
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+    return escaped(_LINE_BREAKS.sub(" ", text.strip()))
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """Text with its control characters as escapes, apart from those in `kept`."""
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def shown(value: object, most: int = 80) -> str:

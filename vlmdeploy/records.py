@@ -25,7 +25,7 @@ MOST_TOML_BYTES = 1 << 20  # of a file written by hand
 LARGEST_INT = (1 << 63) - 1
 MOST_DOTS = 256  # in a line: the parser's memory grows with the square of a dotted key's parts
 _LONG_NUMBER = re.compile(rb"0[xob][0-9A-Fa-f_]{65}")  # only decimal digits are counted when such a number is read
-NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Path: "a path"}
 
 
 def read_object(
@@ -147,6 +147,8 @@ class _Reader:
         return self._plain(kind, data, key)
 
     def _plain(self, kind: type, data: Any, key: str) -> Any:
+        if kind is Path and isinstance(data, str):
+            return Path(data)
         if kind is float and type(data) is int:
             try:
                 return float(data)

@@ -29,7 +29,7 @@ from vlmdeploy.bench.measurement import (
 from vlmdeploy.bench.memory_use import DeviceMemory, device_memory, peak_meter, resident
 from vlmdeploy.bench.phase_watch import PhaseWatch, Spent
 from vlmdeploy.bench.timed_answer import AnswerTimes, AskedPicture, TimedQuestion, chosen_picture
-from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.child_process import child_process
 from vlmdeploy.errors import BackendError, VlmdeployError
 from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
@@ -180,8 +180,8 @@ def disk_use(folder: Path, manifest: Manifest) -> DiskUse:
 
 def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
     """Measure in a fresh interpreter, which ends with this one and on Ctrl-C. Raises what `measure` raises."""
-    request = {"folder": str(folder), "options": asdict(options), "parent": os.getpid()}
-    with child_process("vlmdeploy.bench.measure", start_new_session=True) as process:
+    request = {"folder": str(folder), "options": asdict(options)}
+    with child_process("vlmdeploy.bench.measure") as process:
         written, _ = process.communicate(json.dumps(request).encode())
     return _answer_of(written, process.returncode, folder)
 
@@ -201,10 +201,7 @@ def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
 
 def main() -> None:
     """The measuring process: a request on stdin, one JSON document on stdout. What libraries print goes to stderr."""
-    end_with_parent()
     request = json.load(sys.stdin)
-    if os.getppid() != request["parent"]:
-        sys.exit("the command that wanted this measurement is gone")
     logging.getLogger("vlmdeploy").addFilter(_Once())
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
@@ -236,7 +233,3 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
         if error.filename is None:
             raise
         return {"error": "VlmdeployError", "message": f"{error.filename}: {error.strerror}"}
-
-
-if __name__ == "__main__":
-    main()

@@ -156,7 +156,8 @@ def diff(a: Path, b: Path, plot: Path | None, fail: bool, as_json: bool, **optio
         print_json(found.as_json())
     else:
         print_rows(f"A: {a}, B: {b}", found.columns(), found.rows())
-        print_headline("\n".join(found.verdict()))
+        for line in found.verdict():
+            print_headline(line)
     if fail and not found.agrees:
         raise click.exceptions.Exit(1)
 

@@ -210,10 +210,11 @@ def sweep(
     from vlmdeploy.calib.request import use_threads
     from vlmdeploy.report.overview import terminal_table
     from vlmdeploy.sweep.run import SweepOptions, run_sweep, sweep_json
+    from vlmdeploy.sweep.task import Calibration
 
     use_threads(options["threads"])
     asked = report_options({"bundles": (), "ref": ckpt, "out": out, **options})
-    calibration = {"samples": samples, "tokens": tokens, "tokenizer": options["tokenizer"]}
+    calibration = Calibration(samples, tokens, options["tokenizer"])
     chosen = SweepOptions(ckpt, grid, out, asked, calib, calibration, options["threads"], ray, cpus)
     with progress_bar() as progress:
         result = run_sweep(chosen, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vlmdeploy
-from vlmdeploy.cli.console import print_headline, print_json, print_rows, warn
+from vlmdeploy.cli.console import print_answer, print_headline, print_json, print_rows, warn
 from vlmdeploy.cli.group import main
 from vlmdeploy.cli.options import (
     FOLDER,
@@ -133,14 +133,14 @@ def run(
         for piece in running.pieces():
             pieces.append(piece)
             if not as_json:
-                print(piece, end="", flush=True)
+                print_answer(piece)
         answer = running.finish("".join(pieces))
     if draw is not None:
         _draw(image[0], answer.boxes, draw)
     if as_json:
         print_json(answer.as_json())
     else:
-        print()
+        print_answer("\n")
 
 
 def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:

@@ -22,7 +22,7 @@ from vlmdeploy.report.run import EVALUATIONS, ReportOptions, make_report, prepar
 from vlmdeploy.sweep.grid import Point, read_grid
 from vlmdeploy.sweep.runners import RunTasks, task_runner
 from vlmdeploy.sweep.settings import check_output_folder, check_settings
-from vlmdeploy.sweep.task import Shared, Task
+from vlmdeploy.sweep.task import Calibration, Shared, Task
 
 REPORT = "report"
 
@@ -40,7 +40,7 @@ class SweepOptions:
     out: Path
     report: ReportOptions
     calib: Path | None = None
-    calibration: dict[str, object] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
     threads: int | None = None
     ray: str | None = None
     cpus: int | None = None
@@ -106,9 +106,7 @@ def _shared(options: SweepOptions) -> Shared:
         options.report, ref=ckpt, data=options.report.data.absolute(), out=out / REPORT, questions=questions,
         asked=replace(asked, tokenizer=_absolute(asked.tokenizer)),
     )  # fmt: skip
-    calibration = {
-        key: value.absolute() if isinstance(value, Path) else value for key, value in options.calibration.items()
-    }
+    calibration = replace(options.calibration, tokenizer=_absolute(options.calibration.tokenizer))
     return Shared(ckpt, _absolute(options.calib), out, report, calibration, options.threads)
 
 

@@ -61,7 +61,7 @@ def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) ->
 
 def _calibration_of(shared: Shared) -> dict[str, Any]:
     """The settings that decide calibrated points; calib None: there are none."""
-    settings = {key: str(value) for key, value in shared.calibration.items()}
+    settings = {key: str(value) for key, value in asdict(shared.calibration).items()}
     return {"calib": None if shared.calib is None else str(shared.calib), "calibration": settings}
 
 

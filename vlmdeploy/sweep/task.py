@@ -3,21 +3,31 @@ evaluating a point. Tasks share only folders."""
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlmdeploy.artifact import check_output
 from vlmdeploy.bundle import is_bundle
-from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.child_process import child_process
 from vlmdeploy.errors import VlmdeployError
+from vlmdeploy.records import record_of
 from vlmdeploy.report.run import ReportOptions, evaluate_one
+from vlmdeploy.stopping import ended_by_signals
 from vlmdeploy.sweep.grid import Point
 
 LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the calibrated points of a sweep draw their samples; see `QuantizeOptions`."""
+
+    samples: int = 512
+    tokens: int | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Shared:
     calib: Path | None
     out: Path
     report: ReportOptions
-    calibration: dict[str, object]
+    calibration: Calibration
     threads: int | None
     reference_key: str = ""
 
@@ -50,12 +60,21 @@ class Task:
     point: Point
     shared: Shared
 
+    def as_json(self) -> bytes:
+        """What `read` reads, in another process."""
+        return json.dumps(asdict(self), default=str).encode()
+
+    @classmethod
+    def read(cls, content: bytes) -> "Task":
+        """The task that `as_json` wrote."""
+        return record_of(cls, json.loads(content), "the task")
+
 
 def run_task(task: Task) -> str | None:
     """Run a task in a fresh interpreter; None if it succeeded, else a one-line error, also if the process was killed or
-    crashed. Ctrl-C ends it."""
+    crashed. Ctrl-C ends it, after it removed what it had not finished."""
     with child_process("vlmdeploy.sweep.task", errors=subprocess.PIPE) as process:
-        written, errors = process.communicate(pickle.dumps((task, os.getpid())))
+        written, errors = process.communicate(task.as_json())
     if process.returncode == 0:
         return None
     if written:
@@ -87,7 +106,7 @@ def _quantize(point: Point, shared: Shared) -> None:
     parts = {part: kind for part, kind in point.precisions.items() if part != "embedding"}
     options = QuantizeOptions(
         shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
-        quality=point.quality, **parts, **shared.calibration,  # type: ignore[arg-type]
+        quality=point.quality, **parts, **asdict(shared.calibration),  # type: ignore[arg-type]
         follow_links=shared.report.asked.follow_links,
     )  # fmt: skip
     quantize_checkpoint(shared.ckpt, shared.checkpoint(point), options, no_progress)
@@ -115,12 +134,9 @@ def _export(point: Point, shared: Shared) -> None:
 
 
 def main() -> None:
-    """The task's process: a pickled task on stdin; on failure one JSON document on stdout. What libraries print goes to
-    stderr."""
-    end_with_parent()
-    task, parent = pickle.load(sys.stdin.buffer)
-    if os.getppid() != parent:
-        sys.exit("the sweep that wanted this is gone")
+    """The task's process: a task on stdin; on failure one JSON document on stdout. What libraries print goes to stderr.
+    A signal that asks it to end removes what it had not finished."""
+    task = Task.read(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         error = _error_of(task)
@@ -131,16 +147,13 @@ def main() -> None:
 
 def _error_of(task: Task) -> str | None:
     """Do the work; returns a one-line message for errors that the user can solve."""
-    try:
-        perform(task)
-    except VlmdeployError as error:
-        return " ".join(str(error).split())
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return f"{error.filename}: {error.strerror}"
-    return None
-
-
-if __name__ == "__main__":
-    main()
+    with ended_by_signals():
+        try:
+            perform(task)
+        except VlmdeployError as error:
+            return str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return f"{error.filename}: {error.strerror}"
+        return None

@@ -25,6 +25,7 @@ from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import Progress
 from vlmdeploy.records import read_object, record_of
+from vlmdeploy.standard_streams import logged
 from vlmdeploy.train.config import TrainConfig, load_config
 from vlmdeploy.train.loop import train
 from vlmdeploy.train.stages import build_optimizer
@@ -114,14 +115,12 @@ def _lines_on_stderr() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    handler, level = logging.StreamHandler(), log.level
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.addHandler(handler)
+    level = log.level
     log.setLevel(logging.INFO)
     try:
-        yield
+        with logged(log, "%(asctime)s %(message)s", logging.INFO):
+            yield
     finally:
-        log.removeHandler(handler)
         log.setLevel(level)
 
 

@@ -5,11 +5,11 @@ fails or dies, all end; none outlives its parent.
 """
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not in the stub's list
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+from vlmdeploy.child_process import end_with_parent
 from vlmdeploy.errors import TrainingError
+from vlmdeploy.standard_streams import lines_on_stderr
 
 LOCALHOST = "127.0.0.1"
 POLL_S = 0.5
@@ -56,39 +58,54 @@ def run_workers(
     Raises TrainingError if one fails or dies. `work` and its arguments must be picklable.
     """
     store = TCPStore(LOCALHOST, 0, None, is_master=True, wait_for_workers=False)
-    started = (work, arguments, num_workers, store.port)
-    with _environment(OF_WORKERS):
-        context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
+    started = (work, arguments, num_workers, store.port, os.getpid())
     try:
-        while not context.join(timeout=POLL_S):
-            watch()
+        with _none_left():
+            with _environment(OF_WORKERS):
+                context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
+            while not context.join(timeout=POLL_S):
+                watch()
     except ProcessRaisedException as error:
         raise TrainingError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
     except ProcessExitedException as error:
         raise TrainingError(f"a worker died ({error}); the same command continues from the last state") from error
-    finally:
-        _end(context.processes)
     watch()
 
 
-def _enter(worker: int, work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, port: int) -> None:
+def _enter(
+    worker: int, work: Callable[..., None], arguments: tuple[Any, ...], num_workers: int, port: int, parent: int
+) -> None:
     """Run a worker. Ctrl-C or the death of its parent ends it at once, even during an exchange."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent(parent)
     torch.set_num_threads(1)
-    if num_workers > 1:
-        store = TCPStore(LOCALHOST, port, None, is_master=False, timeout=timedelta(minutes=5))
-        distributed.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
-    work(Exchange(worker, num_workers), *arguments)
-    if num_workers > 1:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    with lines_on_stderr(), _joined(worker, num_workers, port):
+        work(Exchange(worker, num_workers), *arguments)
 
 
-def _end(processes: list[Any]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-        process.join()
+@contextmanager
+def _joined(worker: int, num_workers: int, port: int) -> Iterator[None]:
+    """The group of all workers; none for a single one."""
+    if num_workers == 1:
+        yield
+        return
+    store = TCPStore(LOCALHOST, port, None, is_master=False, timeout=timedelta(minutes=5))
+    distributed.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
+    yield
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@contextmanager
+def _none_left() -> Iterator[None]:
+    """End what the block started, also when a signal ends it in the middle of a start."""
+    before = active_children()
+    try:
+        yield
+    finally:
+        for process in active_children():
+            if process not in before:
+                process.kill()
+                process.join()
 
 
 @contextmanager

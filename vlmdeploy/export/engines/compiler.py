@@ -3,22 +3,23 @@ system kills a builder that runs out of it. Here each becomes one clear error.""
 
 import json
 import os
-import pickle
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import onnx
 
 from vlmdeploy.byte_sizes import gigabytes
-from vlmdeploy.child_process import child_process, end_with_parent
+from vlmdeploy.child_process import child_process
 from vlmdeploy.errors import BackendError, ExportError
 from vlmdeploy.export.engines.parts import EnginePart, cut
 from vlmdeploy.export.engines.plugin_ahead_of_time import register_routed_plugins
 from vlmdeploy.export.graphs.routed_functions import without_routed_functions
 from vlmdeploy.progress import Progress
+from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.plugin_library import load_plugin_library
 from vlmdeploy.runtime.backends.trt_library import LibraryName, TensorrtLibrary, import_tensorrt
@@ -67,7 +68,6 @@ class EngineRequest:
     plan: Path
     log: Path
     plugin: RoutedPlugin | None = None  # of a routed decoder
-    parent: int = field(default_factory=os.getpid)  # the builder ends with this process
 
 
 def compile_engine(request: EngineRequest, progress: Progress) -> None:
@@ -75,8 +75,8 @@ def compile_engine(request: EngineRequest, progress: Progress) -> None:
     failure = None
     with child_process("vlmdeploy.export.engines.compiler") as process:
         assert process.stdin is not None and process.stdout is not None, "pipes were asked for"
-        process.stdin.write(pickle.dumps(request))
-        process.stdin.close()
+        with suppress(BrokenPipeError), process.stdin as pipe:  # its exit status tells more
+            pipe.write(json.dumps(asdict(request), default=str).encode())
         for line in process.stdout:
             kind, *content = json.loads(line)
             if kind == "progress":
@@ -96,11 +96,8 @@ def _death(exit_code: int | None, request: EngineRequest) -> str:
 
 
 def main() -> None:
-    """The builder process: reads a request on stdin, writes JSON lines on stdout, and TensorRT's output to the log."""
-    end_with_parent()
-    request: EngineRequest = pickle.load(sys.stdin.buffer)
-    if os.getppid() != request.parent:
-        sys.exit("the command that wanted this engine is gone")
+    """The builder process: a request on stdin, JSON lines on stdout, and TensorRT's output in the log."""
+    request = record_of(EngineRequest, json.load(sys.stdin), "the request", ExportError)
     with os.fdopen(os.dup(1), "w", buffering=1) as answers, request.log.open("a", buffering=1) as log:
 
         def tell(*content: str | int) -> None:
@@ -228,7 +225,3 @@ def _profile(
             ]
             profile.set_shape(tensor.name, *choices)
     return profile
-
-
-if __name__ == "__main__":
-    main()
