@@ -300,6 +300,22 @@ def test_boxes_are_painted_on_the_upright_picture(bundle: Path, photo: Path, tmp
     assert {30, 150} <= set(different) <= {*range(28, 34), *range(146, 152)}
 
 
+def test_a_picture_above_the_limit_is_refused_or_decoded_smaller(
+    bundle: Path, photo: Path, tmp_path: Path, says_a_box: str
+) -> None:
+    """Boxes are in pixels of the whole picture, and painted where they belong on the smaller one."""
+    question, small = ("--prompt", "Where?", "--json", "--image"), ("--max-megapixels", 0.02)
+    line = only_error_line(run_cli("run", bundle, *question, photo, *small))
+    assert "300 x 200 pixels (0 megapixels), at most 0.02 are read" in line and "--max-megapixels" in line
+    with Image.open(photo) as image:
+        image.save(tmp_path / "photo.jpg")
+    drawn = tmp_path / "drawn.png"
+    document = only_json_document(run_cli("run", bundle, *question, tmp_path / "photo.jpg", *small, "--draw", drawn))
+    assert document["boxes"] == [{"norm": [100, 250, 500, 750], "pixels": [30.0, 50.0, 150.0, 150.0]}]
+    with Image.open(drawn) as after:
+        assert after.size == (150, 100)
+
+
 @pytest.mark.parametrize("name", ["drawn.xyz", "nowhere/drawn.png"])
 def test_picture_that_cannot_be_written_is_one_line(bundle: Path, photo: Path, tmp_path: Path, name: str) -> None:
     options = ["--image", photo, "--prompt", "Where?", "--max-new-tokens", 2, "--json", "--draw", tmp_path / name]

@@ -4,6 +4,7 @@ is wrong in one is told with file and line."""
 import codecs
 import csv
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -126,6 +127,23 @@ def test_a_table_that_changes_while_it_is_in_use_is_told(tmp_path: Path) -> None
     assert sample.image is not None
     with pytest.raises(DataError, match=r'x\.tsv, index "0": .*was changed while it was in use'):
         load_image(sample.image)
+
+
+def test_a_table_that_became_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    """The pipe was opened, which waited for someone to write to it."""
+    sample = only_sample(tmp_path / "x.tsv", OPEN)
+    (tmp_path / "x.tsv").unlink()
+    os.mkfifo(tmp_path / "x.tsv")
+    assert sample.image is not None
+    with pytest.raises(
+        DataError, match=r"x\.tsv: is a FIFO or pipe, expected the table with the picture of x\.tsv, index"
+    ):
+        load_image(sample.image)
+
+
+def test_too_long_a_picture_is_refused_before_it_is_read() -> None:
+    with pytest.raises(DataError, match=r"x: its picture has 268\.4 MB of base64, at most 268\.4 MB are read"):
+        StoredPicture(Path("absent"), "", 0, 2**28 + 1, "x").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from vlmdeploy.report.numbers import FORMS, Document, key_text, printable, short
 from vlmdeploy.report.page import render_page
 from vlmdeploy.report.pictures import PictureFolder, embed_picture, rectangle
 from vlmdeploy.report.wording import model_sentence, verdict
+from vlmdeploy.runtime.image import load_image
+from vlmdeploy.runtime.image_limits import ImageLimits
 from vlmdeploy.score.metrics import Score
 
 
@@ -220,6 +222,16 @@ def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
     assert len(embedded.url) < 20_000
     assert (embedded.width_px, embedded.height_px) == (640, 320)
     assert shown.scaled((0, 0, 3000, 1500)) == (0, 0, 640, 320)  # boxes are in these pixels
+
+
+def test_boxes_fit_a_picture_that_was_decoded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    Image.new("L", (3000, 1500)).save(tmp_path / "large.jpg")
+    monkeypatch.setattr("vlmdeploy.report.pictures.load_image", functools.partial(load_image, limits=ImageLimits(1)))
+    shown = PictureFolder(tmp_path).add(tmp_path / "large.jpg")
+    assert embed_picture(tmp_path, shown.name).width_px == 640
+    assert shown.scaled((0, 0, 3000, 1500)) == (0, 0, 640, 320)
 
 
 ASCII = str.maketrans({"\N{MINUS SIGN}": "-", "\N{NO-BREAK SPACE}": " ", "\N{MULTIPLICATION SIGN}": "x"})

@@ -3,6 +3,7 @@ contract of `validate`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from vlmdeploy.layout import Ints
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.runtime.chat import Tokenizer, Turn
 from vlmdeploy.runtime.image import load_image, preprocess
+from vlmdeploy.runtime.image_limits import ImageLimits
 from vlmdeploy.score.answerers import BundleAnswerer, IdsAndImages, QuestionMaker, agreement, validate
 from vlmdeploy.score.metrics import Prediction
+from vlmdeploy.score.predictions import PredictionsAnswerer
 from vlmdeploy.score.torch_answerer import TorchAnswerer
 from vlmdeploy.spec.model import ModelSpec
 
@@ -195,6 +198,21 @@ def test_a_picture_of_another_size_than_the_data_says_is_not_asked_about(
         maker.question(replace(sample, size_px=(160, 80)))
     with pytest.raises(DataError, match=r"a\.png: is 80 x 40 pixels, but .* has the box \[0, 0, 90, 10\]"):
         maker.question(replace(sample, task="rec", boxes=((0, 0, 90, 10),)))
+
+
+def test_a_picture_that_was_decoded_smaller_has_the_size_that_the_data_says(
+    model: VisionLanguageModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (800, 400)).save(tmp_path / "a.jpg")
+    small = partial(load_image, limits=ImageLimits(0.1))
+    monkeypatch.setattr("vlmdeploy.score.answerers.load_image", small)
+    monkeypatch.setattr("vlmdeploy.score.predictions.load_image", small)
+    sample = Sample(tmp_path / "a.jpg", (Turn("Where?"),), "rec", "rec", None, ((0, 0, 800, 400),), size_px=(800, 400))
+    picture = QuestionMaker(model.spec, tokenizer).question(sample).picture
+    assert picture is not None and picture.size_px == (800, 400)
+    (tmp_path / "answers.jsonl").write_text('{"index": "", "prediction": "[[000,000,999,999]]"}')
+    [prediction] = PredictionsAnswerer(tmp_path / "answers.jsonl").answers([sample])
+    assert prediction.size_px == (800, 400)
 
 
 def test_a_question_holds_its_pictures_pixels(

@@ -48,7 +48,7 @@ def read_input(path: Path, error: type[VlmdeployError], most_bytes: int, expecte
     with open_input(path, error, expected) as stream:
         size = os.fstat(stream.fileno()).st_size
         with _named(path, error):
-            content = stream.read(most_bytes + 1) if size <= most_bytes else b""
+            content = (stream.read(most_bytes + 1) or b"") if size <= most_bytes else b""  # None: nothing there yet
     if max(size, len(content)) > most_bytes:
         found, wanted = shown_size(max(size, len(content))), expected and f"; expected {expected}"
         raise error(f"{path}: has {found}, at most {shown_size(most_bytes)} are read{wanted}")

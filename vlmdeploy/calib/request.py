@@ -44,6 +44,7 @@ from vlmdeploy.quant.precision import (
 from vlmdeploy.quant.quantization_report import REPORT_NAME, read_report
 from vlmdeploy.records import first_difference
 from vlmdeploy.runtime.chat import Tokenizer
+from vlmdeploy.runtime.image import picture_bytes
 from vlmdeploy.spec.model import with_settings
 
 TOKENS_PER_INPUT = 4  # default calibration tokens of an expert, per input of its widest linear
@@ -275,6 +276,6 @@ def _samples_hash(samples: tuple[CalibrationSample, ...]) -> str:
         digest.update(sample.ids.tobytes())
         if sample.image is not None:
             if sample.image not in pictures:
-                pictures[sample.image] = hashlib.sha256(sample.image.read_bytes()).digest()
+                pictures[sample.image] = hashlib.sha256(picture_bytes(sample.image)).digest()
             digest.update(pictures[sample.image])
     return digest.hexdigest()

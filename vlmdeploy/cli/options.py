@@ -66,6 +66,13 @@ def provider_option(command: Command) -> Command:
     return click.option("--provider", type=PROVIDER, help=text)(command)
 
 
+def max_megapixels_option(command: Command) -> Command:
+    """--max-megapixels, the same for every command that takes it."""
+    text = "Read pictures of up to this size; above 100, with memory in proportion (512 MB for 100)."
+    kind = click.FloatRange(min=0, min_open=True)
+    return click.option("--max-megapixels", type=kind, default=100, help=text)(command)
+
+
 def threads_option(command: Command) -> Command:
     """--threads, the same for every command that runs a bundle."""
     text = "Threads of the inference engine.  [default: one per core]"

@@ -17,6 +17,7 @@ from vlmdeploy.cli.options import (
     TARGET,
     follow_links_option,
     json_option,
+    max_megapixels_option,
     precision_options,
     provider_option,
     taken_precisions,
@@ -105,6 +106,7 @@ def plan(
 @click.option("--stop", multiple=True, help="Stop the answer before this text.")
 @click.option("--draw", type=FOLDER, help="Write the picture with the answer's boxes painted on it.")
 @click.option("--residency", type=RESIDENCY, default="all", help="phase: free what only the prompt needed.")
+@max_megapixels_option
 @provider_option
 @threads_option
 @json_option
@@ -115,6 +117,7 @@ def run(
     template: str | None,
     draw: Path | None,
     residency: str,
+    max_megapixels: float,
     provider: str | None,
     threads: int | None,
     as_json: bool,
@@ -123,8 +126,10 @@ def run(
     """Ask a bundle one question, with or without a picture."""
     from vlmdeploy.runtime.sampling import SamplingOptions
 
-    options = SamplingOptions(**sampling)
-    with vlmdeploy.open(bundle, provider=provider, threads=threads, residency=residency) as session:
+    options, limits = SamplingOptions(**sampling), vlmdeploy.ImageLimits.for_megapixels(max_megapixels)
+    with vlmdeploy.open(
+        bundle, provider=provider, threads=threads, residency=residency, image_limits=limits
+    ) as session:
         if draw is not None and not image:
             raise PromptError("--draw paints boxes on the picture: give --image too")
         content = [*({"type": "image", "image": each} for each in image), {"type": "text", "text": prompt}]
@@ -136,14 +141,14 @@ def run(
                 print_answer(piece)
         answer = running.finish("".join(pieces))
     if draw is not None:
-        _draw(image[0], answer.boxes, draw)
+        _draw(image[0], limits, answer.boxes, draw)
     if as_json:
         print_json(answer.as_json())
     else:
         print_answer("\n")
 
 
-def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:
+def _draw(image: str, limits: "vlmdeploy.ImageLimits", boxes: "Sequence[Box]", path: Path) -> None:
     """Write the picture with the boxes painted on it. Raises DataError."""
     from vlmdeploy.artifact import written_aside
     from vlmdeploy.runtime.boxes import draw_boxes
@@ -151,7 +156,7 @@ def _draw(image: str, boxes: "Sequence[Box]", path: Path) -> None:
 
     try:
         with written_aside(path) as aside:
-            draw_boxes(load_image(image), boxes).save(aside)
+            draw_boxes(load_image(image, limits), boxes).save(aside)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture cannot be written ({error})") from error
 

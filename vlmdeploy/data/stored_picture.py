@@ -6,8 +6,11 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlmdeploy.byte_sizes import shown_size
 from vlmdeploy.errors import DataError
 from vlmdeploy.input_files import open_input
+
+LONGEST_TEXT = 2**28  # base64 characters
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,15 @@ class StoredPicture:
 
     def read_bytes(self) -> bytes:
         """Decode the picture file. Raises DataError if the table has changed or the text is not base64."""
-        with open_input(self.file, DataError) as table:
-            table.seek(self.offset)
-            text = table.read(self.length)
+        if self.length > LONGEST_TEXT:
+            found = f"{shown_size(self.length)} of base64, at most {shown_size(LONGEST_TEXT)} are read"
+            raise DataError(f"{self.name}: its picture has {found}")
+        with open_input(self.file, DataError, f"the table with the picture of {self.name}") as table:
+            try:
+                table.seek(self.offset)
+                text = table.read(self.length)
+            except OSError as error:
+                raise DataError(f"{self.name}: {self.file} cannot be read ({error.strerror})") from error
         if hashlib.sha256(text).hexdigest() != self.sha256:
             raise DataError(f"{self.name}: {self.file} was changed while it was in use; start again")
         return decode_picture(text, self.name)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from vlmdeploy.byte_sizes import shown_size
-from vlmdeploy.data.stored_picture import StoredPicture
+from vlmdeploy.data.stored_picture import LONGEST_TEXT, StoredPicture
 from vlmdeploy.errors import DataError
 from vlmdeploy.input_files import input_lines
 
-LONGEST_CELL = 2**28  # characters; an unclosed quote would read the rest of the file into one cell
+LONGEST_CELL = LONGEST_TEXT  # characters; an unclosed quote would read the rest of the file into one cell
 LONGEST_ROW_BYTES = 2**29
 MOST_TABS = 100_000  # of a row, those in texts included
 LONGEST_LITERAL = 2**16  # characters of a list that Python's parser reads; lists of plain texts may be longer

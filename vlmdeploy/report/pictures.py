@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from vlmdeploy.data.samples import Picture, PixelBox
 from vlmdeploy.errors import DataError
-from vlmdeploy.runtime.image import load_image
+from vlmdeploy.runtime.image import full_size, load_image
 
 LONGEST_SIDE_PX = 640
 FOLDER = "pictures"
@@ -40,9 +40,10 @@ class PictureFolder:
         """Write a picture, if it is new. Raises DataError if it cannot be read."""
         if picture not in self.shown:
             image = load_image(picture)
-            scale = min(1.0, LONGEST_SIDE_PX / max(image.size))
+            width_px, height_px = full_size(image)
+            scale = min(1.0, LONGEST_SIDE_PX / max(width_px, height_px))
             if scale < 1:
-                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+                image = image.resize((max(1, round(width_px * scale)), max(1, round(height_px * scale))))
             name = f"{FOLDER}/{len(self.shown) + 1}.png"
             (self.folder / FOLDER).mkdir(exist_ok=True)
             image.save(self.folder / name)

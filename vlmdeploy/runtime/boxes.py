@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 from PIL import Image, ImageDraw
 
+from vlmdeploy.runtime.image import full_size
+
 Corners: TypeAlias = tuple[int, int, int, int]
 PixelCorners: TypeAlias = tuple[float, float, float, float]
 
@@ -46,12 +48,18 @@ def parse_boxes(text: str, width_px: int, height_px: int) -> tuple[Box, ...]:
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
-    """A copy of the picture with the boxes outlined in yellow between two black lines, visible on any background."""
+    """A copy of the picture with the boxes outlined in yellow between two black lines, visible on any background.
+
+    The boxes are in pixels of the picture's `full_size`.
+    """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     line_px = max(1, round(max(image.size) / 300))
+    width_px, height_px = full_size(image)
+    scale_x, scale_y = image.width / width_px, image.height / height_px
     for box in boxes:
-        corners = _inside(box.pixels, image.size)
+        x0, y0, x1, y1 = box.pixels
+        corners = _inside((x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y), image.size)
         draw.rectangle(corners, outline="black", width=3 * line_px)
         draw.rectangle(_shrunk(corners, line_px), outline="yellow", width=line_px)
     return drawn

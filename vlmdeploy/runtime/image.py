@@ -1,26 +1,37 @@
 """Pictures: reading them from any source, and turning them into the vision encoder's input.
 
-The project's only image resize: training, calibration and verification use it too. Unlike the models' authors, we apply
-the EXIF orientation and put transparency over white.
+The project's only image resize: training, calibration and verification use it too. Every file is read whole, within a
+limit, before Pillow sees it; what its header says is checked against `ImageLimits` before it is decoded.
 """
 
 import base64
 import binascii
-import contextlib
-import io
 import logging
 import os
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 
+from vlmdeploy.byte_sizes import shown_size
 from vlmdeploy.errors import DataError
+from vlmdeploy.input_files import read_input
 from vlmdeploy.manifest import ImageRecipe
+from vlmdeploy.runtime.image_file import decode, decode_smaller, file_of, is_decoded, open_picture, quiet
+from vlmdeploy.runtime.image_limits import (
+    DEFAULT_LIMITS,
+    RGB_BYTES,
+    DecodingCost,
+    ImageLimits,
+    decoding_cost,
+    stored_bytes,
+)
+from vlmdeploy.runtime.image_rgb import Turn, find_turn, needs_copy, upright_rgb
 
 
 @runtime_checkable
@@ -33,44 +44,57 @@ class StoredImage(Protocol):
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredImage
 
-MAX_PIXELS = 200_000_000
-LONGEST_PATH = 4096  # Linux's limit
-# Pillow knows more formats, but some start other programs (EPS) or are drawings without a fixed size.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-EXPECTED = "expected a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
+MOST_RESIZED_BYTES = 2**29  # of a picture whose width is resized and whose height is not yet
+A_PICTURE = "a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
+EXPECTED = f"expected {A_PICTURE}"
 FILTERS = {"bicubic": Image.Resampling.BICUBIC}
-UPRIGHT = {  # EXIF orientation -> the transpose that sets the picture upright; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+FULL_SIZE = "full_size_px"  # in the `info` of a picture that was decoded smaller
+COLOUR_PROFILE = "icc_profile"
+LATE_EXIF = ("PNG", "TIFF")  # EXIF may follow a PNG's pixels; a TIFF is turned by Pillow while it decodes
 
 log = logging.getLogger("vlmdeploy")
-_pillow_limit_lock = threading.Lock()
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """An upright RGB picture with 8 bits per channel: from a path, a data URL, bytes, a StoredImage or a Pillow
     image.
 
     Puts transparency over white, scales 16-bit grey, and takes the first frame of an animation with a logged warning.
-    Raises DataError naming a source that is missing, no picture, damaged or larger than 200 megapixels.
+    Decodes a JPEG or JPEG 2000 picture above the limits smaller, with a logged warning; `full_size` tells its own size.
+    Raises DataError naming a source that is missing, no picture, damaged or above the limits.
     """
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source, "the image object")
     name = _name(source)
-    with _pillow_limit_lifted(), _open(source, name) as image:
-        _warn_if_animated(image, name)
-        return _upright_rgb(image, name)
+    with quiet(), _named_damage(name):
+        if isinstance(source, Image.Image):
+            return _read_object(source, name, limits)
+        return _read_file(picture_bytes(source, limits), name, limits)
+
+
+def full_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of the upright picture that `load_image` read: its own if it was decoded smaller."""
+    size: tuple[int, int] = image.info.get(FULL_SIZE, image.size)
+    return size
+
+
+def picture_bytes(source: str | os.PathLike[str] | bytes | StoredImage, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """A picture's file. Raises DataError naming a source that is missing, no regular file or larger than the limit."""
+    name, most = _name(source), limits.file_bytes
+    if isinstance(source, str | os.PathLike):
+        if is_url(source, "data:"):
+            return _data_url_bytes(os.fspath(source), name, most)
+        if is_url(source, "http://", "https://"):
+            raise DataError(f"{name}: pictures are not fetched from the network; download it and give the file")
+        return read_input(Path(os.fsdecode(source)), DataError, most, A_PICTURE)
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    _check_bytes(len(content), most, name)
+    return content
 
 
 def resize_rgb(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.uint8]:
     """The RGB picture squashed to uint8 [size_px, size_px, 3], ignoring the aspect ratio."""
     size = (recipe.size_px, recipe.size_px)
+    if RGB_BYTES * recipe.size_px * image.height > MOST_RESIZED_BYTES:  # Pillow resizes the width first
+        image = image.resize((image.width, recipe.size_px), FILTERS[recipe.filter])
     return np.asarray(image.resize(size, FILTERS[recipe.filter]), dtype=np.uint8)
 
 
@@ -83,14 +107,15 @@ def preprocess(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.float3
 
 
 def _name(source: ImageSource) -> str:
-    """A source's name in messages: a path as it is; the beginning of a string too long for one, such as pasted data."""
+    """A source's name in messages."""
+    if isinstance(source, Image.Image):
+        return "the image object"
     if isinstance(source, bytes):
         return f"picture of {len(source)} bytes"
     if is_url(source, "data:"):
         return "picture in a data URL"
     if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        return path if len(path) <= LONGEST_PATH else path[:200]
+        return os.fsdecode(source)
     if isinstance(source, StoredImage):
         return str(source)
     raise DataError(f"picture is a {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
@@ -102,47 +127,8 @@ def is_url(source: ImageSource, *schemes: str) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(known)
 
 
-@contextlib.contextmanager
-def _pillow_limit_lifted() -> Iterator[None]:
-    """Lift Pillow's global size limit, which would warn below ours and fail with its own error."""
-    with _pillow_limit_lock:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _open(source: str | os.PathLike[str] | bytes | StoredImage, name: str) -> Image.Image:
-    """The picture with its header read and its size checked, its pixels not decoded yet."""
-    content = _content(source, name)
-    try:
-        image = Image.open(content, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file; {EXPECTED}") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{name}: is a folder; {EXPECTED}") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{name}: {_finding(content)}; {EXPECTED}") from error
-    except Exception as error:  # Pillow's readers let any exception of theirs through
-        raise DataError(f"{name}: cannot be opened ({error}); {EXPECTED}") from error
-    _check_size(image, name)
-    return image
-
-
-def _content(source: str | os.PathLike[str] | bytes | StoredImage, name: str) -> Path | io.BytesIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if not isinstance(source, str | os.PathLike):
-        return io.BytesIO(source.read_bytes())
-    if is_url(source, "data:"):
-        return io.BytesIO(_data_url_bytes(os.fspath(source), name))
-    if is_url(source, "http://", "https://"):
-        raise DataError(f"{name}: pictures are not fetched from the network; download it and give the file")
-    return Path(source)
-
-
-def _data_url_bytes(url: str, name: str) -> bytes:
+def _data_url_bytes(url: str, name: str, most_bytes: int) -> bytes:
+    _check_bytes(len(url) // 4 * 3, most_bytes, name)
     header, comma, payload = url.partition(",")
     if not (comma and header.lower().startswith("data:image/") and header.lower().endswith(";base64")):
         raise DataError(f'{name}: starts with "{url[:40]}", expected data:image/...;base64,...')
@@ -152,63 +138,120 @@ def _data_url_bytes(url: str, name: str) -> bytes:
         raise DataError(f"{name}: not valid base64 ({error})") from error
 
 
-def _finding(content: Path | io.BytesIO) -> str:
-    """What a file that is no picture holds."""
-    with content.open("rb") if isinstance(content, Path) else content as stream:
-        stream.seek(0)
-        start = stream.read(16)
-    return f"not a picture or damaged, it starts with {start!r}" if start else "empty (0 bytes)"
+def _check_bytes(found: int, most_bytes: int, name: str) -> None:
+    if found > most_bytes:
+        raise DataError(f"{name}: has {shown_size(found)}, at most {shown_size(most_bytes)} are read; {EXPECTED}")
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        found = f"{width} x {height} pixels ({width * height / 1e6:.0f} megapixels)"
-        raise DataError(f"{name}: {found}, at most {MAX_PIXELS // 10**6} megapixels are read; scale it down first")
-    if width * height == 0:
-        raise DataError(f"{name}: {width} x {height} pixels, expected at least 1 x 1")
+def _open(content: bytes, name: str) -> ImageFile.ImageFile:
+    """The picture with its header read, not decoded yet."""
+    try:
+        image = open_picture(content)
+    except Exception as error:  # Pillow's readers let any exception of theirs through
+        raise DataError(f"{name}: cannot be opened ({_problem(error)}); {EXPECTED}") from error
+    if image is None:
+        found = f"not a picture or damaged, it starts with {content[:16]!r}" if content else "empty (0 bytes)"
+        raise DataError(f"{name}: {found}; {EXPECTED}")
+    return image
+
+
+def _read_file(content: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    image = _open(content, name)
+    _warn_if_animated(image, name)
+    size, is_late = image.size, image.format in LATE_EXIF
+    turn = None if is_late else _turn(image, name)
+    cost = decoding_cost(image, content, needs_copy(image, turn))
+    factor = _checked_factor(size, cost, limits, name)
+    if factor > 1:
+        decode_smaller(image, factor)
+    decode(image)
+    if is_late:
+        turn = _turn(image, name)
+    if needs_copy(image, turn):
+        _checked_factor(image.size, DecodingCost(0, 0, stored_bytes(image) + RGB_BYTES), limits, name)
+        picture = upright_rgb(image, turn)
+    else:
+        picture = image._new(image.im)  # without the file and its decoder
+    picture.info = _kept_info(image)
+    if factor > 1:
+        picture.info[FULL_SIZE] = size if turn is None else turn.size(size)
+        decoded = f"decoded at {image.width} x {image.height}; more needs higher limits{_option(size, cost)}"
+        log.warning("%s: %d x %d pixels are above the limits, %s", name, *size, decoded)
+    return picture
+
+
+def _read_object(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
+    """A copy: the object stays its owner's, and is never decoded smaller."""
+    if min(image.size) < 1:
+        raise DataError(f"{name}: {image.width} x {image.height} pixels, expected at least 1 x 1")
+    if not is_decoded(image):
+        cost = decoding_cost(image, file_of(image, limits.file_bytes), copies=True)
+        _checked_factor(image.size, replace(cost, most_divided=1), limits, name)
+        decode(image)
+    _checked_factor(image.size, DecodingCost(0, 0, RGB_BYTES), limits, name)
+    picture = upright_rgb(image, _turn(image, name))
+    picture.info = _kept_info(image)
+    return picture
+
+
+def _checked_factor(size: tuple[int, int], cost: DecodingCost, limits: ImageLimits, name: str) -> int:
+    """By what to divide the sides of a picture so that it keeps to the limits. Raises DataError if nothing helps."""
+    factor = cost.factor(size, limits)
+    if factor is None:
+        raise DataError(
+            f"{name}: {_excess(size, cost, limits)}; scale it down, or raise the limit{_option(size, cost)}"
+        )
+    return factor
+
+
+def _excess(size: tuple[int, int], cost: DecodingCost, limits: ImageLimits) -> str:
+    found, megapixels = f"{size[0]} x {size[1]} pixels", size[0] * size[1] / 1e6
+    if megapixels > limits.megapixels:
+        return f"{found} ({megapixels:.0f} megapixels), at most {limits.megapixels:g} are read"
+    return f"{found} take {shown_size(cost.peak_bytes(size))} to decode, at most {limits.decoded_mb:g} MB are used"
+
+
+def _option(size: tuple[int, int], cost: DecodingCost) -> str:
+    return f" (`run`: --max-megapixels {cost.megapixels(size)}; in Python: ImageLimits)"
+
+
+def _turn(image: Image.Image, name: str) -> Turn | None:
+    try:
+        return find_turn(image)
+    except Exception as error:  # the pixels are fine; cameras and editors damage EXIF blocks in many ways
+        problem = _problem(error)
+        log.warning("%s: its EXIF block cannot be read (%s); an orientation in it is not applied", name, problem)
+        return None
 
 
 def _warn_if_animated(image: Image.Image, name: str) -> None:
-    # A camera's JPEG may carry a second picture for 3D screens or a gain map (MPO); that is no animation.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    try:
+        # A camera's JPEG may carry a second picture for 3D screens or a gain map (MPO); that is no animation.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # the second frame is damaged, which does no harm to the first
+        is_animated = True
+    if is_animated:
         log.warning("%s: holds several frames; only the first one is used", name)
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(image, name)
+def _kept_info(image: Image.Image) -> dict[str | tuple[int, int], Any]:
+    profile = image.info.get(COLOUR_PROFILE)
+    return {COLOUR_PROFILE: profile} if profile else {}
+
+
+@contextmanager
+def _named_damage(name: str) -> Iterator[None]:
+    """Turn whatever decoders raise on damaged bytes into a DataError."""
     try:
-        image.load()
-        return _rgb(_upright(image, name))
+        yield
+    except DataError:
+        raise
     except MemoryError as error:
-        raise DataError(f"{name}: not enough memory to decode {image.width} x {image.height} pixels") from error
-    except Exception as error:  # decoders raise anything on damaged bytes
-        raise DataError(f"{name}: damaged or truncated, or of a kind that cannot be used ({error})") from error
+        raise DataError(f"{name}: there is not enough memory to decode it") from error
+    except Exception as error:
+        problem = _problem(error)
+        raise DataError(f"{name}: damaged or truncated, or of a kind that cannot be used ({problem})") from error
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """The picture turned as its EXIF says. Pillow's exif_transpose rewrites the block and fails on bad ones."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:  # the pixels are fine; cameras and editors damage EXIF blocks in many ways
-        log.warning("%s: its EXIF block cannot be read (%s); an orientation in it is not applied", name, error)
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range, expected 8 or 16 bit")
-    if image.mode.startswith("I"):
-        return _grey_from_16_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255."""
-    values = np.asarray(image).clip(0, 65535).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+def _problem(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -35,7 +35,8 @@ from vlmdeploy.runtime.generate import (
     prompt_rows,
     read_prompts,
 )
-from vlmdeploy.runtime.image import load_image, preprocess
+from vlmdeploy.runtime.image import full_size, load_image, preprocess
+from vlmdeploy.runtime.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
@@ -46,12 +47,19 @@ BYTES_PER_TOKEN = 128  # the longest tokens of real vocabularies are runs of as 
 class Session:
     """An opened bundle. Not thread-safe."""
 
-    def __init__(self, files: BundleFiles, backend: Backend, allow_local: bool = False) -> None:
+    def __init__(
+        self,
+        files: BundleFiles,
+        backend: Backend,
+        allow_local: bool = False,
+        image_limits: ImageLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.files = files
         self.folder = files.folder
         self.manifest = files.manifest
         self.backend = backend
         self._allow_local = allow_local
+        self._image_limits = image_limits
         self.embedding = EmbeddingTable(files)
         self._image_rows: dict[bytes, Floats] = {}  # the least recently used first
         self._tokenizer = bundle_tokenizer(files) if self.manifest.has_tokenizer else None
@@ -217,10 +225,12 @@ class Session:
 
     def _pictures(self, conversation: Conversation) -> tuple[Floats | None, tuple[int, int]]:
         """Preprocessed pixels of the images and the upright size of the first one, in pixels."""
-        pictures = [load_image(source) for source in conversation.images]
-        if not pictures:
-            return None, (0, 0)
-        return np.stack([preprocess(picture, self.manifest.image) for picture in pictures]), pictures[0].size
+        pixels, sizes = [], []
+        for source in conversation.images:
+            picture = load_image(source, self._image_limits)
+            pixels.append(preprocess(picture, self.manifest.image))
+            sizes.append(full_size(picture))
+        return (np.stack(pixels), sizes[0]) if pixels else (None, (0, 0))
 
     def _check_text_length(self, conversation: Conversation) -> None:
         """Refuse texts that no context holds before they are tokenized."""
@@ -285,6 +295,7 @@ def open_bundle(
     trust: bool = False,
     follow_links: bool = False,
     allow_local: bool = False,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
 ) -> Session:
     """Open a bundle for inference.
 
@@ -292,11 +303,11 @@ def open_bundle(
     "cpu" to run the graphs of a TensorRT bundle in ONNX Runtime and check them. residency: "phase" drops what only
     prompts need after prefill and reloads it for the next prompt. trust: load engines and plugin libraries, which are
     native code, of a bundle that was neither built nor trusted on this machine; see SECURITY.md. follow_links: read
-    files that links place outside the folder. allow_local: `image_url` may name a file of this machine. Raises
-    BundleError and BackendError.
+    files that links place outside the folder. allow_local: `image_url` may name a file of this machine.
+    image_limits: how large pictures may be. Raises BundleError and BackendError.
     """
     folder = Path(folder)
     if residency not in ("all", "phase"):
         raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
     files = check_bundle(folder, check, follow_links=follow_links)
-    return Session(files, open_backend(files, provider, threads, residency, trust), allow_local)
+    return Session(files, open_backend(files, provider, threads, residency, trust), allow_local, image_limits)

@@ -18,7 +18,7 @@ from vlmdeploy.layout import Ints
 from vlmdeploy.manifest import ChatTemplate, ImageRecipe, TokenRules
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
-from vlmdeploy.runtime.image import load_image, preprocess
+from vlmdeploy.runtime.image import full_size, load_image, preprocess
 from vlmdeploy.score.intervals import wilson_interval
 from vlmdeploy.score.metrics import Prediction, Score, Scores, check_scorable, score
 
@@ -162,7 +162,7 @@ class QuestionMaker:
     def _picture(self, source: Picture) -> PreparedPicture:
         if self._last is None or self._last[0] != source:
             image = load_image(source)
-            self._last = source, PreparedPicture(preprocess(image, self._rules.image), image.size)
+            self._last = source, PreparedPicture(preprocess(image, self._rules.image), full_size(image))
         return self._last[1]
 
 

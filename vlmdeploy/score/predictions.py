@@ -25,7 +25,7 @@ from vlmdeploy.errors import DataError, ExportError
 from vlmdeploy.input_files import open_input
 from vlmdeploy.overriding import override
 from vlmdeploy.records import parse_object
-from vlmdeploy.runtime.image import load_image
+from vlmdeploy.runtime.image import full_size, load_image
 from vlmdeploy.score.answerers import Answerer
 from vlmdeploy.score.metrics import Prediction
 
@@ -246,6 +246,6 @@ class PredictionsAnswerer(Answerer):
                 raise DataError(f"{self._path}: {problem}")
             size_px = None
             if sample.task == "rec" and sample.image is not None:
-                size_px = load_image(sample.image).size
+                size_px = full_size(load_image(sample.image))
                 check_boxes(sample, size_px)
             yield Prediction(sample, self._answers[sample.key], size_px=size_px)
