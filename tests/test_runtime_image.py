@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImagePalette, PngImagePlugin
 
 from tests.golden_cases import GOLDEN, GoldenCase, golden_cases
 from vlmdeploy.errors import DataError
@@ -249,6 +249,19 @@ def test_a_file_without_an_end_is_refused() -> None:
         load_image("/proc/self/pagemap", ImageLimits(file_mb=1))
 
 
+def test_a_file_that_gives_nothing_for_now_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc/kmsg after its last line, opened so as not to wait, gave None, which was a TypeError."""
+
+    class Waiting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> Any:
+            return None
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr("vlmdeploy.input_files.open_input", lambda *_: Waiting(tmp_path / "a.png"))
+    with pytest.raises(DataError, match=r"a\.png: empty \(0 bytes\)"):
+        load_image(tmp_path / "a.png")
+
+
 def test_a_path_given_as_bytes_inside_an_object_is_read() -> None:
     """An object whose __fspath__ returns bytes, as os.scandir's entries of bytes do, was a TypeError."""
     with os.scandir(os.fsencode(IMAGES)) as entries:
@@ -293,8 +306,9 @@ def straightforward(image: Image.Image, orientation: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "I;16"])
-def test_pictures_of_many_bands_equal_those_converted_as_a_whole(mode: str) -> None:
+def test_pictures_of_many_bands_equal_those_converted_as_a_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversion in bands of rows, each put in its place in the turned picture."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     image = noise(601, 907)
     image.putalpha(noise(601, 907, seed=1).getchannel(0))
     if mode == "I;16":
@@ -314,6 +328,14 @@ def test_a_key_colour_is_clear_in_every_band() -> None:
     content = encoded(image, transparency=key, compress_level=1)
     with Image.open(io.BytesIO(content)) as opened:
         assert load_image(content).tobytes() == straightforward(opened, 1).tobytes() != image.tobytes()
+
+
+def test_a_palette_that_was_replaced_is_used() -> None:
+    """As Pillow does when an object's pixels are needed."""
+    image = Image.new("P", (2, 1), 1)
+    image.palette = ImagePalette.ImagePalette("RGB", [0, 0, 0, *RED])
+    image.palette.dirty = 1
+    assert load_image(image).getpixel((0, 0)) == RED
 
 
 def test_a_picture_object_is_copied() -> None:
@@ -374,8 +396,8 @@ def test_a_gif_cut_anywhere_is_a_picture_or_one_line(content: bytes) -> None:
     """Where the second frame's header was cut, IndexError and struct.error came out."""
     whole = load_image(content)
     cut = [picture_or_error(content[:length]) for length in range(len(content))]
-    found = [picture for picture in cut if picture is not None]
-    assert found and {picture.tobytes() for picture in found} == {whole.tobytes()}
+    first = next(length for length, picture in enumerate(cut) if picture is not None)
+    assert {picture and picture.tobytes() for picture in cut[first:]} == {whole.tobytes()}
 
 
 def gif(width: int, height: int, rest: bytes) -> bytes:
@@ -406,7 +428,7 @@ def test_a_gif_of_no_frame_or_of_a_huge_canvas_is_refused(content: bytes, told: 
 def test_damaged_pictures_raise_nothing_but_our_error_and_print_nothing(
     file_format: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """libtiff printed to stderr, and Pillow logged an error about TIFF."""
+    """libtiff printed to stderr."""
     random = np.random.default_rng(0)
     for number in range(30):
         options = {"compression": "tiff_lzw" if number % 2 else "tiff_adobe_deflate"} if file_format == "TIFF" else {}
@@ -427,7 +449,53 @@ def test_warnings_of_pillow_do_not_come_out(count: int) -> None:
     assert list(warnings.filters) == before
 
 
+def test_reading_a_picture_does_not_repeat_other_peoples_warnings() -> None:
+    """Python shows a warning once for each place in the code, and forgets about it when a filter is added."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("shown once", DeprecationWarning, stacklevel=1)
+            load_image(encoded(noise()))
+    assert len(shown) == 1
+
+
 def test_a_picture_object_that_fails_when_its_pixels_are_needed_is_one_line() -> None:
     opened = Image.open(io.BytesIO(encoded(noise())[:-100]))
     with pytest.raises(DataError, match=r"^the image object: damaged or truncated"):
         load_image(opened)
+
+
+def tiff_of_one_pixel(num_strips: int, samples: int = 1) -> bytes:
+    """Grey, each of its strips in the same place."""
+    tags = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 122), (277, samples), (278, 1), (279, 1)]
+    entries = (struct.pack("<HHII", tag, 4, num_strips if tag == 273 else 1, value) for tag, value in tags)
+    return b"II*\0\x08\0\0\0\x09\0" + b"".join(entries) + bytes(4) + struct.pack("<I", 8) * num_strips
+
+
+def test_what_pillow_logs_about_damage_does_not_come_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Pillow logs an error about a TIFF of too many samples, which Python prints if nobody has set up logging."""
+    with pytest.raises(DataError, match="cannot be opened"):
+        load_image(tiff_of_one_pixel(1, samples=1000))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (tiff_of_one_pixel(300_000), "its tag 273 holds 300,000 numbers"),
+        (encoded(noise(), "JPEG")[:2] + b"\xff\xe1\0\x08Exif\0\0" * 65 + encoded(noise(), "JPEG")[2:], "EXIF blocks"),
+        (b"P6 #" + b"a" * 2_000_000 + b"\n1 1 255 aaa", "too many small pieces"),
+    ],
+    ids=["strips", "EXIF blocks", "a comment"],
+)
+def test_headers_that_would_take_minutes_or_gigabytes_are_refused(content: bytes, told: str) -> None:
+    """320 MB of strip offsets became 25 GB, of EXIF blocks minutes of copying, of junk minutes of reading."""
+    with pytest.raises(DataError, match=f"cannot be opened .*{told}"):
+        load_image(content)
+    assert load_image(tiff_of_one_pixel(2)).size == (1, 1)
+
+
+def test_an_exif_block_of_many_megabytes_is_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    block = b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0) + bytes(2**23)
+    assert load_image(encoded(noise(), "PNG", exif=block)).size == (30, 20)
+    assert "its EXIF block cannot be read (it has 8.4 MB)" in caplog.text

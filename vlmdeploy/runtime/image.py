@@ -44,7 +44,6 @@ class StoredImage(Protocol):
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredImage
 
-MOST_RESIZED_BYTES = 2**29  # of a picture whose width is resized and whose height is not yet
 A_PICTURE = "a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
 EXPECTED = f"expected {A_PICTURE}"
 FILTERS = {"bicubic": Image.Resampling.BICUBIC}
@@ -93,8 +92,6 @@ def picture_bytes(source: str | os.PathLike[str] | bytes | StoredImage, limits: 
 def resize_rgb(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.uint8]:
     """The RGB picture squashed to uint8 [size_px, size_px, 3], ignoring the aspect ratio."""
     size = (recipe.size_px, recipe.size_px)
-    if RGB_BYTES * recipe.size_px * image.height > MOST_RESIZED_BYTES:  # Pillow resizes the width first
-        image = image.resize((image.width, recipe.size_px), FILTERS[recipe.filter])
     return np.asarray(image.resize(size, FILTERS[recipe.filter]), dtype=np.uint8)
 
 
@@ -187,7 +184,7 @@ def _read_object(image: Image.Image, name: str, limits: ImageLimits) -> Image.Im
     if not is_decoded(image):
         cost = decoding_cost(image, file_of(image, limits.file_bytes), copies=True)
         _checked_factor(image.size, replace(cost, most_divided=1), limits, name)
-        decode(image)
+    decode(image)  # or apply a palette that was changed
     _checked_factor(image.size, DecodingCost(0, 0, RGB_BYTES), limits, name)
     picture = upright_rgb(image, _turn(image, name))
     picture.info = _kept_info(image)
@@ -212,7 +209,7 @@ def _excess(size: tuple[int, int], cost: DecodingCost, limits: ImageLimits) -> s
 
 
 def _option(size: tuple[int, int], cost: DecodingCost) -> str:
-    return f" (`run`: --max-megapixels {cost.megapixels(size)}; in Python: ImageLimits)"
+    return f" (`run`: --max-megapixels {cost.needed_megapixels(size)}; in Python: ImageLimits)"
 
 
 def _turn(image: Image.Image, name: str) -> Turn | None:

@@ -8,19 +8,25 @@ are the business of `image_limits`.
 import ctypes
 import io
 import logging
+import math
+import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, _imaging
 
-from vlmdeploy.runtime.image_limits import divided
+from vlmdeploy.runtime.image_limits import divided, has_python_decoder
+from vlmdeploy.runtime.tiff import check_tags
 
 # Pillow knows more formats, but some start other programs (EPS) or are drawings without a fixed size.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 START_BYTES = 16  # enough to tell the formats apart
+EXIF_START, MOST_EXIF_BLOCKS = b"Exif\0\0", 64  # Pillow joins those of a JPEG, each of up to 64 KB
+IGNORED = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)  # an entry of warnings.filters
+MOST_READS = 2_000_000  # of a header, and of compressed pixels
 
 
 def open_picture(content: bytes) -> ImageFile.ImageFile | None:
@@ -36,17 +42,30 @@ def open_picture(content: bytes) -> ImageFile.ImageFile | None:
         accepted = accepts is None or accepts(content[:START_BYTES])
         if isinstance(accepted, str):
             raise ValueError(accepted)
-        if accepted and name == "GIF":
-            return _FirstGifFrame(io.BytesIO(content))
         if accepted:
-            return factory(_WebpStream(content) if name == "WEBP" else io.BytesIO(content), "")
+            return _opened(name, factory, content)
     return None
+
+
+def _opened(
+    name: str, factory: Callable[[io.BytesIO, str], ImageFile.ImageFile], content: bytes
+) -> ImageFile.ImageFile:
+    if name == "JPEG" and content.count(EXIF_START) > MOST_EXIF_BLOCKS:  # Pillow copies what it has for each of them
+        raise ValueError(f"it has more than {MOST_EXIF_BLOCKS} EXIF blocks")
+    if name == "TIFF":
+        check_tags(content)
+    if name == "GIF":
+        return _FirstGifFrame(_Stream(content))
+    return factory(_WebpStream(content) if name == "WEBP" else _Stream(content), "")
 
 
 def decode(image: Image.Image) -> None:
     """Decode an opened picture in place. Raises anything on damaged content, as Pillow does."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image._im is None:
         image.im = Image.new(image.mode, image._tile_size, None).im  # as Pillow does, after checking the size
+    stream = getattr(image, "fp", None)
+    if isinstance(stream, _Stream):
+        stream.reads_left = math.inf if has_python_decoder(image) else MOST_READS
     image.load()
 
 
@@ -102,7 +121,20 @@ class _FirstGifFrame(GifImagePlugin.GifImageFile):
         return self._size if self._is_open else (2**17, 2**17)
 
 
-class _WebpStream(io.BytesIO):
+class _Stream(io.BytesIO):
+    """A file that refuses to be read in too many small pieces, as Pillow reads junk: a second for each megabyte."""
+
+    reads_left: float = MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as any stream does. Raises ValueError after too many calls."""
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError("it consists of too many small pieces")
+        return super().read(size)
+
+
+class _WebpStream(_Stream):
     """A file whose start is read in two pieces: Pillow's WebP plugin checks the size if the first has 25 bytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -120,7 +152,6 @@ class _Quiet:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._readers = 0
-        self._filter: object = None
         self._libtiff_handler: int | None = None
 
     @contextmanager
@@ -138,15 +169,15 @@ class _Quiet:
                     self._end()
 
     def _begin(self) -> None:
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"(?#while vlmdeploy reads a picture)PIL\.")
-        self._filter = warnings.filters[0]
+        # Not by warnings.filterwarnings, which makes Python forget what it has warned about, and warn again.
+        cast(list[object], warnings.filters).insert(0, IGNORED)
         _pillow_log.addFilter(_is_no_error)
         if _set_libtiff_handler is not None:
             self._libtiff_handler = _set_libtiff_handler(_print_nothing)
 
     def _end(self) -> None:
         with suppress(ValueError):  # someone else has replaced the filters meanwhile
-            cast(list[object], warnings.filters).remove(self._filter)
+            cast(list[object], warnings.filters).remove(IGNORED)
         _pillow_log.removeFilter(_is_no_error)
         if _set_libtiff_handler is not None:
             _set_libtiff_handler(self._libtiff_handler)

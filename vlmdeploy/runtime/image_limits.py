@@ -25,7 +25,7 @@ from vlmdeploy.runtime.jpeg2000 import read_codestream
 STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # per pixel; others 4
 RGB_BYTES = 4
 SIDE_BYTES = 64  # for each pixel of the longer side: rows in decoders, the weights of a resize
-FIXED_BYTES = 16 << 20  # a band of rows in conversion (`image.BAND_PX`), tables
+FIXED_BYTES = 16 << 20  # a band of rows in conversion (`image_rgb.BAND_PX`), tables
 
 FRUGAL_FORMATS = {"PNG", "BMP", "GIF", "PPM"}  # decode row by row
 WEBP_BYTES = 12  # two canvases and a copy of the first
@@ -107,10 +107,15 @@ class DecodingCost:
             factor *= 2
         return None
 
-    def megapixels(self, size: tuple[int, int]) -> int:
+    def needed_megapixels(self, size: tuple[int, int]) -> int:
         """The least `ImageLimits.for_megapixels` that allows this size."""
-        megapixels_per_mb = DEFAULT_LIMITS.megapixels / DEFAULT_LIMITS.decoded_mb
-        return math.ceil(max(size[0] * size[1], self.peak_bytes(size) * megapixels_per_mb) / 1e6)
+        megapixels, growth = size[0] * size[1] / 1e6, self.peak_bytes(size) / 1e6 / DEFAULT_LIMITS.decoded_mb
+        return math.ceil(megapixels if growth <= 1 else max(megapixels, growth * DEFAULT_LIMITS.megapixels))
+
+
+def has_python_decoder(image: Image.Image) -> bool:
+    """Whether Pillow decodes this picture in Python, a few bytes at a time."""
+    return any(tile[0] in PYTHON_DECODERS for tile in getattr(image, "tile", ()))
 
 
 def divided(size: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -127,14 +132,15 @@ def decoding_cost(image: Image.Image, content: bytes, copies: bool) -> DecodingC
     stored = stored_bytes(image)
     converting = stored + (RGB_BYTES if copies else 0)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        return DecodingCost(_jpeg_coefficient_bytes(image, content), stored, converting, most_divided=8)
+        most_divided = min(8, 1 << min(image.size).bit_length() - 1)  # Pillow does not divide a side below one pixel
+        return DecodingCost(_jpeg_coefficient_bytes(image, content), stored, converting, most_divided)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return _tiff_cost(image, content, stored, converting)
     if image.format == "JPEG2000" and content:
         return _jpeg2000_cost(image, content, stored, converting)
     if image.format == "WEBP":
         return DecodingCost(2 * len(content), stored + WEBP_BYTES, converting + 2 * RGB_BYTES)  # its canvases stay
-    if any(tile[0] in PYTHON_DECODERS for tile in getattr(image, "tile", ())):
+    if has_python_decoder(image):
         raw_bytes = 4 if image.mode == "I" else len(image.getbands())
         return DecodingCost(PYTHON_DECODER_BYTES, stored + 3.2 * raw_bytes, converting)
     if image.format == "AVIF":

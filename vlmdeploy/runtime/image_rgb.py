@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image
 
+from vlmdeploy.byte_sizes import shown_size
+
 BAND_PX = 2**18  # converted at once, or one row
+MOST_EXIF_BYTES = 2**23  # Pillow makes Python numbers of it
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ TURNS: dict[object, Turn] = {  # by EXIF orientation; 1 is upright
 
 def find_turn(image: Image.Image) -> Turn | None:
     """How a picture's EXIF block says to set it upright. Raises anything on a damaged block, as Pillow does."""
+    block = image.info.get("exif", b"")
+    if len(block) > MOST_EXIF_BYTES:
+        raise ValueError(f"it has {shown_size(len(block))}")
     # Pillow's exif_transpose rewrites the block and fails on bad ones.
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     return TURNS.get(orientation)
