@@ -1,5 +1,5 @@
-"""Regression tests of what is read in a checkpoint's folder: regular files in it, of bounded size, whatever names, links
-and headers claim. Contract: the layout of Hugging Face's cache works as it is."""
+"""Regression tests of what is read in a checkpoint's folder: regular files in it, of bounded size, whatever links and
+headers say. Contract: the layout of Hugging Face's cache works as it is."""
 
 import contextlib
 import json

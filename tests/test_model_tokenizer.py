@@ -1,7 +1,11 @@
 """Reference: converted tokenizers against the sentencepiece package, on models trained here. Contract: which files are
 read, and what is said about the others."""
 
+import importlib
 import io
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,92 @@ def test_a_folders_tokenizer_is_found_json_first(tmp_path: Path) -> None:
 def test_files_that_are_no_tokenizer_are_named(content: bytes, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"tokenizer.model: .*{expected}"):
         import_tokenizer(written(tmp_path, content))
+
+
+JSON: dict[str, Any] = {
+    "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+    "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "has Precompiled"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}}, "has Precompiled"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "has FixedLength"),
+        ({"model": JSON["model"] | {"continuing_subword_prefix": "##"}}, "has BPE with a continuing_subword_prefix"),
+        ({"model": JSON["model"] | {"unk_token": "zz"}}, "not a valid tokenizer.json"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"}}, "not a valid tokenizer.json"),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}}, "not a valid tokenizer.json"),
+        ({"model": JSON["model"] | {"merges": ["a zz"]}}, "not a valid tokenizer.json"),
+        ({"model": 3}, "not a valid tokenizer.json"),
+    ],
+    ids=str,
+)
+def test_parts_that_the_library_trusts_are_refused(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    """Values that the library does not check ended the process, asked for 4 GB, or failed at the first prompt."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(JSON | changes))
+    with pytest.raises(ConfigError, match=f"tokenizer.json: {expected}"):
+        import_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_panic_of_the_library_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Errors in the library's Rust code are no Exception: one was shown as a traceback."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def from_buffer(content: bytes) -> Any:
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr("tokenizers.Tokenizer.from_buffer", from_buffer)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(JSON))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: not a valid tokenizer\.json \(index out of bounds\)"):
+        import_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_files_that_are_none_are_not_waited_for(tmp_path: Path) -> None:
+    """A FIFO was opened as a tokenizer, or counted as absent in a folder."""
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: is a FIFO or pipe"):
+        find_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: is a FIFO or pipe"):
+        import_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (
+            lambda model: model.pieces[300].ClearField("piece"),
+            "piece 300 is '', expected a text of 1 to 512 characters",
+        ),
+        (
+            lambda model: setattr(model.pieces[300], "piece", "x" * 100_000),
+            "piece 300 is 'x{40}', expected a text of 1",
+        ),
+        (lambda model: setattr(model.pieces[300], "score", float("nan")), "piece 300 is .*, expected a text"),
+        (lambda model: setattr(model.pieces[0], "type", 1), r"its unknown pieces are \[\], expected '<unk>' alone"),
+        (lambda model: setattr(model.pieces[5], "type", 2), "its unknown pieces are .*, expected '<unk>' alone"),
+        (lambda model: setattr(model.trainer_spec, "unk_piece", "zz"), "expected 'zz' alone"),
+        (lambda model: setattr(model.pieces[20], "type", 1), "has 255 byte pieces, expected <0x00> to <0xFF>"),
+        (lambda model: model.ClearField("pieces"), "expected tokenizer.json or"),
+    ],
+    ids=["no text", "long", "score", "no unknown", "two unknown", "another unknown", "bytes", "none"],
+)
+def test_pieces_that_cannot_be_converted_are_told(
+    edit: Callable[[Any], Any], expected: str, llama_model: bytes, tmp_path: Path
+) -> None:
+    """Changed bytes in a model ended in TypeErrors and UnicodeDecodeErrors; a long piece was cut for hours."""
+    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(llama_model)
+    edit(model)
+    with pytest.raises(ConfigError, match=f"tokenizer.model: .*{expected}"):
+        import_tokenizer(written(tmp_path, model.SerializeToString()))
+
+
+def test_a_piece_that_is_no_text_is_told(llama_model: bytes, tmp_path: Path) -> None:
+    """The parser gives bytes where a text is not UTF-8, which no tokenizer takes."""
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: piece [0-9]+ is b'"):
+        import_tokenizer(written(tmp_path, llama_model.replace("图片".encode(), b"\xff" * 6)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Contract tests of the one reader of typed records: what fits becomes a dataclass, what does not is named."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from vlmdeploy.errors import BundleError, ConfigError
-from vlmdeploy.records import read_object, record_of
+from vlmdeploy.records import read_object, read_toml, record_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def test_a_record_survives_json() -> None:
         ("table.z", 7, 'here: "table.z" is 7, expected an object'),
         ("values.0", False, 'here: "values.0" is false, expected a number'),
         ("either", 1.5, 'here: "either" is 1.5, expected a whole number or a string'),
+        ("either", True, 'here: "either" is true, expected a whole number or a string'),
+        ("either", 10**30, 'here: "either" is 1000.*, expected a whole number below 9.2e18'),
+        ("count", -(10**400), 'here: "count" is -1000.*, expected a whole number below 9.2e18'),
         ("nothing", "x" * 500, 'here: "nothing" is "x{79}, expected an object'),
     ],
 )
@@ -127,3 +131,40 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_object(tmp_path / "none.json", expected="a recipe")
     with pytest.raises(ConfigError, match="is a folder, expected a file"):
         read_object(tmp_path, is_optional=True)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_object(tmp_path / "it.json") == {"a": 1}
+
+
+def test_files_that_are_none_are_not_waited_for(tmp_path: Path) -> None:
+    """A FIFO in the place of a config was waited for until somebody wrote to it."""
+    os.mkfifo(tmp_path / "it")
+    for read in (
+        read_object,
+        lambda path: read_object(path, is_optional=True),
+        lambda path: read_toml(path, "a recipe"),
+    ):
+        with pytest.raises(ConfigError, match="it: is a FIFO or pipe, expected a"):
+            read(tmp_path / "it")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (".".join("a" * 20_000) + " = 1", ":1: holds more than 256 dots"),
+        ("b = 1\n[" + ".".join("a" * 20_000) + "]", ":2: holds more than 256 dots"),
+        ("a = 0x" + "f" * 5000, ":1: holds a number of more than 64 digits"),
+        ("a = 1979-05-27", ": holds a date or a time, which no key takes"),
+        ("[a]\nb = [{c = 07:32:00}]", ": holds a date or a time, which no key takes"),
+        (".".join("a" * 100) + " = 1", ": nested more than 64 levels deep"),
+        ("a = '" + "x" * (1 << 20) + "'", ": has 1.0 MB, at most 1.0 MB are read"),
+    ],
+)  # fmt: skip
+def test_toml_that_is_more_than_settings_is_told(tmp_path: Path, content: str, message: str) -> None:
+    """A dotted key of 20 kB took 1.5 GB; a long hexadecimal number could not be printed, a date not be kept as JSON."""
+    (tmp_path / "it.toml").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_toml(tmp_path / "it.toml", "a recipe")
+    assert str(caught.value).startswith(f"{tmp_path / 'it.toml'}{message}")
