@@ -219,8 +219,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ppm": ("RGB", "PPM", {}),
     "webp": ("RGB", "WEBP", {"method": 0}),
     "webp clear": ("RGBA", "WEBP", {"method": 0, "lossless": True, "quality": 0}),
-    "avif": ("RGBA", "AVIF", {"speed": 10}),
-    "jpeg2000": ("RGB", "JPEG2000", {"quality_layers": [100], "num_resolutions": 2}),
+    "avif": ("RGB", "AVIF", {"speed": 10}),
+    "jpeg2000": ("L", "JPEG2000", {"quality_layers": [100], "num_resolutions": 2}),
 }  # fmt: skip
 SLACK_BYTES = 4_000_000  # what an allocator keeps
 
