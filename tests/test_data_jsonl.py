@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vlmdeploy.data import jsonl
 from vlmdeploy.data.jsonl import read_items
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.errors import DataError
@@ -203,3 +204,11 @@ def test_choose_follows_the_seed_whatever_other_tasks_there_are() -> None:
     chosen = choose(vqa, 10, seed=1)
     assert choose(vqa, 10, seed=1) == chosen != choose(vqa, 10, seed=2)
     assert [sample for sample in choose(rec + vqa, 10, seed=1) if sample.task == "vqa"] == chosen
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "LONGEST_LINE_BYTES", 1000)
+    samples = read_samples(write(tmp_path, ROW, b"x" * 10_000, ROW))
+    next(samples)
+    with pytest.raises(DataError, match=r"data\.jsonl:2: is longer than 1,000 bytes, the most that a line may have"):
+        next(samples)

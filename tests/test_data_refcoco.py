@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmark_files import png
+from vlmdeploy.data import jsonl, refcoco
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import open_source
@@ -223,3 +224,31 @@ def test_other_json_is_read_as_our_own_rows(tmp_path: Path, content: str) -> Non
 def test_samples_are_equal_whatever_their_key(tmp_path: Path) -> None:
     first, second = open_source(write_lines(tmp_path, LINE, LINE)).samples()
     assert isinstance(first, Sample) and first == second and first.key != second.key
+
+
+@pytest.mark.parametrize("longest_line", [10, jsonl.LONGEST_LINE_BYTES])
+def test_a_document_larger_than_any_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_line: int
+) -> None:
+    path = write_coco(tmp_path)
+    monkeypatch.setattr(refcoco, "LONGEST_LINE_BYTES", longest_line)
+    assert open_source(path).kind == "RefCOCO JSON"
+    monkeypatch.setattr(refcoco, "MOST_COCO_BYTES", 100)
+    with pytest.raises(DataError, match=r"refcoco\.json: has \d+ bytes, at most 100 bytes are read"):
+        open_source(path)
+
+
+def test_lines_are_known_by_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of lines called .json was read into memory as one document."""
+    monkeypatch.setattr(refcoco, "MOST_COCO_BYTES", 100)
+    path = write_lines(tmp_path, LINE, LINE).rename(tmp_path / "lines.json")
+    assert open_source(path).kind == "RefCOCO JSONL"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("\ud800", "is not valid UTF-8"), ([1], r"is \[1\], expected a number or a text")]
+)
+def test_an_id_that_no_file_of_answers_can_hold_is_told(tmp_path: Path, name: object, told: str) -> None:
+    """Writing the answers ended in a UnicodeEncodeError, after all of them had been given."""
+    with pytest.raises(DataError, match=rf'refcoco\.json: "id" of annotation 0 {told}'):
+        list(open_source(write_coco(tmp_path, annotations=[annotation(id=name)])).samples())

@@ -4,11 +4,13 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.benchmark_files import picture_cell, write_tsv
 from vlmdeploy.data import image_folder
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.data.source import MAX_REASONS, check_picture, open_source
@@ -158,3 +160,54 @@ def test_packed_files_and_utf_16_are_told_as_such(tmp_path: Path, name: str, con
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: {told}"):
         open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.tsv", "x.json", "x", "folder/data.jsonl"])
+def test_data_that_is_no_file_is_told(tmp_path: Path, name: str) -> None:
+    """A FIFO was waited for, or said to be absent; a table from /dev/zero filled the memory."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    given = path.parent if path.name == "data.jsonl" else path
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{name}: is a FIFO or pipe"):
+        open_source(given)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{name}: is a device"):
+        open_source(given)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JSONL", "VLMEvalKit TSV", "RefCOCO JSONL", "CogVLM-SFT-311K", "pictures with one prompt"]
+)
+def test_a_picture_that_is_no_file_is_told(tmp_path: Path, kind: str) -> None:
+    """A FIFO among the pictures was said to be absent."""
+    data, prompt, fifo = tmp_path / "data", None, tmp_path / "data" / "0.png"
+    data.mkdir()
+    if kind == "JSONL":
+        jsonl(data, "0.png")
+    elif kind == "VLMEvalKit TSV":
+        data = write_tsv(data / "x.tsv", {"index": 0, "image_path": "0.png", "question": "What?"})
+    elif kind == "RefCOCO JSONL":
+        (data / "x.jsonl").write_text(json.dumps({"image": "0.png", "sent": "it", "bbox": [1, 1, 2, 2]}))
+        data = data / "x.jsonl"
+    elif kind == "CogVLM-SFT-311K":
+        fifo = sft(data, LABEL) / SFT_FOLDER / "images" / "00000000.jpg"
+        fifo.unlink()
+    else:
+        prompt = "Describe it."
+    os.mkfifo(fifo)
+    source = open_source(data, prompt)
+    assert source.kind == kind
+    with pytest.raises(DataError, match=rf"{fifo.name}: is a FIFO or pipe"):
+        list(source.samples())
+
+
+def test_a_table_that_became_no_file_is_told(tmp_path: Path) -> None:
+    """A picture in a table was read by waiting for whatever lay there."""
+    path = write_tsv(tmp_path / "x.tsv", {"index": 0, "image": picture_cell(), "question": "What?"})
+    (sample,) = open_source(path).samples()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"x\.tsv: is a FIFO or pipe"):
+        check_picture(sample)

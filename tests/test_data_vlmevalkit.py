@@ -5,6 +5,7 @@ import codecs
 import csv
 import json
 import os
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 
 from tests.benchmark_files import Row, picture_cell, png, write_tsv
 from tests.tiny_bundle import only_json_document, run_cli, write_text_checkpoint
+from vlmdeploy.data import tsv_table
 from vlmdeploy.data.questions import PromptStyle, QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
 from vlmdeploy.data.source import open_source
 from vlmdeploy.data.stored_picture import StoredPicture
-from vlmdeploy.data.tsv_table import literal_list, read_table
+from vlmdeploy.data.tsv_table import LONGEST_LITERAL, literal_list, read_rows, read_table
 from vlmdeploy.errors import ConfigError, DataError
 from vlmdeploy.runtime.image import load_image
 from vlmdeploy.score.metrics import FORMULAS
@@ -379,3 +381,61 @@ def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path, options=QuestionOptions(rule="anls"))
     with pytest.raises(DataError, match=r"--grounding-prompt does not apply to this VLMEvalKit TSV"):
         open_source(write_tsv(tmp_path / "x.tsv", OPEN), options=QuestionOptions(grounding_prompt="<expr>?"))
+
+
+@pytest.mark.parametrize(
+    ("constant", "content"),
+    [
+        ("LONGEST_ROW_BYTES", b'0\t"' + b"never closed\n" * 1000),
+        ("MOST_TABS", b"0" + b"\t" * 101),
+        ("MOST_TABS", b'0\t"' + b"\t\n" * 101),
+    ],
+)
+def test_a_row_without_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, content: bytes
+) -> None:
+    monkeypatch.setattr(tsv_table, constant, 100)
+    (tmp_path / "x.tsv").write_bytes(b"index\tquestion\n" + content)
+    with pytest.raises(DataError, match=r"x\.tsv:2: the row is too long, at most .* are read; is a quote not closed\?"):
+        read_table(tmp_path / "x.tsv")
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        ("['a', \"b'\", 3]", ["a", "b'", "3"]),
+        ("[ 'a' ,\"b\" , ]", ["a", "b"]),
+        ("['" + "A" * 10**6 + "', '" + "B" * 10**6 + "']", ["A" * 10**6, "B" * 10**6]),
+        ("['a', 3" + " " * LONGEST_LITERAL + "]", None),
+        ("[0x" + "f" * 5000 + "]", None),
+        (r"['\ud800']", None),
+        ("[" * 5000 + "]" * 5000, None),
+        ("[" + "-" * 5000 + "1]", None),
+        ("['a' 'b']", ["ab"]),
+        ("[f'a']", None),
+    ],
+)
+def test_a_list_in_a_cell_is_read_or_left_a_text(cell: str, items: list[str] | None) -> None:
+    """A number too long to print, and what stands for no text, ended in errors of Python's."""
+    assert literal_list(cell) == items
+
+
+def test_pictures_of_one_cell_are_found_in_their_order(tmp_path: Path) -> None:
+    """The place of each picture was looked for from the start of the row."""
+    cell = repr([RED, picture_cell("blue"), RED])
+    (row,) = read_table(write_tsv(tmp_path / "x.tsv", {"index": 0, "image": cell, "question": RED})).rows
+    places = [picture.offset for picture in row.pictures if isinstance(picture, StoredPicture)]
+    assert len(places) == 3 and places == sorted(set(places))
+    assert row.pictures[0] == row.pictures[2] != row.pictures[1]
+
+
+def test_tables_are_read_at_the_same_time(tmp_path: Path) -> None:
+    """The first thread to end restored the limit of a cell, which is the process's, while another one was reading."""
+    path = write_tsv(tmp_path / "x.tsv", {"index": 0, "image": "A" * 200_000, "question": "What?"})
+    before = csv.field_size_limit()
+    with tsv_table.LONG_CELLS:
+        thread = threading.Thread(target=read_table, args=(path,))
+        thread.start()
+        thread.join()
+        assert [len(row.cells) for row in read_rows(path)] == [3, 3]
+    assert csv.field_size_limit() == before

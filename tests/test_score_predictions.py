@@ -1,7 +1,11 @@
 """Contract: answers are written as VLMEvalKit reads them, and scored again from the file, through `validate` too."""
 
 import csv
+import io
 import json
+import os
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from tests.tiny_bundle import only_error_line, only_json_document, run_cli, writ
 from vlmdeploy.data.questions import RULES, QuestionOptions
 from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import DataError, ExportError, VlmdeployError
+from vlmdeploy.score import predictions
 from vlmdeploy.score.answerers import Validation, agreement
 from vlmdeploy.score.metrics import Prediction
 from vlmdeploy.score.predictions import check_output, output_paths, read_predictions, write_predictions
@@ -262,3 +267,67 @@ def test_a_box_that_belongs_to_another_picture_size_is_told(tmp_path: Path, size
     path = write_answers(tmp_path / "out.jsonl", i1="[[0,0,9,9]]")
     line = only_error_line(run_cli("validate", "--from-predictions", path, "--data", tmp_path / "refcoco_val.jsonl"))
     assert f"a.png: is 40 x 20 pixels, but {told}" in line
+
+
+SHEET = """<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData><row r="1">
+<c r="A1" t="inlineStr"><is><t>index</t></is></c><c r="B1" t="inlineStr"><is><t>prediction</t></is></c></row>
+{}</sheetData></worksheet>"""
+ROW = '<row r="{}"><c r="A{}"><v>{}</v></c><c r="B{}" t="inlineStr"><is><t>{}</t></is></c></row>'
+
+
+def write_workbook(path: Path, sheet: str) -> Path:
+    """A workbook whose only sheet is this XML."""
+    openpyxl = pytest.importorskip("openpyxl", reason='pip install "vlmdeploy[report]"')
+    content = io.BytesIO()
+    openpyxl.Workbook().save(content)
+    with zipfile.ZipFile(content) as template, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as workbook:
+        for name in template.namelist():
+            workbook.writestr(name, sheet if name.endswith("sheet1.xml") else template.read(name))
+    return path
+
+
+def test_rows_beyond_any_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows missing before row 999999999 were made one by one."""
+    monkeypatch.setattr(predictions, "MOST_XLSX_ROWS", 100)
+    far = ROW.replace('r="{}"', 'r="999999999"', 1)
+    sheet = SHEET.format(ROW.format(2, 2, 7, 2, "a") + far.format(3, 8, 3, "b"))
+    assert read_predictions(write_workbook(tmp_path / "x.xlsx", sheet)) == {"7": "a"}
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "x.xlsx", SHEET.format(" " * predictions.MOST_XLSX_BYTES))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(
+        DataError, match=r"x\.xlsx: holds 67\.1 MB of tables, at most 67\.1 MB are read: give the answers as"
+    ):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)], ids=["encrypted", "unknown method"])
+def test_whatever_the_library_raises_is_told(tmp_path: Path, place: int, value: int) -> None:
+    """A workbook with a password ended in a RuntimeError, one packed in a strange way in a NotImplementedError."""
+    path = write_workbook(tmp_path / "x.xlsx", SHEET.format(ROW.format(2, 2, 7, 2, "a")))
+    content = bytearray(path.read_bytes())
+    for entry in re.finditer(b"PK\x01\x02", path.read_bytes()):
+        content[entry.start() + place] = value
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.xlsx: cannot be read as \.xlsx \("):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.jsonl", "x.xlsx"])
+def test_answers_that_are_no_file_are_told(tmp_path: Path, name: str, data: Path) -> None:
+    """A FIFO was no answer file, so a checkpoint was looked for in it; read as one, it was waited for."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is a FIFO or pipe"):
+        read_predictions(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is a FIFO or pipe"):
+        score_file(tmp_path / name, data)
+
+
+@pytest.mark.parametrize(("index", "text"), [("1", "\ud800"), ("\ud800", "a")])
+def test_answers_that_are_no_text_are_told(tmp_path: Path, index: str, text: str) -> None:
+    """Lone surrogates came back as a UnicodeEncodeError when the answers were written again."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({"index": index, "prediction": text}))
+    with pytest.raises(DataError, match=r"x\.jsonl: (an index|the answer to \"1\") is not valid UTF-8"):
+        read_predictions(tmp_path / "x.jsonl")
