@@ -26,7 +26,6 @@ _STAGING_SUFFIX = ".staging"
 _MARKER = ".vlmdeploy-staging"
 _ASIDE = ".new"
 LOCK = "lock"
-_EMPTIED = {"emptied": True}  # what the settings of an unfinished run become before its other files go
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
@@ -226,12 +225,12 @@ def open_partial(folder: Path, name: str, settings: Config, force: bool, error: 
 
     Raises `error`, naming the key, for an unfinished run with other settings; `force` discards that run.
     """
-    path, before = folder / name, unfinished_settings(folder, name, error)
+    path = folder / name
     if path.is_file():
-        difference = first_difference(settings, before or {})
+        difference = first_difference(settings, read_state(path, error))
         if difference is None:
             return
-        if before is not None and not force:
+        if not force:
             key, ours, theirs = difference
             raise error(
                 f'{folder}: holds an unfinished run with other settings: "{key}" is {theirs!r} there and {ours!r} now; '
@@ -241,14 +240,6 @@ def open_partial(folder: Path, name: str, settings: Config, force: bool, error: 
     elif any(item.name != LOCK and not is_aside(item) for item in folder.iterdir()):
         raise error(f"{folder}: exists and holds no {name}: not an unfinished run; move it away")
     write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-
-
-def unfinished_settings(folder: Path, name: str, error: type[VlmdeployError]) -> Config | None:
-    """The settings of the unfinished run in OUT.partial; None if there is none, or only the rest of one. Raises
-    `error`."""
-    path = folder / name
-    found = read_state(path, error) if path.is_file() else None
-    return None if found == _EMPTIED else found
 
 
 def read_state(path: Path, error: type[VlmdeployError]) -> Config:
@@ -268,10 +259,8 @@ def damage_explained(path: Path, error: type[VlmdeployError]) -> Iterator[None]:
 
 
 def empty_partial(folder: Path, last: str) -> None:
-    """Empty an unfinished run's folder, except for its lock. The settings file `last` goes last: until then, it says
-    that the rest holds nothing to continue."""
-    if (folder / last).is_file() and last != LOCK:
-        write_file(folder / last, lambda file: file.write(json.dumps(_EMPTIED).encode()))
+    """Empty an unfinished run's folder, except for its lock. The settings file `last` goes last: until then, a killed
+    clean-up still looks like an unfinished run."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -285,17 +274,6 @@ def remove_partial(folder: Path, last: str) -> None:
     empty_partial(folder, last)
     (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
-
-
-def remove_finished_partial(folder: Path, name: str, settings: Config, error: type[VlmdeployError]) -> None:
-    """Clean up after a run of these settings that was killed after publishing its result. Raises `error`."""
-    if (folder / name).is_file():
-        is_finished = unfinished_settings(folder, name, error) in (None, settings)
-    else:
-        is_finished = folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
-    if is_finished:
-        with locked(folder):
-            remove_partial(folder, name)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmdeploy.artifact import check_name, partial_folder, unfinished_settings
+from vlmdeploy.artifact import check_name, partial_folder
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, with_grids
@@ -23,7 +23,7 @@ from vlmdeploy.calib.run import (
     run_quantization,
 )
 from vlmdeploy.calib.solver import GptqSolver
-from vlmdeploy.calib.state import SETTINGS
+from vlmdeploy.calib.state import SETTINGS, unfinished_settings
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.data.balance import Candidate, across_range, balance, draw_samples
 from vlmdeploy.data.samples import Picture, Sample
@@ -142,10 +142,7 @@ def known_plan(out: Path, settings: dict[str, Any], plan: PrecisionPlan) -> Prec
     None if there was no such run. Raises ConfigError if its grids are damaged.
     """
     partial = partial_folder(out.absolute())
-    before = {
-        partial / SETTINGS: unfinished_settings(partial, SETTINGS, CalibrationError),
-        out / REPORT_NAME: read_report(out).get("settings"),
-    }
+    before = {partial / SETTINGS: unfinished_settings(partial), out / REPORT_NAME: read_report(out).get("settings")}
     for path, found in before.items():
         if found is not None and first_difference(settings, {**found, "grids": None}) is None:
             try:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, as_umask_says, damage_explained, sync_file, write_file
+from vlmdeploy.artifact import LOCK, as_umask_says, damage_explained, read_state, sync_file, write_file
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -26,7 +26,7 @@ from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.manifest import FileEntry
 from vlmdeploy.quant.quantization_report import LinearReport
-from vlmdeploy.records import read_object, record_of
+from vlmdeploy.records import Config, read_object, record_of
 
 SETTINGS, SPILL = "settings.json", "spill"
 
@@ -157,3 +157,9 @@ def shard_name(unit: str) -> str:
 def is_shard(name: str) -> bool:
     """Whether a file of OUT.partial holds tensors of the result."""
     return name.endswith(".safetensors")
+
+
+def unfinished_settings(folder: Path) -> Config | None:
+    """The settings of the unfinished run in OUT.partial, or None."""
+    path = folder / SETTINGS
+    return read_state(path, CalibrationError) if path.is_file() else None

@@ -19,15 +19,7 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import (
-    check_output,
-    locked,
-    open_partial,
-    partial_folder,
-    remove_finished_partial,
-    remove_partial,
-    staged_folder,
-)
+from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, remove_partial, staged_folder
 from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
@@ -73,7 +65,6 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
     config = load_config(config_path)
     record = read_record(out)
     if record and not force and record["recipe"] == config.values:
-        remove_finished_partial(partial_folder(out.absolute()), RECIPE, config.values, TrainingError)
         return _result(record, out, "trained already with this recipe")
     check_output(out, force, is_ours)
     source = load_source(config.data_path, config.recipe.data_class)
