@@ -8,7 +8,7 @@ from typing import BinaryIO
 import pytest
 
 from vlmdeploy import artifact
-from vlmdeploy.artifact import as_umask_says, is_aside, staged_folder, write_file
+from vlmdeploy.artifact import as_umask_says, is_aside, remove_output, staged_folder, write_file
 from vlmdeploy.errors import ExportError, ParityError
 
 
@@ -111,6 +111,35 @@ def test_only_a_real_folder_is_replaced(out: Path, kind: str) -> None:
     with pytest.raises(ExportError, match="is not a folder"):
         write(out, "new", force=True)
     assert out.is_symlink() == (kind != "file")
+
+
+def test_old_output_comes_back_if_a_kill_left_none(out: Path) -> None:
+    """Where folders cannot be exchanged it has no name for a moment; a run killed then lost it to the next one."""
+    write(out, "old")
+    out.rename(out.with_name(f".{out.name}.0123abcd.old.staging"))
+    with pytest.raises(ParityError), staged_folder(out, True, is_ours):
+        raise ParityError("differs")
+    assert content(out) == {"manifest.json": "old"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_removal_that_was_interrupted_is_finished_by_the_next_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left of OUT.quantized, without its report, counted as somebody else's and could not be replaced."""
+    write(out, "old")
+    (out / "model.safetensors").touch()
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", interrupted)
+        remove_output(out)
+    write(out, "new", force=True)
+    assert content(out) == {"manifest.json": "new"}
+    assert list(out.parent.iterdir()) == [out]
 
 
 def leave_behind(out: Path) -> Path:

@@ -347,7 +347,8 @@ def test_force_starts_over_with_other_settings(ckpt: Path, data: Path, tmp_path:
 def test_force_killed_while_it_clears_can_be_given_again(
     ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
 ) -> None:
-    """The settings went first, or in the middle: what was left was "not an unfinished run"."""
+    """The settings went first, or in the middle: what was left was "not an unfinished run". Then they went last, and
+    what was left was a run whose files were "damaged or missing"."""
     partial, unlink, calls = interrupted(ckpt, data, tmp_path / "out"), Path.unlink, count(1)
 
     def killed(path: Path, missing_ok: bool = False) -> None:
@@ -361,7 +362,6 @@ def test_force_killed_while_it_clears_can_be_given_again(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", killed)
         assert refusal(ckpt, data, tmp_path / "out", *options) == "Error: interrupted"
-    assert (partial / SETTINGS).is_file()
     quantize(ckpt, data, tmp_path / "out", *options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

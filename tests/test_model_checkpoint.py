@@ -19,6 +19,7 @@ from vlmdeploy.errors import ConfigError, PromptError, VlmdeployError, WeightsEr
 from vlmdeploy.families import all_families
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import save_checkpoint
+from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.model.vlm import VisionLanguageModel
 
 FAMILIES = [family.NAME for family in all_families()]
@@ -257,6 +258,14 @@ def test_pickled_checkpoint_names_the_conversion(tmp_path: Path) -> None:
 def test_folder_without_weights(tmp_path: Path) -> None:
     (write_tiny_checkpoint(tmp_path) / "model.safetensors").unlink()
     assert_weights_error(tmp_path, "holds no model.safetensors")
+
+
+def test_refused_write_of_tensors_is_a_system_error(tmp_path: Path) -> None:
+    """It was an error of the tensor library, which only quantization understood; `train` ended with a traceback."""
+    path = tmp_path / "nowhere" / "model.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors({"weight": torch.zeros(3)}, path)
+    assert caught.value.filename == str(path)
 
 
 def test_missing_folder_and_missing_config(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """Contract tests of whole runs with a tiny model: the loss falls, a killed run goes on exactly, no folder is lost."""
 
+import errno
+import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +19,10 @@ from vlmdeploy.errors import ExportError, TrainingError
 from vlmdeploy.model.load import load_model
 from vlmdeploy.runtime.chat import Conversation, Tokenizer, Turn, prompt_ids
 from vlmdeploy.train.batches import normalized
-from vlmdeploy.train.config import StageConfig
+from vlmdeploy.train.config import StageConfig, load_config
 from vlmdeploy.train.run import Result, run
 from vlmdeploy.train.stages import dense_weight, learning_rate, progress_of
+from vlmdeploy.train.state import Place, save_state
 from vlmdeploy.train.workers import uses_bfloat16
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -223,6 +229,33 @@ def test_finished_run_is_left_alone(recipe: Path) -> None:
     with pytest.raises(ExportError, match="exists already"):
         train(recipe)
     assert train(recipe, force=True).message.startswith("trained: 88 images")
+
+
+def test_unfinished_run_of_a_finished_output_is_removed(recipe: Path) -> None:
+    """A run that was killed right after publishing left OUT.partial for ever."""
+    change(recipe, "images = 320", "images = 8")
+    train(recipe)
+    partial = recipe.with_name("out.partial")
+    partial.mkdir()
+    (partial / "recipe.json").write_text(json.dumps(load_config(recipe).values))
+    (partial / "state.pt").touch()
+    assert train(recipe).message.startswith("trained already")
+    assert not partial.exists()
+
+
+def test_full_disk_is_told_by_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was "unexpected pos 1280 vs 1180", of an archive that could not be closed."""
+
+    class FullDisk(io.BytesIO):
+        def write(self, content: Any) -> int:
+            if self.tell() > 1000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    monkeypatch.setattr("vlmdeploy.train.state.write_file", lambda path, write: write(FullDisk()))
+    optimizer: Any = SimpleNamespace(state=lambda: {"values": torch.zeros(1000)})
+    with pytest.raises(OSError, match="No space left on device"):
+        save_state(tmp_path, Place(), optimizer)
 
 
 def test_foreign_folder_is_never_replaced(recipe: Path) -> None:

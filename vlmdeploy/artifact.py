@@ -23,9 +23,10 @@ from vlmdeploy.records import Config, first_difference, read_object
 from vlmdeploy.stopping import undisturbed
 
 _STAGING_SUFFIX = ".staging"
+_OLD = f".old{_STAGING_SUFFIX}"
 _MARKER = ".vlmdeploy-staging"
 _ASIDE = ".new"
-LOCK = "lock"
+LOCK, DISCARDED = "lock", "discarded"  # in OUT.partial
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
@@ -70,21 +71,23 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
     First removes what killed runs left. Raises ExportError if `out` may not or cannot be written, and if something
     appeared there in the meantime.
     """
+    _remove_leftovers(out.absolute(), is_ours)
     replaced = check_output(out, force, is_ours)
     out = out.absolute()
-    _remove_leftovers(out, is_ours)
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}{_STAGING_SUFFIX}")
+    staging = _staging_of(out)
     ours: Place = None
     try:
         with undisturbed():
-            make_folder(staging)
+            make_folder(out.parent)
+            staging.mkdir()
             ours = _place(staging)
         with _held(staging):
-            (staging / _MARKER).touch()
+            _mark(staging)
             yield staging
-            (staging / _MARKER).unlink()
             sync_tree(staging)
             with undisturbed():
+                (staging / _MARKER).unlink()
+                sync_folder(staging)
                 _publish(staging, out, replaced, is_ours)
     except OSError as error:
         where = str(error.filename or staging).replace(str(staging), str(out))
@@ -95,6 +98,17 @@ def staged_folder(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> It
                 _remove_tree(staging)
 
 
+def _staging_of(out: Path) -> Path:
+    """A free name beside `out`, which the next run of the same command recognizes."""
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}{_STAGING_SUFFIX}")
+
+
+def _mark(staging: Path) -> None:
+    """Mark a folder as one that may be removed, before anything in it changes."""
+    (staging / _MARKER).touch()
+    sync_folder(staging)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and those above it, and return once their names are on the disk."""
     for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
@@ -102,10 +116,28 @@ def make_folder(folder: Path) -> None:
         sync_folder(missing.parent)
 
 
-def _remove_tree(folder: Path) -> None:
-    """Remove a folder as far as possible; what a single failure leaves goes in the second pass."""
+def remove_output(out: Path) -> None:
+    """Remove a folder that `staged_folder` wrote. If that is interrupted, the next run to `out` removes the rest."""
+    with suppress(OSError):
+        staging = out.rename(_staging_of(out))
+        sync_folder(out.parent)
+        _remove_tree(staging)
+
+
+def _remove_tree(staging: Path) -> None:
+    """Remove a staging folder as far as possible, its mark last; what a single failure leaves goes in a second pass."""
     for _ in range(2):
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            _mark(staging)
+        with suppress(OSError):
+            for path in staging.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != _MARKER:
+                    path.unlink()
+            sync_folder(staging)
+            (staging / _MARKER).unlink(missing_ok=True)
+            staging.rmdir()
 
 
 @contextmanager
@@ -124,10 +156,13 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _remove_leftovers(out: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Delete what killed runs left: a staging folder, or the old output that it was exchanged for."""
+    """Delete what killed runs left: a staging folder, or the old output, unless it is the only one."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_STAGING_SUFFIX}"):
         with suppress(OSError), _held(folder) as is_free:
-            if is_free and ((folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())):
+            if is_free and _place(out) is None and folder.name.endswith(_OLD) and is_ours(folder):
+                folder.rename(out)
+                sync_folder(out.parent)
+            elif is_free and ((folder / _MARKER).is_file() or is_ours(folder) or not any(folder.iterdir())):
                 _remove_tree(folder)
 
 
@@ -136,19 +171,26 @@ def _publish(staging: Path, out: Path, replaced: Place, is_ours: Callable[[Path]
     else lies there now, which stays."""
     if replaced is None:
         _rename_to_new(staging, out)
-        sync_folder(out.parent)
+        with _undone_on_error(lambda: out.rename(staging), out.parent):
+            sync_folder(out.parent)
         return
     old = staging if _exchange(staging, out) else _renamed_away(staging, out)
-    if _place(old) != replaced or not is_ours(old):  # systems give the number of a deleted folder to a new one
-        if old == staging and _exchange(out, staging):
+    with _undone_on_error(lambda: _put_back(staging, out, old), out.parent):
+        if _place(old) != replaced or not is_ours(old):  # systems give the number of a deleted folder to a new one
             raise _appeared(out)
-        out.rename(staging)
-        old.rename(out)
-        raise _appeared(out)
-    sync_folder(out.parent)
-    with suppress(OSError):
-        (old / _MARKER).touch()  # a kill from here on leaves what the next run removes
+        sync_folder(out.parent)
     _remove_tree(old)
+
+
+@contextmanager
+def _undone_on_error(undo: Callable[[], object], folder: Path) -> Iterator[None]:
+    """Undo renames in `folder` if the block fails, durably, because what they replaced may be removed next."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        sync_folder(folder)
+        raise
 
 
 def _rename_to_new(staging: Path, out: Path) -> None:
@@ -169,10 +211,25 @@ def _appeared(out: Path) -> ExportError:
 
 def _renamed_away(staging: Path, out: Path) -> Path:
     """Two renames, where the system cannot exchange; returns the place of the old output."""
-    old = staging.with_name(staging.name.removesuffix(_STAGING_SUFFIX) + f".old{_STAGING_SUFFIX}")
+    old = staging.with_name(staging.name.removesuffix(_STAGING_SUFFIX) + _OLD)
     out.rename(old)
-    staging.rename(out)
+    try:
+        staging.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
     return old
+
+
+def _put_back(staging: Path, out: Path, old: Path) -> None:
+    """Undo an exchange, or the two renames. Raises ExportError, saying where the old folder lies, if that fails."""
+    if old == staging and _exchange(out, staging):
+        return
+    try:
+        out.rename(staging)  # refused if the old folder is there
+        old.rename(out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be put back ({error.strerror}): it lies at {old}") from error
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -237,6 +294,8 @@ def open_partial(folder: Path, name: str, settings: Config, force: bool, error: 
                 "continue with the old settings, or start over with --force"
             )
         empty_partial(folder, name)
+    elif (folder / DISCARDED).is_file():
+        empty_partial(folder, name)
     elif any(item.name != LOCK and not is_aside(item) for item in folder.iterdir()):
         raise error(f"{folder}: exists and holds no {name}: not an unfinished run; move it away")
     write_file(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
@@ -258,22 +317,40 @@ def damage_explained(path: Path, error: type[VlmdeployError]) -> Iterator[None]:
         raise error(f"{path}: damaged ({found}); remove {path.parent} to start over") from problem
 
 
-def empty_partial(folder: Path, last: str) -> None:
-    """Empty an unfinished run's folder, except for its lock. The settings file `last` goes last: until then, a killed
-    clean-up still looks like an unfinished run."""
+def empty_partial(folder: Path, name: str) -> None:
+    """Empty an unfinished run's folder, except for its lock. The file `name`, without which the rest means nothing,
+    first gets a name that says so until the rest has gone: what a kill in between leaves is no unfinished run."""
+    with suppress(FileNotFoundError):
+        (folder / name).replace(folder / DISCARDED)
+    sync_folder(folder)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (last, LOCK):
+        elif path.name not in (DISCARDED, LOCK):
             path.unlink()
-    (folder / last).unlink(missing_ok=True)
+    sync_folder(folder)
+    (folder / DISCARDED).unlink(missing_ok=True)
 
 
-def remove_partial(folder: Path, last: str) -> None:
-    """Remove an unfinished run's folder, in the order of `empty_partial`."""
-    empty_partial(folder, last)
+def remove_partial(folder: Path, name: str) -> None:
+    """Remove an unfinished run's folder, as `empty_partial` empties it."""
+    empty_partial(folder, name)
     (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def remove_finished(folder: Path, name: str, settings: Config, error: type[VlmdeployError]) -> None:
+    """Remove what a run with these settings left that was killed right after it had published its result."""
+    if not folder.is_dir():
+        return
+    is_empty = all(path.name == LOCK for path in folder.iterdir())
+    if (
+        is_empty
+        or (folder / DISCARDED).is_file()
+        or ((folder / name).is_file() and read_state(folder / name, error) == settings)
+    ):
+        with locked(folder), unwritable_reported(folder):
+            remove_partial(folder, name)
 
 
 @contextmanager
@@ -283,6 +360,8 @@ def locked(folder: Path) -> Iterator[None]:
         make_folder(folder)
         lock = (folder / LOCK).open("wb")
     except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()  # unless another run holds it
         raise ExportError(f"{folder}: cannot be written: {error.strerror}") from error
     with lock:
         try:
@@ -292,17 +371,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
-    """Replace a file atomically; on an error, nothing is left. sync: return only once file and name are on the disk.
+def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replace a file atomically, and return once it is on the disk; on an error, nothing is left.
 
     Raises ExportError for a path that holds anything but a regular file; what a link names is replaced, not the link.
     """
-    with written_aside(path, sync) as aside, aside.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         write(file)
 
 
 @contextmanager
-def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for a library to write to, which then replaces it as `write_file` does."""
     path = path.resolve()
     with suppress(FileNotFoundError):
@@ -318,11 +397,9 @@ def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield aside
-            if sync:
-                sync_file(aside)
+            sync_file(aside)
             aside.replace(path)
-            if sync:
-                sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -337,7 +414,7 @@ def _remove_if_free(aside: Path) -> None:
 
 def is_aside(path: Path) -> bool:
     """Whether `write_file` was killed while it wrote this file."""
-    return path.name.startswith(".") and path.name.removesuffix(path.suffix).endswith(_ASIDE)
+    return path.name.startswith(".") and _ASIDE in path.suffixes[-2:]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vlmdeploy.artifact import write_file
 from vlmdeploy.bundle_rules import check_manifest
 from vlmdeploy.errors import BundleError
 from vlmdeploy.input_files import read_input
@@ -20,14 +21,13 @@ MOST_MANIFEST_BYTES = 16 << 20
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json atomically, with its own hash as the last entry."""
+    """Write manifest.json atomically and durably, with its own hash as the last entry."""
     body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
     assert body.endswith("\n}"), "json.dumps with indent ends an object on its own line"
     signed = body[:-2].encode() + b',\n "sha256": "'
     digest = hashlib.sha256(signed).hexdigest()
-    aside = folder / f".{MANIFEST_NAME}"
-    aside.write_bytes(signed + digest.encode() + b'"\n}\n')
-    aside.replace(folder / MANIFEST_NAME)
+    content = signed + digest.encode() + b'"\n}\n'
+    write_file(folder / MANIFEST_NAME, lambda file: file.write(content))
 
 
 def has_manifest(folder: Path) -> bool:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import vlmdeploy
-from vlmdeploy.artifact import as_umask_says, staged_folder
+from vlmdeploy.artifact import staged_folder
 from vlmdeploy.calib.state import Records, shard_name
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.model.checkpoint import LICENCE_PATTERNS, Checkpoint
 from vlmdeploy.model.shards import INDEX_NAME, SINGLE_NAME
+from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.quant.gptq_config import CONFIG_NAME, GptqConfig, ModuleGrid, config_json, dynamic_overrides
 from vlmdeploy.quant.gptq_format import encode_linear
 from vlmdeploy.quant.grid import Quantized
@@ -123,8 +123,7 @@ def _write_shards(records: Records, partial: Path, folder: Path) -> None:
         for name in names:
             with safe_open(partial / name, framework="pt") as shard:
                 tensors |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  # not a dict
-        save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-        as_umask_says(folder / SINGLE_NAME)
+        save_tensors(tensors, folder / SINGLE_NAME)
         return
     weight_map: dict[str, str] = {}
     size = 0

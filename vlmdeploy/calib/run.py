@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, check_output, locked, open_partial, partial_folder, remove_partial
+from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, remove_finished, remove_partial
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.checkpoint_writer import (
@@ -34,7 +34,6 @@ from vlmdeploy.calib.state import (
     Records,
     RunState,
     is_shard,
-    unfinished_settings,
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
 from vlmdeploy.calib.units import UnitRunner
@@ -113,7 +112,7 @@ def run_quantization(
         difference = first_difference(options.settings, done["settings"])
         if difference is None:
             if processes.is_first:
-                _remove_finished_partial(partial_folder(out.absolute()), options.settings)
+                remove_finished(partial_folder(out.absolute()), SETTINGS, options.settings, CalibrationError)
             return QuantizeResult("quantized already with these settings", done, is_reported_here=processes.is_first)
         if not options.force:
             key, ours, theirs = difference
@@ -158,23 +157,14 @@ def _system_errors_explained(folder: Path) -> Iterator[None]:
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether the disk or a quota is full. The tensor library gives the error number only in its message."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in FULL or any(f"(os error {full})" in str(error) for full in FULL)
+    """Whether the disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _is_inside(folder: Path, error: OSError | SafetensorError) -> bool:
     """Whether an error concerns a file in this folder. The tensor library names the file only in its message."""
     name = error.filename if isinstance(error, OSError) else None
     return f"{folder}{os.sep}" in str(error) if name is None else str(name).startswith(f"{folder}{os.sep}")
-
-
-def _remove_finished_partial(folder: Path, settings: dict[str, Any]) -> None:
-    """Clean up after a run that was killed right after publishing its result."""
-    is_empty = folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
-    if is_empty or unfinished_settings(folder) == settings:
-        with locked(folder):
-            remove_partial(folder, SETTINGS)
 
 
 @contextmanager

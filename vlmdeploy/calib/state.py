@@ -14,10 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import LOCK, as_umask_says, damage_explained, read_state, sync_file, write_file
+from vlmdeploy.artifact import LOCK, damage_explained, read_state, sync_file, sync_folder, write_file
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.calib.activations import FLOAT_BYTES, Pool
 from vlmdeploy.calib.calibration_set import Tokens
@@ -25,6 +24,7 @@ from vlmdeploy.calib.flow import Flow
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.errors import CalibrationError
 from vlmdeploy.manifest import FileEntry
+from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.records import Config, read_object, record_of
 
@@ -100,6 +100,7 @@ class RunState:
         linears: tuple[LinearReport, ...],
     ) -> UnitRecord:
         shard = {shard_name(unit): self._write_shard(unit, tensors)} if tensors else {}
+        sync_folder(self.folder)  # what the record names is there before the record
         record = UnitRecord(files | shard, linears)
         text = json.dumps(asdict(record), indent=1).encode()
         write_file(self._record_path(unit), lambda file: file.write(text))
@@ -137,8 +138,7 @@ class RunState:
 
     def _write_shard(self, unit: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         path = self.folder / shard_name(unit)
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-        as_umask_says(path)
+        save_tensors(tensors, path)
         sync_file(path)
         return hash_file(path)
 

@@ -1,11 +1,10 @@
 """Exports a float checkpoint to an integer target: quantizes it into OUT.quantized, exports and removes that. After a
 kill or failure the same command continues."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from vlmdeploy.artifact import check_output
+from vlmdeploy.artifact import check_output, remove_output
 from vlmdeploy.bundle import is_bundle
 from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
 from vlmdeploy.errors import ConfigError
@@ -49,5 +48,5 @@ def export_calibrated(
     )
     quantized = quantize_checkpoint(ckpt, aside, wanted, progress)
     manifest, warnings = export_bundle(aside, out, options, progress)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_output(aside)
     return manifest, (*quantized.warnings, *warnings)

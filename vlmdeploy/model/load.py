@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmdeploy.artifact import as_umask_says
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families import family_named
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.kernel_layer import check_routable, load_codes, replace_layers
 from vlmdeploy.model.shards import SINGLE_NAME
+from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import WeightRule
@@ -88,8 +87,7 @@ def save_checkpoint(model: VisionLanguageModel, config: dict[str, Any], folder: 
         for source, first in zip(rule.sources, _offsets(rule), strict=True):
             part = values[first : first + source.shape[0]] if rule.op == "stack" else values
             tensors[source.name] = part.reshape(source.shape).contiguous().clone()
-    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-    as_umask_says(folder / SINGLE_NAME)
+    save_tensors(tensors, folder / SINGLE_NAME)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ from vlmdeploy.score.answerers import answer_all
 
 ALL, PICTURED, TEXTS = "all", "pictured", "texts"
 DISTRIBUTIONS = "distributions."
+MARK = f"{DISTRIBUTIONS}of"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Reference:
 
     def _mark(self) -> Path:
         """The file that names the reference whose distributions are complete here."""
-        return self.evaluator.folder / f"{DISTRIBUTIONS}of"
+        return self.evaluator.folder / MARK
 
     def _is_written(self) -> bool:
         """Whether this reference's distributions and their answers are stored."""

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import vlmdeploy
-from vlmdeploy.artifact import LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
+from vlmdeploy.artifact import DISCARDED, LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
 from vlmdeploy.bench.machine import machine
 from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.questions import QuestionOptions
@@ -23,7 +23,7 @@ from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.report.collect import frontier, layer_errors, model_result, questions_by_task
 from vlmdeploy.report.document import JSON_NAME, DataUsed, Failure, Report
 from vlmdeploy.report.evaluation import Store
-from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, PICTURED, TEXTS, Asked, Evaluator, Measured, Reference
+from vlmdeploy.report.evaluator import ALL, DISTRIBUTIONS, MARK, PICTURED, TEXTS, Asked, Evaluator, Measured, Reference
 from vlmdeploy.report.files import write_report
 from vlmdeploy.report.opened_models import OpenOptions, check_same_model, identity_of, subject_of
 from vlmdeploy.report.pictures import PictureFolder
@@ -104,7 +104,7 @@ def make_report(
                 failures=failures,
             )
             write_report(report, folder)
-        remove_partial(partial, LOCK)
+        remove_partial(partial, MARK)
     return report
 
 
@@ -115,7 +115,7 @@ def _removed_if_empty(partial: Path) -> Iterator[None]:
         yield
     except BaseException:
         if all(path.name == LOCK for path in partial.iterdir()):
-            remove_partial(partial, LOCK)
+            remove_partial(partial, MARK)
         raise
 
 
@@ -151,7 +151,7 @@ def is_report(folder: Path) -> bool:
 def _check_partial(partial: Path) -> None:
     """Raise ExportError if the folder holds other files: the last step deletes it."""
     for path in partial.iterdir() if partial.is_dir() else ():
-        if path.name not in (EVALUATIONS, TEXTS, LOCK) and not path.name.startswith(DISTRIBUTIONS):
+        if path.name not in (EVALUATIONS, TEXTS, LOCK, DISCARDED) and not path.name.startswith(DISTRIBUTIONS):
             raise ExportError(f"{partial}: holds {path.name}, which is not from a report; choose another --out")
 
 

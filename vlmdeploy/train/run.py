@@ -19,7 +19,16 @@ import numpy as np
 import torch
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, locked, open_partial, partial_folder, remove_partial, staged_folder
+from vlmdeploy.artifact import (
+    check_output,
+    locked,
+    open_partial,
+    partial_folder,
+    remove_finished,
+    remove_partial,
+    staged_folder,
+    unwritable_reported,
+)
 from vlmdeploy.errors import ConfigError, TrainingError
 from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
@@ -63,13 +72,13 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
     A finished `out` of the same recipe stays unchanged. Raises ConfigError, TrainingError and ExportError.
     """
     config = load_config(config_path)
-    record = read_record(out)
+    record, folder = read_record(out), partial_folder(out.absolute())
     if record and not force and record["recipe"] == config.values:
+        remove_finished(folder, RECIPE, config.values, TrainingError)
         return _result(record, out, "trained already with this recipe")
     check_output(out, force, is_ours)
     source = load_source(config.data_path, config.recipe.data_class)
-    folder = partial_folder(out.absolute())
-    with locked(folder), _lines_on_stderr():
+    with locked(folder), unwritable_reported(folder), _lines_on_stderr():
         open_partial(folder, RECIPE, config.values, force, TrainingError)
         run_workers(train, (config.path, folder), config.recipe.workers, Watch(folder, progress))
         record = build_record(config, read_status(folder))

@@ -7,7 +7,7 @@ status.json, time and losses, every few seconds. recipe.json holds the recipe.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,7 +55,14 @@ class Status:
 def save_state(folder: Path, place: Place, optimizer: FlatOptimizer) -> None:
     """Replace state.pt atomically and durably."""
     content = {**vars(place), **optimizer.state()}
-    write_file(folder / STATE, lambda file: torch.save(content, file), sync=True)
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of the archive, closed after the system's error
+            raise error.__context__ or error from None
+
+    write_file(folder / STATE, write)
 
 
 def load_place(folder: Path, num_stages: int) -> Place:
@@ -106,7 +113,7 @@ def _damaged(folder: Path, found: str) -> TrainingError:
 def write_status(folder: Path, status: Status) -> None:
     """Replace status.json atomically."""
     content = json.dumps(asdict(status)).encode()
-    write_file(folder / STATUS, lambda file: file.write(content), sync=False)
+    write_file(folder / STATUS, lambda file: file.write(content))
 
 
 def read_status(folder: Path) -> Status:

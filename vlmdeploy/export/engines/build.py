@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlmdeploy import devices
-from vlmdeploy.artifact import LOCK, empty_partial, locked
+from vlmdeploy.artifact import LOCK, empty_partial, locked, sync_folder, sync_tree
 from vlmdeploy.bundle import hash_file, write_manifest
 from vlmdeploy.byte_sizes import gigabytes, parse_size
 from vlmdeploy.devices import Device
@@ -303,9 +303,11 @@ def _publish(
     bare = _with_plugin(replace(manifest, engines={}, files=files), "")
     library = "" if options.plugin_library is None else f"{ENGINES}/{PLUGIN_NAME}"
     built = _with_plugin(replace(bare, engines=engines, files=files | engine_files(aside)), library)
+    sync_tree(aside)
     write_manifest(folder, bare)
     if (folder / ENGINES).exists():
         shutil.rmtree(folder / ENGINES)
     aside.rename(folder / ENGINES)
+    sync_folder(folder)
     write_manifest(folder, built)
     return built
