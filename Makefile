@@ -37,10 +37,11 @@ test: $(READY) lint
 test-all: test
 	$(BIN)/python -m pytest -q -m slow
 
-# Attacks on everything that reads what came from outside; findings are kept in fuzz/corpus.
+# Attacks on everything that reads what came from outside, and on every write; what is found is kept in fuzz/corpus.
 fuzz: $(READY)
 	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no Atheris for this machine: inputs are changed blindly"
 	$(BIN)/python -m fuzz --minutes $(MINUTES)
+	$(BIN)/python -m fuzz.storage --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

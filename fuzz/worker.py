@@ -110,7 +110,8 @@ def with_coverage(attack: Attack, seconds: float) -> None:
             return bytes(atheris.Mutate(data, most))
         return attack.changed(data)[:most]
 
-    arguments = [sys.argv[0], f"-max_total_time={seconds:.0f}", "-timeout=20", f"-max_len={LONGEST_INPUT}", str(corpus)]
+    options = [f"-max_total_time={seconds:.0f}", "-timeout=20", f"-max_len={LONGEST_INPUT}"]
+    arguments = [sys.argv[0], *options, f"-artifact_prefix={attack.place}/", str(corpus)]
     atheris.Setup(arguments, attack.try_one, custom_mutator=custom, internal_libfuzzer=True)
     atheris.Fuzz()
 
