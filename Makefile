@@ -41,7 +41,6 @@ test-all: test
 fuzz: $(READY)
 	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no Atheris for this machine: inputs are changed blindly"
 	$(BIN)/python -m fuzz --minutes $(MINUTES)
-	$(BIN)/python -m fuzz.storage --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Attack every target, or the named ones, and keep what was found in the corpus."""
+"""Attack every target, or the named ones, and keep what was found in the corpus; then the writers."""
 
 import argparse
 import importlib.util
@@ -28,7 +28,7 @@ class Outcome:
 def main() -> None:
     """Attack; the exit status is 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="In all, shared by the targets.")
+    parser.add_argument("--minutes", type=float, default=10, help="In all: two thirds for the targets, the rest for storage.")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="Only these; may be repeated.")
     parser.add_argument("--seed", type=int, default=0)
     has_atheris = importlib.util.find_spec("atheris") is not None
@@ -36,14 +36,18 @@ def main() -> None:
     parser.add_argument("--engine", choices=engines, default=engines[0])
     options = parser.parse_args()
     names = options.target or list(TARGETS)
+    for_storage = 0 if options.target else options.minutes / 3
     found = 0
     with tempfile.TemporaryDirectory() as work:
         for name in names:
-            outcome = attack(name, 60 * options.minutes / len(names), options.seed, Path(work), options.engine)
+            outcome = attack(name, 60 * (options.minutes - for_storage) / len(names), options.seed, Path(work), options.engine)
             found += len(outcome.findings)
             print(f"{name}: {outcome.inputs} inputs, {len(outcome.findings)} findings", flush=True)
             for file, said in outcome.findings.items():
                 print(f"  {file}: {said}", flush=True)
+    if for_storage:
+        command = [sys.executable, "-m", "fuzz.storage", "--minutes", str(for_storage), "--seed", str(options.seed)]
+        found += subprocess.run(command, cwd=CORPUS.parent.parent, check=False).returncode
     sys.exit(1 if found else 0)
 
 
