@@ -28,7 +28,7 @@ class Outcome:
 def main() -> None:
     """Attack; the exit status is 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="In all: two thirds for the targets, the rest for storage.")
+    parser.add_argument("--minutes", type=float, default=10, help="In all; a third of it for the writers.")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="Only these; may be repeated.")
     parser.add_argument("--seed", type=int, default=0)
     has_atheris = importlib.util.find_spec("atheris") is not None
@@ -40,7 +40,9 @@ def main() -> None:
     found = 0
     with tempfile.TemporaryDirectory() as work:
         for name in names:
-            outcome = attack(name, 60 * (options.minutes - for_storage) / len(names), options.seed, Path(work), options.engine)
+            outcome = attack(
+                name, 60 * (options.minutes - for_storage) / len(names), options.seed, Path(work), options.engine
+            )
             found += len(outcome.findings)
             print(f"{name}: {outcome.inputs} inputs, {len(outcome.findings)} findings", flush=True)
             for file, said in outcome.findings.items():
