@@ -5,7 +5,7 @@ import re
 
 LONGEST_MESSAGE = 1000  # characters
 _LINE_BREAKS = re.compile(r"\s*[\n\r\t\v\f]\s*")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vlmdeploy.byte_sizes import shown_size
-from vlmdeploy.errors import VlmdeployError
+from vlmdeploy.errors import VlmdeployError, shown
 
 NOTHING_THERE = "no such file"
 MOST_JSON_BYTES = 64 << 20  # of one config, index, report or tokenizer
@@ -20,6 +20,13 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def given_path(value: object, error: type[VlmdeployError], expected: str) -> Path:
+    """A caller's path. Raises `error` for a value of another kind."""
+    if isinstance(value, str | os.PathLike) and isinstance(path := os.fspath(value), str) and "\0" not in path:
+        return Path(path)
+    raise error(f"found {shown(value)}, expected {expected}")
 
 
 def open_input(path: Path, error: type[VlmdeployError], expected: str = "") -> BinaryIO:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmdeploy.bundle import hash_file
 from vlmdeploy.errors import ConfigError, WeightsError
 from vlmdeploy.families import find_family
-from vlmdeploy.input_files import MOST_JSON_BYTES, find_inside, inside, is_plain_name, read_input
+from vlmdeploy.input_files import MOST_JSON_BYTES, find_inside, given_path, inside, is_plain_name, read_input
 from vlmdeploy.model.decoder import default_inv_freq
 from vlmdeploy.model.shards import Shards
 from vlmdeploy.model.stored_codes import StoredCodes
@@ -39,7 +39,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, follow_links: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder = given_path(folder, WeightsError, "the folder of a checkpoint")
         self.follow_links = follow_links
         if not self.folder.is_dir():
             raise WeightsError(f"{self.folder}: no such folder; expected a checkpoint with config.json and safetensors")

@@ -5,6 +5,7 @@ for piece in session.generate([{"role": "user", "content": "..."}]): ...
 """
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlmdeploy.byte_sizes import shown_size
 from vlmdeploy.errors import BackendError, BundleError, PromptError, shown
+from vlmdeploy.input_files import given_path
 from vlmdeploy.layout import Ints
 from vlmdeploy.manifest import TOKENIZER_NAME
 from vlmdeploy.runtime.answer import Answer, Running
@@ -40,7 +42,7 @@ from vlmdeploy.runtime.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
-KEPT_IMAGES = 4
+KEPT_IMAGES, MOST_THREADS = 4, 1024
 BYTES_PER_TOKEN = 128  # the longest tokens of real vocabularies are runs of as many spaces
 
 
@@ -113,6 +115,8 @@ class Session:
     def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Running:
         """Check and prepare an answer; the model first runs when a piece is taken."""
         tokenizer, timings = self.tokenizer, Timings()
+        if not (template is None or isinstance(template, str)):
+            raise PromptError(f"template is {shown(template)}, expected the name of one")
         conversation = read_messages(messages, self.manifest.tokens.max_images, self._allow_local)
         self._check_text_length(conversation)
         ids = prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
@@ -142,7 +146,7 @@ class Session:
     ) -> list[str]:
         """Answer each conversation with text; see `generate_ids_batch`. Raises PromptError and DataError."""
         running = []
-        for place, messages in enumerate(conversations):
+        for place, messages in enumerate(_sequence("conversations", conversations)):
             with _naming(f"conversations[{place}]"):
                 running.append(self.start(messages, options, template))
         answers = self._batched([one.prompt for one in running], options)
@@ -162,7 +166,7 @@ class Session:
         others run one after the other. Raises PromptError, naming the prompt, before anything runs.
         """
         made = []
-        for place, pair in enumerate(prompts):
+        for place, pair in enumerate(_sequence("prompts", prompts)):
             with _naming(f"prompts[{place}]" if len(prompts) > 1 else ""):
                 if not isinstance(pair, tuple | list) or len(pair) != 2:
                     raise PromptError(f"found {type(pair).__name__}, expected a pair: ids, and images or None")
@@ -202,6 +206,8 @@ class Session:
         preprocessed. Raises PromptError.
         """
         prompt = self._prompt(input_ids, images)
+        if not (last is None or _is_count(last, sys.maxsize)):
+            raise PromptError(f"last is {shown(last)}, expected a whole number of at least 1, or None")
         first = 0 if last is None else max(0, len(prompt.ids) - last)
         wanted = first + np.flatnonzero(~prompt.vision_mask[first:])
         result = np.full((len(prompt.ids) - first, self.manifest.embedding.vocab_size), np.nan, np.float32)
@@ -278,6 +284,22 @@ def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(stop or ())
 
 
+def _check(option: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise BackendError(f"{option} is {shown(value)}, expected {expected}")
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _sequence(name: str, values: Any) -> Sequence[Any]:
+    """A caller's list; raises PromptError for another kind of value."""
+    if not isinstance(values, list | tuple):
+        raise PromptError(f"{name} is {shown(values)}, expected a list")
+    return values
+
+
 def _array(name: str, values: Any, kind: type[np.generic] | None = None) -> NDArray[Any]:
     """A caller's value as an array; raises PromptError if it is none."""
     try:
@@ -306,8 +328,13 @@ def open_bundle(
     files that links place outside the folder. allow_local: `image_url` may name a file of this machine.
     image_limits: how large pictures may be. Raises BundleError and BackendError.
     """
-    folder = Path(folder)
-    if residency not in ("all", "phase"):
-        raise BackendError(f'residency is {residency!r}, expected "all" or "phase"')
+    folder = given_path(folder, BundleError, "the folder of a bundle")
+    _check("check", check, isinstance(check, str) and check in ("auto", "full"), '"auto" or "full"')
+    _check("provider", provider, provider is None or isinstance(provider, str), '"cpu", "cuda" or None')
+    _check("threads", threads, threads is None or _is_count(threads, MOST_THREADS), f"1 to {MOST_THREADS} or None")
+    _check("residency", residency, isinstance(residency, str) and residency in ("all", "phase"), '"all" or "phase"')
+    for name, flag in {"trust": trust, "follow_links": follow_links, "allow_local": allow_local}.items():
+        _check(name, flag, isinstance(flag, bool), "True or False")
+    _check("image_limits", image_limits, isinstance(image_limits, ImageLimits), "ImageLimits")
     files = check_bundle(folder, check, follow_links=follow_links)
     return Session(files, open_backend(files, provider, threads, residency, trust), allow_local, image_limits)
