@@ -7,7 +7,7 @@ import pytest
 
 from vlmdeploy.calib.statistics import HessianKind
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.sweep.grid import ALGORITHMS, Point, read_grid
+from vlmdeploy.sweep.grid import ALGORITHMS, ALLOWED, Point, read_grid
 
 
 def grid(tmp_path: Path, text: str) -> list[Point]:
@@ -131,3 +131,23 @@ def test_grid_that_is_no_text_is_refused(tmp_path: Path) -> None:
         read_grid(tmp_path / "grid.toml")
     with pytest.raises(ConfigError, match=r"none\.toml: no such file; expected a grid"):
         read_grid(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(f"{key} = {list(values)}" for key, values in ALLOWED.items()).replace("'", '"'),
+        '[[point]]\nalgorithm = "rtn"\n' * 10_001,
+    ],
+    ids=["lists", "points"],
+)
+def test_more_points_than_any_sweep_has_are_refused(tmp_path: Path, text: str) -> None:
+    """Every one of a million combinations was made before the first was looked at."""
+    with pytest.raises(ConfigError, match=r"grid\.toml: .* \d{5,} points, at most 10000 are run in one sweep"):
+        grid(tmp_path, text)
+
+
+def test_values_that_are_repeated_count_once(tmp_path: Path) -> None:
+    """A list of a value a thousand times, in each of several keys, was combined to millions of equal points."""
+    text = "\n".join(f"{key} = {[value] * 1000}" for key, value in (("bits", 4), ("group", 32), ("lm_head", "int8")))
+    assert names(tmp_path, text.replace("'", '"')) == ["routed_int4_g32_head-int8"]

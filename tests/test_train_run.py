@@ -4,8 +4,9 @@ import errno
 import io
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from vlmdeploy.train.batches import normalized
 from vlmdeploy.train.config import StageConfig, load_config
 from vlmdeploy.train.run import Result, run
 from vlmdeploy.train.stages import dense_weight, learning_rate, progress_of
-from vlmdeploy.train.state import Place, save_state
+from vlmdeploy.train.state import STATE, Place, load_optimizer, load_place, save_state
 from vlmdeploy.train.workers import uses_bfloat16
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -300,3 +301,108 @@ def test_bfloat16_is_a_choice_or_the_processors() -> None:
     assert uses_bfloat16("bfloat16")
     assert not uses_bfloat16("float32")
     assert uses_bfloat16("auto") in (True, False)
+
+
+# What lies in the folders of a run is data
+
+
+class Bomb:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def saved_state(folder: Path, **changes: Any) -> Path:
+    content = {
+        **vars(Place()),
+        "values": torch.ones(3),
+        "first": torch.ones(3),
+        "second": torch.ones(2),
+        "num_steps": 1,
+    }
+    torch.save(content | changes, folder / STATE)
+    return folder
+
+
+def test_a_saved_state_is_read(tmp_path: Path) -> None:
+    assert load_place(saved_state(tmp_path, step=3, stage=1), 2).step == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stage": 2}, "of stage 2, the recipe has 2"),
+        ({"stage": -1}, '"stage" is missing or of another kind'),
+        ({"step": True}, '"step" is missing or of another kind'),
+        ({"average": None}, '"average" is missing or of another kind'),
+        ({"losses": torch.zeros(4)}, "of stage 0, the recipe has 2"),
+        ({"num_steps": 1.5}, '"num_steps" is missing or of another kind'),
+    ],
+)
+def test_a_state_of_other_kinds_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    """Every one of these was a KeyError, an IndexError or a TypeError, or trained something else."""
+    with pytest.raises(TrainingError, match=rf"state\.pt: damaged \({told}\); remove .* to start over"):
+        load_place(saved_state(tmp_path, **changes), 2)
+
+
+def test_the_state_of_another_model_is_told(tmp_path: Path) -> None:
+    class Other:
+        values, first, second = torch.ones(4), torch.ones(4), torch.ones(2)
+
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged \(values is \[3\], expected \[4\]\)"):
+        load_optimizer(saved_state(tmp_path), Other())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda file, bomb: pickle.dump(bomb, file), lambda file, bomb: torch.save(bomb, file)]
+)
+def test_a_state_that_would_run_code_is_refused(tmp_path: Path, write: Callable[[Any, Bomb], Any]) -> None:
+    """The message ran over thirty lines of advice on how to run the code after all."""
+    with (tmp_path / STATE).open("wb") as file:
+        write(file, Bomb(tmp_path / "mark"))
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged \(.{10,200}\); remove .* to start over$"):
+        load_place(tmp_path, 1)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_state_that_is_no_file_is_told(tmp_path: Path) -> None:
+    """A FIFO counted as absent: the run started over and replaced it."""
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(TrainingError, match=r"state\.pt: is a FIFO or pipe"):
+        load_place(tmp_path, 1)
+
+
+def test_only_the_recipe_that_was_given_names_code(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that the command is given in, the unfinished run and the finished one hold code and name it."""
+    here = recipe.with_name("here")
+    here.mkdir()
+    for name in ("brightness.py", "multiprocessing.py", "json.py", "vlmdeploy.py"):
+        (here / name).write_text(f"from pathlib import Path\nPath({str(here / 'mark')!r}).touch()\n")
+    change(recipe, "images = 320", "images = 8")
+    train(recipe)
+    record = json.loads((recipe.with_name("out") / "training.json").read_text())
+    for folder, name, content in (("out.partial", "recipe.json", record["recipe"]), ("out", "training.json", record)):
+        recipe.with_name(folder).mkdir(exist_ok=True)
+        found = json.dumps(content).replace("brightness.py", str(here / "brightness.py"))
+        (recipe.with_name(folder) / name).write_text(found)
+    monkeypatch.chdir(here)
+    with pytest.raises(ExportError, match="exists already"):
+        train(recipe)
+    train(recipe, force=True)
+    assert not (here / "mark").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("images", None), ("images", "many"), ("losses", [1])])
+def test_a_finished_run_whose_record_is_damaged_is_told(recipe: Path, key: str, value: Any) -> None:
+    """It was a KeyError."""
+    change(recipe, "images = 320", "images = 8")
+    train(recipe)
+    path = recipe.with_name("out") / "training.json"
+    record = json.loads(path.read_text()) | {key: value}
+    path.write_text(json.dumps({name: found for name, found in record.items() if found is not None}))
+    with pytest.raises(TrainingError, match=rf'training\.json: (key )?"{key}" is'):
+        train(recipe)

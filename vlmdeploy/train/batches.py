@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.manifest import ImageRecipe
+from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.runtime.chat import Tokenizer, Turn, render
 from vlmdeploy.train.config import TrainConfig
 from vlmdeploy.train.forward import TEXT_POSITION
@@ -38,9 +39,7 @@ class BatchMaker:
 
     def __init__(self, config: TrainConfig, source: TrainingData, worker: int) -> None:
         self._recipe, self._spec, self._source, self._worker = config.recipe, config.spec, source, worker
-        self._encode = lru_cache(CACHED_TEXTS)(
-            Tokenizer.from_bytes(config.tokenizer_path.read_bytes(), str(config.tokenizer_path)).encode
-        )
+        self._encode = lru_cache(CACHED_TEXTS)(Tokenizer(import_tokenizer(config.tokenizer_path)).encode)
         templates = {template.name: template for template in config.spec.templates}
         self._template = templates[config.recipe.text.template]
 

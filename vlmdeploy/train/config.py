@@ -140,6 +140,8 @@ def _problems(config: TrainConfig) -> Iterator[tuple[str, Any, str]]:
         yield "max_cpu_minutes", recipe.max_cpu_minutes, "more than 0"
     if config.data_path.suffix != ".py":
         yield "data", recipe.data, "a Python file"
+    if config.tokenizer_path.suffix != ".json":
+        yield "tokenizer", recipe.tokenizer, "a tokenizer.json"
     if recipe.seed < 0:
         yield "seed", recipe.seed, "at least 0"
     for key, file in (("tokenizer", config.tokenizer_path), ("data", config.data_path)):

@@ -95,7 +95,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         try:
             content = torch.load(file, weights_only=True)
         except Exception as error:  # unpickling raises anything, in many lines
-            raise _damaged(folder, f"{str(error).strip():.200}") from error
+            raise _damaged(folder, f"{str(error).partition('. ')[0]:.200}") from error  # advice follows
     odd = [name for name, kind in KINDS.items() if not isinstance(content, dict) or not _is(content.get(name), kind)]
     if odd:
         raise _damaged(folder, f'"{odd[0]}" is missing or of another kind')
