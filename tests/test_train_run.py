@@ -383,12 +383,10 @@ def test_only_the_recipe_that_was_given_names_code(recipe: Path, monkeypatch: py
     for name in ("brightness.py", "multiprocessing.py", "json.py", "vlmdeploy.py"):
         (here / name).write_text(f"from pathlib import Path\nPath({str(here / 'mark')!r}).touch()\n")
     change(recipe, "images = 320", "images = 8")
-    train(recipe)
-    record = json.loads((recipe.with_name("out") / "training.json").read_text())
-    for folder, name, content in (("out.partial", "recipe.json", record["recipe"]), ("out", "training.json", record)):
-        recipe.with_name(folder).mkdir(exist_ok=True)
-        found = json.dumps(content).replace("brightness.py", str(here / "brightness.py"))
-        (recipe.with_name(folder) / name).write_text(found)
+    values = load_config(recipe).values | {"data": str(here / "brightness.py")}
+    for folder, name, content in (("out.partial", "recipe.json", values), ("out", "training.json", {"recipe": values})):
+        recipe.with_name(folder).mkdir()
+        (recipe.with_name(folder) / name).write_text(json.dumps(content))
     monkeypatch.chdir(here)
     with pytest.raises(ExportError, match="exists already"):
         train(recipe)
@@ -399,10 +397,9 @@ def test_only_the_recipe_that_was_given_names_code(recipe: Path, monkeypatch: py
 @pytest.mark.parametrize(("key", "value"), [("images", None), ("images", "many"), ("losses", [1])])
 def test_a_finished_run_whose_record_is_damaged_is_told(recipe: Path, key: str, value: Any) -> None:
     """It was a KeyError."""
-    change(recipe, "images = 320", "images = 8")
-    train(recipe)
-    path = recipe.with_name("out") / "training.json"
-    record = json.loads(path.read_text()) | {key: value}
-    path.write_text(json.dumps({name: found for name, found in record.items() if found is not None}))
+    record = {"recipe": load_config(recipe).values, "cpu_minutes": 1, "wall_minutes": 1, "images": 3, "losses": {}}
+    recipe.with_name("out").mkdir()
+    kept = {name: found for name, found in {**record, key: value}.items() if found is not None}
+    (recipe.with_name("out") / "training.json").write_text(json.dumps(kept))
     with pytest.raises(TrainingError, match=rf'training\.json: (key )?"{key}" is'):
         train(recipe)
