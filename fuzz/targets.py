@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vlmdeploy.bundle import read_manifest
+from vlmdeploy.data.sft311k import FOLDER_NAMES
 from vlmdeploy.data.source import open_source
 from vlmdeploy.manifest import MANIFEST_NAME, ImageRecipe
 from vlmdeploy.model.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ from vlmdeploy.runtime.summary import bundle_rows, engine_rows
 from vlmdeploy.score.predictions import read_predictions
 from vlmdeploy.sweep.grid import read_grid
 from vlmdeploy.train.config import load_config
+from vlmdeploy.train.state import STATE, Place, load_place
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"
@@ -169,6 +171,19 @@ def _data(name: str) -> Check:
     return check
 
 
+def _label(data: bytes, folder: Path) -> None:
+    root = folder / FOLDER_NAMES[0]
+    for name, content in (("labels_en/1.json", data), ("images/1.png", b64decode(PIXEL))):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(content)
+    list(open_source(folder).samples())
+
+
+def _state(data: bytes, folder: Path) -> None:
+    _put(folder / STATE, data)
+    load_place(folder, 2)
+
+
 def _predictions(name: str) -> Check:
     def check(data: bytes, folder: Path) -> None:
         _put(folder / name, data)
@@ -250,6 +265,21 @@ def _sheet(models: Models) -> list[bytes]:
     return [content.getvalue()]
 
 
+def _labels(models: Models) -> list[bytes]:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    captions = [{"role": "caption", "content": "A cat."}]
+    return [json.dumps({"conversations": turns}).encode(), json.dumps({"captions": captions}).encode()]
+
+
+def _states(models: Models) -> list[bytes]:
+    import torch
+
+    content = io.BytesIO()
+    flat = {name: torch.ones(3) for name in ("values", "first", "second")}
+    torch.save({**vars(Place()), **flat, "num_steps": 1}, content)
+    return [content.getvalue()]
+
+
 def _index(checkpoint: Path) -> bytes:
     weight_map = Checkpoint(checkpoint).shard_of
     return json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}).encode()
@@ -319,6 +349,8 @@ TARGETS: dict[str, Target] = {
     "refcoco": Target(_data("refs.jsonl"), _refcoco, is_json=True),
     "coco": Target(_data("refs.json"), _coco, is_json=True),
     "table": Target(_data("MMBench.tsv"), _table),
+    "label": Target(_label, _labels, is_json=True),
+    "state": Target(_state, _states),
     "predictions_tsv": Target(_predictions("answers.tsv"), lambda models: [b"index\tprediction\n1\ta\n2\tb\n"]),
     "predictions_jsonl": Target(_predictions("answers.jsonl"), lambda models: [b'{"index": "1", "prediction": "a"}\n']),
     "predictions_xlsx": Target(_predictions("answers.xlsx"), _sheet),
