@@ -96,6 +96,12 @@ def test_anls(text: str, references: list[str], value: float) -> None:
     assert anls(text, references) == pytest.approx(value)
 
 
+def test_an_answer_far_longer_than_the_reference_is_not_compared_letter_by_letter() -> None:
+    """An answer of a million letters in a file of answers kept the comparison busy for a day."""
+    assert anls("x" * 10**6, ["x" * 1000]) == 0
+    assert anls("x" * 10, ["x" * 4]) == 0 and anls("x" * 10, ["x" * 5]) == 0.5
+
+
 @pytest.mark.parametrize(
     ("value", "pairs"),
     [
@@ -274,6 +280,7 @@ def test_groups_need_not_stand_together() -> None:
         (asked("vqa_accuracy", "", "a", "b", "c"), "has 3 reference answers, task vqa_accuracy wants those of 4"),
         (asked("yes_no", "", "Yes"), "its answer is 'Yes', expected one of yes, no"),
         (asked("multiple_choice", "", "E", options=ANIMALS), "its answer is 'E', expected one of A, B, C, D"),
+        (asked("anls", "", "a", "x" * 2001), "has a reference of 2001 characters, at most 2000 are compared letter by"),
         (asked(UNSCORED, "", "a"), "not scored here: write the answers with --predictions"),
     ],
 )

@@ -58,6 +58,7 @@ SHARES = frozenset(  # metrics that are 0 or 1 for one answer
 )
 IOU_THRESHOLD = 0.5
 LONGEST_SHOWN = 80  # characters of a question in a message
+LONGEST_COMPARED = 2000  # characters of a reference of anls
 LEAST_REFERENCES = 4  # of vqa_accuracy: three others must agree
 FORMULAS = "Handwritten Mathematical Expression Recognition"  # OCRBench's category that ignores spaces
 
@@ -105,6 +106,9 @@ def check_scorable(samples: Iterable[Sample], data: Path | None = None) -> None:
             _check_reference(sample, ("yes", "no"), where)
         if sample.task == "multiple_choice" and sample.options:
             _check_reference(sample, [letter for letter, _ in sample.options], where)
+        if sample.task == "anls" and max(map(len, sample.references)) > LONGEST_COMPARED:
+            found = f"has a reference of {max(map(len, sample.references))} characters"
+            raise DataError(f"{where}: {found}, at most {LONGEST_COMPARED} are compared letter by letter")
         if sample.task == "vqa_accuracy" and len(sample.references) < LEAST_REFERENCES:
             found = f"has {len(sample.references)} reference answers"
             raise DataError(f"{where}: {found}, task vqa_accuracy wants those of {LEAST_REFERENCES} people or more")

@@ -37,7 +37,10 @@ def anls(text: str, references: Sequence[str]) -> float:
 
 def _relative_distance(text: str, reference: str) -> float:
     longest = max(len(text.upper()), len(reference.upper()))
-    return edit_distance(_plain(text), _plain(reference)) / longest if longest else 0.0
+    a, b = _plain(text), _plain(reference)
+    if abs(len(a) - len(b)) > (1 - ANLS_THRESHOLD) * longest:
+        return 1.0  # the difference in length alone is too far; counting takes the product of both lengths
+    return edit_distance(a, b) / longest if longest else 0.0
 
 
 def _plain(text: str) -> str:
