@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.gptq_checkpoint import write_gptq_checkpoint
-from tests.tiny_bundle import byte_tokenizer, run_cli
+from tests.tiny_bundle import run_cli, write_text_checkpoint
 from tests.tiny_checkpoint import INDEX_NAME, write_tiny_checkpoint
 from vlmdeploy import load_model
 from vlmdeploy.calib.checkpoint_writer import COPIED
@@ -129,14 +129,23 @@ def test_every_command_that_reads_a_checkpoint_takes_follow_links() -> None:
 
 
 def test_the_option_reaches_the_checkpoint(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "ckpt", layers=1, vision_layers=1)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    folder, nowhere, out = write_text_checkpoint(tmp_path / "ckpt"), tmp_path / "nowhere", tmp_path / "out"
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"}], "task": "vqa"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
     (folder / "config.json").rename(tmp_path / "config.json")
     (folder / "config.json").symlink_to(tmp_path / "config.json")
-    for command in (("inspect", folder), ("plan", "--ckpt", folder, "--device", "thor"), ("diff", folder, folder)):
-        refused = run_cli(*command)
-        assert refused.exit_code == 1 and "config.json: leads out of its folder" in refused.stderr
-        assert run_cli(*command, "--follow-links").exit_code == 0, command
+    commands: list[tuple[object, ...]] = [
+        ("inspect", folder),
+        ("plan", "--ckpt", folder, "--device", "thor"),
+        ("diff", folder, folder),
+        ("validate", "--ckpt", folder, "--data", tmp_path / "data.jsonl", "--max-new-tokens", "1"),
+        ("quantize", "--ckpt", folder, "--calib", nowhere, "--out", out),
+        ("export", "--ckpt", folder, "--target", "ort-fp32", "--tokenizer", nowhere, "--out", out),
+    ]
+    for command in commands:
+        refused, followed = run_cli(*command), run_cli(*command, "--follow-links")
+        assert "config.json: leads out of its folder" in refused.stderr, command
+        assert followed.exit_code == 0 or "nowhere: no such file" in followed.stderr, command
 
 
 # Files that are none
