@@ -607,7 +607,7 @@ def test_empty_data_is_one_line(ckpt: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.jsonl").write_text("\n")
     assert "holds no rows" in refusal(ckpt, tmp_path / "data", tmp_path / "out")
-    assert "no such file or folder" in refusal(ckpt, tmp_path / "nowhere", tmp_path / "out")
+    assert "no such file" in refusal(ckpt, tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_names_that_are_not_utf8_are_told_in_report_and_tables(ckpt: Path, few: Path, tmp_path: Path) -> None:

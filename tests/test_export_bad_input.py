@@ -81,7 +81,7 @@ def nonsense_config(folder: Path) -> None:
     (pickle_instead, ["pytorch_model.bin", "pickle", "convert"]),
     (nonsense_config, ["num_hidden_layers", "'two'", "expected a whole number"]),
     (lambda folder: (folder / "config.json").unlink(), ["config.json", "no such file"]),
-    (lambda folder: (folder / "tokenizer.json").write_text("{"), ["tokenizer.json", "not a valid tokenizer.json"]),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), ["tokenizer.json", "not JSON"]),
     (shutil.rmtree, ["no such folder"]),
 ], ids=["missing_shard", "truncated_shard", "pickle", "config", "no_config", "tokenizer", "no_folder"])  # fmt: skip
 def test_unusable_checkpoint_is_one_line(damage: Callable[[Path], Any], words: list[str], tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_value_beyond_fp16_is_named_with_a_way_out(
     (["--context", 129], "--context is 129, expected 21 (an image and a word) to 128"),
     (["--template", "poem"], '--template is "poem", expected one of'),
     (["--group", 48], "group size 48 is not supported; known: 128, 64, 32, 16"),
-    (["--tokenizer", "nowhere"], "tokenizer: nowhere does not exist"),
+    (["--tokenizer", "nowhere"], "tokenizer nowhere: no such file"),
     (["--tokenizer", ROOT / "vlmdeploy"], "vlmdeploy: holds no tokenizer.json and no tokenizer.model"),
     (["--tokenizer", ROOT / "pyproject.toml"], "pyproject.toml: starts with"),
 ])  # fmt: skip
@@ -152,7 +152,7 @@ def test_no_context_at_all_is_an_error(ckpt: Path, tmp_path: Path) -> None:
         export(ckpt, tmp_path / "bundle", context_tokens=0)
 
 
-@pytest.mark.parametrize("words", [{f"word{index}": index for index in range(260)}, {"<s>": 1, "far": 300}])
+@pytest.mark.parametrize("words", [{"<s>": 259}, {"<s>": 1, "far": 300}])
 def test_tokenizer_with_ids_beyond_the_vocabulary_is_refused(ckpt: Path, words: dict[str, int], tmp_path: Path) -> None:
     """The number of tokens says nothing: ids may have gaps."""
     Tokenizer(models.WordLevel(words, unk_token="<s>")).save(str(tmp_path / "tokenizer.json"))

@@ -184,12 +184,18 @@ def test_page_holds_the_tables_and_nothing_from_outside(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
 
 
-@pytest.mark.parametrize(("place", "reason"), [("none/plan.html", "No such file"), ("folder", "Is a directory")])
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("none/plan.html", "--html {}: cannot be written: No such file"),
+        ("folder", "{}: is a folder, expected a file or a name that is free"),
+    ],
+)
 def test_page_that_cannot_be_written_is_named(place: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     result = run_cli("plan", "--family", "cogvlm", "--device", "thor", "--html", tmp_path / place)
     assert result.exit_code == 1
-    assert f"Error: --html {tmp_path / place}: cannot be written: {reason}" in result.stderr.splitlines()[-1]
+    assert f"Error: {reason.format(tmp_path / place)}" in result.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"], "nothing is left aside"
 
 

@@ -718,8 +718,8 @@ def test_damaged_quantization_report_is_told_before_anything_is_asked(
          "data.jsonl: question \"1\" ('What?'): has no reference answer"),
         ([{"messages": messages("What?", "7"), "task": "chat"}], "('What?'): task \"chat\" has no metric"),
         ([{"messages": messages("Where?", ""), "task": "rec"}], "task rec has 0 boxes, expected a picture and one box"),
-        (["{"], "data.jsonl:1: not a line of JSON"),
-        (["\xff"], "data.jsonl:1: not a line of JSON"),
+        (["{"], "data.jsonl:1: not JSON"),
+        (["\xff"], "data.jsonl:1: not JSON"),
         ([{"image": "none.png", "messages": messages("What?", "7"), "task": "vqa"}], "none.png: no such file"),
         ([{"messages": messages("What?", "7"), "task": "vqa", "template": "no"}], 'template "no" is not one of this'),
         ([{"messages": messages("Why? " * 200, "7"), "task": "vqa"}],
@@ -740,7 +740,7 @@ def test_picture_that_is_none_is_named(models: Models, tmp_path: Path, unwritten
 
 def test_data_that_is_none_is_refused(models: Models, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    assert f"{data}: no such file or folder" in refusal(data, models.fp32)
+    assert f"{data}: no such file" in refusal(data, models.fp32)
     data.mkdir()
     assert f"{data}: holds no known data" in refusal(data, models.fp32)
     picture(0).save(data / "0.png")

@@ -360,7 +360,7 @@ def test_command_refuses_with_one_line(ckpt: Path, data: Path, tmp_path: Path) -
     assert f"{grid}: has calibrated points: give --calib DATA" in only_error_line(run_cli(*command))
     grid.write_text(TWO_POINTS)
     missing = ("sweep", "--ckpt", ckpt, "--grid", grid, "--data", tmp_path / "none", "--out", tmp_path / "out")
-    assert f"{tmp_path / 'none'}: no such file or folder" in only_error_line(run_cli(*missing))
+    assert f"{tmp_path / 'none'}: no such file" in only_error_line(run_cli(*missing))
     (tmp_path / "out" / "sweep.json").unlink(missing_ok=True)
 
 

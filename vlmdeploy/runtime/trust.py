@@ -11,7 +11,7 @@ from pathlib import Path
 from vlmdeploy.bundle import read_hashed_manifest
 from vlmdeploy.errors import BundleError
 from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
-from vlmdeploy.runtime.user_folders import keep, state_folder
+from vlmdeploy.runtime.user_folders import keep, put, state_folder
 
 
 def is_trusted(manifest_sha256: str) -> bool:
@@ -29,10 +29,9 @@ def require_trust(files: BundleFiles) -> None:
         )
 
 
-def record_trust(folder: Path, manifest_sha256: str) -> bool:
-    """Trust a bundle from now on, on this machine; False, after a warning, if that cannot be recorded."""
-    where = os.fsencode(f"{folder.absolute()}\n")
-    return keep(_record(manifest_sha256), where, f"so {folder} is not trusted")
+def record_trust(folder: Path, manifest_sha256: str) -> None:
+    """Trust a bundle that was built here from now on; warns if that cannot be recorded."""
+    keep(_record(manifest_sha256), _where(folder), f"so {folder} is not trusted")
 
 
 def trust_bundle(folder: Path) -> str:
@@ -41,8 +40,10 @@ def trust_bundle(folder: Path) -> str:
     files = check_bundle(folder)
     if files.manifest.dialect == "ort":
         raise BundleError(f"{folder}: made for {files.manifest.target}, which has no native code: it needs no trust")
-    if not record_trust(folder, files.manifest_sha256):
-        raise BundleError(f"{folder}: the trust cannot be recorded; set XDG_STATE_HOME to a folder that you may write")
+    try:
+        put(_record(files.manifest_sha256), _where(folder))
+    except OSError as error:
+        raise BundleError(f"{folder}: the trust cannot be recorded: {error}") from error
     return files.manifest_sha256
 
 
@@ -54,6 +55,11 @@ def revoke_bundle(folder: Path) -> str:
         raise BundleError(f"{folder}: is not trusted here")
     record.unlink()
     return digest
+
+
+def _where(folder: Path) -> bytes:
+    """What a record tells people who look at it."""
+    return os.fsencode(f"{folder.absolute()}\n")
 
 
 def _record(manifest_sha256: str) -> Path | None:

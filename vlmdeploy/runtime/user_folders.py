@@ -30,19 +30,24 @@ def _folder(variable: str, below_home: str) -> Path | None:
     return home / below_home / "vlmdeploy" if home.is_absolute() else None
 
 
-def keep(path: Path | None, content: bytes, otherwise: str) -> bool:
-    """Write a file of a user's folder atomically. On failure warn with the consequence, `otherwise`; return False."""
+def keep(path: Path | None, content: bytes, otherwise: str) -> None:
+    """Write a file of a user's folder atomically. On failure warn with the consequence, `otherwise`."""
+    try:
+        put(path, content)
+    except OSError as error:
+        logger.warning("%s: %s", error, otherwise)
+
+
+def put(path: Path | None, content: bytes) -> None:
+    """Write a file of a user's folder atomically. Raises OSError, whose text says what and why."""
     if path is None:
-        logger.warning("this user has no home folder, %s; XDG_CACHE_HOME and XDG_STATE_HOME name others", otherwise)
-        return False
+        raise OSError("this user has no home folder; XDG_CACHE_HOME and XDG_STATE_HOME name others")
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
-        logger.warning("%s: cannot be written (%s), %s", path, error.strerror, otherwise)
         with suppress(OSError):
             aside.unlink()
-        return False
-    return True
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
