@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +46,30 @@ def check_output(out: Path, force: bool, is_ours: Callable[[Path], bool]) -> Pla
     if not is_ours(out):
         raise ExportError(f"{out}: exists and was not made by vlmdeploy, so --force does not replace it")
     return place
+
+
+def check_file(path: Path) -> None:
+    """Raise ExportError unless a file may be written at `path`, or to what the link there names."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ExportError(f"{path}: is {kind_of(mode)}, expected a file or a name that is free")
+
+
+def check_not_read(out: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise ExportError if writing `out` would replace what the command reads: one of these files, under whatever name,
+    or one in these folders; if `out` is a folder, what lies in it."""
+    for path in inputs:
+        if path is not None and out.exists() and _is_replaced(path, out):
+            held = "holds" if out.is_dir() else "is or belongs to"
+            raise ExportError(f"{out}: {held} {path}, which this command reads; choose another output")
+
+
+def _is_replaced(path: Path, out: Path) -> bool:
+    if out.is_dir():
+        return path.resolve().is_relative_to(out.resolve())
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return any(each.is_file() and each.samefile(out) for each in files)
 
 
 def check_name(out: Path) -> None:
@@ -383,11 +407,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for a library to write to, which then replaces it as `write_file` does."""
+    check_file(path)
     path = path.resolve()
-    with suppress(FileNotFoundError):
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise ExportError(f"{path}: is {kind_of(mode)}, expected a file or a name that is free")
     start, end = f".{path.stem[:100]}.", f"{_ASIDE}{path.suffix}"
     for left in path.parent.glob(f"{glob.escape(start)}????????{glob.escape(end)}"):
         _remove_if_free(left)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmdeploy.artifact import check_name, partial_folder
+from vlmdeploy.artifact import check_name, check_not_read, partial_folder
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.calib.activations import Pool
 from vlmdeploy.calib.allocation import Budget, allocate_plan, grids_of, with_grids
@@ -108,6 +108,7 @@ def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progres
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
     check_name(out)
+    check_not_read(out, (ckpt, options.calib, options.tokenizer))
     budget = None if options.budget is None else Budget.parse(options.budget)
     memory_bytes = options.memory_bytes
     checkpoint = Checkpoint(ckpt, options.follow_links)

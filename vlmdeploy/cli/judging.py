@@ -15,6 +15,7 @@ from vlmdeploy.cli.options import (
     follow_links_option,
     force_option,
     json_option,
+    picture_file,
     provider_option,
     question_options,
     report_options,
@@ -143,11 +144,13 @@ def verify(
 @json_option
 def diff(a: Path, b: Path, plot: Path | None, fail: bool, as_json: bool, **options: Any) -> None:
     """Compare two models, checkpoints or bundles, stage by stage on the same input: where does B leave A?"""
+    from vlmdeploy.artifact import check_not_read
     from vlmdeploy.diff.plot import check_plot, write_plot
     from vlmdeploy.diff.side_by_side import DiffOptions, diff_models
 
     if plot is not None:
         check_plot(plot)
+        check_not_read(plot, (a, b, picture_file(options["image"])))
     with progress_bar() as progress:
         found = diff_models(a, b, DiffOptions(**options), progress)
     if plot is not None:

@@ -124,6 +124,13 @@ def asking_options(command: Command) -> Command:
     )
 
 
+def picture_file(image: str | None) -> Path | None:
+    """The file that --image names, if it does not hold the picture itself."""
+    from vlmdeploy.runtime.image import is_url
+
+    return None if image is None or is_url(image) else Path(image)
+
+
 def report_options(given: dict[str, Any]) -> "ReportOptions":
     """The options of `report` and `sweep` as one object."""
     from vlmdeploy.data.questions import QuestionOptions

@@ -18,6 +18,7 @@ from vlmdeploy.cli.options import (
     follow_links_option,
     json_option,
     max_megapixels_option,
+    picture_file,
     precision_options,
     provider_option,
     taken_precisions,
@@ -69,6 +70,7 @@ def plan(
     **options: Any,
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
+    from vlmdeploy.artifact import check_not_read
     from vlmdeploy.plan.device import plan_device
     from vlmdeploy.plan.options import PlanOptions
     from vlmdeploy.plan.planned_model import planned_model
@@ -78,6 +80,8 @@ def plan(
     if ckpt is None and family is None:
         raise click.UsageError("give --ckpt or --family")
     chosen = PlanOptions(precisions=taken_precisions(options), **options)
+    if html is not None:
+        check_not_read(html, (ckpt, Path(device)))
     made = make_plan(planned_model(ckpt, family, follow_links), plan_device(device, power_mode), chosen)
     for message in made.warnings:
         warn(message)
@@ -127,11 +131,11 @@ def run(
     from vlmdeploy.runtime.sampling import SamplingOptions
 
     options, limits = SamplingOptions(**sampling), vlmdeploy.ImageLimits.for_megapixels(max_megapixels)
+    if draw is not None:
+        _check_drawing(draw, bundle, image)
     with vlmdeploy.open(
         bundle, provider=provider, threads=threads, residency=residency, image_limits=limits
     ) as session:
-        if draw is not None and not image:
-            raise PromptError("--draw paints boxes on the picture: give --image too")
         content = [*({"type": "image", "image": each} for each in image), {"type": "text", "text": prompt}]
         running = session.start([{"role": "user", "content": content}], options, template)
         pieces = []
@@ -146,6 +150,19 @@ def run(
         print_json(answer.as_json())
     else:
         print_answer("\n")
+
+
+def _check_drawing(path: Path, bundle: Path, images: tuple[str, ...]) -> None:
+    """Raise PromptError, DataError or ExportError, before anything runs, if boxes cannot be painted into this file."""
+    from vlmdeploy.artifact import check_file, check_not_read
+    from vlmdeploy.runtime.boxes import names_a_picture
+
+    if not images:
+        raise PromptError("--draw paints boxes on the picture: give --image too")
+    if not names_a_picture(path):
+        raise DataError(f"{path}: the picture cannot be written (its name ends in {path.suffix!r}, unlike a picture)")
+    check_file(path)
+    check_not_read(path, (bundle, *map(picture_file, images)))
 
 
 def _draw(image: str, limits: "vlmdeploy.ImageLimits", boxes: "Sequence[Box]", path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.artifact import write_file
+from vlmdeploy.artifact import check_file, write_file
 from vlmdeploy.diff.verdict import ModelDiff, StageDifference
 from vlmdeploy.errors import ConfigError
 
@@ -18,8 +18,9 @@ def check_plot(path: Path) -> None:
     matplotlib."""
     if path.suffix.lower() not in PLOT_TYPES:
         raise ConfigError(f"--plot is {path}, expected a file name that ends in {', '.join(PLOT_TYPES)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--plot is {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
+    check_file(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot is {path}: its folder does not exist")
     import matplotlib  # noqa: F401
 
 

@@ -4,7 +4,7 @@ kill or failure the same command continues."""
 from dataclasses import replace
 from pathlib import Path
 
-from vlmdeploy.artifact import check_output, remove_output
+from vlmdeploy.artifact import check_not_read, check_output, remove_output
 from vlmdeploy.bundle import is_bundle
 from vlmdeploy.calib.request import QuantizeOptions, quantize_checkpoint
 from vlmdeploy.errors import ConfigError
@@ -28,6 +28,7 @@ def export_calibrated(
 ) -> tuple[Manifest, tuple[str, ...]]:
     """Quantize with calibration data, then export; returns the manifest and the warnings of both."""
     check_output(out, options.force, is_bundle)
+    check_not_read(out, (ckpt, calibration.calib, options.tokenizer))
     if options.target not in BITS_OF_TARGET:
         raise ConfigError(f"--calib has no effect on {options.target}, which holds no codes: leave it out")
     aside = out.absolute().with_name(f"{out.name}.quantized")

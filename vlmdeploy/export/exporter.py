@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vlmdeploy
-from vlmdeploy.artifact import check_output, staged_folder
+from vlmdeploy.artifact import check_not_read, check_output, staged_folder
 from vlmdeploy.bundle import hash_file, is_bundle, write_manifest
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import (
@@ -75,6 +75,7 @@ def export_bundle(
     differs from PyTorch; `out` is then as it was before.
     """
     check_output(out, options.force, is_bundle)
+    check_not_read(out, (Path(ckpt), options.tokenizer))
     cache_type = options.cache_type  # raises before anything is read
     checkpoint = Checkpoint(ckpt, options.follow_links)
     spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmdeploy.artifact import unwritable_reported
+from vlmdeploy.artifact import unwritable_reported, written_aside
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import DataError
 from vlmdeploy.layout import Ints
@@ -71,9 +71,9 @@ class ReferenceFile:
         self.vocab_size = vocab_size
 
     def write(self, model: DistributionModel, givens: Iterator[GivenAnswer]) -> int:
-        """Overwrite the file; returns the number of tokens. Raises ExportError if writing fails."""
+        """Replace the file; returns the number of tokens. Raises ExportError if writing fails."""
         tokens = 0
-        with unwritable_reported(self.path), self.path.open("wb") as file:
+        with unwritable_reported(self.path), written_aside(self.path) as aside, aside.open("wb") as file:
             for given in givens:
                 rows = log_softmax(model.answer_logits(given)).astype(np.float32)
                 file.write(rows.tobytes())

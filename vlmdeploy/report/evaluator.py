@@ -180,7 +180,8 @@ class Reference:
         """Whether this reference's distributions and their answers are stored."""
         is_own = self._mark().is_file() and self._mark().read_text(errors="replace") == self.key
         return is_own and all(
-            not _unanswered(samples) or self._kept_texts(name, samples) is not None
+            (self.evaluator.folder / f"{DISTRIBUTIONS}{name}").is_file()
+            and (not _unanswered(samples) or self._kept_texts(name, samples) is not None)
             for name, samples in self.evaluator.asked.compared.items()
         )
 

@@ -12,7 +12,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import vlmdeploy
-from vlmdeploy.artifact import DISCARDED, LOCK, check_output, locked, partial_folder, remove_partial, staged_folder
+from vlmdeploy.artifact import (
+    DISCARDED,
+    LOCK,
+    check_not_read,
+    check_output,
+    is_aside,
+    locked,
+    partial_folder,
+    remove_partial,
+    staged_folder,
+)
 from vlmdeploy.bench.machine import machine
 from vlmdeploy.bundle import has_manifest
 from vlmdeploy.data.questions import QuestionOptions
@@ -72,6 +82,7 @@ def make_report(
     models = ((options.ref,) if options.ref is not None else ()) + options.bundles
     names = model_names(models)
     source, samples = _questions(options)
+    check_not_read(options.out, (*models, *_read_to_ask(options, source, samples)))
     _check_models(models, options)
     follow_links = options.asked.follow_links
     subjects = [subject_of(path, name, follow_links) for path, name in zip(models, names, strict=True)]
@@ -151,7 +162,8 @@ def is_report(folder: Path) -> bool:
 def _check_partial(partial: Path) -> None:
     """Raise ExportError if the folder holds other files: the last step deletes it."""
     for path in partial.iterdir() if partial.is_dir() else ():
-        if path.name not in (EVALUATIONS, TEXTS, LOCK, DISCARDED) and not path.name.startswith(DISTRIBUTIONS):
+        is_ours = path.name in (EVALUATIONS, TEXTS, LOCK, DISCARDED) or path.name.startswith(DISTRIBUTIONS)
+        if not (is_ours or is_aside(path)):
             raise ExportError(f"{partial}: holds {path.name}, which is not from a report; choose another --out")
 
 
@@ -178,6 +190,13 @@ def _questions(options: ReportOptions) -> tuple[DataSource, list[Sample]]:
         raise DataError(f"{source.path}: holds no questions")
     check_scorable(samples, source.path)
     return source, samples
+
+
+def _read_to_ask(options: ReportOptions, source: DataSource, samples: list[Sample]) -> list[Path | None]:
+    """The files and folders that the questions come from."""
+    pictures = [sample.image for sample in samples if isinstance(sample.image, Path)]
+    images = None if options.questions is None else options.questions.images
+    return [source.path, images, options.asked.tokenizer, *pictures]
 
 
 def _check_models(models: Sequence[Path], options: ReportOptions) -> None:

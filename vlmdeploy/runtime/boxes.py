@@ -6,6 +6,7 @@ The origin is top left, x to the right, y down; boxes of one phrase share the br
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from PIL import Image, ImageDraw
@@ -63,6 +64,11 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
         draw.rectangle(corners, outline="black", width=3 * line_px)
         draw.rectangle(_shrunk(corners, line_px), outline="yellow", width=line_px)
     return drawn
+
+
+def names_a_picture(path: Path) -> bool:
+    """Whether a picture can be written under this name."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
 
 
 def _thousandths(value: float, length_px: int) -> int:

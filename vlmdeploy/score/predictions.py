@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from vlmdeploy.artifact import write_file
+from vlmdeploy.artifact import check_file, write_file
 from vlmdeploy.byte_sizes import shown_size
 from vlmdeploy.data.jsonl import numbered_lines
 from vlmdeploy.data.samples import Sample, check_boxes, checked_text
@@ -64,8 +64,7 @@ def check_output(path: Path, force: bool) -> None:
     """Raise ExportError unless the path can be written, ModuleNotFoundError if .xlsx needs openpyxl."""
     if path.suffix.lower() not in SUFFIXES:
         raise ExportError(f"{path}: ends in {path.suffix or 'nothing'!r}, expected one of {', '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise ExportError(f"{path}: is a folder, expected the name of a file")
+    check_file(path)
     if path.exists() and not force:
         raise ExportError(f"{path}: exists already; choose another output or replace it with --force")
     if path.suffix.lower() == ".xlsx" and importlib.util.find_spec("openpyxl") is None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import vlmdeploy
+from vlmdeploy.artifact import check_not_read
 from vlmdeploy.bundle import has_manifest
+from vlmdeploy.data.jsonl import ROWS_NAME
 from vlmdeploy.data.questions import QuestionOptions
 from vlmdeploy.data.samples import Sample, choose
-from vlmdeploy.data.source import open_source
+from vlmdeploy.data.source import DataSource, open_source
 from vlmdeploy.errors import BackendError, DataError
 from vlmdeploy.progress import Progress
 from vlmdeploy.score.answerers import (
@@ -142,6 +144,8 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
         check_output(path, options.force)
     source = open_source(options.data, options=options.questions, to_score=True)
     samples = choose(source.samples(), options.per_task, options.seed)
+    for path in outputs:
+        check_not_read(path, (*models, *_read_to_ask(options, source, samples)))
     unscored = None if source.questions is None else source.questions.unscored
     if unscored is not None and not outputs:
         raise DataError(f"{source.path}: {unscored}: --predictions FILE writes the answers without scoring them")
@@ -158,6 +162,12 @@ def score_models(models: tuple[Path, ...], options: ScoreOptions, progress: Prog
             write_predictions(outputs[place], source, validations[-1].predictions)
     names, written = tuple(map(str, models)), tuple(map(str, outputs))
     return Scorecard(str(source.path), names, tuple(validations), source.description, written)
+
+
+def _read_to_ask(options: ScoreOptions, source: DataSource, samples: list[Sample]) -> list[Path | None]:
+    """The files that the questions come from; a folder of data also holds other things."""
+    data = source.path / ROWS_NAME if source.path.is_dir() else source.path
+    return [data, options.tokenizer, *(sample.image for sample in samples if isinstance(sample.image, Path))]
 
 
 def _ask(answerer: Answerer, samples: list[Sample], report: Callable[[int], None], is_scored: bool) -> Validation:

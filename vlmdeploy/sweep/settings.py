@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmdeploy.artifact import LOCK, check_name, check_output, is_aside, write_file
+from vlmdeploy.artifact import LOCK, check_name, check_not_read, check_output, is_aside, write_file
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.records import read_object, record_of
 from vlmdeploy.report.run import is_report
@@ -31,6 +31,7 @@ def check_output_folder(shared: Shared) -> None:
     if others and SETTINGS not in found:
         raise ConfigError(f"{shared.out}: holds {others[0]} and is not a sweep; choose another --out")
     check_output(shared.report.out, True, is_report)
+    check_not_read(shared.report.out, (shared.ckpt, shared.calib, shared.report.data, shared.report.asked.tokenizer))
 
 
 def check_settings(shared: Shared, points: Sequence[Point], fingerprint: str) -> None:

@@ -20,6 +20,7 @@ import torch
 
 import vlmdeploy
 from vlmdeploy.artifact import (
+    check_not_read,
     check_output,
     locked,
     open_partial,
@@ -77,6 +78,7 @@ def run(config_path: Path, out: Path, force: bool, progress: Progress) -> Result
         remove_finished(folder, RECIPE, config.values, TrainingError)
         return _result(record, out, "trained already with this recipe")
     check_output(out, force, is_ours)
+    check_not_read(out, (config_path, config.data_path, config.tokenizer_path))
     source = load_source(config.data_path, config.recipe.data_class)
     with locked(folder), unwritable_reported(folder), _lines_on_stderr():
         open_partial(folder, RECIPE, config.values, force, TrainingError)
