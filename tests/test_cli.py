@@ -163,20 +163,27 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.stderr.startswith("Traceback") and "vlmdeploy.errors.BundleError: " in done.stderr
 
 
-def test_ctrl_c_is_told_as_such_whatever_a_library_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize(("number", "status", "line"), [
+    (signal.SIGINT, 1, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM"),
+    (signal.SIGHUP, 129, "stopped by SIGHUP"),
+])  # fmt: skip
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_signal_is_told_as_such_whatever_a_library_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int, line: str, debug: list[str]
+) -> None:
     """torch once answered Ctrl-C with "could not determine the shape", and onnxruntime seemed not to be installed."""
 
     def compiled_code(*arguments: object) -> None:
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(10)
-        except KeyboardInterrupt:
+        except BaseException:
             raise ValueError("could not determine the shape of object") from None
 
     monkeypatch.setattr("vlmdeploy.runtime.replay.replay", compiled_code)
-    before = signal.getsignal(signal.SIGINT)
-    assert only_error_line(run_cli("verify", "bundle")) == "Error: interrupted"
-    assert signal.getsignal(signal.SIGINT) is before
+    result = run_cli(*debug, "verify", "bundle")
+    assert (result.exit_code, result.stdout, result.stderr) == (status, "", f"Error: {line}\n")
 
 
 def test_missing_toolchain_says_what_to_install(ckpt: Path, tmp_path: Path) -> None:

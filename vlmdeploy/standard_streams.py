@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 from vlmdeploy.errors import one_line
 from vlmdeploy.overriding import override
 
+WARNING = "Warning: "  # begins a line on stderr
 FOR_DEVELOPERS = (DeprecationWarning, FutureWarning, ImportWarning, PendingDeprecationWarning, ResourceWarning)
 ONLY_ERRORS = ("matplotlib",)  # its warnings are about caches and fonts
 
@@ -43,7 +44,7 @@ def silence(stream: TextIO) -> None:
 def lines_on_stderr() -> Iterator[None]:
     """In the block stderr never fails, not even on a full disk or when its terminal is gone; warnings and log records
     are lines there."""
-    with _unfailing_stderr(), warnings.catch_warnings(), logged(logging.getLogger(), "Warning: %(message)s"):
+    with _unfailing_stderr(), warnings.catch_warnings(), logged(logging.getLogger(), f"{WARNING}%(message)s"):
         warnings.showwarning = cast(Any, _show_warning)
         for name in ONLY_ERRORS:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -52,7 +53,7 @@ def lines_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def logged(logger: logging.Logger, form: str, level: int = logging.WARNING) -> Iterator[None]:
-    """Print the records of a logger and those below it, one line each. form: of `logging.Formatter`."""
+    """Print the records of a logger and those below it, one line each and each once. form: of `logging.Formatter`."""
     handler = _LineHandler(level)
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
     logger.addHandler(handler)
@@ -63,14 +64,21 @@ def logged(logger: logging.Logger, form: str, level: int = logging.WARNING) -> I
 
 
 class _LineHandler(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._said: set[str] = set()
+
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        line = self.format(record)
+        if line not in self._said:  # every answer would repeat the warnings about its picture
+            self._said.add(line)
+            say(line)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     if not issubclass(category, FOR_DEVELOPERS):
-        say(f"Warning: {message}")
+        say(f"{WARNING}{message}")
 
 
 @contextmanager

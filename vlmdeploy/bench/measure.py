@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,12 +33,14 @@ from vlmdeploy.bench.timed_answer import AnswerTimes, AskedPicture, TimedQuestio
 from vlmdeploy.child_process import child_process
 from vlmdeploy.errors import BackendError, VlmdeployError
 from vlmdeploy.manifest import Manifest
-from vlmdeploy.overriding import override
 from vlmdeploy.records import record_of
 from vlmdeploy.runtime.backends.choose import open_backend
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.session import Session
+from vlmdeploy.standard_streams import WARNING
+
+logger = logging.getLogger("vlmdeploy")
 
 
 def measure(folder: Path, options: MeasureOptions) -> Measurement:
@@ -181,9 +184,19 @@ def disk_use(folder: Path, manifest: Manifest) -> DiskUse:
 def measure_in_process(folder: Path, options: MeasureOptions) -> Measurement:
     """Measure in a fresh interpreter, which ends with this one and on Ctrl-C. Raises what `measure` raises."""
     request = {"folder": str(folder), "options": asdict(options)}
-    with child_process("vlmdeploy.bench.measure") as process:
-        written, _ = process.communicate(json.dumps(request).encode())
+    with child_process("vlmdeploy.bench.measure", errors=subprocess.PIPE) as process:
+        written, told = process.communicate(json.dumps(request).encode())
+    _tell(told)
     return _answer_of(written, process.returncode, folder)
+
+
+def _tell(told: bytes) -> None:
+    """Log the measuring process's warnings here, where a report has logged most of them already; print the rest."""
+    for line in told.decode(errors="replace").splitlines():
+        if line.startswith(WARNING):
+            logger.warning("%s", line.removeprefix(WARNING))
+        else:
+            print(line, file=sys.stderr)
 
 
 def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
@@ -202,24 +215,9 @@ def _answer_of(written: bytes, exit_code: int, folder: Path) -> Measurement:
 def main() -> None:
     """The measuring process: a request on stdin, one JSON document on stdout. What libraries print goes to stderr."""
     request = json.load(sys.stdin)
-    logging.getLogger("vlmdeploy").addFilter(_Once())
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         json.dump(_measured(request), answer)
-
-
-class _Once(logging.Filter):
-    """Lets each message pass once: every answer would repeat the warnings about its picture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        is_new = record.getMessage() not in self._said
-        self._said.add(record.getMessage())
-        return is_new
 
 
 def _measured(request: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmdeploy.errors import VlmdeployError, escaped
-from vlmdeploy.standard_streams import say, silence
+from vlmdeploy.standard_streams import WARNING, say, silence
 
 ReportProgress = Callable[[str, int, int], None]
 UNWRAPPED = 2**20  # columns, wider than any row
@@ -91,7 +91,7 @@ def print_rows(headline: str, columns: list[str], rows: list[list[str]]) -> None
 
 def warn(message: str) -> None:
     """Print one warning line on stderr."""
-    say(f"Warning: {message}")
+    say(f"{WARNING}{message}")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from vlmdeploy.cli.options import (
 @click.option("--from-predictions", type=FOLDER, help="Score this file of answers; run no model.")
 @click.option("--data", type=FOLDER, required=True, help="JSONL, folder with data.jsonl, VLMEvalKit TSV, or RefCOCO.")
 @click.option("--per-task", type=click.IntRange(min=1), help="At most this many questions of each task.")
-@click.option("--seed", type=int, default=0, help="Seed that picks the questions of --per-task.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed that picks the questions of --per-task.")
 @click.option("--compare", type=FOLDER, multiple=True, help="Another checkpoint or bundle: count equal answers.")
 @question_options
 @click.option("--predictions", type=FOLDER, help="Also write the answers here: .tsv, .xlsx or .jsonl.")

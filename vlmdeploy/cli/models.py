@@ -13,6 +13,7 @@ from vlmdeploy.cli.options import (
     HESSIAN,
     PROVIDER,
     TARGET,
+    THREADS,
     asking_options,
     build_options,
     calibration_options,
@@ -68,7 +69,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--allow-uncalibrated", is_flag=True, help="Round an expert to nearest if too few tokens reach it.")
 @click.option("--max-memory", default="1GB", help="Memory for activations; more goes to disk.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed for drawing the samples.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch.  [default: one per core]")
+@click.option("--threads", type=THREADS, help="Threads of PyTorch.  [default: one per core]")
 @force_option
 @json_option
 def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **options: Any) -> None:

@@ -23,6 +23,7 @@ RESIDENCY = click.Choice(["all", "phase"])
 RULES = ("yes_no", "multiple_choice", "vqa_accuracy", "anls", "relaxed_accuracy", "ocrbench", "exact_match")
 PROMPT = click.Choice(["vlmevalkit", "cogvlm", "bare"])
 FOLDER = click.Path(path_type=Path)
+THREADS = click.IntRange(1, 1024)
 
 
 def taken(kind: type[Kind], options: dict[str, Any]) -> Kind:
@@ -76,7 +77,7 @@ def max_megapixels_option(command: Command) -> Command:
 def threads_option(command: Command) -> Command:
     """--threads, the same for every command that runs a bundle."""
     text = "Threads of the inference engine.  [default: one per core]"
-    return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
+    return click.option("--threads", type=THREADS, help=text)(command)
 
 
 def precision_options(parts: str, default: str) -> Callable[[Command], Command]:

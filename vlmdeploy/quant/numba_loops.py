@@ -4,7 +4,9 @@ work in tiles of outputs that stay in the L1 cache, and release the GIL.
 Numba caches the compiled code on disk; without a writable cache, each process compiles it again.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,9 +18,18 @@ from vlmdeploy.quant.loops import TILE, Ints, Loops, in_parallel
 ROWS_AT_ONCE = 16  # rows per range of the scale search
 
 
+def _has_cache() -> bool:
+    """Whether there is a place for a cache: numba gives a user without a home a folder "~" in the current one."""
+    given = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home()).is_absolute()
+    except RuntimeError:  # no home
+        return False
+
+
 def _compiled(function: Callable[..., None], fastmath: bool | set[str] = False) -> Any:
     try:
-        return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
+        return numba.njit(nogil=True, cache=_has_cache(), fastmath=fastmath)(function)
     except RuntimeError:  # numba found no folder for its cache
         return numba.njit(nogil=True, fastmath=fastmath)(function)
 
