@@ -36,6 +36,13 @@ def test_a_count_beyond_any_is_told(tmp_path: Path, change: dict[str, Any]) -> N
         read_report(tmp_path)
 
 
+def test_a_report_larger_than_any_is_not_parsed(tmp_path: Path) -> None:
+    """The linears of a report of 60 MB, listed one by one, took minutes and all memory."""
+    (tmp_path / REPORT_NAME).write_text(json.dumps(REPORT) + " " * (8 << 20))
+    with pytest.raises(ConfigError, match=rf"{REPORT_NAME}: damaged \(has 8\.4 MB, at most 8\.4 MB are read"):
+        read_report(tmp_path)
+
+
 def test_a_report_that_is_no_file_or_elsewhere_is_told(tmp_path: Path) -> None:
     """A FIFO counted as absent, so a folder was not known as quantized; a link was followed to any file."""
     folder = tmp_path / "folder"

@@ -8,6 +8,7 @@ from vlmdeploy.input_files import find_inside
 from vlmdeploy.records import Config, read_object, record_of
 
 REPORT_NAME = "quantization_report.json"
+MOST_REPORT_BYTES = 8 << 20  # 600 bytes per linear; the largest models have a few thousand
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_report(folder: Path, follow_links: bool = False) -> Config:
     if path is None:
         return {}
     try:
-        content = read_object(path)
+        content = read_object(path, most_bytes=MOST_REPORT_BYTES)
         report = record_of(_Report, content, str(path))
     except ConfigError as error:
         found = str(error).removeprefix(f"{path}: ")
