@@ -34,14 +34,15 @@ def main(arguments: list[str]) -> int:
             campaign = Campaign(scenario, Path(folder, "run"), shim)
             seconds = None if options.minutes is None else 60 * options.minutes / len(chosen)
             kinds = tuple(KINDS) if options.kind == "all" else (options.kind,)
-            num_findings += _run(campaign, kinds, options.cases, seconds, options.seed)
+            count = None if options.cases is None else max(1, options.cases // scenario.cost)
+            num_findings += _run(campaign, kinds, count, seconds, options.seed)
     return 1 if num_findings else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fuzz.storage")
     parser.add_argument("--minutes", type=float, help="how long in all; without it, each systematic case once")
-    parser.add_argument("--cases", type=int, help="at most so many of each kind and scenario, drawn at random")
+    parser.add_argument("--cases", type=int, help="about so many of each kind and scenario, fewer of slow ones")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--kind", choices=("all", *KINDS), default="all")
     parser.add_argument("--scenario", action="append", help="only this one; may be given several times")
@@ -59,11 +60,16 @@ def _chosen(found: list[Scenario], names: list[str] | None) -> list[Scenario]:
 def _run(campaign: Campaign, kinds: tuple[str, ...], count: int | None, seconds: float | None, seed: int) -> int:
     """Try a scenario's cases, print what was found and return the number of different findings."""
     random, tried, findings = Random(seed), dict.fromkeys(kinds, 0), dict[str, str]()
-    cases = [_drawn(list(campaign.cases(kind, random)), count, seconds is not None, random) for kind in kinds]
+    cases = [list(campaign.cases(kind, random)) for kind in kinds]
+    if count is not None or seconds is not None:
+        for drawn in cases:
+            random.shuffle(drawn)
     in_turn = ((kinds[turn % len(kinds)], case) for turn, case in enumerate(_in_turn(cases)) if case is not None)
-    endless = (("cuts", case) for case in campaign.random_cuts(random) if seconds is not None)
+    endless = campaign.random_cuts(random) if seconds is not None and count is None and "cuts" in kinds else ()
     stop = time.monotonic() + (seconds or float("inf"))
-    for kind, case in itertools.chain(in_turn, endless if "cuts" in kinds and seconds is not None else ()):
+    for kind, case in itertools.chain(in_turn, (("cuts", case) for case in endless)):
+        if count is not None and tried[kind] >= count:
+            continue
         result = case()
         tried[kind] += result.tried
         for problem in result.problems:
@@ -71,18 +77,13 @@ def _run(campaign: Campaign, kinds: tuple[str, ...], count: int | None, seconds:
         if time.monotonic() > stop:
             break
     counts = ", ".join(f"{tried[kind]} {KINDS[kind]}" for kind in kinds)
-    print(f"{campaign.scenario.name}: {len(campaign.operations)} operations, {counts}: {len(findings)} findings")
+    print(
+        f"{campaign.scenario.name}: {len(campaign.history.operations)} operations, {counts}: {len(findings)} findings"
+    )
     for problem, where in findings.items():
         print(f"  {where}: {problem}")
     sys.stdout.flush()
     return len(findings)
-
-
-def _drawn(cases: list[Case], count: int | None, is_timed: bool, random: Random) -> list[Case]:
-    """All cases in order, or those that fit a limit, in random order."""
-    if count is None and not is_timed:
-        return cases
-    return random.sample(cases, min(count or len(cases), len(cases)))
 
 
 def _in_turn(cases: list[list[Case]]) -> Iterator[Case | None]:

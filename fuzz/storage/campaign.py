@@ -19,11 +19,14 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR)
 
 @dataclass
 class Attempt:
-    """One run of a command: its error, and the units that it ran. is_ours: whether the error is a VlmdeployError."""
+    """One run of a command: its error, and the units that it ran, each with the number of operations before it.
+
+    is_ours: whether the error is a VlmdeployError.
+    """
 
     error: str = ""
     is_ours: bool = True
-    units: list[str] = field(default_factory=list)
+    units: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Campaign:
         self._no_fault = Fault(can_exchange=scenario.can_exchange)
         attempt = self._watched(self._no_fault)
         assert not attempt.error, f"{scenario.name}: {attempt.error}"
-        self.operations = shim.operations
-        self.history = History(nodes, self.operations)
+        self._begun = attempt.units
+        self.history = History(nodes, shim.operations)
         after = tree_of(root)
         end = len(self.history.operations)
         assert self.history.tree(Cut(end)) == after, f"{scenario.name}: files change unseen"
@@ -80,7 +83,7 @@ class Campaign:
 
         def note(unit: str, done: int, total: int) -> None:
             if unit in self.scenario.units:
-                attempt.units.append(unit)
+                attempt.units[unit] = self._shim.count()
 
         try:
             self.scenario.command(self.root, note)
@@ -111,7 +114,7 @@ class Campaign:
     def _faults(self) -> Iterator[Fault]:
         """Every operation with every error; writes of half their bytes; a disk that is full from then on."""
         can_exchange = self.scenario.can_exchange
-        for number, operation in enumerate(self.operations):
+        for number, operation in enumerate(self.history.operations):
             yield from (Fault(number, error, False, can_exchange) for error in ERRORS)
             yield Fault(number, errno.ENOSPC, True, can_exchange)
             if operation.kind == "write" and operation.size > 1:
@@ -119,17 +122,23 @@ class Campaign:
 
     def _after_cut(self, history: History, cut: Cut) -> Result:
         tree = history.tree(cut)
+        is_done = self._output(tree) == self.new
+        problems = [] if is_done or history is not self.history else self._forgotten(tree, cut.k)
         state = hash(tuple(sorted(tree.items())))
-        if state in self._seen:
-            return Result("", [], 0)
-        self._seen.add(state)
-        write_tree(self.root, tree)
-        found = self._output(tree)
-        problems = self._output_problems(found, may_be_new=True)
+        is_seen = state in self._seen
+        if not is_seen:
+            self._seen.add(state)
+            write_tree(self.root, tree)
+            problems += self._output_problems(self._output(tree), may_be_new=True)
+            problems += self._next_problems(tree, is_done)
         last = history.describe(cut.k - 1) if cut.k else "nothing"
-        return self._result(
-            f"power cut after {last}, {cut.label}", problems + self._next_problems(tree, found == self.new)
-        )
+        return self._result(f"power cut after {last}, {cut.label}", problems, tried=int(not is_seen))
+
+    def _forgotten(self, tree: Tree, k: int) -> list[str]:
+        """The units that were finished when another one began, and are no more."""
+        units, rest = self.scenario.units, self.scenario.rest(tree, self._settings)
+        finished = max((units.index(unit) for unit, count in self._begun.items() if count <= k), default=0)
+        return [f"{unit} was finished, and is lost" for unit in units[:finished] if unit in rest]
 
     def _after_fault(self, fault: Fault) -> Result:
         write_tree(self.root, self.before)
@@ -163,12 +172,10 @@ class Campaign:
     def _failed(self, fault: Fault) -> tuple[Attempt, str]:
         """The command with a fault, and the fault in words."""
         attempt = self._watched(fault)
-        failed = self._shim.operations[fault.at]
-        name = TOKEN.sub(".*.", failed.name)
-        return attempt, f"{fault.in_words()} of operation {fault.at}, {failed.kind} {name}".strip()
+        return attempt, f"{fault.in_words()} of operation {fault.at}, {self.history.describe(fault.at)}"
 
-    def _result(self, where: str, problems: list[str]) -> Result:
-        return Result(where, [TOKEN.sub(".*.", problem.replace(str(self.root), "")) for problem in problems])
+    def _result(self, where: str, problems: list[str], tried: int = 1) -> Result:
+        return Result(where, [TOKEN.sub(".*.", problem.replace(str(self.root), "")) for problem in problems], tried)
 
     def _output_problems(self, found: Tree | None, may_be_new: bool) -> list[str]:
         if found == self.old or (may_be_new and found == self.new):
@@ -186,8 +193,8 @@ class Campaign:
             attempt = self._watched(self._no_fault)
             if attempt.error:
                 return [f"the next run fails: {attempt.error}"]
-            if rest is not None and attempt.units != rest:
-                return [f"the next run does {attempt.units}, expected {rest}"]
+            if rest is not None and list(attempt.units) != rest:
+                return [f"the next run does {list(attempt.units)}, expected {rest}"]
         after = tree_of(self.root)
         problems = [] if self._output(after) == self.new else ["the next run writes something else"]
         return problems + [f"the next run leaves {name}" for name in sorted(self._beside(after))]

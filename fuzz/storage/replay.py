@@ -65,7 +65,7 @@ class History:
     """
 
     def __init__(self, before: dict[int, Node], operations: Iterable[Operation]) -> None:
-        self.operations = [operation for operation in operations if not operation.error]
+        self.operations = list(operations)  # those that failed changed nothing
         self._nodes, self._root = before, next(iter(before))
         self._subjects: list[int] = []  # of each operation: its node; nodes that it made have numbers below 0
         self._folders: list[tuple[int, int]] = []
@@ -78,7 +78,7 @@ class History:
         """Tell nodes apart whose inode number was used again."""
         current = {inode: inode for inode in self._nodes}
         for number, operation in enumerate(self.operations):
-            if operation.kind in MAKING:
+            if operation.kind in MAKING and not operation.error:
                 current[operation.inode] = -1 - number
             self._subjects.append(current.get(operation.inode, 0))
             self._folders.append((current.get(operation.folder, 0), current.get(operation.to_folder, 0)))
@@ -92,6 +92,8 @@ class History:
         synced_at, pending = [end] * end, list[int]()
         last_on: dict[tuple[int, str], int] = {}
         for number, operation in enumerate(self.operations):
+            if operation.error:
+                continue
             if operation.kind == "sync":
                 for earlier in [each for each in pending if self._is_covered(each, self._subjects[number])]:
                     synced_at[earlier] = number
@@ -139,6 +141,8 @@ class History:
         """What the disk holds after a power cut."""
         nodes = {number: node.copy() for number, node in self._nodes.items()}
         for number, operation in enumerate(self.operations[: cut.k]):
+            if operation.error:
+                continue
             if operation.kind in MAKING:  # without a name it is merely out of reach
                 nodes[self._subjects[number]] = Node(MAKING[operation.kind] | operation.size, bytearray(operation.data))
             if number not in cut.lost:

@@ -61,7 +61,8 @@ class Scenario:
     before: what it finds there. check: raises unless OUT is finished and can be read. is_repeatable: whether the
     command may be given again once OUT is finished. keeps: what may lie beside OUT after an error. may_fail_late:
     whether OUT may be finished after an error, because something was still to be cleaned up. units: what a run from the
-    start does. can_exchange: whether the system exchanges folders in one step.
+    start does. can_exchange: whether the system exchanges folders in one step. cost: how many cases of the cheapest
+    scenario take as long as one of this.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Scenario:
     may_fail_late: bool = False
     units: tuple[str, ...] = ()
     can_exchange: bool = True
+    cost: int = 12
     normal: Callable[[Tree], Tree] = lambda out: out  # without what two runs write differently
     is_between: Callable[[Path], bool] = lambda out: False  # whether OUT is whole, though neither the old nor the new
 
@@ -124,10 +126,10 @@ def _folders() -> list[Scenario]:
     def without_asides(out: Tree) -> Tree:
         return {path: entry for path, entry in out.items() if not is_aside(Path(path))}
 
-    fresh = Scenario("folder", lambda root, _: stage(root, b"new", force=False), is_object, is_repeatable=False)
+    fresh = Scenario("folder", lambda root, _: stage(root, b"new", force=False), is_object, is_repeatable=False, cost=1)
     forced = replace(fresh, name="folder over an old one", before=old, is_repeatable=True)
     forced = replace(forced, command=lambda root, _: stage(root, b"new", force=True))
-    file = Scenario("file", lambda root, _: write(root, b"new"), Path.iterdir, lambda root: write(root, b"old"))
+    file = Scenario("file", lambda root, _: write(root, b"new"), Path.iterdir, lambda root: write(root, b"old"), cost=1)
     file = replace(file, may_fail_late=True, normal=without_asides)
     return [fresh, forced, replace(forced, name="folder over an old one, no exchange", can_exchange=False), file]
 
@@ -170,7 +172,7 @@ def _units() -> list[Scenario]:
         run(root, no_progress, seed=1)
         _interrupted(lambda stop: run(root, stop, seed=2, force=True), units[2])
 
-    fresh = Scenario("units", run, is_object, keeps=frozenset({PARTIAL}), may_fail_late=True, units=units)
+    fresh = Scenario("units", run, is_object, keeps=frozenset({PARTIAL}), may_fail_late=True, units=units, cost=1)
     over = replace(fresh, name="units over an unfinished run", before=old_and_unfinished)
     return [fresh, replace(over, command=lambda root, progress: run(root, progress, force=True))]
 

@@ -421,6 +421,9 @@ void shim_start(const char *folder, long at, long error, int for_good, int excha
     pthread_mutex_unlock(&turn);
 }
 
+/* How many operations there have been. */
+long shim_count(void) { return count; }
+
 /* Stop; returns the log and stores its length. */
 const char *shim_stop(size_t *length) {
     pthread_mutex_lock(&turn);

@@ -62,6 +62,7 @@ class Shim:
         with tempfile.TemporaryDirectory() as folder:
             self._library = ctypes.CDLL(str(compile_shim(Path(folder))))
         self._library.shim_stop.restype = ctypes.POINTER(ctypes.c_char)
+        self._library.shim_count.restype = ctypes.c_long
         self.operations: list[Operation] = []
         error = self._library.shim_install()
         if error:
@@ -78,6 +79,10 @@ class Shim:
             length = ctypes.c_size_t()
             start = self._library.shim_stop(ctypes.byref(length))
             self.operations = list(read_log(ctypes.string_at(start, length.value)))
+
+    def count(self) -> int:
+        """How many operations there have been so far."""
+        return int(self._library.shim_count())
 
 
 def compiler() -> str | None:
