@@ -8,7 +8,7 @@ from typing import BinaryIO
 import pytest
 
 from vlmdeploy import artifact
-from vlmdeploy.artifact import as_umask_says, is_aside, remove_output, staged_folder, write_file
+from vlmdeploy.artifact import as_umask_says, check_not_read, is_aside, remove_output, staged_folder, write_file
 from vlmdeploy.errors import ExportError, ParityError
 
 
@@ -213,6 +213,43 @@ def test_foreign_folder_stays_even_if_putting_it_back_fails(out: Path, monkeypat
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
     assert "years of work" in [path.read_text() for path in out.parent.rglob("thesis.txt")]
+
+
+# What a command reads
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of data, a file of it under two other names, and a folder to write to that holds a file of data."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("rows")
+    (tmp_path / "link.jsonl").symlink_to(folder / "data.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(folder / "data.jsonl")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine.jsonl").write_text("rows")
+    return folder
+
+
+@pytest.mark.parametrize("out", ["data/data.jsonl", "link.jsonl", "hard.jsonl", "data/../data/data.jsonl"])
+@pytest.mark.parametrize("read", ["data", "data/data.jsonl"])
+def test_file_that_is_read_is_not_written(data: Path, out: str, read: str) -> None:
+    """Answers were written over the questions."""
+    with pytest.raises(ExportError, match=r"is or belongs to .*data.*, which this command reads; choose another outp"):
+        check_not_read(data.parent / out, (None, data.parent / read))
+
+
+@pytest.mark.parametrize("read", ["bundle", "bundle/mine.jsonl"])
+def test_folder_that_holds_what_is_read_is_not_replaced(data: Path, read: str) -> None:
+    """With --force, all that the old output held went with it."""
+    with pytest.raises(ExportError, match=r"bundle: holds .*, which this command reads"):
+        check_not_read(data.parent / "bundle", (data.parent / read,))
+
+
+def test_other_places_are_free(data: Path) -> None:
+    (data / "answers.jsonl").write_text("of an earlier run")
+    for out in ("data/answers.jsonl", "data/new.jsonl", "nowhere/new.jsonl", "bundle"):
+        check_not_read(data.parent / out, (data / "data.jsonl", data.parent / "nowhere", None))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])

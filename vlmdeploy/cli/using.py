@@ -70,7 +70,7 @@ def plan(
     **options: Any,
 ) -> None:
     """Will it fit, and how fast could it be? Without weights, a device or a build."""
-    from vlmdeploy.artifact import check_not_read
+    from vlmdeploy.artifact import check_file, check_not_read
     from vlmdeploy.plan.device import plan_device
     from vlmdeploy.plan.options import PlanOptions
     from vlmdeploy.plan.planned_model import planned_model
@@ -81,6 +81,7 @@ def plan(
         raise click.UsageError("give --ckpt or --family")
     chosen = PlanOptions(precisions=taken_precisions(options), **options)
     if html is not None:
+        check_file(html)
         check_not_read(html, (ckpt, Path(device)))
     made = make_plan(planned_model(ckpt, family, follow_links), plan_device(device, power_mode), chosen)
     for message in made.warnings:
