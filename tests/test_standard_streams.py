@@ -11,10 +11,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from tests.tiny_bundle import ROOT, run_cli, run_process
 from vlmdeploy.cli.console import print_answer, print_rows
+from vlmdeploy.runtime.backends.ort import import_onnxruntime, session_options
 from vlmdeploy.standard_streams import lines_on_stderr, logged, say
 
 SHOWN = "decoder"  # in the help and in the description of a bundle
@@ -77,6 +80,20 @@ def test_lines_of_a_training_run_are_printable(told: Told) -> None:
     with logged(logger, "at last: %(message)s", logging.INFO):
         logger.info("loss\n0.5")
     assert told.lines() == ["at last: loss 0.5"]
+
+
+def test_onnxruntime_logs_nothing_beside_its_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own coloured lines, with files and numbers of C++, stood before ours."""
+    value = onnx.helper.make_tensor_value_info
+    gather = onnx.helper.make_node("Gather", ["table", "place"], ["row"])
+    inputs = [value("table", onnx.TensorProto.FLOAT, [2]), value("place", onnx.TensorProto.INT64, [1])]
+    graph = onnx.helper.make_graph([gather], "g", inputs, [value("row", onnx.TensorProto.FLOAT, [1])])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    ort = import_onnxruntime()
+    session = ort.InferenceSession(model.SerializeToString(), session_options(ort, 1), ["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, {"table": np.zeros(2, np.float32), "place": np.array([7])})
+    assert capfd.readouterr() == ("", "")
 
 
 # Streams that fail

@@ -284,7 +284,7 @@ def _is_installed(name: str) -> bool:
 def session_options(ort: ModuleType, threads: int | None) -> Any:
     """Options shared by all sessions: quiet, with `threads` threads (default: one per core)."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is an exception: its log would stand beside our error
     options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # exact float activations
     if threads is not None:
         options.intra_op_num_threads = threads
