@@ -218,8 +218,8 @@ def named(names: tuple[str, ...]) -> list[str]:
 
 @needs_compiler
 def test_small_writers_survive_every_power_cut() -> None:
-    """A staging folder was not recognized and stayed; a finished unit was "damaged or missing", or the whole run was
-    "not an unfinished run"."""
+    """A staging folder was not recognized and stayed; a finished unit was "damaged or missing", or what was left of a
+    finished run "not an unfinished run"."""
     assert findings(*named(SMALL), "--kind", "cuts") == ""
 
 

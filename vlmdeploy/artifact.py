@@ -367,12 +367,9 @@ def remove_finished(folder: Path, name: str, settings: Config, error: type[Vlmde
     """Remove what a run with these settings left that was killed right after it had published its result."""
     if not folder.is_dir():
         return
-    is_empty = all(path.name == LOCK for path in folder.iterdir())
-    if (
-        is_empty
-        or (folder / DISCARDED).is_file()
-        or ((folder / name).is_file() and read_state(folder / name, error) == settings)
-    ):
+    found = {path.name for path in folder.iterdir()}
+    is_ours = name in found and read_state(folder / name, error) == settings
+    if is_ours or DISCARDED in found or found <= {LOCK}:
         with locked(folder), unwritable_reported(folder):
             remove_partial(folder, name)
 
