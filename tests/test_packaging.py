@@ -31,6 +31,22 @@ def _copy_of_sources(folder: Path) -> Path:
     return folder
 
 
+def test_lowest_versions_are_those_that_are_tested() -> None:
+    """`.ci/run` runs the runtime's tests with the constraints of this file: the floors must be the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    floors = {need.partition(">=")[0]: need.partition(">=")[2].partition(",")[0] for need in needs}
+    lines = (ROOT / "requirements-lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: _padded(floor) for name, floor in floors.items()} == {
+        name: _padded(pin) for name, pin in pinned.items()
+    }
+
+
+def _padded(version: str) -> list[str]:
+    return [*version.split("."), "0", "0"][:3]
+
+
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("*.py")} | {"vlmdeploy/py.typed"}
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmdeploy").rglob("templates/*")}
