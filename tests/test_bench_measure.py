@@ -355,8 +355,11 @@ print(*measure(Path({str(bundle)!r}), MeasureOptions(new_tokens=2, repeats=1, th
     assert (done.returncode, set(done.stdout.split())) == (0, PHASES), done.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl_c", "kill"])
-def test_measuring_process_ends_with_the_command(bundle: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize(("sent", "status", "line"), [
+    (signal.SIGINT, 1, "Error: interrupted\n"), (signal.SIGTERM, 143, "Error: stopped by SIGTERM\n"),
+    (signal.SIGKILL, -9, ""),
+])  # fmt: skip
+def test_measuring_process_ends_with_the_command(bundle: Path, sent: signal.Signals, status: int, line: str) -> None:
     endless = ["--new-tokens", "3", "--repeat", "100000000", "--threads", "1"]
     command = [sys.executable, "-m", "vlmdeploy", "bench", str(bundle), *endless]
     pipe = subprocess.PIPE
@@ -367,9 +370,7 @@ def test_measuring_process_ends_with_the_command(bundle: Path, sent: signal.Sign
             said, told = process.communicate(timeout=60)  # returns when the other process too has let go of stderr
         finally:
             process.kill()  # a command that goes on would be waited for without end
-    assert said == "" and (process.returncode, told) == (
-        (1, "Error: interrupted\n") if sent is signal.SIGINT else (-sent, "")
-    )
+    assert (process.returncode, said, told) == (status, "", line)
 
 
 def measuring_children(process: subprocess.Popen[str]) -> Iterator[int]:

@@ -35,7 +35,10 @@ from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError
 
 DOWN = "model.layers.1.mlp.language_mlp.down_proj.weight"
-INTERRUPTED = "Error: interrupted\n"
+STOPPED = {
+    signal.SIGINT: (1, "Error: interrupted\n"), signal.SIGTERM: (143, "Error: stopped by SIGTERM\n"),
+    signal.SIGKILL: (-9, ""),
+}  # fmt: skip
 QUESTION = [{"role": "user", "content": "What?"}]
 
 
@@ -289,7 +292,7 @@ def assert_old_or_new(bundle: Path, old: dict[str, bytes], new: dict[str, bytes]
     assert vlmdeploy.open(bundle, check="full", threads=1)
 
 
-ROUNDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 1 else []) for seed in range(10)]
+ROUNDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 0 else []) for seed in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +303,7 @@ def old_and_new(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.mark.parametrize("seed", ROUNDS)
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl_c", "kill"])
+@pytest.mark.parametrize("sent", STOPPED)
 def test_stopped_export_leaves_a_whole_bundle(
     ckpt: Path, old_and_new: tuple[Path, Path], sent: signal.Signals, seed: int, tmp_path: Path
 ) -> None:
@@ -309,12 +312,8 @@ def test_stopped_export_leaves_a_whole_bundle(
     bundle = shutil.copytree(old_and_new[0], tmp_path / "bundle")
     status, stderr = stop_at_a_random_moment(ckpt, bundle, sent, random.Random(seed).uniform(0, 0.4))
     assert_old_or_new(bundle, old, new)
-    if sent is signal.SIGINT:
-        swallowed = status == 0 and "Exception ignored in" in stderr  # by Python, inside a callback of an import
-        assert swallowed or (status, stderr) in [(1, INTERRUPTED), (-signal.SIGINT, INTERRUPTED), (0, "")], (
-            "Python itself ends by the signal when the exception had passed through certain compiled code"
-        )
-        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (status, stderr) in (STOPPED[sent], (0, ""))
+    assert sent is signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["bundle"]
     export(ckpt, bundle, "ort-int4", force=True)
     assert content_of(bundle) == new
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

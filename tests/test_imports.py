@@ -205,6 +205,12 @@ def test_no_package_outgrows_the_others() -> None:
     assert most < 0.15 * lines.total(), f"{package} holds {most / lines.total():.0%} of all lines"
 
 
+def test_nothing_is_unpickled() -> None:
+    """Reading a pickle runs its code; child processes get JSON."""
+    for path in MODULES:
+        assert not {"pickle", "shelve", "marshal", "dill"} & {found.top for found in parsed_imports(path)}, path
+
+
 def test_nobody_but_the_backends_asks_which_backend_it_has() -> None:
     for path in MODULES:
         if "backends" not in path.parts:
