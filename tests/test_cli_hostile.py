@@ -184,3 +184,53 @@ def test_working_folder_that_cannot_be_written_does_not_matter(answering_bundle:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# No home
+
+
+HOMELESS = """
+import os, pwd, sys
+def nobody(number):
+    raise KeyError(number)
+pwd.getpwuid = nobody
+for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+    os.environ.pop(name, None)
+from vlmdeploy.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", [
+    "run BUNDLE --prompt Why? --max-new-tokens 2", "verify BUNDLE", "validate --bundle BUNDLE --data DATA",
+    "diff BUNDLE BUNDLE --plot plot.png", "bench BUNDLE --repeat 1 --new-tokens 2",
+    "plan --family cogvlm --device orin-nx-16 --html plan.html",
+])  # fmt: skip
+def test_user_without_a_home_gets_one_warning_at_most(
+    answering_bundle: Path, data: Path, tmp_path: Path, command: str
+) -> None:
+    """As in a container that runs under a bare number: the cache's place was a traceback."""
+    words = [{"BUNDLE": str(answering_bundle), "DATA": str(data)}.get(word, word) for word in command.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *words],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "no home folder" in line]
+    others = set(done.stderr.splitlines()) - set(told)
+    assert len(told) <= 1 and (not others or command.startswith("plan"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"data", "plot.png", "plan.html"}
+
+
+def test_compiled_loops_make_no_folder_for_a_user_without_a_home(tmp_path: Path) -> None:
+    """Where the package cannot be written, numba put its cache into a folder "~" of the current one."""
+    nobody = ("unshare", "--user", "--map-user=12345", "env", "-i")
+    if subprocess.run([*nobody, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here: another user cannot be played")
+    package = shutil.copytree(ROOT / "vlmdeploy", tmp_path / "package" / "vlmdeploy", ignore=lambda *_: ["__pycache__"])
+    for folder in (package, *package.rglob("*")):
+        folder.chmod(0o555)
+    (tmp_path / "here").mkdir()
+    command = [*nobody, f"PYTHONPATH={package.parent}", sys.executable, "-c", "import vlmdeploy.quant.numba_loops"]
+    done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True)
+    assert (done.returncode, done.stderr, list((tmp_path / "here").iterdir())) == (0, "", [])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import has_ended, wait_until
 from tests.tiny_bundle import ROOT, run_process
-from vlmdeploy import stopping
+from vlmdeploy import child_process, stopping
 from vlmdeploy.stopping import Stopped, ended_by_signals, stopped_by_signals, undisturbed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -120,6 +120,7 @@ def test_signal_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pyte
         assert interrupted_module.done
         wait_until(lambda: len(came) > 1)
         raise AssertionError("it went on")
+    assert "interrupted_module" in sys.modules
 
 
 def test_block_that_must_be_whole_is_finished_first() -> None:
@@ -170,6 +171,23 @@ with child_process.child_process("endless") as process:
     process.wait()
 """
 ENDLESS = "import signal, time\ndef main():\n    {first}\n    print(flush=True)\n    time.sleep(1000)\n"
+
+
+@pytest.mark.parametrize(("first", "status"), [
+    ("pass", -signal.SIGTERM), ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", -signal.SIGKILL),
+])  # fmt: skip
+def test_child_ends_with_an_error_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, status: int
+) -> None:
+    """It is asked to, so that it can clean up, and then made to."""
+    (tmp_path / "endless.py").write_text(ENDLESS.format(first=first))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(child_process, "GRACE_S", 0.1)
+    with pytest.raises(ZeroDivisionError), child_process.child_process("endless") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        raise ZeroDivisionError
+    assert process.returncode == status
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
