@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx.external_data_helper import load_external_data_for_tensor
 
 import tests.reference.int4 as reference
 from tests.calibration_data import FAST, write_calibration_checkpoint, write_calibration_data
@@ -157,11 +156,7 @@ def test_group_of_the_whole_width_is_refused(ckpt: Path, tmp_path: Path) -> None
 def codes_of(bundle: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Signed codes [out, in] and scales [out, groups] of a matrix of the text decoder."""
     tensors = {tensor.name: tensor for tensor in graph_of(bundle, "decoder_text").graph.initializer}
-    stored = []
-    for tensor in (tensors[name], tensors[f"{name}.scales"]):
-        if tensor.external_data:
-            load_external_data_for_tensor(tensor, str(bundle))
-        stored.append(onnx.numpy_helper.to_array(tensor).T)
+    stored = [onnx.numpy_helper.to_array(tensors[each], str(bundle)).T for each in (name, f"{name}.scales")]
     return stored[0].astype(np.int8), stored[1]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
@@ -167,9 +166,8 @@ def widen_floats(model: onnx.ModelProto, folder: Path) -> None:
     widened = []
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16 and tensor.name in scales:
-            if tensor.external_data:
-                load_external_data_for_tensor(tensor, str(folder))
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            values = numpy_helper.to_array(tensor, str(folder))
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
         elif tensor.data_type == TensorProto.FLOAT16:
             name, tensor.name = tensor.name, f"{tensor.name}.stored"
             widened.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
