@@ -1,5 +1,6 @@
 """Contract tests: an output folder is whole or absent, and what stood there before is kept or replaced in one step."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -119,6 +120,26 @@ def test_old_output_comes_back_if_a_kill_left_none(out: Path) -> None:
     out.rename(out.with_name(f".{out.name}.0123abcd.old.staging"))
     with pytest.raises(ParityError), staged_folder(out, True, is_ours):
         raise ParityError("differs")
+    assert content(out) == {"manifest.json": "old"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_old_output_is_put_back_if_the_new_one_cannot_take_its_place(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where folders cannot be exchanged it stayed under a hidden name, and the next run removed it."""
+    write(out, "old")
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if target == out and ".old." not in path.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr("vlmdeploy.artifact._exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ExportError, match="cannot be written: Input/output error"):
+        write(out, "new", force=True)
     assert content(out) == {"manifest.json": "old"}
     assert list(out.parent.iterdir()) == [out]
 
