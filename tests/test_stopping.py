@@ -190,6 +190,38 @@ def test_child_ends_with_an_error_of_its_parent(
     assert process.returncode == status
 
 
+STARTING = """
+from vlmdeploy.child_process import child_process
+try:
+    with child_process("vlmdeploy.bench.measure") as process:
+        process.wait()
+except KeyboardInterrupt:
+    pass
+"""
+
+
+SLOW_START = """
+import signal, sys
+if "vlmdeploy.child_process" in sys.orig_argv:
+    print("starts", file=sys.stderr, flush=True)
+    signal.pause()
+"""
+
+
+def test_ctrl_c_while_a_child_starts_is_not_told_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal sends it to both, and Python shows what it was importing."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command, pipe = [sys.executable, "-c", STARTING], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        process.stderr.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == ""
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("first", ["pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"], ids=["polite", "deaf"])
 def test_child_never_outlives_its_parent(tmp_path: Path, sent: signal.Signals, first: str) -> None:

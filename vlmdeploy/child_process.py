@@ -23,9 +23,11 @@ def child_process(module: str, errors: int | None = None) -> Iterator[subprocess
     # -P: no module of the current folder, which may hold anything.
     command = [sys.executable, "-P", "-m", __name__, module, str(os.getpid())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # it finds what this process found
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
-    ) as process:
+    with born_deaf():
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+        )
+    with process:
         try:
             yield process
         except BaseException:
@@ -42,6 +44,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
+@contextmanager
+def born_deaf() -> Iterator[None]:
+    """What the block starts hears Ctrl-C only after `end_with_parent`: Python would show where it was interrupted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_parent(parent: int) -> None:
     """Call first in a child of the process `parent`: the system kills it when its parent ends, and Ctrl-C, which the
     terminal sends to both, ends it without a word."""
@@ -50,6 +62,7 @@ def end_with_parent(parent: int) -> None:
         sys.exit("the command that wanted this is gone")
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 
 
 def main() -> None:

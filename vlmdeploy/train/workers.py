@@ -18,9 +18,10 @@ from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not in the stub's list
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from vlmdeploy.child_process import end_with_parent
+from vlmdeploy.child_process import born_deaf, end_with_parent
 from vlmdeploy.errors import TrainingError
 from vlmdeploy.standard_streams import lines_on_stderr
+from vlmdeploy.stopping import undisturbed
 
 LOCALHOST = "127.0.0.1"
 POLL_S = 0.5
@@ -61,7 +62,7 @@ def run_workers(
     started = (work, arguments, num_workers, store.port, os.getpid())
     try:
         with _none_left():
-            with _environment(OF_WORKERS):
+            with _environment(OF_WORKERS), born_deaf(), undisturbed():
                 context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
             while not context.join(timeout=POLL_S):
                 watch()
