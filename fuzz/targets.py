@@ -23,7 +23,7 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.plan.device import plan_device
 from vlmdeploy.quant.quantization_report import read_report
-from vlmdeploy.runtime.chat import read_messages
+from vlmdeploy.runtime.chat import Tokenizer, read_messages
 from vlmdeploy.runtime.graph_check import check_graph
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.runtime.integrity import check_bundle
@@ -147,7 +147,8 @@ def _in_checkpoint(name: str) -> Check:
 def _tokenizer(name: str) -> Check:
     def check(data: bytes, folder: Path) -> None:
         _put(folder / name, data)
-        import_tokenizer(folder / name).encode("Where is the 7?")
+        tokenizer = Tokenizer(import_tokenizer(folder / name))
+        tokenizer.decode(tokenizer.encode("Where is the 7?"))
 
     return check
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from vlmdeploy.errors import ConfigError
+from vlmdeploy.errors import BundleError, ConfigError
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
 from vlmdeploy.runtime.chat import StreamDecoder, Tokenizer
 
@@ -147,6 +147,8 @@ JSON: dict[str, Any] = {
     "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
 }  # fmt: skip
 
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": " " * 10}
+
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -154,6 +156,12 @@ JSON: dict[str, Any] = {
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "has Precompiled"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}}, "has Precompiled"),
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "has FixedLength"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [SPACES, SPACES]}},
+            "has parts that make a text more than 64",
+        ),
+        ({"decoder": {"type": "Sequence", "decoders": [SPACES, SPACES]}}, "has parts that make a text more than 64"),
+        ({"normalizer": {"type": "Prepend", "prepend": " " * 64}}, "has parts that make a text more than 64 times"),
         ({"model": JSON["model"] | {"continuing_subword_prefix": "##"}}, "has BPE with a continuing_subword_prefix"),
         ({"model": JSON["model"] | {"unk_token": "zz"}}, "not a valid tokenizer.json"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"}}, "not a valid tokenizer.json"),
@@ -164,10 +172,14 @@ JSON: dict[str, Any] = {
     ids=str,
 )
 def test_parts_that_the_library_trusts_are_refused(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    """Values that the library does not check ended the process, asked for 4 GB, or failed at the first prompt."""
-    (tmp_path / "tokenizer.json").write_text(json.dumps(JSON | changes))
+    """Values that the library does not check ended the process, asked for 4 GB, or failed at the first prompt: those of
+    a checkpoint, and those of a bundle."""
+    content = json.dumps(JSON | changes)
+    (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=f"tokenizer.json: {expected}"):
         import_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(BundleError, match=f"^bundle/tokenizer.json: {expected}"):
+        Tokenizer.from_bytes(content.encode(), "bundle/tokenizer.json")
 
 
 def test_a_panic_of_the_library_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

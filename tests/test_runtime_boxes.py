@@ -1,5 +1,7 @@
 """Contract: boxes in text are written, found and drawn as the grounding models' authors do."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,6 +35,20 @@ def test_parsed_boxes_are_in_pixels_of_the_original_picture() -> None:
 )
 def test_only_parts_of_four_numbers_are_boxes(text: str, expected: list[Corners]) -> None:
     assert [box.norm for box in parse_boxes(text, 1000, 1000)] == expected
+
+
+def test_boxes_stand_where_the_authors_pattern_finds_them() -> None:
+    pieces = ["[[", "]]", "[", "]", "001,002,003,004", ";", "\n", " "]
+    generator = np.random.default_rng(0)
+    for _ in range(3000):
+        text = "".join(generator.choice(pieces, generator.integers(1, 12)))
+        parts = [part for inside in re.findall(r"\[\[(.+?)\]\]", text) for part in inside.split(";")]
+        assert len(parse_boxes(text, 10, 10)) == sum(part.strip(" ") == "001,002,003,004" for part in parts), text
+
+
+def test_an_answer_full_of_brackets_is_read_at_once() -> None:
+    """A pattern took 20 minutes for a megabyte."""
+    assert parse_boxes("[[" * 500_000, 10, 10) == ()
 
 
 def test_writing_and_reading_a_box_give_it_back() -> None:

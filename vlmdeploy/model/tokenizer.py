@@ -15,15 +15,12 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.input_files import MOST_JSON_BYTES, find_inside, read_input, why_unreadable
-from vlmdeploy.records import Config, parse_object
+from vlmdeploy.tokenizer_file import read_tokenizer
 
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # ▁, how SentencePiece writes a space
 MANY = 1 << 16  # more spaces than any answer starts with
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 LONGEST_PIECE = 512  # characters, the most that SentencePiece trains
-UNCHECKED = ("Precompiled", "FixedLength")  # types of parts whose values the library does not check
-PANIC = "PanicException"  # an error in the library's Rust code, no Exception
-PROBE = "a 1 é\N{GRINNING FACE}\n"
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
@@ -56,50 +53,8 @@ def import_tokenizer(source: Path) -> tokenizers.Tokenizer:
     if TIKTOKEN_LINE.match(content):
         raise ConfigError(f"tokenizer {source}: holds tiktoken ranks, expected tokenizer.json or a SentencePiece model")
     if content.lstrip()[:1] == b"{":
-        return _read_json(content, source)
+        return read_tokenizer(content, f"tokenizer {source}", ConfigError)
     return _convert(_parse_sentencepiece(content, source), source)
-
-
-def _read_json(content: bytes, source: Path) -> tokenizers.Tokenizer:
-    _check_json(parse_object(content, f"tokenizer {source}"), source)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        _try(tokenizer)
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
-            raise
-        raise ConfigError(f"tokenizer {source}: not a valid tokenizer.json ({error})") from error
-    return tokenizer
-
-
-def _check_json(document: Config, source: Path) -> None:
-    """Refuse what the library trusts: with other values it reads out of bounds or takes any amount of memory."""
-    found = [name for name in UNCHECKED if name in _types(document.get("normalizer"), document.get("pre_tokenizer"))]
-    model = document.get("model")
-    if isinstance(model, dict) and model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
-        found.append("BPE with a continuing_subword_prefix")
-    if found:
-        raise ConfigError(f"tokenizer {source}: has {found[0]}, which no supported family uses and is not read")
-
-
-def _types(*parts: Any) -> set[Any]:
-    """The types of parts of a tokenizer.json and of what they hold."""
-    waiting, types = list(parts), set[Any]()
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            types.add(str(part.get("type")))
-            waiting += part.values()
-        elif isinstance(part, list):
-            waiting += part
-    return types
-
-
-def _try(tokenizer: tokenizers.Tokenizer) -> None:
-    """Run every part on a short text. Raises what the library raises, and its panics."""
-    text = tokenizer.normalizer.normalize_str(PROBE) if tokenizer.normalizer else PROBE
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer else [(text, None)]
-    tokenizer.decode([token.id for word, _ in words for token in tokenizer.model.tokenize(word)])
 
 
 def _parse_sentencepiece(content: bytes, source: Path) -> Any:

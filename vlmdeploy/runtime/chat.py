@@ -18,6 +18,7 @@ from PIL import Image
 from vlmdeploy.errors import BundleError, PromptError, shown
 from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
 from vlmdeploy.runtime.image import ImageSource, is_url
+from vlmdeploy.tokenizer_file import library_errors, read_tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -91,18 +92,17 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> "Tokenizer":
         """The tokenizer in the content of a tokenizer.json. Raises BundleError, naming `where`."""
-        try:
-            return cls(tokenizers.Tokenizer.from_buffer(content))
-        except Exception as error:  # the library raises nothing more precise
-            raise BundleError(f"{where}: cannot be read as tokenizer.json ({error}); copy the bundle again") from error
+        return cls(read_tokenizer(content, where, BundleError))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or any other special token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with library_errors("the tokenizer cannot read the text", PromptError):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without special tokens; invalid UTF-8 becomes U+FFFD."""
-        return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True))
+        with library_errors("the tokenizer cannot write the answer", BundleError):
+            return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True))
 
     def ends_byte_run(self, token_id: int) -> bool:
         """Whether this id ends a run of byte tokens; ids without text of their own do not."""
