@@ -190,36 +190,46 @@ def test_child_ends_with_an_error_of_its_parent(
     assert process.returncode == status
 
 
-STARTING = """
+STARTING = {
+    "child process": """
 from vlmdeploy.child_process import child_process
 try:
     with child_process("vlmdeploy.bench.measure") as process:
         process.wait()
 except KeyboardInterrupt:
     pass
-"""
-
-
+""",
+    "workers": """
+from vlmdeploy.train.workers import run_workers
+try:
+    run_workers(print, (), 2, lambda: None)
+except KeyboardInterrupt:
+    pass
+""",
+}
 SLOW_START = """
 import signal, sys
-if "vlmdeploy.child_process" in sys.orig_argv:
-    print("starts", file=sys.stderr, flush=True)
+if "vlmdeploy.child_process" in sys.orig_argv or "--multiprocessing-fork" in sys.orig_argv:
+    print("hears" if signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set() else "deaf", file=sys.stderr, flush=True)
     signal.pause()
 """
 
 
-def test_ctrl_c_while_a_child_starts_is_not_told_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["child process", pytest.param("workers", marks=pytest.mark.slow)])
+def test_ctrl_c_while_a_child_starts_is_not_told_by_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The terminal sends it to both, and Python shows what it was importing."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_START)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command, pipe = [sys.executable, "-c", STARTING], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", STARTING[kind]], subprocess.PIPE
     with subprocess.Popen(
         command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as process:  # fmt: skip
         assert process.stderr is not None
-        process.stderr.readline()
+        assert process.stderr.readline() == "deaf\n"
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[1] == ""
+        assert process.communicate(timeout=60)[1].replace("deaf\n", "") == ""
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import active_children
+from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def run_workers(
     started = (work, arguments, num_workers, store.port, os.getpid())
     try:
         with _none_left():
+            resource_tracker.ensure_running()  # a process of Python's own, whose start would open our children's ears
             with _environment(OF_WORKERS), born_deaf(), undisturbed():
                 context = start_processes(_enter, started, num_workers, join=False, start_method="spawn")
             while not context.join(timeout=POLL_S):
