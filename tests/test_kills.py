@@ -147,6 +147,7 @@ with vlmdeploy.open(bundle, threads=1, residency="phase") as session:
 """
 
 
+@pytest.mark.usefixtures("own_signals")  # whoever runs the tests may ignore SIGHUP, as `nohup` does
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=slow)])
 def test_bundle_and_cache_of_a_program_that_is_ended_are_whole(
     answering_bundle: Path, tmp_path: Path, rounds: int, monkeypatch: pytest.MonkeyPatch
