@@ -1,6 +1,7 @@
 """Calibration in several processes, started by torchrun. Each runs a share of the samples, sums are all-reduced, and
 the first process decides and writes. A single process needs no communication."""
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Processes:
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("gloo")
+            atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends before them
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
