@@ -123,6 +123,31 @@ def test_hessian_is_the_product_of_exactly_the_rows_of_its_kind(
     assert torch.equal(problem.hessian, problem.hessian.T)
 
 
+@pytest.mark.parametrize("firsts", [0.5, 1e-4])
+def test_first_tokens_weigh_together_what_is_asked_for(
+    rows: Tensor, undisturbed: Tensor, weights: Tensor, firsts: float
+) -> None:
+    """But each at least as much as another token. The held-out rows are weighed in the same way."""
+    tokens = some_tokens()
+    problem = Statistics(Processes()).problem(
+        NAME, weights, Grid(4, 8), tokens, None, reading(rows, undisturbed), firsts
+    )
+    for held_out in (False, True):
+        places = np.array(chosen(None, held_out))
+        is_first = np.isin(places, tokens.offsets)
+        each = torch.ones(len(places), dtype=torch.float64)
+        each[is_first] = max(1.0, firsts * (~is_first).sum() / is_first.sum())
+        x = rows[places].double()
+        if held_out:
+            assert problem.held_out is not None
+            expected = (each[:, None] * x).T @ x
+            assert_same_sums(problem.held_out.inputs.T @ problem.held_out.inputs, expected)
+            continue
+        assert_same_sums(problem.hessian, (each[:, None] * x).T @ x / len(places))
+        difference = (undisturbed - rows)[places].double()
+        assert_same_sums(problem.cross, (each[:, None] * difference).T @ x / len(places))
+
+
 def test_held_out_rows_enter_no_hessian(rows: Tensor, weights: Tensor) -> None:
     problem = collect(weights, reading(rows))
     rows[chosen(None, held_out=True)] = 1000.0

@@ -2,6 +2,7 @@
 they compute what the PyTorch reference computes, and ask for every linear once with exactly the rows that reach it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.statistics import Inputs
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.model.checkpoint import Checkpoint
+from vlmdeploy.model.decoder import rotate
 from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Grid, dequantize, quantize_rtn
@@ -216,6 +218,41 @@ def test_spilled_activations_are_the_same_bits(mixed: Case) -> None:
     assert torch.equal(first, second)
     assert all(torch.equal(spilled.inputs[target][0], x[0]) for target, x in in_memory.inputs.items())
     assert len(spilled.spilled) > 2
+
+
+def squared_attention(query: Tensor, key: Tensor) -> tuple[float, float]:
+    """To the first token and to all others, by every token but the first; [tokens, head_dim] each."""
+    first = others = 0.0
+    for place in range(1, len(query)):
+        shares = (key[: place + 1].double() @ query[place].double() / query.shape[1] ** 0.5).softmax(0).square()
+        first, others = first + float(shares[0]), others + float(shares[1:].sum())
+    return first, others
+
+
+def test_attention_to_first_tokens_is_that_of_the_experts_own_rows(mixed: Case) -> None:
+    checkpoint, samples = mixed.checkpoint, mixed.samples
+    spec = checkpoint.spec.decoder
+    weights, total = checkpoint.parameter("decoder.layers.0.language.qkv.weight"), sum(len(s.ids) for s in samples)
+    x = torch.randn(total, spec.hidden, generator=torch.Generator().manual_seed(0))
+    offsets = np.cumsum([0, *(len(sample.ids) for sample in samples)])
+    rows = [np.arange(start, stop) for start, stop in itertools.pairwise(offsets)]
+    runner = UnitRunner(checkpoint, Recorder(checkpoint), Pool(mixed.folder / "spill", MEMORY))
+
+    def attention(expert: str) -> list[float]:
+        seen = runner.attention_to_firsts(samples, rows, expert, weights, None, lambda own: (x[torch.from_numpy(own)],))
+        return [float(value) for value in seen]
+
+    expected = np.zeros(2)
+    for sample, own in zip(samples, rows, strict=True):
+        is_text = torch.from_numpy(~sample.vision_mask)
+        angles = torch.from_numpy(sample.positions)[is_text][:, None].double() * checkpoint.inv_freq().double()
+        heads = (x[torch.from_numpy(own)][is_text] @ weights.T).reshape(int(is_text.sum()), -1, spec.head_dim)
+        turned = rotate(heads.transpose(0, 1)[None], angles.cos().float()[None], angles.sin().float()[None])[0]
+        for head in range(spec.num_heads):
+            key = turned[spec.num_heads + head // (spec.num_heads // spec.num_kv_heads)]
+            expected += squared_attention(turned[head], key)
+    assert attention("language") == pytest.approx(expected.tolist(), rel=1e-4)
+    assert attention("vision") == [0, 0]  # pictures follow the first token, whose expert is the other one
 
 
 def test_spill_files_are_deleted_when_closed(mixed: Case) -> None:

@@ -185,13 +185,25 @@ def test_asymmetric_codes_are_refused(tmp_path: Path) -> None:
 def test_encoder_is_int4_where_the_checkpoint_was_quantized_so(vision: str, shipped: str, tmp_path: Path) -> None:
     ckpt = write_calibration_checkpoint(tmp_path / "ckpt", vision_layers=1)
     data = write_calibration_data(tmp_path / "data", num_pictures=9, num_texts=3)
-    chosen = ("--vision", vision, "--connector", vision)
+    chosen = ("--vision", vision, "--connector", vision, "--positive-scales")
     result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "quantized", *FAST, *chosen)
     assert result.exit_code == 0, result.stderr
     manifest = read_manifest(export(tmp_path / "quantized", tmp_path / "bundle", "trt-int4"))
     assert (manifest.precision["vision"], manifest.precision["connector"]) == (shipped, shipped)
     assert (manifest.precision["decoder"], manifest.precision["lm_head"]) == ("int4", "fp16")
     assert manifest.made_by.quantization == "gptq"
+
+
+def test_negative_scales_are_not_given_to_tensorrt(tmp_path: Path) -> None:
+    """Its documentation says that they must be positive, and nobody knows what its kernels do."""
+    ckpt = write_calibration_checkpoint(tmp_path / "ckpt", vision_layers=1)
+    data = write_calibration_data(tmp_path / "data", num_pictures=9, num_texts=3)
+    result = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", tmp_path / "quantized", *FAST)
+    assert result.exit_code == 0, result.stderr
+    options = ("--ckpt", tmp_path / "quantized", "--target", "rtx-int4", "--out", tmp_path / "bundle", "--threads", 1)
+    line = only_error_line(run_cli("export", *options))
+    assert "qkv.weight: has negative scales" in line and "--positive-scales" in line
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_calibrated_export_quantizes_what_the_target_holds(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_family_and_the_step_are_known(ckpt: Path) -> None:
 def test_from_checkpoint_to_answer(ckpt: Path, tmp_path: Path, target: str) -> None:
     data = write_calibration_data(tmp_path / "data", num_pictures=16, num_texts=24)
     quantized, bundle = tmp_path / "quantized", tmp_path / "bundle"
-    parts = ("--vision", "int4", "--connector", "int4") if target.startswith("trt") else ()
+    parts = ("--vision", "int4", "--connector", "int4", "--positive-scales") if target.startswith("trt") else ()
     done = run_cli("quantize", "--ckpt", ckpt, "--calib", data, "--out", quantized, *parts, *FAST)
     assert done.exit_code == 0, done.stderr
     reports = {linear["name"]: linear for linear in read_report(quantized)["linears"]}

@@ -23,6 +23,7 @@ from vlmdeploy.quant.gptq import (
     clip_weights,
     factorize,
     output_loss,
+    quantize_clipped,
     quantize_gptq,
     search_scales,
     sweep,
@@ -261,7 +262,7 @@ def test_scales_are_fp16_values(sweeps: int, symmetric: bool) -> None:
     options, grid = GptqOptions("conditional", sweeps), Grid(4, 32, symmetric)
     ours = quantize_gptq(weights, factorize(hessian, DAMPING), grid, options, hessian)
     assert ours.scales.dtype == np.float32
-    assert (ours.scales > 0).all()
+    assert (ours.scales < 0).any() == symmetric and (ours.scales != 0).all()
     assert (ours.scales.astype(np.float16) == ours.scales).all()
 
 
@@ -311,6 +312,33 @@ def test_searched_scales_equal_the_reference(group: int, clip: ClipWeights) -> N
     scales, _ = search_scales(weights.numpy(), clip_weights(clip, factorize(hessian, DAMPING), hessian), grid)
     expected = reference.search_scales(double(weights), omega, 4, group)
     assert (scales == expected).all()
+
+
+def test_negative_scale_gives_the_further_step_to_positive_weights() -> None:
+    """Codes reach from -8 to 7."""
+    weights = np.array([[-7.0, 8.0, 1.0, 0.0], [7.0, -8.0, 1.0, 0.0]], np.float32)
+    quantized = quantize_clipped(weights, np.ones(4, np.float32), Grid(4, 4))
+    assert np.sign(quantized.scales).tolist() == [[-1], [1]]
+    distance = np.abs(dequantize(quantized) - weights).max(1)
+    positive = quantize_clipped(weights, np.ones(4, np.float32), Grid(4, 4), signed=False)
+    assert (positive.scales > 0).all()
+    assert distance[0] == pytest.approx(distance[1], abs=1e-6)
+    assert distance[0] < np.abs(dequantize(positive) - weights)[0].max()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_both_signs_are_never_worse_than_one(bits: int) -> None:
+    weights, hessian = problem()
+    omega = clip_weights("conditional", factorize(hessian, DAMPING), hessian)
+    assert omega is not None
+    errors = [
+        (omega * (dequantize(quantize_clipped(weights.numpy(), omega, Grid(bits, 32), signed)) - weights.numpy()) ** 2)
+        .reshape(len(weights), -1, 32)
+        .sum(-1)
+        for signed in (False, True)
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert (errors[1] < errors[0] * 0.999).any() == (bits <= 4)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -6,6 +6,7 @@ W [N, K] are N rows of K inputs, H [K, K] the Hessian, groups of G inputs. The g
 - 2^(bits - 1)). Scales are always values of float16, in arrays of the dtype of the arithmetic; rounding is to even.
 """
 
+import itertools
 from typing import Any, Literal
 
 import numpy as np
@@ -51,8 +52,9 @@ def inverse_factor(hessian_damped: Array, order: Array) -> Array:
 
 
 def to_half(scale: Any) -> Any:
-    """A scale that float16 holds; one too small for it becomes its smallest number, not zero."""
-    return max(np.float16(scale), np.finfo(np.float16).smallest_subnormal)
+    """A scale that float16 holds; one too small for it becomes the smallest number of its sign, not zero."""
+    size = max(np.float16(abs(scale)), np.finfo(np.float16).smallest_subnormal)
+    return np.copysign(size, np.float16(scale))
 
 
 def maximal_scale(values: Array, bits: int) -> Any:
@@ -72,7 +74,8 @@ def maximal_scales(weights: Array, bits: int, group: int) -> Array:
 
 
 def search_scales(weights: Array, omega: Array, bits: int, group: int, symmetric: bool = True) -> Array:
-    """Scales [N, K / G]: of 32 fractions of the maximal one, the first with the least error weighted by omega [K]."""
+    """Scales [N, K / G]: of 32 fractions of the maximal one, then of its negative, the first with the least error,
+    weighted by omega [K]."""
     if not symmetric:
         raise NotImplementedError("the reference knows only the symmetric grid")
     rows, columns = weights.shape
@@ -90,8 +93,8 @@ def search_one_scale(values: Array, omega: Array, bits: int) -> Any:
     if not values.any():
         return dtype(1)
     best, least = dtype(0), np.inf
-    for ratio in RATIOS:
-        scale = dtype(to_half(dtype(ratio) * maximal_scale(values, bits)))
+    for sign, ratio in itertools.product((1, -1), RATIOS):
+        scale = dtype(to_half(dtype(sign * ratio) * maximal_scale(values, bits)))
         rounded = np.clip(np.rint(values / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         error = (omega.astype(dtype) * (values - scale * rounded) ** 2).sum()
         if error < least:
@@ -168,7 +171,7 @@ def sweep(
 
 
 def refit_scale(old: Any, c: Array, error: Array, H_columns: Array, H_gg: Array) -> Any:
-    """The least-squares scale of one group of one row, float16; `old` if that is negative or beyond a factor of 2.
+    """The least-squares scale of one group of one row, float16; `old` if the sign or more than a factor of 2 changes.
 
     c [G] are the codes less the zero point, error [K] is Q - W of the row, H_columns [K, G] and H_gg [G, G] parts of H.
     """
@@ -176,7 +179,7 @@ def refit_scale(old: Any, c: Array, error: Array, H_columns: Array, H_gg: Array)
     if curvature <= 0:
         return old
     new = old.dtype.type(np.float16(old - c @ (error @ H_columns) / curvature))
-    return new if new > 0 and old / 2 <= new <= old * 2 else old
+    return new if 0.5 <= new / old <= 2 else old
 
 
 def loss(weights: Array, dequantized: Array, hessian: Array) -> float:

@@ -71,6 +71,7 @@ class QuantizeOptions:
     bits: str = "4"
     group: int = DEFAULT_GROUP
     asymmetric: bool = False
+    positive_scales: bool = False
     vision: str | None = None
     connector: str | None = None
     lm_head: str | None = None
@@ -132,7 +133,8 @@ def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progres
         options.force,
         options.reuse,
     )
-    result = run_quantization(checkpoint, plan, calibration, GptqSolver(), out, run_options, progress)
+    solver = GptqSolver(signed=not options.positive_scales)
+    result = run_quantization(checkpoint, plan, calibration, solver, out, run_options, progress)
     slow = () if best_loops().is_compiled else ("numba is not installed: the inner loops run in numpy, far slower",)
     return replace(result, warnings=(*slow, *plan_warnings(plan, options.group), *result.warnings))
 
@@ -257,6 +259,7 @@ def all_settings(
         "parts": plan.parts,
         "group_sizes": plan.group_sizes,
         "symmetric": not options.asymmetric,
+        "positive_scales": options.positive_scales,
         "overrides": list(options.override),
         "budget": options.budget,
         "quality": options.quality,

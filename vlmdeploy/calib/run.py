@@ -6,9 +6,11 @@ Hessian, and as many activations as fit. A killed run resumes at the unit it was
 
 import errno
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,11 @@ from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.precision import PrecisionPlan
 from vlmdeploy.quant.quantization_report import LinearReport, read_report
 from vlmdeploy.records import first_difference
+from vlmdeploy.spec.matrices import matrices
 
 DEFAULT_MEMORY_BYTES = 1 << 30
+ATTENDING_SAMPLES = 8  # whose attention is measured
+MOST_FIRSTS_WEIGHT = 1.0  # of all first tokens together, relative to all others
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -210,6 +215,9 @@ class QuantizationRun(Quantizer):
         self._encoder = {f"vision.layers.{index}": index for index in range(spec.vision.num_layers)}
         self._decoder = {f"decoder.layers.{index}": index for index in range(spec.decoder.num_layers)}
         self.units = ["vision.embed", *self._encoder, "connector", "prompts", *self._decoder, "head"]
+        self._makes_keys = {
+            matrix.target for matrix in matrices(spec) if matrix.part == "decoder" and matrix.name == "qkv"
+        }
         self._total = sum(self.checkpoint.size(target) for target in self.plan.by_target)
         self._done = 0
 
@@ -291,7 +299,8 @@ class QuantizationRun(Quantizer):
         if count < self.coverage.floor:
             codes = self._rounded(target, weights, f"uncalibrated: {count} tokens")
         else:
-            problem = self._statistics.problem(target, weights, grid, tokens, expert, inputs)
+            firsts = self._weight_of_firsts(target, weights, tokens, expert, inputs)
+            problem = self._statistics.problem(target, weights, grid, tokens, expert, inputs, firsts)
             codes, report = self.processes.first_does(lambda: self._solve(target, problem))
             self._reports.append(report)
             del problem
@@ -299,6 +308,29 @@ class QuantizationRun(Quantizer):
         self._finish(target)
         values = torch.from_numpy(dequantize(codes))
         return (values, weights) if self._runner.streams == 2 else (values,)
+
+    def _weight_of_firsts(
+        self, target: str, weights: Tensor, tokens: Tokens, expert: str | None, inputs: Inputs
+    ) -> float:
+        """What first tokens weigh in the Hessian of a decoder layer's keys and values; 0 elsewhere. Models direct much
+        of their attention to the first token, so errors there reach every other: docs/design/0012-first-tokens.md."""
+        if target not in self._makes_keys:
+            return 0.0
+        rule = self.checkpoint.rules.get(target.removesuffix("weight") + "bias")
+        bias = None if rule is None else self.checkpoint.parameter(rule.target)
+        samples = [self.calibration.samples[place] for place in self._attending]
+        rows = [tokens.rows(place) for place in self._attending]
+        seen = self._runner.attention_to_firsts(samples, rows, expert, weights, bias, inputs)
+        self.processes.sum_in_place(seen)
+        first, others = seen.tolist()
+        return min(MOST_FIRSTS_WEIGHT, first / others) if others else 0.0
+
+    @cached_property
+    def _attending(self) -> list[int]:
+        """A few of this process's samples, which with those of the other processes are always the same."""
+        keys = [zlib.crc32(name.encode()) for name in self.calibration.tokens.names]
+        everyone = sorted(key for own in self.processes.gather(keys) for key in own)
+        return [place for place, key in enumerate(keys) if key <= everyone[:ATTENDING_SAMPLES][-1]]
 
     @override
     def unused(self, target: str) -> None:

@@ -100,11 +100,13 @@ class Trial:
 class GptqSolver(Solver):
     """GPTQ with the damping and the number of sweeps that are best on held-out tokens.
 
-    sweeps None: the default for the bits. dampings: the candidates; the first is used if nothing is held out.
+    sweeps None: the default for the bits. dampings: the candidates; the first is used if nothing is held out. signed:
+    whether narrow symmetric grids may get negative scales.
     """
 
     act_order: bool = True
     clip: ClipWeights = "conditional"
+    signed: bool = True
     sweeps: int | None = None
     dampings: tuple[float, ...] = DAMPINGS
     loops: Loops = field(default_factory=best_loops)
@@ -114,7 +116,7 @@ class GptqSolver(Solver):
         best, factor = self._choose(problem)
         if best.is_rtn:
             quantized = quantize_clipped(
-                np.asarray(problem.weights), filled_diagonal(problem.hessian), problem.grid, self.loops
+                np.asarray(problem.weights), filled_diagonal(problem.hessian), problem.grid, self.signed, self.loops
             )
         else:
             quantized = self._quantize(problem, factor, problem.weights, best.sweeps)
@@ -160,7 +162,7 @@ class GptqSolver(Solver):
         if problem.held_out is None:
             return None
         rows = np.asarray(problem.weights[judged_rows(len(problem.weights))])
-        rounded = quantize_clipped(rows, filled_diagonal(problem.hessian), problem.grid, self.loops)
+        rounded = quantize_clipped(rows, filled_diagonal(problem.hessian), problem.grid, self.signed, self.loops)
         return Trial(0.0, 0, held_out_loss(problem, rounded), is_rtn=True)
 
     def _sweeps(self, problem: Problem) -> int:
@@ -169,7 +171,7 @@ class GptqSolver(Solver):
         return DEFAULT_SWEEPS.get(problem.grid.bits, 0) if self.sweeps is None else self.sweeps
 
     def _options(self, problem: Problem) -> GptqOptions:
-        return GptqOptions("none" if problem.has_few_tokens else self.clip, sweeps=0)
+        return GptqOptions("none" if problem.has_few_tokens else self.clip, 0, self.signed)
 
     def _target(self, problem: Problem, factor: Factor, weights: Tensor) -> Tensor:
         return weights if problem.cross is None else asymmetric_target(weights, factor, problem.cross)

@@ -7,18 +7,21 @@ Asymmetric calibration runs a second stream through the float weights. The wirin
 forward pass over `Rows`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vlmdeploy.calib.activations import Pool
+from vlmdeploy.calib.activations import Ints, Pool
 from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, read_pixels
 from vlmdeploy.calib.flow import Flow, PerSample, Product, Quantizer, Rows, over_rows
+from vlmdeploy.calib.statistics import Inputs
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.connector import build_step
-from vlmdeploy.model.decoder import Decoder, LayerCache, LayerParts, RmsNorm, Step, causal_mask
+from vlmdeploy.model.decoder import Decoder, LayerCache, LayerParts, RmsNorm, Step, causal_mask, rotate
 from vlmdeploy.model.products import PRODUCTS, WithoutFirst
 from vlmdeploy.model.vision import VisionEncoder, VisionLayer
 from vlmdeploy.spec.decoder import DecoderSpec
@@ -128,7 +131,7 @@ class UnitRunner:
         step_of = self.steps(samples)
         return self._stored(layer(Rows(self.pool, flow), PerSample(step_of), PerSample(lambda sample: LayerCache())))
 
-    def steps(self, samples: Samples) -> Callable[[int], Step]:
+    def steps(self, samples: Sequence[CalibrationSample]) -> Callable[[int], Step]:
         """Make rotary tables and causal mask of each sample."""
         decoder = Decoder(replace(self.spec.decoder, num_layers=0))
         decoder.inv_freq = self.checkpoint.inv_freq()
@@ -138,6 +141,34 @@ class UnitRunner:
             return decoder.step(positions, None, causal_mask(torch.ones_like(positions)))
 
         return step_of
+
+    def attention_to_firsts(
+        self,
+        samples: Sequence[CalibrationSample],
+        rows: Sequence[Ints],
+        expert: str | None,
+        weights: Tensor,
+        bias: Tensor | None,
+        inputs: Inputs,
+    ) -> Tensor:
+        """Squared attention of an expert's tokens to first tokens, and to all its others, summed, float64 [2].
+
+        rows: of each sample. weights, bias: the expert's queries, keys and values; inputs: of that product.
+        """
+        spec, step_of, seen = self.spec.decoder, self.steps(samples), torch.zeros(2, dtype=torch.float64)
+        for index, sample in enumerate(samples):
+            own = np.flatnonzero(sample.vision_mask == (expert == "vision"))
+            if not len(own) or own[0] != 0:  # the first token is another expert's
+                continue
+            step, places = step_of(index), torch.from_numpy(own)
+            heads = F.linear(inputs(rows[index][own])[-1], weights, bias).unflatten(-1, (-1, spec.head_dim))
+            query, key, _ = heads.transpose(0, 1).split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
+            query, key = (rotate(x[None], step.cos[:, places], step.sin[:, places])[0] for x in (query, key))
+            scores = query @ key.repeat_interleave(spec.num_heads // spec.num_kv_heads, 0).transpose(1, 2)
+            scores.div_(spec.head_dim**0.5).masked_fill_(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+            squared = scores.softmax(-1)[:, 1:].square().sum((0, 1))  # without the first query, which has no choice
+            seen += torch.stack((squared[0], squared[1:].sum())).double()
+        return seen
 
     def head(self, flow: Flow) -> None:
         """Quantize the head on the normed rows of the language expert, the only rows whose logits are read."""

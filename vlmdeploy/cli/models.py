@@ -62,6 +62,7 @@ def train(config: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", help="Bits of the decoder's linears.")
 @click.option("--group", type=int, default=128, help="Inputs that share a scale; -1: all of them.")
 @click.option("--asymmetric", is_flag=True, help="One zero point per group; not for TensorRT.")
+@click.option("--positive-scales", is_flag=True, help="No negative scales; for TensorRT, and readers that want none.")
 @precision_options("vision connector lm-head", "int8")
 @click.option("--override", multiple=True, help="PATTERN=TYPE or PATTERN=TYPE:GROUP for single linears.")
 @click.option("--budget", help="Choose bits and groups by measured cost: 9.0GB in all, or average bits such as 4.25.")

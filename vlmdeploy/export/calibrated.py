@@ -13,7 +13,7 @@ from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.manifest import Manifest
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.progress import Progress
-from vlmdeploy.quant.precision import TARGETS
+from vlmdeploy.quant.precision import TARGETS, is_tensorrt
 
 BITS_OF_TARGET = {"ort-int4": "4", "ort-int8": "8", "rtx-int4": "4", "trt-int4": "4"}
 
@@ -40,6 +40,7 @@ def export_calibrated(
         vision=asked["vision"],
         connector=asked["connector"],
         lm_head=asked["lm_head"],
+        positive_scales=is_tensorrt(options.target),
         tokenizer=options.tokenizer,
         template=options.default_template,
         seed=options.seed,

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.quant.grid import (
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
     Codes,
     Floats,
     Grid,
@@ -33,6 +31,7 @@ from vlmdeploy.quant.numpy_loops import NUMPY_LOOPS
 
 BLOCK = 128
 CLIP_RATIOS = np.linspace(1.0, 0.4, 32, dtype=np.float32)
+MOST_SIGNED_BITS = 4  # in wider grids one more step is nothing, and a backend may want positive scales
 SEARCH_ROWS = 256  # rows whose candidate scales are in memory at once
 TURNED_ROWS = 64  # rows that are transposed at once
 MAX_SCALE_CHANGE = 2.0  # a refit that changes a scale more is rejected
@@ -60,10 +59,12 @@ class Factor:
 @dataclass(frozen=True)
 class GptqOptions:
     """clip: the weights of squared errors in the scale search; "none" keeps the largest weight of each group
-    representable. sweeps: rounds of refinement after the last input."""
+    representable. sweeps: rounds of refinement after the last input. signed: whether the search also tries negative
+    scales."""
 
     clip: ClipWeights = "conditional"
     sweeps: int = 1
+    signed: bool = True
 
 
 def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor:
@@ -139,7 +140,7 @@ def quantize_gptq(
     """
     loops = loops or best_loops()
     omega = clip_weights(options.clip, factor, hessian)
-    scales, zeros = search_scales(np.asarray(weights), omega, grid, loops)
+    scales, zeros = search_scales(np.asarray(weights), omega, grid, options.signed, loops)
     codes = _quantize_columns(weights, factor, grid, scales, zeros, loops)
     quantized = Quantized(codes, scales, grid, zeros)
     for _ in range(options.sweeps):
@@ -161,12 +162,13 @@ def clip_weights(clip: ClipWeights, factor: Factor, hessian: Tensor) -> Floats |
 
 
 def search_scales(
-    weights: Floats, omega: Floats | None, grid: Grid, loops: Loops | None = None
+    weights: Floats, omega: Floats | None, grid: Grid, signed: bool = True, loops: Loops | None = None
 ) -> tuple[Floats, Codes | None]:
     """Scales [out, groups] (and zero points of an asymmetric grid), fp16 values.
 
     With omega float32 [in], try 32 scales per group, from 1 to 0.4 of the spanning scale, and take the one with the
-    least sum of omega * (rounding error)^2.
+    least sum of omega * (rounding error)^2. signed: in a narrow symmetric grid try their negatives, too. The codes
+    reach one step further below zero than above; a negative scale gives that step to the positive weights.
     """
     groups = split_groups(weights, grid)
     scales, zeros = initial_scales(groups, grid)
@@ -176,16 +178,18 @@ def search_scales(
     omega = omega.reshape(groups.shape[1], -1)
     for start in range(0, len(groups), SEARCH_ROWS):
         rows = slice(start, start + SEARCH_ROWS)
-        scales[rows], middles = _best_candidates(groups[rows], omega, grid, loops)
+        scales[rows], middles = _best_candidates(groups[rows], omega, grid, signed, loops)
         if zeros is not None:
             zeros[rows] = middles
     return scales, zeros
 
 
-def _best_candidates(groups: Floats, omega: Floats, grid: Grid, loops: Loops) -> tuple[Floats, Codes]:
+def _best_candidates(groups: Floats, omega: Floats, grid: Grid, signed: bool, loops: Loops) -> tuple[Floats, Codes]:
     """The best scales and zero points of some rows: groups [rows, groups, group_size] -> [rows, groups] each."""
     lows, spans = groups.min(-1), spanning_scales(groups, grid)
-    candidates = to_half(np.where(spans == 0, np.float32(1), spans) * CLIP_RATIOS[:, None, None])
+    has_both_signs = signed and grid.symmetric and grid.bits <= MOST_SIGNED_BITS
+    ratios = np.concatenate([CLIP_RATIOS, -CLIP_RATIOS]) if has_both_signs else CLIP_RATIOS
+    candidates = to_half(np.where(spans == 0, np.float32(1), spans) * ratios[:, None, None])
     if grid.symmetric:
         middles = np.broadcast_to(np.uint8(grid.zero_point), candidates.shape).copy()
     else:
@@ -294,18 +298,20 @@ def _refit_scales(slopes: Tensor, errors: Tensor, steps: Tensor, scales: Floats,
     bent = hessian @ steps
     curvature = (steps * bent).sum(0).numpy()
     wanted = scales - (steps * slopes).sum(0).numpy() / np.where(curvature > 0, curvature, 1)
-    rounded = to_half(np.clip(wanted, SMALLEST_SCALE, LARGEST_SCALE))
-    ratio = rounded / scales
-    is_believed = (curvature > 0) & (wanted > 0) & (ratio < MAX_SCALE_CHANGE) & (ratio > 1 / MAX_SCALE_CHANGE)
+    rounded = to_half(wanted.astype(np.float32))
+    ratio = rounded / scales  # negative where the sign would change
+    is_believed = (curvature > 0) & (ratio < MAX_SCALE_CHANGE) & (ratio > 1 / MAX_SCALE_CHANGE)
     change = torch.from_numpy(np.where(is_believed, rounded - scales, np.float32(0)))
     errors += change * steps
     slopes += bent.mul_(change)
     scales[:] = np.where(is_believed, rounded, scales)
 
 
-def quantize_clipped(weights: Floats, omega: Floats, grid: Grid, loops: Loops | None = None) -> Quantized:
-    """Round to nearest after a scale search with input weights omega [in]."""
-    scales, zeros = search_scales(weights, omega, grid, loops)
+def quantize_clipped(
+    weights: Floats, omega: Floats, grid: Grid, signed: bool = True, loops: Loops | None = None
+) -> Quantized:
+    """Round to nearest after a scale search with input weights omega [in]; signed: see `search_scales`."""
+    scales, zeros = search_scales(weights, omega, grid, signed, loops)
     return round_to_grid(weights, scales, zeros, grid)
 
 

@@ -1,4 +1,4 @@
-"""The integer grid: groups of neighbouring inputs share a positive scale and a zero point.
+"""The integer grid: groups of neighbouring inputs share a scale and a zero point.
 
 Symmetric (the default): the zero point is 2^(bits - 1), the scale max|w| / ((2^bits - 1) / 2), as in GPTQ files.
 Asymmetric: scale and zero point span the group's range; TensorRT does not support this. Scales are rounded to fp16
@@ -125,8 +125,10 @@ def _checked_scales(scales: Floats, groups: Floats) -> Floats:
 
 
 def to_half(scales: Floats) -> Floats:
-    """Round positive scales to fp16 values, never to zero."""
-    return np.maximum(scales, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+    """Round scales to fp16 values of the same sign, never to zero."""
+    sizes = np.clip(np.abs(scales), SMALLEST_SCALE, LARGEST_SCALE)
+    rounded: Floats = np.copysign(sizes, scales).astype(np.float16).astype(np.float32)
+    return rounded
 
 
 def dequantize(quantized: Quantized) -> Floats:

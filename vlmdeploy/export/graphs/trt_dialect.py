@@ -112,6 +112,11 @@ class TrtGraph(GraphBuilder):
             stop = done + len(block.codes)
             codes[done:stop], scales[done:stop] = block.codes, block.scales
             done = stop
+        if (scales < 0).any():
+            raise ExportError(
+                f"{weight}: has negative scales, which TensorRT's documentation does not allow: quantize with "
+                "--positive-scales, or export the float checkpoint with --calib"
+            )
         stored = dequantize_linear(Quantized(codes, scales, grid))
         name = self.external(weight, CODE_TYPES[stored.data_type], stored.shape, [stored.codes])
         inputs = [name, self.tensor(f"{weight}.scales", stored.scales.astype(np.float16))]
