@@ -68,9 +68,14 @@ def test_groups_of_a_part_in_codes_are_told_apart_in_a_float_target(tmp_path: Pa
     assert [(point.name, point.group) for point in points] == expected
 
 
+def test_points_for_tensorrt_share_a_checkpoint_without_negative_scales(tmp_path: Path) -> None:
+    points = grid(tmp_path, 'target = ["ort-int4", "trt-int4", "rtx-int4"]')
+    assert [point.checkpoint for point in points] == ["routed_int4_g128", *["routed_int4_g128_positive"] * 2]
+
+
 def test_points_share_a_checkpoint_where_only_the_export_differs(tmp_path: Path) -> None:
-    points = grid(tmp_path, 'target = ["ort-int4", "trt-int4"]\nembedding = ["int8", "fp16"]\nkv = ["fp32", "fp16"]')
-    assert len(points) == 8 and {point.checkpoint for point in points} == {"routed_int4_g128"}
+    points = grid(tmp_path, 'embedding = ["int8", "fp16"]\nkv = ["fp32", "fp16"]')
+    assert len(points) == 4 and {point.checkpoint for point in points} == {"routed_int4_g128"}
     others = grid(tmp_path, 'bits = [3, 4]\ngroup = [32, -1]\nquality = ["default", "high"]\nvision = ["int4", "int8"]')
     assert len({point.checkpoint for point in others}) == len(others) == 16
 

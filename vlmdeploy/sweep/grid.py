@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmdeploy.errors import ConfigError
-from vlmdeploy.quant.precision import PRECISIONS, TARGETS
+from vlmdeploy.quant.precision import PRECISIONS, TARGETS, is_tensorrt
 from vlmdeploy.records import read_toml
 
 ALGORITHMS = ("routed", "pooled", "text-only", "rtn", "none")
@@ -81,8 +81,14 @@ class Point:
         """The name of its quantized checkpoint, which other points may share."""
         parts = (f"{part}-{kind}" for part, kind in self.precisions.items() if part != "embedding")
         quality = () if self.quality == "default" else (self.quality,)
+        scales = ("positive",) if self.positive_scales else ()
         group = "whole" if self.group == -1 else str(self.group)
-        return "_".join((self.algorithm, f"int{self.bits}", f"g{group}", *quality, *parts))
+        return "_".join((self.algorithm, f"int{self.bits}", f"g{group}", *quality, *scales, *parts))
+
+    @property
+    def positive_scales(self) -> bool:
+        """Whether its target takes no negative scales."""
+        return is_tensorrt(self.target)
 
 
 def read_grid(path: Path) -> list[Point]:

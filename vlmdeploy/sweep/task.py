@@ -106,7 +106,7 @@ def _quantize(point: Point, shared: Shared) -> None:
     parts = {part: kind for part, kind in point.precisions.items() if part != "embedding"}
     options = QuantizeOptions(
         shared.calib, bits=str(point.bits), group=point.group, hessian=point.algorithm,  # type: ignore[arg-type]
-        quality=point.quality, **parts, **asdict(shared.calibration),  # type: ignore[arg-type]
+        quality=point.quality, positive_scales=point.positive_scales, **parts, **asdict(shared.calibration),  # type: ignore[arg-type]
         follow_links=shared.report.asked.follow_links,
     )  # fmt: skip
     quantize_checkpoint(shared.ckpt, shared.checkpoint(point), options, no_progress)
