@@ -41,7 +41,7 @@ from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.quant.grid import Quantized, dequantize, quantize_rtn
-from vlmdeploy.quant.precision import plan_precision
+from vlmdeploy.quant.precision import DEFAULT_GROUP, plan_precision
 from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.runtime.chat import Tokenizer
 
@@ -108,6 +108,7 @@ class Method:
     solver: Solver
     hessian: HessianKind = "routed"
     asymmetric: bool = False
+    weighs_firsts: bool = True
 
 
 def methods(worker: GptqModelSolver | None) -> list[Method]:
@@ -119,7 +120,7 @@ def methods(worker: GptqModelSolver | None) -> list[Method]:
         Method("routed", GptqSolver()),
         Method("routed, high", GptqSolver(), asymmetric=True),
     ]
-    return ours if worker is None else [*ours, Method("GPTQModel, routed", worker)]
+    return ours if worker is None else [*ours, Method("GPTQModel, routed", worker, weighs_firsts=False)]
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,22 @@ def read_prompts(data: Path, count: int, seed: int) -> tuple[CalibrationSample, 
     return tuple(read_calibration_sample(sample, spec, tokenizer, None) for sample in drawn)
 
 
-def quantized_codes(method: Method, bits: int, calibration: Calibration) -> dict[str, Quantized]:
+def quantized_codes(
+    checkpoint: Checkpoint,
+    method: Method,
+    bits: int,
+    calibration: Calibration,
+    group: int = DEFAULT_GROUP,
+    allow_uncalibrated: bool = False,
+) -> dict[str, Quantized]:
     """Codes of all decoder linears by one method."""
-    checkpoint, processes = Checkpoint(CKPT), Processes()
-    plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS})
-    options = RunOptions({}, method.hessian, method.asymmetric, memory_bytes=8 << 30)
+    processes = Processes()
+    plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS}, group)
+    options = RunOptions(
+        {}, method.hessian, method.asymmetric, allow_uncalibrated, 8 << 30, weighs_firsts=method.weighs_firsts
+    )
     coverage = check_coverage(
-        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=False
+        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated
     )
     with tempfile.TemporaryDirectory() as folder:
         run = QuantizationRun(
@@ -218,7 +228,7 @@ def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: 
         for draw in range(draws):
             calibration = Calibration.of(hold_out(read_prompts(data, samples, draw)))
             for method in methods(worker):
-                damage = judge.damage(quantized_codes(method, bits, calibration))
+                damage = judge.damage(quantized_codes(judge.checkpoint, method, bits, calibration))
                 table.setdefault(method.name, []).append(damage)
                 print(f"{bits} bits, draw {draw}, {method.name}: {damage}", file=sys.stderr, flush=True)
             if worker is not None:
@@ -245,21 +255,34 @@ def _print_table(title: str, table: dict[str, list[float]], say: Callable[[str],
         say(f"| {name} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3, help="calibration sets")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--samples", type=int, default=1024, help="calibration samples of each set")
-    parser.add_argument("--scenes", type=int, default=600, help="held-out scenes, about 9 answers each")
     parser.add_argument("--out", type=Path, help="also write the tables there")
-    options = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def said(out: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that prints a line; after the block all lines are written to `out`, too."""
     lines: list[str] = []
 
     def say(line: str) -> None:
         print(line, flush=True)
         lines.append(line)
 
-    with tempfile.TemporaryDirectory() as folder:
+    yield say
+    if out:
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = options_parser(__doc__)
+    parser.add_argument("--samples", type=int, default=1024, help="calibration samples of each set")
+    parser.add_argument("--scenes", type=int, default=600, help="held-out scenes, about 9 answers each")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, said(options.out) as say:
         calib, test = Path(folder) / "calib", Path(folder) / "test"
         make_data("calib", 4 * options.samples // 3, calib, 0)
         make_data("test", options.scenes, test, 0)
@@ -271,8 +294,6 @@ def main() -> None:
         )
         for bits in options.bits:
             measure(bits, options.draws, options.samples, calib, judge, say)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

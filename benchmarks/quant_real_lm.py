@@ -9,31 +9,26 @@ samples of the documents. GPTQModel quantizes each linear on the same plain Hess
 (`make gptqmodel`), if that exists; set GPTQMODEL_CPU_WORKERS=2 on two cores. Needs the package `gguf`.
 """
 
-import argparse
 import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from quant_quality import FLOAT_PARTS, RtnSolver, gptqmodel
+from quant_quality import Method, RtnSolver, gptqmodel, options_parser, quantized_codes, said
 from quant_speed import GPTQMODEL_PYTHON
 from real_lm import BOS, MODEL, TEXTS, Gguf, unpacked, write_checkpoint
 
 from vlmdeploy.calib.calibration_set import CalibrationSample, hold_out, sample_of_ids
-from vlmdeploy.calib.coverage import check_coverage
-from vlmdeploy.calib.processes import Processes
-from vlmdeploy.calib.run import Calibration, QuantizationRun, RunOptions
+from vlmdeploy.calib.run import Calibration
 from vlmdeploy.calib.solver import GptqSolver, Solver
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.quant.grid import Quantized, dequantize
-from vlmdeploy.quant.precision import plan_precision
 from vlmdeploy.runtime.chat import Tokenizer
 
 GROUP = 64
@@ -42,27 +37,17 @@ LONGEST, SHORTEST = 256, 64  # tokens of a text
 RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table. firsts: whether first tokens are weighed by the attention that they get."""
-
-    name: str
-    solver: Solver
-    firsts: bool = True
-    asymmetric: bool = False
-
-
 def methods(worker: Solver | None) -> list[Method]:
     """Every row, GPTQModel's last."""
     ours = [
         Method("RTN", RtnSolver()),
-        Method("neither", GptqSolver(signed=False), firsts=False),
-        Method("signed scales alone", GptqSolver(), firsts=False),
+        Method("neither", GptqSolver(signed=False), weighs_firsts=False),
+        Method("signed scales alone", GptqSolver(), weighs_firsts=False),
         Method("first tokens alone", GptqSolver(signed=False)),
         Method("default: both", GptqSolver()),
         Method("high: both", GptqSolver(), asymmetric=True),
     ]
-    return ours if worker is None else [*ours, Method("GPTQModel", worker, firsts=False)]
+    return ours if worker is None else [*ours, Method("GPTQModel", worker, weighs_firsts=False)]
 
 
 @dataclass(frozen=True)
@@ -118,21 +103,8 @@ class Judge:
 
     def codes(self, method: Method, bits: int, calibration: Calibration) -> dict[str, Quantized]:
         """Codes of the language expert. No picture reaches the vision expert, which is only rounded and not judged."""
-        checkpoint, processes = self.checkpoint, Processes()
-        plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS}, GROUP)
-        options = RunOptions({}, asymmetric=method.asymmetric, allow_uncalibrated=True, memory_bytes=8 << 30)
-        coverage = check_coverage(
-            checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=True
-        )
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            nullcontext() if method.firsts else patch("vlmdeploy.calib.run.MOST_FIRSTS_WEIGHT", 0.0),
-        ):
-            run = QuantizationRun(
-                checkpoint, plan, calibration, method.solver, options, processes, coverage, lambda *_: None,
-                Path(folder),
-            )  # fmt: skip
-            return {target: codes for target, codes in run.in_memory()[0].items() if ".language." in target}
+        codes = quantized_codes(self.checkpoint, method, bits, calibration, GROUP, allow_uncalibrated=True)
+        return {target: found for target, found in codes.items() if ".language." in target}
 
 
 def measure(judge: Judge, texts: list[str], bits: int, draws: int, say: Callable[[str], None]) -> None:
@@ -161,18 +133,8 @@ def measure(judge: Judge, texts: list[str], bits: int, draws: int, say: Callable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=3, help="calibration sets")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--out", type=Path, help="also write the tables there")
-    options = parser.parse_args()
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
-
-    with tempfile.TemporaryDirectory() as place:
+    options = options_parser(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as place, said(options.out) as say:
         folder = Path(place)
         texts = unpacked(TEXTS, folder).read_text(encoding="utf-8").splitlines()
         checkpoint = write_checkpoint(Gguf(unpacked(MODEL, folder)), folder / "checkpoint")
@@ -184,8 +146,6 @@ def main() -> None:
         )
         for bits in options.bits:
             measure(judge, texts[:-TEST_TEXTS], bits, options.draws, say)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

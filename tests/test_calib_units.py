@@ -2,7 +2,6 @@
 they compute what the PyTorch reference computes, and ask for every linear once with exactly the rows that reach it.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.calibration_data import random_samples
 from tests.comparison import SAME_ROW_FP32, assert_close
 from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy.calib.activations import Pool
-from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, read_pixels
+from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, prompt_tokens, read_pixels
 from vlmdeploy.calib.flow import Weights
 from vlmdeploy.calib.perplexity import hidden_states
 from vlmdeploy.calib.statistics import Inputs
@@ -232,10 +231,9 @@ def squared_attention(query: Tensor, key: Tensor) -> tuple[float, float]:
 def test_attention_to_first_tokens_is_that_of_the_experts_own_rows(mixed: Case) -> None:
     checkpoint, samples = mixed.checkpoint, mixed.samples
     spec = checkpoint.spec.decoder
-    weights, total = checkpoint.parameter("decoder.layers.0.language.qkv.weight"), sum(len(s.ids) for s in samples)
-    x = torch.randn(total, spec.hidden, generator=torch.Generator().manual_seed(0))
-    offsets = np.cumsum([0, *(len(sample.ids) for sample in samples)])
-    rows = [np.arange(start, stop) for start, stop in itertools.pairwise(offsets)]
+    weights, tokens = checkpoint.parameter("decoder.layers.0.language.qkv.weight"), prompt_tokens(samples)
+    x = torch.randn(tokens.count, spec.hidden, generator=torch.Generator().manual_seed(0))
+    rows = [tokens.rows(index) for index in range(len(samples))]
     runner = UnitRunner(checkpoint, Recorder(checkpoint), Pool(mixed.folder / "spill", MEMORY))
 
     def attention(expert: str) -> list[float]:

@@ -74,6 +74,10 @@ class Tokens:
             chosen &= self.vision_mask == (expert == "vision")
         return np.flatnonzero(chosen)
 
+    def is_first(self, rows: Ints) -> Bools:
+        """Which of these rows are the first of their sample."""
+        return np.isin(rows, self.offsets[:-1])
+
     def sample_of(self, row: int) -> str:
         """Name of the sample that owns a row."""
         return self.names[int(np.searchsorted(self.offsets, row, side="right")) - 1]

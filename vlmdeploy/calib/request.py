@@ -130,8 +130,8 @@ def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progres
         options.quality == "high",
         options.allow_uncalibrated,
         memory_bytes,
-        options.force,
-        options.reuse,
+        force=options.force,
+        reuse=options.reuse,
     )
     solver = GptqSolver(signed=not options.positive_scales)
     result = run_quantization(checkpoint, plan, calibration, solver, out, run_options, progress)

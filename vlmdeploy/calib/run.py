@@ -75,7 +75,8 @@ class Calibration:
 class RunOptions:
     """How to run. settings: everything that determines the result, to compare runs and for the report.
 
-    force: replace a finished output. reuse: keep one made with the same settings, even with `force`.
+    weighs_firsts: docs/design/0012-first-tokens.md; off for comparison. force: replace a finished output. reuse: keep
+    one made with the same settings, even with `force`.
     """
 
     settings: dict[str, Any]
@@ -83,6 +84,7 @@ class RunOptions:
     asymmetric: bool = False
     allow_uncalibrated: bool = False
     memory_bytes: int = DEFAULT_MEMORY_BYTES
+    weighs_firsts: bool = True
     force: bool = False
     reuse: bool = False
 
@@ -314,7 +316,7 @@ class QuantizationRun(Quantizer):
     ) -> float:
         """What first tokens weigh in the Hessian of a decoder layer's keys and values; 0 elsewhere. Models direct much
         of their attention to the first token, so errors there reach every other: docs/design/0012-first-tokens.md."""
-        if target not in self._makes_keys:
+        if target not in self._makes_keys or not self.options.weighs_firsts:
             return 0.0
         rule = self.checkpoint.rules.get(target.removesuffix("weight") + "bias")
         bias = None if rule is None else self.checkpoint.parameter(rule.target)

@@ -78,14 +78,14 @@ class Statistics:
         """These rows, those of first tokens times the root of their weight."""
         if not firsts:
             return inputs
-        is_first = np.isin(rows, tokens.offsets[:-1])
+        is_first = tokens.is_first(rows)
         count, others = self.processes.sum_counts(int(is_first.sum()), int((~is_first).sum()))
         if not count or firsts * others <= count:
             return inputs
         factor = (firsts * others / count) ** 0.5
 
         def scaled(piece: Ints) -> tuple[Tensor, ...]:
-            places = torch.from_numpy(np.isin(piece, tokens.offsets[:-1]))[:, None]
+            places = torch.from_numpy(tokens.is_first(piece))[:, None]
             return tuple(torch.where(places, factor * x, x) for x in inputs(piece))
 
         return scaled
@@ -115,7 +115,7 @@ def _evenly(rows: Ints, tokens: Tokens, limit: int) -> Ints:
     """At most about `limit` of these rows, evenly spaced among first tokens as among the others."""
     if len(rows) <= limit:
         return rows
-    is_first = np.isin(rows, tokens.offsets[:-1])
+    is_first = tokens.is_first(rows)
     kept = [
         part[np.linspace(0, len(part) - 1, -(-len(part) * limit // len(rows))).astype(np.int64)]
         for part in (rows[is_first], rows[~is_first])
