@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class Method:
     solver: Solver
     hessian: HessianKind = "routed"
     asymmetric: bool = False
-    weighs_firsts: bool = True
+    weigh: Literal["firsts", "gradients"] | None = "firsts"
 
 
 def methods(worker: GptqModelSolver | None) -> list[Method]:
@@ -120,7 +121,7 @@ def methods(worker: GptqModelSolver | None) -> list[Method]:
         Method("routed", GptqSolver()),
         Method("routed, high", GptqSolver(), asymmetric=True),
     ]
-    return ours if worker is None else [*ours, Method("GPTQModel, routed", worker, weighs_firsts=False)]
+    return ours if worker is None else [*ours, Method("GPTQModel, routed", worker, weigh=None)]
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,7 @@ def quantized_codes(
     """Codes of all decoder linears by one method."""
     processes = Processes()
     plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS}, group)
-    options = RunOptions(
-        {}, method.hessian, method.asymmetric, allow_uncalibrated, 8 << 30, weighs_firsts=method.weighs_firsts
-    )
+    options = RunOptions({}, method.hessian, method.asymmetric, allow_uncalibrated, 8 << 30, weigh=method.weigh)
     coverage = check_coverage(
         checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated
     )

@@ -41,13 +41,13 @@ def methods(worker: Solver | None) -> list[Method]:
     """Every row, GPTQModel's last."""
     ours = [
         Method("RTN", RtnSolver()),
-        Method("neither", GptqSolver(signed=False), weighs_firsts=False),
-        Method("signed scales alone", GptqSolver(), weighs_firsts=False),
+        Method("neither", GptqSolver(signed=False), weigh=None),
+        Method("signed scales alone", GptqSolver(), weigh=None),
         Method("first tokens alone", GptqSolver(signed=False)),
         Method("default: both", GptqSolver()),
         Method("high: both", GptqSolver(), asymmetric=True),
     ]
-    return ours if worker is None else [*ours, Method("GPTQModel", worker, weighs_firsts=False)]
+    return ours if worker is None else [*ours, Method("GPTQModel", worker, weigh=None)]
 
 
 @dataclass(frozen=True)

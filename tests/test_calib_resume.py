@@ -218,10 +218,15 @@ def test_interrupted_run_has_no_output_and_continues_in_another_process(
     assert_continues(ckpt, data, out, whole)
 
 
-def test_two_streams_are_continued_too(ckpt: Path, data: Path, tmp_path: Path) -> None:
-    interrupted(ckpt, data, tmp_path / "killed", "decoder.layers.1", quality="high")
+@pytest.mark.parametrize(("quality", "units"), [
+    ("high", ["decoder.layers.1"]),
+    ("best", ["float.decoder.layers.1", "gradient.head", "gradient.decoder.layers.0", "vision.embed", "head"]),
+])  # fmt: skip
+def test_every_quality_is_continued(ckpt: Path, data: Path, tmp_path: Path, quality: str, units: list[str]) -> None:
+    for unit in units:
+        interrupted(ckpt, data, tmp_path / "killed", unit, quality=quality)
     for name in ("killed", "whole"):
-        options = ("--quality", "high", "--max-memory", "1KB" if name == "whole" else "1GB")
+        options = ("--quality", quality, "--max-memory", "1KB" if name == "whole" else "1GB")
         quantize(ckpt, data, tmp_path / name, *options)
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
 
@@ -246,6 +251,18 @@ def test_rows_of_the_unit_before_are_deleted_when_a_unit_is_finished(ckpt: Path,
     assert [path.name for path in partial.glob("*.flow")] == ["decoder.layers.0.0.0.flow"]
 
 
+@pytest.mark.parametrize(("unit", "kept"), [
+    ("float.decoder.layers.1", ["float.decoder.layers.0", "float.prompts"]),
+    ("gradient.decoder.layers.0", ["float.prompts", "gradient.decoder.layers.1"]),
+    ("vision.embed", ["gradient.decoder.layers.0"]),
+])  # fmt: skip
+def test_float_rows_are_kept_until_the_backward_pass_has_used_them(
+    ckpt: Path, data: Path, tmp_path: Path, unit: str, kept: list[str]
+) -> None:
+    partial = interrupted(ckpt, data, tmp_path / "out", unit, quality="best")
+    assert sorted(path.name for path in partial.glob("*.flow")) == [f"{name}.0.0.flow" for name in kept]
+
+
 def test_leftovers_of_an_interrupted_unit_are_removed(ckpt: Path, data: Path, tmp_path: Path) -> None:
     partial = interrupted(ckpt, data, tmp_path / "out")
     before = {path.name for path in partial.iterdir()}
@@ -268,6 +285,18 @@ def test_damaged_state_is_named(
     error = refusal(ckpt, data, tmp_path / "out")
     assert str(partial / name) in error and "damaged or missing" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("unit", "name"), [
+    ("gradient.decoder.layers.0", "float.prompts.0.0.flow"),
+    ("decoder.layers.0", "gradient.decoder.layers.1.0.weights"),
+])  # fmt: skip
+def test_damaged_state_of_the_backward_pass_is_named(
+    ckpt: Path, data: Path, tmp_path: Path, unit: str, name: str
+) -> None:
+    path = interrupted(ckpt, data, tmp_path / "out", unit, quality="best") / name
+    flip_byte(path)
+    assert f"{path}: damaged or missing" in refusal(ckpt, data, tmp_path / "out", "--quality", "best")
 
 
 @pytest.mark.parametrize("name", ["connector.json", SETTINGS])
@@ -406,11 +435,12 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 FIRST_LINEARS = {
     "default": r"model\.vision\.|layers\.0\.self_attn\..*query_key_value",
     "high": r"vision\.transformer\.layers\.0\.attention\.query_key_value",
+    "best": r"vision\.transformer\.layers\.0\.attention\.query_key_value",
 }
 
 
 @slow
-@pytest.mark.parametrize("quality", ["default", "high"])
+@pytest.mark.parametrize("quality", FIRST_LINEARS)
 def test_two_processes_choose_the_codes_of_one(ckpt: Path, tmp_path: Path, quality: str) -> None:
     """Up to float ties. Behind the first linears one flipped code changes every later Hessian, and under asymmetric
     calibration every later target: there only the errors must be alike.

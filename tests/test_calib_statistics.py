@@ -123,29 +123,19 @@ def test_hessian_is_the_product_of_exactly_the_rows_of_its_kind(
     assert torch.equal(problem.hessian, problem.hessian.T)
 
 
-@pytest.mark.parametrize("firsts", [0.5, 1e-4])
-def test_first_tokens_weigh_together_what_is_asked_for(
-    rows: Tensor, undisturbed: Tensor, weights: Tensor, firsts: float
-) -> None:
-    """But each at least as much as another token. The held-out rows are weighed in the same way."""
-    tokens = some_tokens()
-    problem = Statistics(Processes()).problem(
-        NAME, weights, Grid(4, 8), tokens, None, reading(rows, undisturbed), firsts
-    )
-    for held_out in (False, True):
-        places = np.array(chosen(None, held_out))
-        is_first = np.isin(places, tokens.offsets)
-        each = torch.ones(len(places), dtype=torch.float64)
-        each[is_first] = max(1.0, firsts * (~is_first).sum() / is_first.sum())
-        x = rows[places].double()
-        if held_out:
-            assert problem.held_out is not None
-            expected = (each[:, None] * x).T @ x
-            assert_same_sums(problem.held_out.inputs.T @ problem.held_out.inputs, expected)
-            continue
-        assert_same_sums(problem.hessian, (each[:, None] * x).T @ x / len(places))
-        difference = (undisturbed - rows)[places].double()
-        assert_same_sums(problem.cross, (each[:, None] * difference).T @ x / len(places))
+def test_tokens_count_what_is_asked_for(rows: Tensor, undisturbed: Tensor, weights: Tensor) -> None:
+    """In the Hessian, in the cross term, and among the held-out rows."""
+    counts = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(5)) * 10
+    inputs = reading(rows, undisturbed)
+    problem = Statistics(Processes()).problem(NAME, weights, Grid(4, 8), some_tokens(), "vision", inputs, counts)
+    places = chosen("vision", held_out=False)
+    counted = counts[places, None].double() * rows[places].double()
+    assert_same_sums(problem.hessian, counted.T @ rows[places].double() / len(places))
+    assert_same_sums(problem.cross, (undisturbed - rows)[places].double().T @ counted / len(places))
+    places, held_out = chosen("vision", held_out=True), problem.held_out
+    assert held_out is not None and len(held_out.inputs) == len(places)
+    expected = (counts[places, None].double() * rows[places].double()).T @ rows[places].double()
+    assert_same_sums(held_out.inputs.T @ held_out.inputs, expected)
 
 
 def test_held_out_rows_enter_no_hessian(rows: Tensor, weights: Tensor) -> None:

@@ -38,6 +38,7 @@ class BackwardPass:
         runner, count = self.runner, 0
         gradient = runner.flow(last.tokens, last.width)
         norm = runner.load(lambda: RmsNorm(runner.spec.decoder.hidden, runner.spec.decoder.norm_eps), "decoder.norm")
+        norm.requires_grad_(False)
         weight = runner.checkpoint.parameter("lm_head.weight")
         random = torch.Generator().manual_seed(self.seed)
         for index, sample in enumerate(self.samples):
@@ -57,7 +58,7 @@ class BackwardPass:
     def decoder_layer(self, index: int, inputs: Flow, gradient: Flow) -> None:
         """Replace the gradient at the layer's output with that at its input. inputs: its input rows."""
         name, spec = f"decoder.layers.{index}", self.runner.spec.decoder
-        layer = self.runner.load(lambda: DecoderLayer(spec), name)
+        layer = self.runner.load(lambda: DecoderLayer(spec), name).requires_grad_(False)
         assert isinstance(layer, DecoderLayer), "what the builder makes"
         step_of, tokens = self.runner.steps(self.samples), inputs.tokens
         for sample in range(len(self.samples)):
@@ -75,7 +76,7 @@ class BackwardPass:
         """
         runner, spec = self.runner, self.runner.spec
         back = runner.flow(features.tokens, spec.vision.width)
-        connector = runner.load(lambda: Connector(spec.connector), "connector")
+        connector = runner.load(lambda: Connector(spec.connector), "connector").requires_grad_(False)
         number_of = {path: index for index, path in enumerate(pictures.paths)}
         sums: dict[int, Tensor] = {}
         for index, sample in enumerate(self.samples):
@@ -92,7 +93,7 @@ class BackwardPass:
             back.states[0].write(rows, x.grad)
         for index in reversed(range(len(layer_inputs))):
             name = f"vision.layers.{index}"
-            layer = runner.load(lambda: VisionLayer(spec.vision), name)
+            layer = runner.load(lambda: VisionLayer(spec.vision), name).requires_grad_(False)
             for place in range(len(pictures.paths)):
                 rows = features.tokens.rows(place)
                 with self._watched(layer, name):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmdeploy.calib.activations import Pool
-from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, pictures_of, prompt_tokens
+from vlmdeploy.calib.calibration_set import CalibrationSample, Pictures, Tokens, pictures_of, prompt_tokens
 from vlmdeploy.calib.flow import Flow, Quantizer, Weights
 from vlmdeploy.calib.statistics import Inputs
 from vlmdeploy.calib.units import UnitRunner
@@ -61,19 +61,39 @@ def hidden_states(
     watch: Callable[[Flow], None] = lambda flow: None,
 ) -> Flow:
     """The output rows of the last decoder layer. watch: called with the input of each layer and of the connector."""
-    spec, pictures, tokens = runner.spec, pictures_of(samples), prompt_tokens(samples)
-    total = spec.vision.num_layers + spec.decoder.num_layers
+    num_vision, num_layers = runner.spec.vision.num_layers, runner.spec.decoder.num_layers
+    total = num_vision + num_layers
+    flow = prompt_rows(
+        runner,
+        samples,
+        pictures_of(samples),
+        prompt_tokens(samples),
+        lambda index: progress("perplexity", index, total),
+        watch,
+    )
+    for index in range(num_layers):
+        progress("perplexity", num_vision + index, total)
+        watch(flow)
+        flow = runner.decoder_layer(index, flow, samples)
+    return flow
+
+
+def prompt_rows(
+    runner: UnitRunner,
+    samples: tuple[CalibrationSample, ...],
+    pictures: Pictures,
+    tokens: Tokens,
+    begin: Callable[[int], None] = lambda index: None,
+    watch: Callable[[Flow], None] = lambda flow: None,
+) -> Flow:
+    """The input rows of decoder layer 0. begin: called with the number of each encoder layer before it runs."""
     flow = runner.embed_pictures(pictures)
-    for index in range(spec.vision.num_layers):
-        progress("perplexity", index, total)
+    for index in range(runner.spec.vision.num_layers):
+        begin(index)
         watch(flow)
         flow = runner.vision_layer(index, flow)
     watch(flow)
     images = runner.connector(flow)
     flow = runner.embed_prompts(samples, tokens, images, pictures)
     images.close()
-    for index in range(spec.decoder.num_layers):
-        progress("perplexity", spec.vision.num_layers + index, total)
-        watch(flow)
-        flow = runner.decoder_layer(index, flow, samples)
     return flow

@@ -2,6 +2,7 @@
 that determine the result."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,7 +65,7 @@ class QuantizeOptions:
     samples: int = 512
     tokens: int | None = None
     skip_broken: bool = False
-    quality: Literal["default", "high"] = "default"
+    quality: Literal["default", "high", "best"] = "default"
     select: Literal["random", "perplexity"] = "random"
     tokenizer: Path | None = None
     template: str | None = None
@@ -103,8 +104,11 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizeResult:
-    """Quantize a float checkpoint with calibration data; see `run_quantization`.
+def quantize_checkpoint(
+    ckpt: Path, out: Path, options: QuantizeOptions, progress: Progress, tell: Callable[[str], None] = lambda line: None
+) -> QuantizeResult:
+    """Quantize a float checkpoint with calibration data; see `run_quantization`. tell: takes a line about what is to
+    come.
 
     Raises ConfigError, WeightsError, DataError, CalibrationError, QuantizationError and ExportError.
     """
@@ -127,11 +131,13 @@ def quantize_checkpoint(ckpt: Path, out: Path, options: QuantizeOptions, progres
     run_options = RunOptions(
         settings,
         options.hessian,
-        options.quality == "high",
+        options.quality != "default",
         options.allow_uncalibrated,
         memory_bytes,
+        "gradients" if options.quality == "best" else "firsts",
         force=options.force,
         reuse=options.reuse,
+        tell=tell,
     )
     solver = GptqSolver(signed=not options.positive_scales)
     result = run_quantization(checkpoint, plan, calibration, solver, out, run_options, progress)

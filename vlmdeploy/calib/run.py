@@ -7,13 +7,14 @@ Hessian, and as many activations as fit. A killed run resumes at the unit it was
 import errno
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -38,6 +39,7 @@ from vlmdeploy.calib.state import (
     is_shard,
 )
 from vlmdeploy.calib.statistics import HessianKind, Inputs, Statistics
+from vlmdeploy.calib.token_weights import BACKWARD, TokenWeights
 from vlmdeploy.calib.units import UnitRunner
 from vlmdeploy.errors import CalibrationError, QuantizationError
 from vlmdeploy.model.checkpoint import Checkpoint
@@ -75,8 +77,9 @@ class Calibration:
 class RunOptions:
     """How to run. settings: everything that determines the result, to compare runs and for the report.
 
-    weighs_firsts: docs/design/0012-first-tokens.md; off for comparison. force: replace a finished output. reuse: keep
-    one made with the same settings, even with `force`.
+    weigh: which tokens count more in the Hessians: docs/design/0012-first-tokens.md and 0013-token-weights.md; None for
+    comparison. force: replace a finished output. reuse: keep one made with the same settings, even with `force`. tell:
+    takes a line about what is to come.
     """
 
     settings: dict[str, Any]
@@ -84,9 +87,10 @@ class RunOptions:
     asymmetric: bool = False
     allow_uncalibrated: bool = False
     memory_bytes: int = DEFAULT_MEMORY_BYTES
-    weighs_firsts: bool = True
+    weigh: Literal["firsts", "gradients"] | None = "firsts"
     force: bool = False
     reuse: bool = False
+    tell: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,7 @@ class QuantizationRun(Quantizer):
         self._codes: dict[str, Quantized] | None = None  # kept only by `in_memory`
         self._encoded: dict[str, dict[str, Tensor]] = {}  # of the current unit
         self._reports: list[LinearReport] = []
+        self._counts: dict[str, Tensor] = {}  # token weights of the current unit's linears, if measured beforehand
         self._statistics = Statistics(self.processes, self.options.hessian)
         pool = Pool(self.folder / f"spill{self.processes.rank}", self.options.memory_bytes)
         self._runner = UnitRunner(self.checkpoint, self, pool, 2 if self.options.asymmetric else 1)
@@ -217,6 +222,13 @@ class QuantizationRun(Quantizer):
         self._encoder = {f"vision.layers.{index}": index for index in range(spec.vision.num_layers)}
         self._decoder = {f"decoder.layers.{index}": index for index in range(spec.decoder.num_layers)}
         self.units = ["vision.embed", *self._encoder, "connector", "prompts", *self._decoder, "head"]
+        self._state = RunState(self.folder, self.processes)
+        self._measured = TokenWeights(
+            self.checkpoint, self.calibration.samples, self.calibration.pictures, self.calibration.tokens,
+            pool, self.processes, self._rows_of,
+        )  # fmt: skip
+        if self.options.weigh == "gradients":
+            self.units = [*self._measured.units, *self.units]
         self._makes_keys = {
             matrix.target for matrix in matrices(spec) if matrix.part == "decoder" and matrix.name == "qkv"
         }
@@ -226,39 +238,46 @@ class QuantizationRun(Quantizer):
     @torch.no_grad()
     def all_units(self) -> Records:
         """Run the unfinished units and return the records of all."""
-        state = RunState(self.folder, self.processes)
-        records = self.processes.first_does(lambda: state.finished(self.units))
+        state, kept = self._state, self._measured.kept
+        records = self.processes.first_does(lambda: state.finished(self.units, kept))
         state.tidy(records)
         self.processes.wait()
-        flow = self._resume(state, records)
+        if self.options.weigh == "gradients" and not records:
+            outlook = self._measured.outlook(self.folder)
+            if self.processes.is_first:
+                self.options.tell(outlook)
+        flow = self._resume(records)
         self._done = sum(self.checkpoint.size(linear.name) for linear in _linears(records))
         for unit in self.units[len(records) :]:
             self._show(unit)
-            flow = self._run_unit(unit, flow)
+            weights: dict[str, Tensor] = {}
+            if unit in self._measured.units:
+                flow, weights = self._measured.run(unit, flow)
+            else:
+                flow = self._run_unit(unit, flow)
             tensors = unit_tensors(self.checkpoint, unit, self.units, self._encoded) if self.processes.is_first else {}
-            records[unit] = state.save_unit(unit, tensors, self._reports, flow)
+            records[unit] = state.save_unit(unit, tensors, self._reports, flow, weights, kept(unit))
             del tensors
             self._encoded, self._reports = {}, []
         if flow is not None:
             flow.close()
         return records
 
-    @torch.no_grad()
     def in_memory(self) -> tuple[dict[str, Quantized], list[LinearReport]]:
-        """Run all units and keep the codes in memory, for small models and comparisons."""
+        """Run all units and return the codes, too; for small models and comparisons."""
         self._codes = {}
-        flow: Flow | None = None
-        for unit in self.units:
-            flow = self._run_unit(unit, flow)
-        return self._codes, self._reports
+        records = self.all_units()
+        return self._codes, _linears(records)
 
     def _show(self, unit: str) -> None:
         self.progress(unit, self._done, self._total)
 
     def _run_unit(self, unit: str, flow: Flow | None) -> Flow | None:
-        """Run a unit and return its output rows."""
+        """Run a unit that quantizes, and return its output rows."""
         runner, calibration = self._runner, self.calibration
         if unit == "vision.embed":
+            if flow is not None:  # of the backward pass
+                flow.close()
             return runner.embed_pictures(calibration.pictures)
         assert flow is not None, "only the first unit has no input"
         if unit in self._encoder:
@@ -270,24 +289,28 @@ class QuantizationRun(Quantizer):
             flow.close()
             return rows
         if unit in self._decoder:
+            if self.options.weigh == "gradients":
+                self._counts = self._state.load_weights(f"{BACKWARD}.{unit}")
             return runner.decoder_layer(self._decoder[unit], flow, calibration.samples)
         runner.head(flow)
         flow.close()
         return None
 
-    def _resume(self, state: RunState, records: Records) -> Flow | None:
+    def _resume(self, records: Records) -> Flow | None:
         """The output rows of the last finished unit."""
-        if not records or len(records) == len(self.units):
-            return None
-        unit, spec = list(records)[-1], self.checkpoint.spec
-        pictures = self.calibration.pictures
+        return self._rows_of(list(records)[-1]) if records and len(records) < len(self.units) else None
+
+    def _rows_of(self, unit: str) -> Flow:
+        """The output rows of a finished unit."""
+        spec, pictures = self.checkpoint.spec, self.calibration.pictures
+        streams = 1 if unit in self._measured.units else self._runner.streams
         if unit == "vision.embed" or unit in self._encoder:
             tokens, width = pictures.tokens(spec.vision.num_patches + 1), spec.vision.width
         elif unit == "connector":
             tokens, width = pictures.tokens(spec.connector.rows(spec.vision)), spec.decoder.hidden
         else:
             tokens, width = self.calibration.tokens, spec.decoder.hidden
-        return state.load_flow(unit, tokens, width, self._runner.streams, self._runner.pool)
+        return self._state.load_flow(unit, tokens, width, streams, self._runner.pool)
 
     @override
     def linear(self, target: str, tokens: Tokens, expert: str | None, inputs: Inputs) -> Weights:
@@ -301,8 +324,8 @@ class QuantizationRun(Quantizer):
         if count < self.coverage.floor:
             codes = self._rounded(target, weights, f"uncalibrated: {count} tokens")
         else:
-            firsts = self._weight_of_firsts(target, weights, tokens, expert, inputs)
-            problem = self._statistics.problem(target, weights, grid, tokens, expert, inputs, firsts)
+            counts = self._token_weights(target, weights, tokens, expert, inputs)
+            problem = self._statistics.problem(target, weights, grid, tokens, expert, inputs, counts)
             codes, report = self.processes.first_does(lambda: self._solve(target, problem))
             self._reports.append(report)
             del problem
@@ -311,13 +334,31 @@ class QuantizationRun(Quantizer):
         values = torch.from_numpy(dequantize(codes))
         return (values, weights) if self._runner.streams == 2 else (values,)
 
-    def _weight_of_firsts(
+    def _token_weights(
+        self, target: str, weights: Tensor, tokens: Tokens, expert: str | None, inputs: Inputs
+    ) -> Tensor | None:
+        """What each token counts in this linear's Hessian, [tokens]; None: all the same."""
+        if self.options.weigh == "gradients":
+            return self._counts.get(target)
+        if self.options.weigh is None or target not in self._makes_keys:
+            return None
+        share = self._share_of_firsts(target, weights, tokens, expert, inputs)
+        own = tokens.select(expert, held_out=False)
+        is_first = tokens.is_first(own)
+        count, others = self.processes.sum_counts(int(is_first.sum()), int((~is_first).sum()))
+        each = share * others / count if count else 0.0
+        if each <= 1:
+            return None
+        return torch.from_numpy(np.where(tokens.is_first(np.arange(tokens.count)), np.float32(each), np.float32(1)))
+
+    def _share_of_firsts(
         self, target: str, weights: Tensor, tokens: Tokens, expert: str | None, inputs: Inputs
     ) -> float:
-        """What first tokens weigh in the Hessian of a decoder layer's keys and values; 0 elsewhere. Models direct much
-        of their attention to the first token, so errors there reach every other: docs/design/0012-first-tokens.md."""
-        if target not in self._makes_keys or not self.options.weighs_firsts:
-            return 0.0
+        """What first tokens together count in the Hessian of a decoder layer's keys and values, relative to all others.
+
+        Models direct much of their attention to the first token, so errors there reach every other:
+        docs/design/0012-first-tokens.md.
+        """
         rule = self.checkpoint.rules.get(target.removesuffix("weight") + "bias")
         bias = None if rule is None else self.checkpoint.parameter(rule.target)
         samples = [self.calibration.samples[place] for place in self._attending]
@@ -356,7 +397,7 @@ class QuantizationRun(Quantizer):
         """Keep the codes of a linear, packed: unpacked they take twice the memory."""
         if self._codes is not None:
             self._codes[target] = codes
-        elif self.processes.is_first:
+        if self.processes.is_first:
             self._encoded[target] = encoded_parameter(self.checkpoint.rules[target], codes)
 
     def _finish(self, target: str) -> None:

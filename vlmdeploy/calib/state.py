@@ -1,19 +1,20 @@
 """OUT.partial of a quantization run, from which a killed run resumes at the unit it was in.
 
 Each finished unit has a file with its tensors (a shard of the result), its output rows (one file per process and
-stream), and a record with sizes and hashes. The record is written last and atomically: files that it names are whole
-and on disk, files that no record names are deleted.
+stream) or token weights (one file per process), and a record with sizes and hashes. The record is written last and
+atomically: files that it names are whole and on disk, files that no record names are deleted.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmdeploy.artifact import LOCK, damage_explained, read_state, sync_file, sync_folder, write_file
@@ -28,7 +29,7 @@ from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.quant.quantization_report import LinearReport
 from vlmdeploy.records import Config, read_object, record_of
 
-SETTINGS, SPILL = "settings.json", "spill"
+SETTINGS, FLOW = "settings.json", ".flow"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class RunState:
     folder: Path
     processes: Processes
 
-    def finished(self, units: list[str]) -> Records:
-        """Records of the finished units, which come first. Raises CalibrationError if one is damaged."""
+    def finished(self, units: list[str], kept: Callable[[str], list[str]]) -> Records:
+        """Records of the finished units, which come first. Raises CalibrationError if one is damaged.
+
+        kept: the units whose output rows are needed after a unit, besides its own.
+        """
         records: Records = {}
         for unit in units:
             path = self._record_path(unit)
@@ -58,9 +62,11 @@ class RunState:
                 break
             with damage_explained(path, CalibrationError):
                 records[unit] = record_of(UnitRecord, read_object(path, CalibrationError), str(path), CalibrationError)
+        last = list(records)[-1:]
+        needed = {other for unit in last for other in (unit, *kept(unit))}
         for unit, record in records.items():
-            is_last = unit == list(records)[-1]
-            self._check_files({name: entry for name, entry in record.files.items() if is_shard(name) or is_last})
+            is_needed = unit in needed
+            self._check_files({name: entry for name, entry in record.files.items() if is_needed or not _is_flow(name)})
         return records
 
     def _check_files(self, files: dict[str, FileEntry]) -> None:
@@ -83,12 +89,23 @@ class RunState:
                 path.unlink()
 
     def save_unit(
-        self, unit: str, tensors: Mapping[str, Tensor], linears: list[LinearReport], flow: Flow | None
+        self,
+        unit: str,
+        tensors: Mapping[str, Tensor],
+        linears: list[LinearReport],
+        flow: Flow | None,
+        weights: Mapping[str, Tensor],
+        kept: list[str],
     ) -> UnitRecord:
-        """Commit a unit, then delete the output rows of the unit before."""
-        flows = self.processes.gather({} if flow is None else self._write_flow(unit, flow))
-        files = {name: entry for each in flows for name, entry in each.items()}
-        record = self.processes.first_does(lambda: self._commit(unit, tensors, files, tuple(linears)))
+        """Commit a unit, then delete the output rows of all units but it and the `kept` ones.
+
+        tensors: for the result. weights: of this process's tokens.
+        """
+        own = {} if flow is None else self._write_flow(unit, flow)
+        if weights:
+            own[self._weights_path(unit).name] = self._write_tensors(self._weights_path(unit), weights)
+        files = {name: entry for each in self.processes.gather(own) for name, entry in each.items()}
+        record = self.processes.first_does(lambda: self._commit(unit, tensors, files, tuple(linears), kept))
         self.processes.wait()
         return record
 
@@ -98,16 +115,21 @@ class RunState:
         tensors: Mapping[str, Tensor],
         files: dict[str, FileEntry],
         linears: tuple[LinearReport, ...],
+        kept: list[str],
     ) -> UnitRecord:
-        shard = {shard_name(unit): self._write_shard(unit, tensors)} if tensors else {}
+        shard = {shard_name(unit): self._write_tensors(self.folder / shard_name(unit), tensors)} if tensors else {}
         sync_folder(self.folder)  # what the record names is there before the record
         record = UnitRecord(files | shard, linears)
         text = json.dumps(asdict(record), indent=1).encode()
         write_file(self._record_path(unit), lambda file: file.write(text))
-        for path in self.folder.glob("*.flow"):
-            if path.name not in files:
+        for path in self.folder.glob(f"*{FLOW}"):
+            if path.name not in files and path.name.rsplit(".", 3)[0] not in kept:
                 path.unlink()
         return record
+
+    def load_weights(self, unit: str) -> dict[str, Tensor]:
+        """Load the weights of this process's tokens."""
+        return load_file(self._weights_path(unit))
 
     def load_flow(self, unit: str, tokens: Tokens, width: int, streams: int, pool: Pool) -> Flow:
         """Load the output rows of a unit."""
@@ -136,8 +158,7 @@ class RunState:
             entries[path.name] = FileEntry(path.stat().st_size, digest.hexdigest())
         return entries
 
-    def _write_shard(self, unit: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-        path = self.folder / shard_name(unit)
+    def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         save_tensors(tensors, path)
         sync_file(path)
         return hash_file(path)
@@ -146,12 +167,20 @@ class RunState:
         return self.folder / f"{unit}.json"
 
     def _flow_name(self, unit: str, stream: int) -> str:
-        return f"{unit}.{self.processes.rank}.{stream}.flow"
+        return f"{unit}.{self.processes.rank}.{stream}{FLOW}"
+
+    def _weights_path(self, unit: str) -> Path:
+        return self.folder / f"{unit}.{self.processes.rank}.weights"
 
 
 def shard_name(unit: str) -> str:
     """File name of a unit's tensors."""
     return f"{unit}.safetensors"
+
+
+def _is_flow(name: str) -> bool:
+    """Whether a file of OUT.partial holds output rows, which are deleted once they have been used."""
+    return name.endswith(FLOW)
 
 
 def is_shard(name: str) -> bool:

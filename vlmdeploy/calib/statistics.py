@@ -44,17 +44,17 @@ class Statistics:
         tokens: Tokens,
         expert: str | None,
         inputs: Inputs,
-        firsts: float = 0.0,
+        counts: Tensor | None = None,
     ) -> Problem:
-        """Collect the statistics of one linear. expert: whose tokens reach it, or None for all. firsts: what the first
-        tokens of all samples weigh together, relative to all others; each of them at least as much as another token.
+        """Collect the statistics of one linear. expert: whose tokens reach it, or None for all. counts [tokens]: what
+        each token counts in the Hessian and in held-out losses.
 
         Raises CalibrationError, naming linear and sample, for activations that are not finite.
         """
         source = self._source(expert)
         total, cross = HessianSum(weights.shape[1]), None  # cross: (X_float - X)^T X
         rows = tokens.select(source, held_out=False)
-        weighted = self._weighted(tokens, rows, inputs, firsts)
+        weighted = inputs if counts is None else _weighted(inputs, counts)
         for piece in chunks(rows) if len(rows) else [rows]:  # a process without rows must still take part in the sums
             x, *undisturbed = _finite(name, weighted(piece), piece, tokens)
             total.add(x)
@@ -66,7 +66,7 @@ class Statistics:
         if cross is not None:
             self.processes.sum_in_place(cross)
             cross.div_(max(1, total.tokens))
-        held_out = self._held_out(name, weights, tokens, source, inputs, firsts)
+        held_out = self._held_out(name, weights, tokens, source, weighted)
         return Problem(name, weights, grid, total.mean(), total.tokens, total.samples, held_out, cross)
 
     def _source(self, expert: str | None) -> str | None:
@@ -74,29 +74,12 @@ class Statistics:
             return None
         return "language" if self.kind == "text-only" else expert
 
-    def _weighted(self, tokens: Tokens, rows: Ints, inputs: Inputs, firsts: float) -> Inputs:
-        """These rows, those of first tokens times the root of their weight."""
-        if not firsts:
-            return inputs
-        is_first = tokens.is_first(rows)
-        count, others = self.processes.sum_counts(int(is_first.sum()), int((~is_first).sum()))
-        if not count or firsts * others <= count:
-            return inputs
-        factor = (firsts * others / count) ** 0.5
-
-        def scaled(piece: Ints) -> tuple[Tensor, ...]:
-            places = torch.from_numpy(tokens.is_first(piece))[:, None]
-            return tuple(torch.where(places, factor * x, x) for x in inputs(piece))
-
-        return scaled
-
     def _held_out(
-        self, name: str, weights: Tensor, tokens: Tokens, source: str | None, inputs: Inputs, firsts: float
+        self, name: str, weights: Tensor, tokens: Tokens, source: str | None, inputs: Inputs
     ) -> HeldOut | None:
         """Held-out tokens, evenly spaced if there are many; None if no process has any."""
         rows = tokens.select(source, held_out=True)
         kept = _evenly(rows, tokens, HELD_OUT_TOKENS // self.processes.count)
-        inputs = self._weighted(tokens, kept, inputs, firsts)
         judged = weights[judged_rows(len(weights))]
         seen, disturbances = [torch.empty(0, weights.shape[1])], [torch.empty(0, len(judged))]
         for piece in chunks(kept):
@@ -109,6 +92,16 @@ class Statistics:
         everyone = self.processes.gather((torch.cat(seen), torch.cat(disturbances)))
         disturbance = torch.cat([each[1] for each in everyone])
         return HeldOut(torch.cat([each[0] for each in everyone]), count, disturbance if len(disturbance) else None)
+
+
+def _weighted(inputs: Inputs, counts: Tensor) -> Inputs:
+    """These rows times the roots of what they count."""
+
+    def scaled(rows: Ints) -> tuple[Tensor, ...]:
+        factors = counts[torch.from_numpy(rows)].sqrt()[:, None]
+        return tuple(factors * x for x in inputs(rows))
+
+    return scaled
 
 
 def _evenly(rows: Ints, tokens: Tokens, limit: int) -> Ints:

@@ -27,6 +27,7 @@ from vlmdeploy.cli.options import (
     taken_precisions,
     threads_option,
 )
+from vlmdeploy.standard_streams import say
 
 CONTEXT = "Longest prompt and answer.  [default: the checkpoint's]"
 TEMPLATE = "The prompt template used by default.  [default: the checkpoint's]"
@@ -86,7 +87,7 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
 
     use_threads(threads)
     with progress_bar() as progress:
-        result = quantize_checkpoint(ckpt, out, QuantizeOptions(**options), progress)
+        result = quantize_checkpoint(ckpt, out, QuantizeOptions(**options), progress, say)
     if not result.is_reported_here:
         return
     for message in result.warnings:
@@ -152,7 +153,7 @@ def export(
         if calib is None:
             manifest, warnings = export_bundle(ckpt, out, chosen, progress)
         else:
-            manifest, warnings = export_calibrated(ckpt, out, chosen, QuantizeOptions(calib, **data), progress)
+            manifest, warnings = export_calibrated(ckpt, out, chosen, QuantizeOptions(calib, **data), progress, say)
     for message in warnings:
         warn(message)
     if as_json:

@@ -145,7 +145,10 @@ def report_options(given: dict[str, Any]) -> "ReportOptions":
 
 def calibration_options(command: Command) -> Command:
     """Options that `quantize` and `export` share."""
-    quality = "high: a second stream of float activations corrects for layers quantized before; twice the time."
+    quality = (
+        "high: a second stream of float activations corrects for layers quantized before; best: a backward pass, too, "
+        "tells which tokens matter. What it takes: docs/quantization.md."
+    )
     return in_order(
         command,
         click.option("--calib-prompt", help="The question for each picture if --calib is a folder of pictures."),
@@ -154,7 +157,7 @@ def calibration_options(command: Command) -> Command:
             "--tokens", type=click.IntRange(min=1), help="Tokens wanted per expert.  [default: 4 x its widest input]"
         ),
         click.option("--skip-broken", is_flag=True, help="Leave out and count samples that cannot be used."),
-        click.option("--quality", type=click.Choice(["default", "high"]), default="default", help=quality),
+        click.option("--quality", type=click.Choice(["default", "high", "best"]), default="default", help=quality),
     )
 
 

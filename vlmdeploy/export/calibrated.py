@@ -1,6 +1,7 @@
 """Exports a float checkpoint to an integer target: quantizes it into OUT.quantized, exports and removes that. After a
 kill or failure the same command continues."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +25,15 @@ def holds_codes(ckpt: Path, follow_links: bool = False) -> bool:
 
 
 def export_calibrated(
-    ckpt: Path, out: Path, options: ExportOptions, calibration: QuantizeOptions, progress: Progress
+    ckpt: Path,
+    out: Path,
+    options: ExportOptions,
+    calibration: QuantizeOptions,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Quantize with calibration data, then export; returns the manifest and the warnings of both."""
+    """Quantize with calibration data, then export; returns the manifest and the warnings of both. tell: takes a line
+    about what is to come."""
     check_output(out, options.force, is_bundle)
     check_not_read(out, (ckpt, calibration.calib, options.tokenizer))
     if options.target not in BITS_OF_TARGET:
@@ -48,7 +55,7 @@ def export_calibrated(
         force=True,
         reuse=True,
     )
-    quantized = quantize_checkpoint(ckpt, aside, wanted, progress)
+    quantized = quantize_checkpoint(ckpt, aside, wanted, progress, tell)
     manifest, warnings = export_bundle(aside, out, options, progress)
     remove_output(aside)
     return manifest, (*quantized.warnings, *warnings)
