@@ -33,6 +33,7 @@ from tests.stored_linears import gptq_linears, onnx_linears, stored_tensors
 from tests.tiny_bundle import ROOT, content_of, only_error_line, only_json_document, picture, run_cli
 from vlmdeploy.artifact import partial_folder
 from vlmdeploy.bundle import read_manifest
+from vlmdeploy.calib.solver import DAMPINGS
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.quant.grid import dequantize, quantize_rtn
@@ -194,7 +195,7 @@ def test_report_tells_tokens_damping_and_errors_of_every_linear(quantized: Path)
     assert vision["tokens"] == 16 * 17 and vision["held_out_tokens"] == 2 * 17, "every 8th of 18 pictures is held out"
     for name, linear in linears_of(quantized).items():
         if linear["method"] == "gptq":
-            assert linear["damping"] in (0.01, 0.05, 0.2) and linear["held_out_error"] >= 0, name
+            assert linear["damping"] in DAMPINGS and linear["held_out_error"] >= 0, name
         expert = {".language.": language, ".vision.": vision}
         tokens = next((coverage["tokens"] for part, coverage in expert.items() if part in name), None)
         assert tokens is None or linear["note"] == "nothing reads its output" or linear["tokens"] == tokens, name
@@ -278,6 +279,22 @@ def test_every_kind_of_codes_is_exported_as_it_is(
         assert np.array_equal(state[target].flatten(1).numpy(), steps * scales), target
     export(out, tmp_path / "bundle", *(("--target", "ort-int8") if 8 in options else ()))
     assert_same_codes(out, tmp_path / "bundle")
+
+
+def test_checkpoint_and_bundle_say_whether_scales_are_below_zero(
+    ckpt: Path, few: Path, plain: Path, tmp_path: Path
+) -> None:
+    positive = quantize(ckpt, few, tmp_path / "positive", "--positive-scales")
+    for folder in (plain, positive):
+        negative = {name: int((scales[:, ::16] < 0).sum()) for name, (_, scales) in stored_parameters(folder).items()}
+        reported = {name: linear["negative_scales"] for name, linear in linears_of(folder).items()}
+        assert {name: reported[name] for name in negative} == negative
+        config = json.loads((folder / "quantize_config.json").read_text())
+        assert config["meta"]["negative_scales"] == any(negative.values()) == (folder == plain)
+        notes = export(folder, tmp_path / f"{folder.name}-bundle")["manifest"]["made_by"]["notes"]
+        count = sum(map(bool, negative.values()))
+        expected = f"{count} linears have scales below zero, which TensorRT does not take"
+        assert (expected in notes) == any("below zero" in note for note in notes) == (folder == plain)
 
 
 def test_export_calibrates_a_float_checkpoint_as_quantize_does(
@@ -438,6 +455,7 @@ def test_widths_that_fill_no_words_are_told_before_the_run(few: Path, tmp_path: 
 @pytest.mark.parametrize(("options", "message"), [
     (("--group", 48), "group size 48 is not supported"), (("--max-memory", "lots"), "--max-memory"),
     (("--tokenizer", "nowhere"), "nowhere"), (("--template", "poem"), "poem"),
+    (("--quality", "best", "--hessian", "pooled"), "so --hessian pooled has no use"),
     (("--budget", "2"), "give a larger budget"), (("--budget", "1KB"), "give a larger budget"),
     (("--override", "decoder*"), "expected PATTERN=TYPE"), (("--override", "decoder*=int5"), "expected PATTERN=TYPE"),
     (("--override", "encoder*=int8"), "no linear matches it"),

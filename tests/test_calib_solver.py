@@ -14,7 +14,15 @@ from torch import Tensor
 from tests.comparison import HESSIAN_FP32, assert_close
 from vlmdeploy.calib.activations import Activations, FileActivations, MemoryActivations, Pool
 from vlmdeploy.calib.hessian import HessianSum, effective_rank, largest_eigenvalue
-from vlmdeploy.calib.solver import GptqSolver, HeldOut, Problem, held_out_loss, judged_rows, smallest_eigenvalue
+from vlmdeploy.calib.solver import (
+    DAMPINGS,
+    GptqSolver,
+    HeldOut,
+    Problem,
+    held_out_loss,
+    judged_rows,
+    smallest_eigenvalue,
+)
 from vlmdeploy.quant.gptq import (
     GptqOptions,
     asymmetric_target,
@@ -90,7 +98,7 @@ def every_recipe(
 def test_recipe_chosen_has_the_least_held_out_loss(tokens: int, decay: float, bits: int) -> None:
     problem = plain_problem(tokens, decay, grid=Grid(bits, 32))
     quantized, report = GptqSolver().solve(problem)
-    losses = every_recipe(problem, True, (0, 5 - bits), (0.01, 0.05, 0.2))
+    losses = every_recipe(problem, True, (0, 5 - bits), DAMPINGS)
     chosen = f"{report.method} {report.damping} {report.sweeps}"
     assert chosen == min(losses, key=lambda name: losses[name]), losses
     assert held_out_loss(problem, quantized) == pytest.approx(losses[chosen], rel=LOSS_FP32)
@@ -103,13 +111,13 @@ def test_least_damping_is_chosen_for_a_decaying_spectrum() -> None:
 
 def test_much_damping_or_rounding_is_chosen_for_a_flat_spectrum_with_as_many_tokens_as_inputs() -> None:
     _, report = GptqSolver().solve(plain_problem(WIDTH, 0.1))
-    assert report.method == "rtn" or report.damping == 0.2
+    assert report.method == "rtn" or report.damping >= 0.2
 
 
 def test_rounding_to_nearest_is_chosen_where_the_hessian_misleads() -> None:
     problem = plain_problem(1000, 1.0)
     other = HeldOut(inputs(1000, 1.0, seed=5), 1000)  # loud in other directions
-    quantized, report = GptqSolver().solve(replace(problem, held_out=other))
+    quantized, report = GptqSolver(dampings=(0.01, 0.05)).solve(replace(problem, held_out=other))
     expected = quantize_clipped(problem.weights.numpy(), filled_diagonal(problem.hessian), GRID)
     assert (quantized.codes == expected.codes).all()
     assert (report.method, report.damping, report.sweeps) == ("rtn", None, 0)

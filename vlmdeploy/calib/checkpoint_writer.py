@@ -107,7 +107,10 @@ def quantization_config(checkpoint: Checkpoint, plan: PrecisionPlan, report: dic
             modules.append(ModuleGrid(source.name.removesuffix(".weight"), linear.in_width, plan[linear.target].grid))
     damping = [linear["damping"] for linear in report["linears"] if linear["damping"] is not None]
     provenance = {
-        "meta": {"quantizer": [f"vlmdeploy:{vlmdeploy.__version__}"]},
+        "meta": {
+            "quantizer": [f"vlmdeploy:{vlmdeploy.__version__}"],
+            "negative_scales": any(linear["negative_scales"] for linear in report["linears"]),
+        },
         "damp_percent": max(set(damping), key=damping.count) if damping else 0.01,
         "static_groups": True,
         "true_sequential": True,

@@ -114,6 +114,8 @@ def quantize_checkpoint(
     """
     check_name(out)
     check_not_read(out, (ckpt, options.calib, options.tokenizer))
+    if options.quality == "best" and options.hessian != "routed":
+        raise ConfigError(f"--quality best weighs the tokens of each expert, so --hessian {options.hessian} has no use")
     budget = None if options.budget is None else Budget.parse(options.budget)
     memory_bytes = options.memory_bytes
     checkpoint = Checkpoint(ckpt, options.follow_links)

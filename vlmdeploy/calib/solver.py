@@ -31,8 +31,8 @@ from vlmdeploy.quant.grid import Grid, Quantized, dequantize, quantize_rtn
 from vlmdeploy.quant.loops import Loops
 from vlmdeploy.quant.quantization_report import LinearReport
 
-DAMPINGS = (0.01, 0.05, 0.2)
-FEW_TOKEN_DAMPINGS = (0.05, 0.2)  # with fewer tokens than inputs
+DAMPINGS = (0.01, 0.05, 0.2, 0.6, 2.0)
+LEAST_FOR_FEW_TOKENS = 0.05  # damping with fewer tokens than inputs
 SAMPLE_ROWS = 256  # rows of the matrix on which recipes are tried
 INVERSE_STEPS = 10  # of inverse iteration
 DEFAULT_SWEEPS = {3: 2, 4: 1}  # by bits; none for others
@@ -100,8 +100,8 @@ class Trial:
 class GptqSolver(Solver):
     """GPTQ with the damping and the number of sweeps that are best on held-out tokens.
 
-    sweeps None: the default for the bits. dampings: the candidates; the first is used if nothing is held out. signed:
-    whether narrow symmetric grids may get negative scales.
+    sweeps None: the default for the bits. dampings: the candidates from the least up; the first is used if nothing is
+    held out. signed: whether narrow symmetric grids may get negative scales.
     """
 
     act_order: bool = True
@@ -123,25 +123,32 @@ class GptqSolver(Solver):
         return quantized, self._report(problem, quantized, best, factor)
 
     def _choose(self, problem: Problem) -> tuple[Trial, Factor]:
-        """The best recipe and its factorized Hessian. Holds one factor in memory at a time."""
-        best: Trial | None = None
-        factor: Factor | None = None
-        for damping in reversed(self._dampings(problem)):
-            factor = None  # free it before the next one
-            factor = factorize(problem.hessian, damping, self.act_order)
-            for candidate in self._try(problem, factor):
-                if best is None or candidate.loss < best.loss:
-                    best = candidate
-        assert best is not None and factor is not None, "there is at least one damping"
-        if factor.damping != best.damping:
-            factor = None
-            factor = factorize(problem.hessian, best.damping, self.act_order)
+        """The best recipe and its factorized Hessian. Starts in the middle of the dampings and goes on in the direction
+        that lowers the loss, while it does. Holds one factor in memory at a time."""
+        dampings = self._dampings(problem)
+        start = place = (len(dampings) - 1) // 2
+        best = self._best_with(problem, dampings[start])
+        for step in (-1, 1):
+            while place + step in range(len(dampings)):
+                candidate = self._best_with(problem, dampings[place + step])
+                if candidate.loss >= best.loss:
+                    break
+                best, place = candidate, place + step
+            if place != start:
+                break
         rtn = self._try_rtn(problem)
-        return (rtn if rtn is not None and rtn.loss < best.loss else best), factor
+        chosen = rtn if rtn is not None and rtn.loss < best.loss else best
+        return chosen, factorize(problem.hessian, best.damping, self.act_order)
 
     def _dampings(self, problem: Problem) -> tuple[float, ...]:
-        usual = FEW_TOKEN_DAMPINGS if problem.has_few_tokens else self.dampings
+        usual = tuple(
+            damping for damping in self.dampings if damping >= LEAST_FOR_FEW_TOKENS or not problem.has_few_tokens
+        )
         return usual if problem.held_out is not None else usual[:1]
+
+    def _best_with(self, problem: Problem, damping: float) -> Trial:
+        factor = factorize(problem.hessian, damping, self.act_order)
+        return min(self._try(problem, factor), key=lambda trial: trial.loss)
 
     def _try(self, problem: Problem, factor: Factor) -> Iterator[Trial]:
         """Try the recipes with this factor on the judged rows."""
@@ -232,6 +239,7 @@ def measured_report(problem: Problem, quantized: Quantized, report: LinearReport
     values = {
         "tokens": problem.tokens,
         "samples": problem.samples,
+        "negative_scales": int((quantized.scales < 0).sum()),
         "dead_inputs": int((problem.hessian.diagonal() == 0).sum()),
         "effective_rank": effective_rank(problem.hessian),
         "calibration_error": output_loss(errors, problem.hessian) / scale if scale else None,

@@ -270,6 +270,9 @@ def _quantization_notes(reader: WeightReader) -> Iterable[str]:
     if targets:
         yield f"{len(targets)} linears hold 3-bit codes in 4-bit fields: exact, with the size and speed of 4 bits"
     linears = reader.checkpoint.report().get("linears", [])
+    negative = sum(linear["negative_scales"] > 0 for linear in linears)
+    if negative:
+        yield f"{negative} linears have scales below zero, which TensorRT does not take"
     rounded = [linear["name"] for linear in linears if linear["note"].startswith("uncalibr")]
     if rounded:
         yield f"{len(rounded)} linears are not calibrated, only rounded to nearest: {rounded[0]} and others"

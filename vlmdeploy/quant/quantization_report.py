@@ -15,7 +15,8 @@ MOST_REPORT_BYTES = 8 << 20  # 600 bytes per linear; the largest models have a f
 class LinearReport:
     """How one linear was quantized. Errors are relative to the mean square of its outputs, on `judged_rows`.
 
-    method: "gptq" or "rtn". held_out_error: None without held-out tokens. condition_number: of the damped Hessian.
+    method: "gptq" or "rtn". negative_scales: how many groups have one. held_out_error: None without held-out tokens.
+    condition_number: of the damped Hessian.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LinearReport:
     damping: float | None = None
     sweeps: int = 0
     asymmetric: bool = False
+    negative_scales: int = 0
     dead_inputs: int = 0
     effective_rank: float | None = None
     condition_number: float | None = None
