@@ -70,7 +70,7 @@ def main() -> None:
         calib, test = Path(folder) / "calib", Path(folder) / "test"
         make_data("calib", 4 * options.samples // 3, calib, 0)
         make_data("test", options.scenes, test, 0)
-        judge = Judge(read_prompts(test, 9 * options.scenes, 0))
+        judge = Judge(CKPT, read_prompts(test, 9 * options.scenes, 0))
         for draw in range(options.draws):
             calibration = Calibration.of(hold_out(read_prompts(calib, options.samples, draw)))
             budget = Budget(average_bits=bits)

@@ -63,19 +63,14 @@ class RtnSolver:
 
 @dataclass
 class GptqModelSolver:
-    """GPTQModel on each linear's Hessian; ours solves the same problem beside it, for the comparison per linear."""
+    """GPTQModel on each linear's Hessian."""
 
     ask: Ask
     folder: Path
-    ratios: dict[str, float] = field(default_factory=dict)  # held-out error, ours / theirs
 
     def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
         theirs = self._quantize(problem)
-        report = _report(problem, theirs, "gptqmodel")
-        _, ours = GptqSolver().solve(problem)
-        if report.held_out_error and ours.held_out_error:
-            self.ratios[problem.name] = ours.held_out_error / report.held_out_error
-        return theirs, report
+        return theirs, _report(problem, theirs, "gptqmodel")
 
     def _quantize(self, problem: Problem) -> Quantized:
         names = {name: str(self.folder / f"{name}.npy") for name in ("weights", "hessian")}
@@ -86,6 +81,21 @@ class GptqModelSolver:
         self.ask({**request, "out": str(out)})
         with np.load(out) as found:
             return Quantized(found["codes"], found["scales"].astype(np.float32), grid)
+
+
+@dataclass
+class ComparedSolver:
+    """GPTQModel; ours solves the same problem beside it, for the comparison per linear."""
+
+    theirs: GptqModelSolver
+    ratios: dict[str, float] = field(default_factory=dict)  # held-out error, ours / theirs
+
+    def solve(self, problem: Problem) -> tuple[Quantized, LinearReport]:
+        codes, report = self.theirs.solve(problem)
+        _, ours = GptqSolver().solve(problem)
+        if report.held_out_error and ours.held_out_error:
+            self.ratios[problem.name] = ours.held_out_error / report.held_out_error
+        return codes, report
 
 
 @contextmanager
@@ -112,7 +122,7 @@ class Method:
     weigh: Literal["firsts", "gradients"] | None = "firsts"
 
 
-def methods(worker: GptqModelSolver | None) -> list[Method]:
+def methods(worker: Solver | None) -> list[Method]:
     """Every row, GPTQModel's last."""
     ours = [
         Method("RTN", RtnSolver()),
@@ -120,6 +130,7 @@ def methods(worker: GptqModelSolver | None) -> list[Method]:
         Method("pooled", GptqSolver(), "pooled"),
         Method("routed", GptqSolver()),
         Method("routed, high", GptqSolver(), asymmetric=True),
+        Method("routed, best", GptqSolver(), asymmetric=True, weigh="gradients"),
     ]
     return ours if worker is None else [*ours, Method("GPTQModel, routed", worker, weigh=None)]
 
@@ -135,45 +146,63 @@ class Damage:
 
 
 class Judge:
-    """The float model and the held-out answers."""
+    """A float model and held-out prompts with their answers."""
 
-    def __init__(self, samples: Sequence[CalibrationSample]) -> None:
-        self.checkpoint = Checkpoint(CKPT)
+    def __init__(self, ckpt: Path, samples: Sequence[CalibrationSample]) -> None:
+        self.checkpoint = Checkpoint(ckpt)
         self.samples = samples
-        self.model = load_model(CKPT)
-        self.image_rows = _image_rows(self.model, samples)
-        self.expected = self._log_probabilities(self.model, self.image_rows)
+        model = load_model(ckpt)
+        self.image_rows = _image_rows(model, samples)
+        self.expected = dict(self._log_probabilities(model, self.image_rows))
 
     def damage(self, codes: dict[str, Quantized]) -> Damage:
-        """How far the quantized model's answers are from the float model's."""
-        model = load_model(CKPT)
+        """How far the answers are from the float model's with these codes in place of its linears."""
+        model, sees_alike = self.filled(codes)
+        image_rows = self.image_rows if sees_alike else _image_rows(model, self.samples)
+        divergences, error, size = [], 0.0, 0.0
+        for place, found in self._log_probabilities(model, image_rows):
+            expected = self.expected[place]
+            divergences.append((expected.exp() * (expected - found)).sum(-1))
+            centred = [values - values.mean(-1, keepdim=True) for values in (expected, found)]
+            error += float((centred[1] - centred[0]).square().sum())
+            size += float(centred[0].square().sum())
+        tokens = torch.cat(divergences)
+        worst = tokens.sort(descending=True).values[: len(tokens) // 100]
+        return Damage(1e3 * float(tokens.mean()), 1e3 * error / size, float(worst.sum() / tokens.sum()))
+
+    def filled(self, codes: dict[str, Quantized]) -> tuple[VisionLanguageModel, bool]:
+        """The float model with these codes, and whether its encoder and connector are as they were."""
+        model = load_model(self.checkpoint.folder)
         for target, quantized in codes.items():
             values = torch.from_numpy(dequantize(quantized))
             fill_parameter(model, target, values.reshape(self.checkpoint.shape(target)))
-        sees_alike = not any(target.startswith(("vision.", "connector.")) for target in codes)
-        found = self._log_probabilities(model, self.image_rows if sees_alike else _image_rows(model, self.samples))
-        divergences = (self.expected.exp() * (self.expected - found)).sum(-1)
-        worst = divergences.sort(descending=True).values[: len(divergences) // 100]
-        centred = [values - values.mean(-1, keepdim=True) for values in (self.expected, found)]
-        error = float((centred[1] - centred[0]).square().sum() / centred[0].square().sum())
-        return Damage(1e3 * float(divergences.mean()), 1e3 * error, float(worst.sum() / divergences.sum()))
+        return model, not any(target.startswith(("vision.", "connector.")) for target in codes)
+
+    def divergences(self, model: VisionLanguageModel) -> list[Tensor]:
+        """The KL divergence of each answer token, for each sample. The model sees pictures as the float one does."""
+        found = {}
+        for place, values in self._log_probabilities(model, self.image_rows):
+            expected = self.expected[place]
+            found[place] = (expected.exp() * (expected - values)).sum(-1)
+        return [found[place] for place in range(len(self.samples))]
 
     @torch.no_grad()
-    def _log_probabilities(self, model: VisionLanguageModel, image_rows: dict[Picture, Tensor]) -> Tensor:
-        """float64 [answer tokens, vocab]."""
-        results: dict[int, Tensor] = {}
+    def _log_probabilities(
+        self, model: VisionLanguageModel, image_rows: dict[Picture, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Of the answer of each sample, by its place: float64 [answer tokens, vocab]."""
         for places in _batches_of_equal_length(self.samples):
             batch = [self.samples[place] for place in places]
             ids, types = (
                 torch.from_numpy(np.stack([getattr(sample, name) for sample in batch])) for name in ("ids", "types")
             )
             layout = derive_layout(model.spec, ids, None, types, None, None)
-            rows = torch.stack([image_rows[sample.image] for sample in batch if sample.image])
-            hidden = model.prefill(model.join(ids, types, rows), layout, Cache.empty(model.spec.decoder.num_layers))
+            rows = [image_rows[sample.image] for sample in batch if sample.image]
+            embedded = model.join(ids, types, torch.stack(rows) if rows else None)
+            hidden = model.prefill(embedded, layout, Cache.empty(model.spec.decoder.num_layers))
             for index, place in enumerate(places):
                 asked = hidden[index, self.samples[place].answer_start - 1 :]
-                results[place] = model.logits(asked).double().log_softmax(-1)
-        return torch.cat([results[place] for place in range(len(self.samples))])
+                yield place, model.logits(asked).double().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -183,16 +212,16 @@ def _image_rows(model: VisionLanguageModel, samples: Sequence[CalibrationSample]
 
 
 def _batches_of_equal_length(samples: Sequence[CalibrationSample]) -> Iterator[list[int]]:
-    by_length: dict[int, list[int]] = {}
+    by_length: dict[tuple[int, bool], list[int]] = {}
     for place, sample in enumerate(samples):
-        by_length.setdefault(len(sample.ids), []).append(place)
+        by_length.setdefault((len(sample.ids), sample.image is not None), []).append(place)
     for places in by_length.values():
         yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))
 
 
-def read_prompts(data: Path, count: int, seed: int) -> tuple[CalibrationSample, ...]:
+def read_prompts(data: Path, count: int, seed: int, ckpt: Path = CKPT) -> tuple[CalibrationSample, ...]:
     """Samples of a data folder as prompts with answers."""
-    spec, tokenizer = Checkpoint(CKPT).spec, Tokenizer(import_tokenizer(CKPT / "tokenizer.json"))
+    spec, tokenizer = Checkpoint(ckpt).spec, Tokenizer(import_tokenizer(ckpt / "tokenizer.json"))
     drawn = draw_samples(list(open_source(data).samples()), count, seed)
     return tuple(read_calibration_sample(sample, spec, tokenizer, None) for sample in drawn)
 
@@ -223,7 +252,8 @@ def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: 
     """Damage by every method, for each calibration draw."""
     table: dict[str, list[Damage]] = {}
     ratios: list[float] = []
-    with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as worker:
+    with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as theirs:
+        worker = None if theirs is None else ComparedSolver(theirs)
         for draw in range(draws):
             calibration = Calibration.of(hold_out(read_prompts(data, samples, draw)))
             for method in methods(worker):
@@ -286,10 +316,11 @@ def main() -> None:
         make_data("calib", 4 * options.samples // 3, calib, 0)
         make_data("test", options.scenes, test, 0)
         answers = read_prompts(test, 9 * options.scenes, 0)
-        judge = Judge(answers)
+        judge = Judge(CKPT, answers)
+        tokens = sum(map(len, judge.expected.values()))
         say(
-            f"{len(answers)} held-out answers, {len(judge.expected)} tokens; {options.samples} calibration samples per "
-            f"draw, an eighth held out; {platform.machine()}, torch {torch.__version__}"
+            f"{len(answers)} held-out answers, {tokens} tokens; {options.samples} calibration samples per draw, an "
+            f"eighth held out; {platform.machine()}, torch {torch.__version__}"
         )
         for bits in options.bits:
             measure(bits, options.draws, options.samples, calib, judge, say)

@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 ROPE_KEY, KV_HEADS_KEY = "llama.rope.freq_base", "llama.attention.head_count_kv"
 CONTROL = 3  # token type of GGUF
 BOS, EOS, PAD = 1, 2, 0  # <|im_start|>, <|im_end|>, <|endoftext|>
-IMAGE_PX, PATCH_PX, VISION_WIDTH, VISION_MLP, VISION_LAYERS, VISION_HEADS = 112, 14, 64, 128, 2, 4
+IMAGE_PX, PATCH_PX, VISION_WIDTH, VISION_MLP, VISION_LAYERS, VISION_HEADS = 224, 14, 64, 128, 2, 4
 CONTEXT_TOKENS = 1024
 
 
