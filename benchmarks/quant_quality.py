@@ -257,9 +257,11 @@ def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: 
         for draw in range(draws):
             calibration = Calibration.of(hold_out(read_prompts(data, samples, draw)))
             for method in methods(worker):
-                damage = judge.damage(quantized_codes(judge.checkpoint, method, bits, calibration))
-                table.setdefault(method.name, []).append(damage)
-                print(f"{bits} bits, draw {draw}, {method.name}: {damage}", file=sys.stderr, flush=True)
+                codes = quantized_codes(judge.checkpoint, method, bits, calibration)
+                for name, own in {method.name: codes, **_experts_alone(method.name, codes)}.items():
+                    damage = judge.damage(own)
+                    table.setdefault(name, []).append(damage)
+                    print(f"{bits} bits, draw {draw}, {name}: {damage}", file=sys.stderr, flush=True)
             if worker is not None:
                 ratios += worker.ratios.values()
     _print_table(f"{bits} bits: KL x 1e3", {name: [each.kl for each in found] for name, found in table.items()}, say)
@@ -269,6 +271,14 @@ def measure(bits: int, draws: int, samples: int, data: Path, judge: Judge, say: 
     say(f"\nThe worst 1 % of the tokens hold {100 * np.mean(shares):.0f} % of the KL divergence.")
     if ratios:
         say(f"Held-out error per linear, ours / GPTQModel's: mean {np.mean(ratios):.3f}, largest {max(ratios):.3f}.")
+
+
+def _experts_alone(name: str, codes: dict[str, Quantized]) -> dict[str, dict[str, Quantized]]:
+    """The codes of either expert, of the method that is the default."""
+    return {
+        f"{name}, {expert} expert alone": {target: own for target, own in codes.items() if f".{expert}." in target}
+        for expert in (("language", "vision") if name == "routed" else ())
+    }
 
 
 def _print_table(title: str, table: dict[str, list[float]], say: Callable[[str], None]) -> None:

@@ -165,15 +165,14 @@ def write_data(folder: Path, texts: list[str], pictures: int, seed: int) -> Path
 Row = tuple[str, Damage, Damage]
 
 
-def rows_of(bench: Bench, bits: int, data: Path, worker: Solver | None, has_levers: bool) -> Iterator[Row]:
-    """Name and damages of each row of the tables."""
+def rows_of(bench: Bench, bits: int, data: Path, worker: Solver | None) -> Iterator[Row]:
+    """Name and damages of the rows that every draw has."""
     with tempfile.TemporaryDirectory() as folder:
         for quality in QUALITIES:
             model = bench.by_command(bits, data, Path(folder) / quality, f"--quality={quality}")
             yield quality, *bench.damages(model)
-    theirs = [] if worker is None else [Method("GPTQModel", worker, weigh=None)]
-    for method in (*theirs, Method("RTN", RtnSolver()), *(levers() if has_levers else ())):
-        yield method.name, *bench.by_method(method, bits, data)
+    if worker is not None:
+        yield "GPTQModel", *bench.by_method(Method("GPTQModel", worker, weigh=None), bits, data)
 
 
 def rows_of_parts(bench: Bench, bits: int, data: Path) -> Iterator[Row]:
@@ -194,14 +193,16 @@ def rows_of_parts(bench: Bench, bits: int, data: Path) -> Iterator[Row]:
 
 
 def measure(bench: Bench, bits: int, draws: int, has_levers: bool, has_parts: bool, say: Callable[[str], None]) -> None:
-    """Two tables, without and with a picture: a row for each method, a column for each draw. Levers and parts: of the
-    first draw."""
+    """Two tables, without and with a picture: a row for each method, a column for each draw. RTN, levers and
+    parts: of the first draw."""
     tables: tuple[dict[str, list[Damage]], ...] = ({}, {})
     with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as worker, tempfile.TemporaryDirectory() as place:
         for draw in range(draws):
             data = bench.draw(draw, Path(place) / str(draw))
+            more = () if draw else [Method("RTN", RtnSolver()), *(levers() if has_levers else ())]
+            others = ((method.name, *bench.by_method(method, bits, data)) for method in more)
             parts = rows_of_parts(bench, bits, data) if has_parts and draw == 0 else ()
-            for name, *damages in chain(rows_of(bench, bits, data, worker, has_levers and draw == 0), parts):
+            for name, *damages in chain(rows_of(bench, bits, data, worker), others, parts):
                 for table, damage in zip(tables, damages, strict=True):
                     table.setdefault(name, []).append(damage)
                 print(f"{bits} bits, draw {draw}, {name}: {damages[0]}, with a picture {damages[1]}", flush=True)

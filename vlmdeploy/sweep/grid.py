@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "target": tuple(TARGETS),
     "bits": (3, 4, 8),
     "group": (128, 64, 32, 16, -1),
-    "quality": ("default", "high"),
+    "quality": ("default", "high", "best"),
     "vision": PART_VALUES,
     "connector": PART_VALUES,
     "lm_head": PART_VALUES,
