@@ -37,6 +37,7 @@ from vlmdeploy.calib.solver import DAMPINGS
 from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.quant.grid import dequantize, quantize_rtn
+from vlmdeploy.quant.quantization_table import coverage_rows
 from vlmdeploy.runtime.image import load_image, preprocess
 
 Json = dict[str, Any]
@@ -222,6 +223,21 @@ def test_tables_show_data_coverage_and_errors(ckpt: Path, few: Path, plain: Path
     shown = run_quantize(ckpt, few, plain).stdout
     wanted = ("data.jsonl", "held-out tokens", "decoder.layers.*.vision.gate_up", "nothing reads its output", "8 / 16")
     assert [text for text in wanted if text not in shown] == []
+
+
+def test_gain_of_twice_as_many_tokens_follows_from_the_errors_with_and_without_them(quantized: Path) -> None:
+    called = {"vision": "vision encoder", "connector": "connector", "lm_head": "language"}
+    gains: dict[str, list[float]] = {}
+    for name, linear in linears_of(quantized).items():
+        part, *rest = name.split(".")
+        if linear["held_out_error"]:
+            excess = max(0.0, linear["held_out_error"] - linear["calibration_error"]) / 2
+            gains.setdefault(rest[2] if part == "decoder" else called[part], []).append(
+                excess / 2 / linear["held_out_error"]
+            )
+    expected = {expert: f"{-100 * np.mean(found):+.0f} %" for expert, found in gains.items()}
+    assert {row[0]: row[-1] for row in coverage_rows(report_of(quantized))} == expected
+    assert set(expected) == {"language", "vision", "vision encoder", "connector"}
 
 
 def test_inspect_shows_coverage_and_every_linears_error(quantized: Path) -> None:

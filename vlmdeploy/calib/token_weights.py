@@ -8,7 +8,7 @@ rows of every layer are on disk until the backward pass has used them.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -102,21 +102,26 @@ class TokenWeights:
         return FLOAT_BYTES * int(max(layer, head))
 
     def _seconds(self) -> float:
-        """An estimate of the decoder's time, from one layer's on a sample of the median length."""
-        spec, lengths = self.checkpoint.spec, [len(sample.ids) for sample in self.samples]
+        """An estimate for the decoder, from one layer without samples and with one of the median length."""
+        layers, lengths = self.checkpoint.spec.decoder.num_layers, [len(sample.ids) for sample in self.samples]
+        loading = self._seconds_of(())
         if not lengths:
-            return 0.0
-        chosen = self.samples[int(np.argsort(lengths)[len(lengths) // 2])]
-        one = replace(self, samples=(chosen,), tokens=prompt_tokens((chosen,)))
-        runner = one._runner()
-        inputs, gradient = (runner.flow(one.tokens, spec.decoder.hidden) for _ in range(2))
+            return layers * loading
+        place = int(np.argsort(lengths)[len(lengths) // 2])
+        working = max(0.0, self._seconds_of((self.samples[place],)) - loading)
+        return layers * (loading + working * self.tokens.count / lengths[place])
+
+    def _seconds_of(self, samples: tuple[CalibrationSample, ...]) -> float:
+        """What decoder layer 0 takes in both directions, on rows of ones."""
+        runner, tokens = self._runner(), prompt_tokens(samples)
+        width, start = runner.spec.decoder.hidden, time.monotonic()
+        inputs, gradient = runner.flow(tokens, width), runner.flow(tokens, width)
         for flow in (inputs, gradient):
-            flow.write(one.tokens.rows(0), (torch.randn(one.tokens.count, spec.decoder.hidden),))
-        start = time.monotonic()
-        BackwardPass(runner, one.samples, lambda *noted: None, SEED).decoder_layer(0, inputs, gradient)
-        runner.decoder_layer(0, inputs, one.samples).close()
+            flow.write(np.arange(tokens.count), (torch.ones(tokens.count, width),))
+        BackwardPass(runner, samples, lambda *noted: None, SEED).decoder_layer(0, inputs, gradient)
+        runner.decoder_layer(0, inputs, samples).close()
         gradient.close()
-        return (time.monotonic() - start) * spec.decoder.num_layers * self.tokens.count / one.tokens.count
+        return time.monotonic() - start
 
     def _runner(self) -> UnitRunner:
         return UnitRunner(self.checkpoint, FloatWeights(self.checkpoint), self.pool)
