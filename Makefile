@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 GPTQMODEL := .venv-gptqmodel
+AUTOROUND := .venv-autoround
 
 MINUTES ?= 10
 
-.PHONY: all demo report test test-all fuzz lint format kernels gptqmodel clean
+.PHONY: all demo report test test-all fuzz lint format kernels gptqmodel autoround clean
 
 all: $(READY)
 
@@ -68,5 +69,14 @@ $(GPTQMODEL)/.ready:
 	  tokenicer==0.0.14 transformers==5.24.0
 	touch $@
 
+# AutoRound, for the same purpose.
+autoround: $(AUTOROUND)/.ready
+
+$(AUTOROUND)/.ready:
+	$(PYTHON) -m venv $(AUTOROUND)
+	$(AUTOROUND)/bin/pip install --quiet torch==2.13.0
+	$(AUTOROUND)/bin/pip install --quiet auto-round==0.16.1 transformers==5.24.0
+	touch $@
+
 clean:
-	rm -rf .venv $(GPTQMODEL) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(GPTQMODEL) $(AUTOROUND) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,8 +7,8 @@ the qualities of `vlmdeploy quantize`, GPTQModel, and what each lever gives.
 are other texts, without and with a picture. Our rows come from the command line. Groups of 64; embedding, head, encoder
 and connector stay in float to isolate the decoder. KL is the mean over the answers' tokens, in nats; the intervals are
 of 2000 bootstrap samples of the prompts. GPTQModel quantizes each linear on the same plain Hessian, routed by expert,
-in its own environment (`make gptqmodel`), if that exists; set GPTQMODEL_CPU_WORKERS=2 on two cores. Needs the package
-`gguf`.
+in its own environment (`make gptqmodel`), if that exists; set GPTQMODEL_CPU_WORKERS=2 on two cores. AutoRound quantizes
+the language model alone, from the texts (`make autoround`). Needs the package `gguf`.
 """
 
 import json
@@ -27,13 +27,14 @@ import torch
 from PIL import Image
 from quant_quality import Judge, Method, RtnSolver, gptqmodel, options_parser, quantized_codes, read_prompts, said
 from quant_speed import GPTQMODEL_PYTHON
-from real_lm import MODEL, TEXTS, Gguf, unpacked, write_checkpoint
+from real_lm import BOS, MODEL, TEXTS, Gguf, llama_linears, unpacked, write_checkpoint, write_llama
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmdeploy.calib.processes import Processes
 from vlmdeploy.calib.request import QuantizeOptions, read_calibration
 from vlmdeploy.calib.solver import GptqSolver, Solver
-from vlmdeploy.model.load import load_model
+from vlmdeploy.model.load import fill_parameter, load_model
 from vlmdeploy.model.tokenizer import import_tokenizer
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.progress import no_progress
@@ -46,6 +47,9 @@ CALIBRATION_TEXTS, CALIBRATION_PICTURES, TEST_TEXTS, TEST_PICTURES = 32, 16, 24,
 LONGEST, SHORTEST = 250, 64  # tokens of a text
 PROMPT_WORDS = 8
 PICTURE_PX, BLOCKS = 112, 7
+AUTOROUND_ITERATIONS = 50  # a quarter of its default, to end within the hour on two cores
+AUTOROUND_PYTHON = Path(__file__).parent.parent / ".venv-autoround/bin/python"
+WORKER = Path(__file__).parent / "autoround_worker.py"
 QUALITIES = ("default", "high", "best")
 RESAMPLES = 2000
 LESS_DAMPING = (0.01, 0.05, 0.2)
@@ -131,6 +135,23 @@ class Bench:
         assert len(calibration.samples) == CALIBRATION_TEXTS + CALIBRATION_PICTURES
         return self.damages(self.judge.filled(quantized_codes(checkpoint, method, bits, calibration, GROUP))[0])
 
+    def by_autoround(self, bits: int, data: Path) -> Damage:
+        """AutoRound on the texts, as a language model of its own."""
+        calibration, _ = read_calibration(self.judge.checkpoint, options_of(data, bits), Processes(), no_progress)
+        stream = np.concatenate([sample.ids for sample in calibration.samples if sample.image is None])
+        rows = stream[: len(stream) // (LONGEST - 1) * (LONGEST - 1)].reshape(-1, LONGEST - 1)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            write_llama(self.judge.checkpoint, folder)
+            np.save(folder / "calibration.npy", np.insert(rows, 0, BOS, axis=1))
+            command = [AUTOROUND_PYTHON, WORKER, folder, bits, GROUP, AUTOROUND_ITERATIONS]
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+            linears = llama_linears(load_file(folder / "quantized.safetensors"))
+        model = load_model(self.ckpt)
+        for target, values in linears.items():
+            fill_parameter(model, target, values)
+        return self.damages(model)[0]
+
 
 GIVEN = ("calib", "samples", "tokens", "bits", "group", "vision", "connector", "lm_head")
 
@@ -162,17 +183,27 @@ def write_data(folder: Path, texts: list[str], pictures: int, seed: int) -> Path
     return folder
 
 
-Row = tuple[str, Damage, Damage]
+Row = tuple[str, Damage, Damage] | tuple[str, Damage]  # the name, and the damage without and with a picture
 
 
 def rows_of(bench: Bench, bits: int, data: Path, worker: Solver | None) -> Iterator[Row]:
-    """Name and damages of the rows that every draw has."""
+    """What every draw has."""
     with tempfile.TemporaryDirectory() as folder:
         for quality in QUALITIES:
             model = bench.by_command(bits, data, Path(folder) / quality, f"--quality={quality}")
             yield quality, *bench.damages(model)
     if worker is not None:
         yield "GPTQModel", *bench.by_method(Method("GPTQModel", worker, weigh=None), bits, data)
+
+
+def rows_of_first(bench: Bench, bits: int, data: Path, has_levers: bool, has_parts: bool) -> Iterator[Row]:
+    """What the first draw has besides."""
+    for method in (Method("RTN", RtnSolver()), *(levers() if has_levers else ())):
+        yield method.name, *bench.by_method(method, bits, data)
+    if has_parts:
+        yield from rows_of_parts(bench, bits, data)
+    if AUTOROUND_PYTHON.is_file():
+        yield f"AutoRound, {AUTOROUND_ITERATIONS} iterations", bench.by_autoround(bits, data)
 
 
 def rows_of_parts(bench: Bench, bits: int, data: Path) -> Iterator[Row]:
@@ -193,19 +224,16 @@ def rows_of_parts(bench: Bench, bits: int, data: Path) -> Iterator[Row]:
 
 
 def measure(bench: Bench, bits: int, draws: int, has_levers: bool, has_parts: bool, say: Callable[[str], None]) -> None:
-    """Two tables, without and with a picture: a row for each method, a column for each draw. RTN, levers and
-    parts: of the first draw."""
+    """Two tables, without and with a picture: a row for each method, a column for each draw."""
     tables: tuple[dict[str, list[Damage]], ...] = ({}, {})
     with gptqmodel() if GPTQMODEL_PYTHON.is_file() else nullcontext() as worker, tempfile.TemporaryDirectory() as place:
         for draw in range(draws):
             data = bench.draw(draw, Path(place) / str(draw))
-            more = () if draw else [Method("RTN", RtnSolver()), *(levers() if has_levers else ())]
-            others = ((method.name, *bench.by_method(method, bits, data)) for method in more)
-            parts = rows_of_parts(bench, bits, data) if has_parts and draw == 0 else ()
-            for name, *damages in chain(rows_of(bench, bits, data, worker), others, parts):
-                for table, damage in zip(tables, damages, strict=True):
+            more = () if draw else rows_of_first(bench, bits, data, has_levers, has_parts)
+            for name, *damages in chain(rows_of(bench, bits, data, worker), more):
+                for table, damage in zip(tables, damages, strict=False):
                     table.setdefault(name, []).append(damage)
-                print(f"{bits} bits, draw {draw}, {name}: {damages[0]}, with a picture {damages[1]}", flush=True)
+                print(f"{bits} bits, draw {draw}, {name}: {'; with a picture '.join(map(str, damages))}", flush=True)
     for title, table in zip(("texts", "texts with a picture"), tables, strict=True):
         print_table(f"{bits} bits, {title}: KL x 1e3", table, draws, say)
 

