@@ -29,6 +29,7 @@ from tests.tiny_checkpoint import TinyCheckpoint, write_checkpoint
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.calib.calibration_set import CalibrationSample, Tokens, hold_out, pictures_of, prompt_tokens
 from vlmdeploy.calib.processes import Processes
+from vlmdeploy.calib.sensitivity import ErrorMeter
 from vlmdeploy.calib.solver import Problem
 from vlmdeploy.calib.statistics import HELD_OUT_TOKENS, HessianKind, Inputs, Statistics
 from vlmdeploy.errors import CalibrationError
@@ -136,6 +137,19 @@ def test_tokens_count_what_is_asked_for(rows: Tensor, undisturbed: Tensor, weigh
     assert held_out is not None and len(held_out.inputs) == len(places)
     expected = (counts[places, None].double() * rows[places].double()).T @ rows[places].double()
     assert_same_sums(held_out.inputs.T @ held_out.inputs, expected)
+
+
+def test_cost_of_a_grid_is_measured_with_the_scales_that_it_may_have(rows: Tensor, weights: Tensor) -> None:
+    class Source:
+        def parameter(self, target: str) -> Tensor:
+            return weights
+
+    narrow, wide, errors = Grid(4, 8), Grid(8, 8), []
+    for signed in (True, False):
+        meter = ErrorMeter(Source(), Statistics(Processes()), lambda _: [narrow, wide], signed)  # type: ignore[arg-type]
+        meter.linear(NAME, some_tokens(), None, reading(rows))
+        errors.append({grid: float(found.sum()) for grid, found in meter.errors[NAME].items()})
+    assert errors[0][narrow] < errors[1][narrow] and errors[0][wide] == errors[1][wide]
 
 
 def test_held_out_rows_enter_no_hessian(rows: Tensor, weights: Tensor) -> None:

@@ -54,8 +54,9 @@ def allocate_plan(
     memory_bytes: int,
     seed: int,
     progress: Progress,
+    signed: bool = True,
 ) -> PrecisionPlan:
-    """Choose bits and group size of every quantized linear by measured cost.
+    """Choose bits and group size of every quantized linear by measured cost. signed: see `quant.gptq.GptqOptions`.
 
     Every process measures the same samples, so all choose alike. Raises QuantizationError if the budget is too small.
     """
@@ -68,7 +69,7 @@ def allocate_plan(
         if grid is not None
     }
     with TemporaryDirectory() as folder:
-        meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []))
+        meter = ErrorMeter(checkpoint, Statistics(Processes()), lambda target: grids.get(target, []), signed)
         runner = UnitRunner(checkpoint, meter, Pool(Path(folder), memory_bytes))
         costs = measure_costs(runner, meter, samples[:MEASURED_SAMPLES], seed, progress)
     choices = {

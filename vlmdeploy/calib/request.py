@@ -127,7 +127,7 @@ def quantize_checkpoint(
     settings = all_settings(checkpoint, plan, options, everyone, processes)
     if budget is not None:
         plan = known_plan(out, settings, plan) or allocate_plan(
-            checkpoint, plan, everyone, budget, memory_bytes, options.seed, progress
+            checkpoint, plan, everyone, budget, memory_bytes, options.seed, progress, not options.positive_scales
         )
         settings["grids"] = grids_of(plan)
     run_options = RunOptions(

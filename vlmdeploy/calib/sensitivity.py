@@ -31,11 +31,15 @@ DAMPING = 0.01
 
 @dataclass
 class ErrorMeter(Quantizer):
-    """A quantizer that keeps linears in float and records the error of each judged row on every candidate grid."""
+    """A quantizer that keeps linears in float and records the error of each judged row on every candidate grid.
+
+    signed: see `quant.gptq.GptqOptions`.
+    """
 
     checkpoint: Checkpoint
     statistics: Statistics
     grids: Callable[[str], list[Grid]]
+    signed: bool = True
     errors: dict[str, dict[Grid, Tensor]] = field(default_factory=dict)
 
     @override
@@ -45,7 +49,7 @@ class ErrorMeter(Quantizer):
         if grids:
             problem = self.statistics.problem(target, weights, grids[0], tokens, expert, inputs)
             if problem.tokens:
-                self.errors[target] = _row_errors(weights, problem.hessian, grids)
+                self.errors[target] = _row_errors(weights, problem.hessian, grids, self.signed)
         return (weights,)
 
     @override
@@ -53,12 +57,12 @@ class ErrorMeter(Quantizer):
         pass  # no output, no cost
 
 
-def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid]) -> dict[Grid, Tensor]:
+def _row_errors(weights: Tensor, hessian: Tensor, grids: list[Grid], signed: bool) -> dict[Grid, Tensor]:
     """(E H E^T)_nn of the judged rows, for each grid."""
     judged, factor, loops = weights[judged_rows(len(weights))], factorize(hessian, DAMPING), best_loops()
     errors = {}
     for grid in grids:
-        codes = quantize_gptq(judged, factor, grid, GptqOptions(sweeps=0), hessian, loops)
+        codes = quantize_gptq(judged, factor, grid, GptqOptions(sweeps=0, signed=signed), hessian, loops)
         error = torch.from_numpy(dequantize(codes)) - judged
         errors[grid] = ((error @ hessian) * error).sum(1)
     return errors
