@@ -125,30 +125,37 @@ class GptqSolver(Solver):
     def _choose(self, problem: Problem) -> tuple[Trial, Factor]:
         """The best recipe and its factorized Hessian. Starts in the middle of the dampings and goes on in the direction
         that lowers the loss, while it does. Holds one factor in memory at a time."""
+        factor: Factor | None = None
+
+        def best_with(damping: float) -> Trial:
+            nonlocal factor
+            factor = None  # free it before the next one
+            factor = factorize(problem.hessian, damping, self.act_order)
+            return min(self._try(problem, factor), key=lambda trial: trial.loss)
+
         dampings = self._dampings(problem)
         start = place = (len(dampings) - 1) // 2
-        best = self._best_with(problem, dampings[start])
+        best = best_with(dampings[start])
         for step in (-1, 1):
             while place + step in range(len(dampings)):
-                candidate = self._best_with(problem, dampings[place + step])
+                candidate = best_with(dampings[place + step])
                 if candidate.loss >= best.loss:
                     break
                 best, place = candidate, place + step
             if place != start:
                 break
+        assert factor is not None, "of the last trial"
+        if factor.damping != best.damping:
+            factor = None
+            factor = factorize(problem.hessian, best.damping, self.act_order)
         rtn = self._try_rtn(problem)
-        chosen = rtn if rtn is not None and rtn.loss < best.loss else best
-        return chosen, factorize(problem.hessian, best.damping, self.act_order)
+        return (rtn if rtn is not None and rtn.loss < best.loss else best), factor
 
     def _dampings(self, problem: Problem) -> tuple[float, ...]:
         usual = tuple(
             damping for damping in self.dampings if damping >= LEAST_FOR_FEW_TOKENS or not problem.has_few_tokens
         )
         return usual if problem.held_out is not None else usual[:1]
-
-    def _best_with(self, problem: Problem, damping: float) -> Trial:
-        factor = factorize(problem.hessian, damping, self.act_order)
-        return min(self._try(problem, factor), key=lambda trial: trial.loss)
 
     def _try(self, problem: Problem, factor: Factor) -> Iterator[Trial]:
         """Try the recipes with this factor on the judged rows."""
