@@ -3,7 +3,7 @@
 Writes a synthetic bf16 checkpoint with the real shapes but few layers, calibrates it with random pictures and text, and
 prints the quantizing process's peak resident memory.
 
-    python benchmarks/quantize_memory.py [--family cogvlm|cogvlm2] [--layers 1] [--pictures 18] [--quality high]
+    python benchmarks/quantize_memory.py [--family cogvlm|cogvlm2] [--layers 1] [--pictures 18] [--quality best]
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="cogvlm")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=18)
-    parser.add_argument("--quality", choices=["default", "high"], default="default")
+    parser.add_argument("--quality", choices=["default", "high", "best"], default="default")
     parser.add_argument("--vision", default="int8")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints  [default: a temporary one]")
     options = parser.parse_args()
