@@ -16,10 +16,10 @@ from vlmdeploy.spec.model import ModelSpec
 PRECISION_OF = {  # vision, connector, decoder, lm_head, embedding
     "ort-fp32": ("fp32", "fp32", "fp32", "fp32", "fp32"),
     "ort-fp16": ("fp16", "fp16", "fp16", "fp16", "fp16"),
-    "ort-int8": ("int8", "int8", "int8", "int8", "fp16"),
-    "ort-int4": ("int8", "int8", "int4", "int8", "fp16"),
-    "rtx-int4": ("fp16", "fp16", "int4", "fp16", "fp16"),
-    "trt-int4": ("fp16", "fp16", "int4", "fp16", "fp16"),
+    "ort-int8": ("int8", "int8", "int8", "int8", "int8"),
+    "ort-int4": ("int8", "int8", "int4", "int8", "int8"),
+    "rtx-int4": ("fp16", "fp16", "int4", "fp16", "int8"),
+    "trt-int4": ("fp16", "fp16", "int4", "fp16", "int8"),
     "trt-fp16": ("fp16", "fp16", "fp16", "fp16", "fp16"),
 }
 
@@ -73,7 +73,7 @@ def test_every_linear_and_the_embedding_have_a_precision(spec: ModelSpec) -> Non
     assert plan["decoder.layers.0.vision.qkv.weight"] == Precision("int4", 32)
     assert plan["vision.layers.1.fc1.weight"] == Precision("int8", 16)
     assert plan["lm_head.weight"] == Precision("int8", 32)
-    assert plan["embedding.weight"] == Precision("fp16")
+    assert plan["embedding.weight"] == Precision("int8", 32)
 
 
 def test_linears_cover_every_matrix_of_the_checkpoint(spec: ModelSpec, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_linears_that_no_group_divides_stay_in_float_and_are_listed(spec: ModelS
     fc2 = [f"vision.layers.{layer}.fc2.weight" for layer in (0, 1)]
     assert set(plan.kept_in_float) == {*down, *fc2, "connector.mlp.down.weight"}
     assert {plan[target] for target in plan.kept_in_float} == {Precision("fp32")}
-    assert plan.group_sizes == {"vision": 16, "connector": 16, "decoder": 32, "lm_head": 32, "embedding": 0}
+    assert plan.group_sizes == {"vision": 16, "connector": 16, "decoder": 32, "lm_head": 32, "embedding": 32}
 
 
 def test_requested_group_is_taken_where_it_fits(spec: ModelSpec) -> None:

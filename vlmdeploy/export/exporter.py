@@ -258,7 +258,8 @@ def _rounded_floats(reader: WeightReader) -> Iterable[str]:
     if reader.checkpoint.is_quantized:
         targets = [target for target, precision in reader.plan.by_target.items() if precision.bits]
         checkpoint = reader.checkpoint
-        parts = sorted({checkpoint.rules[target].part for target in targets if checkpoint.stored_grid(target) is None})
+        floats = {checkpoint.rules[target].part for target in targets if checkpoint.stored_grid(target) is None}
+        parts = sorted(floats - {"embedding"})
         if parts:
             yield f"{', '.join(parts)}: held as floats by the checkpoint, rounded to nearest as asked"
 

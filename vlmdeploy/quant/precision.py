@@ -26,10 +26,10 @@ OVERRIDE = re.compile(r"(?P<pattern>[^=]+)=(?P<type>\w+)(:(?P<group>-?\d+))?")
 TARGETS: dict[str, dict[str, str]] = {
     "ort-fp32": dict.fromkeys(PARTS, "fp32"),
     "ort-fp16": dict.fromkeys(PARTS, "fp16"),
-    "ort-int8": {**dict.fromkeys(PARTS, "int8"), "embedding": "fp16"},
-    "ort-int4": {"vision": "int8", "connector": "int8", "decoder": "int4", "lm_head": "int8", "embedding": "fp16"},
-    "rtx-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4"},
-    "trt-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4"},
+    "ort-int8": dict.fromkeys(PARTS, "int8"),
+    "ort-int4": {"vision": "int8", "connector": "int8", "decoder": "int4", "lm_head": "int8", "embedding": "int8"},
+    "rtx-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4", "embedding": "int8"},
+    "trt-int4": {**dict.fromkeys(PARTS, "fp16"), "decoder": "int4", "embedding": "int8"},
     "trt-fp16": dict.fromkeys(PARTS, "fp16"),
 }
 
@@ -133,7 +133,8 @@ def _target_parts(spec: Geometry, target: str, stored: Stored | None) -> dict[st
 
 
 def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: frozenset[str]) -> PrecisionPlan:
-    """The plan for a quantized checkpoint: keep codes as codes and floats as floats.
+    """The plan for a quantized checkpoint: keep codes as codes and floats as floats, but for the embedding, which no
+    such checkpoint holds as codes.
 
     asked: the parts whose precision the user chose; their floats are rounded to nearest, their codes dequantized.
     Raises ExportError if stored codes are not of the requested width: quantizing them again would waste the
@@ -146,7 +147,7 @@ def with_stored(plan: PrecisionPlan, spec: Geometry, stored: Stored, asked: froz
             continue
         if any(held.values()):
             plan = _with_codes(plan, part, held, is_asked=part in asked)
-        elif part not in asked:
+        elif part not in asked and part != "embedding":
             kind = stored.float_parts.get(part, "fp32")
             chosen = {**plan.by_target, **dict.fromkeys(targets, Precision(kind))}
             plan = replace(
