@@ -108,7 +108,7 @@ def test_weight_that_is_not_finite_is_named(name: str, value: float, tmp_path: P
     (DOWN, "ort-fp16", "decoder.layers.1.language.down.weight", "--target ort-fp32"),
     (DOWN, "ort-int4", "decoder.layers.1.language.down.weight", "--target ort-fp32"),
     ("lm_head.weight", "ort-fp16", "lm_head.weight", "--lm-head fp32"),
-    ("model.embed_tokens.weight", "ort-int4", "embedding.weight", "--embedding fp32"),
+    ("model.embed_tokens.weight", "ort-fp16", "embedding.weight", "--embedding fp32"),
     ("model.vision.transformer.layers.0.mlp.fc1.weight", "ort-fp16", "vision.layers.0.fc1.weight", "--vision fp32"),
     ("model.vision.linear_proj.linear_proj.weight", "ort-fp16", "connector.linear.weight", "--connector fp32"),
 ])  # fmt: skip

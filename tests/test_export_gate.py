@@ -35,10 +35,11 @@ def bundle(ckpt: Path, tmp_path: Path) -> Path:
 
 
 def flip_embedding(folder: Path) -> None:
-    """One bit in every row of the fp16 table: doubles or halves a value of each."""
-    rows = np.fromfile(folder / "embedding.bin", np.uint16).reshape(-1, SIZES["hidden"])
-    rows[:, 3] ^= 1 << 10
-    rows.tofile(folder / "embedding.bin")
+    """The highest bit of a code in every row of the int8 table; the scales follow the codes."""
+    stored = np.fromfile(folder / "embedding.bin", np.uint8)
+    rows = len(stored) // (SIZES["hidden"] + 2 * SIZES["hidden"] // 16)
+    stored[: rows * SIZES["hidden"]].reshape(rows, -1)[:, 3] ^= 1 << 7
+    stored.tofile(folder / "embedding.bin")
 
 
 def swap_begin_and_end_rows(folder: Path) -> None:
