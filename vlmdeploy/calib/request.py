@@ -95,7 +95,8 @@ class QuantizeOptions:
     def parts(self) -> dict[str, str]:
         """The chosen precision of each part; the embedding is not quantized here."""
         chosen = {"vision": self.vision, "connector": self.connector, "lm_head": self.lm_head}
-        return {"decoder": f"int{self.bits}", "embedding": "fp16", **{part: kind for part, kind in chosen.items() if kind}}
+        asked = {part: kind for part, kind in chosen.items() if kind}
+        return {"decoder": f"int{self.bits}", "embedding": "fp16", **asked}
 
 
 def use_threads(count: int | None) -> None:

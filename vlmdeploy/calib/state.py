@@ -7,9 +7,10 @@ atomically: files that it names are whole and on disk, files that no record name
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -50,7 +51,7 @@ class RunState:
     folder: Path
     processes: Processes
 
-    def finished(self, units: list[str], kept: Callable[[str], list[str]]) -> Records:
+    def finished(self, units: list[str], kept: Callable[[str], list[str]] = lambda unit: []) -> Records:
         """Records of the finished units, which come first. Raises CalibrationError if one is damaged.
 
         kept: the units whose output rows are needed after a unit, besides its own.
@@ -94,8 +95,8 @@ class RunState:
         tensors: Mapping[str, Tensor],
         linears: list[LinearReport],
         flow: Flow | None,
-        weights: Mapping[str, Tensor],
-        kept: list[str],
+        weights: Mapping[str, Tensor] = MappingProxyType({}),
+        kept: Sequence[str] = (),
     ) -> UnitRecord:
         """Commit a unit, then delete the output rows of all units but it and the `kept` ones.
 
@@ -115,7 +116,7 @@ class RunState:
         tensors: Mapping[str, Tensor],
         files: dict[str, FileEntry],
         linears: tuple[LinearReport, ...],
-        kept: list[str],
+        kept: Sequence[str],
     ) -> UnitRecord:
         shard = {shard_name(unit): self._write_tensors(self.folder / shard_name(unit), tensors)} if tensors else {}
         sync_folder(self.folder)  # what the record names is there before the record
