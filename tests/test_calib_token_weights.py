@@ -113,8 +113,8 @@ def test_weights_are_the_sizes_of_the_models_gradients(tiny: TinyCheckpoint, tmp
         if not sizes.any():  # the image rows of the last layer: nothing reads them
             assert found[name].eq(1).all()
             continue
-        assert_close(name, found[name], sizes / sizes[sizes > 0].mean(), SAME_ROW_FP32)
-        assert not found[name][is_vision != (".vision." in name)].any()
+        own = is_vision == (".vision." in name)
+        assert_close(name, found[name][own], (0.2 + 0.8 * sizes / sizes[sizes > 0].mean())[own], SAME_ROW_FP32)
 
 
 @pytest.fixture(scope="module")

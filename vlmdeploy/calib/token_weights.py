@@ -29,6 +29,7 @@ from vlmdeploy.runtime.memory import available_bytes
 from vlmdeploy.spec.matrices import decoder_matrices
 
 SEED = 0  # of the sampled answers
+SAME_FOR_ALL = 0.2  # of a mean weight: what a token counts whose gradient is nothing
 FORWARD, BACKWARD = "float", "gradient"
 PROMPTS, HEAD = f"{FORWARD}.prompts", f"{BACKWARD}.head"
 
@@ -153,8 +154,9 @@ class TokenWeights:
         return flow, {target: self._weights(own) for target, own in sizes.items()}
 
     def _weights(self, sizes: Tensor) -> Tensor:
-        """With a mean of 1 over the tokens of all processes that have a gradient; 1 for all if none has."""
+        """A part that is the same for every token, and the rest by its gradient: with a mean of 1 over the tokens of all
+        processes that have a gradient."""
         sums = torch.stack((sizes.double().sum(), (sizes > 0).double().sum()))
         self.processes.sum_in_place(sums)
         total, count = sums.tolist()
-        return sizes * (count / total) if total else torch.ones_like(sizes)
+        return SAME_FOR_ALL + (1 - SAME_FOR_ALL) * (sizes * (count / total) if total else torch.ones_like(sizes))
