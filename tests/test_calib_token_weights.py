@@ -51,7 +51,8 @@ def measured(checkpoint: Checkpoint, samples: tuple[CalibrationSample, ...], fol
         return flow
 
     stage = TokenWeights(checkpoint, samples, pictures_of(samples), tokens, pool, Processes(), load)
-    flow, found = None, {}
+    flow: Flow | None = None
+    found: dict[str, Tensor] = {}
     for unit in stage.units:
         flow, weights = stage.run(unit, flow)
         assert set(weights) == targets_of(checkpoint, unit)
@@ -133,7 +134,8 @@ def test_time_and_disk_are_told_before_the_first_linear(ckpt: Path, data: Path, 
     line = r"token weights: about 0 min and 0\.8 MB of disk before the first linear\n"
     assert re.match(line, best.stderr) and "token weights" not in high.stderr
     name = "model.layers.0.mlp.language_mlp.down_proj"
-    assert not np.array_equal(*(gptq_linears(tmp_path / quality)[name][0] for quality in ("best", "high")))
+    ours, theirs = (gptq_linears(tmp_path / quality)[name][0] for quality in ("best", "high"))
+    assert not np.array_equal(ours, theirs)
 
 
 def test_machine_without_room_is_refused_before_any_work(
@@ -142,7 +144,7 @@ def test_machine_without_room_is_refused_before_any_work(
     monkeypatch.setattr(token_weights, "available_bytes", lambda: 1 << 30)
     error = refusal(ckpt, data, tmp_path / "out", "--quality", "best", "--max-memory", "1.1GB")
     assert "the backward pass takes about 1.1 GB of memory, but 1.1 GB are available; use --quality high" in error
-    monkeypatch.setattr(token_weights.shutil, "disk_usage", lambda folder: Usage(1, 0, 1))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage(1, 0, 1))
     error = refusal(ckpt, data, tmp_path / "out", "--quality", "best")
     assert f"{tmp_path / 'out'}.partial: --quality best stores the rows" in error and "1 bytes are free" in error
     assert not (tmp_path / "out").exists()
