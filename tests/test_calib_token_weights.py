@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.calibration_data import (
+    quantize,
     random_samples,
     refusal,
     run_quantize,
@@ -133,9 +134,15 @@ def test_time_and_disk_are_told_before_the_first_linear(ckpt: Path, data: Path, 
     assert best.exit_code == high.exit_code == 0
     line = r"token weights: about 0 min and 0\.8 MB of disk before the first linear\n"
     assert re.match(line, best.stderr) and "token weights" not in high.stderr
-    name = "model.layers.0.mlp.language_mlp.down_proj"
-    ours, theirs = (gptq_linears(tmp_path / quality)[name][0] for quality in ("best", "high"))
-    assert not np.array_equal(ours, theirs)
+
+
+def test_weights_change_the_codes(ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed = gptq_linears(quantize(ckpt, data, tmp_path / "weighed", "--quality", "best"))
+    monkeypatch.setattr(TokenWeights, "_weights", lambda self, sizes: torch.ones_like(sizes))
+    alike = gptq_linears(quantize(ckpt, data, tmp_path / "alike", "--quality", "best"))
+    changed = {name for name in weighed if not np.array_equal(weighed[name][0], alike[name][0])}
+    assert {"model.layers.0.mlp.language_mlp.down_proj", "model.layers.0.mlp.vision_mlp.down_proj"} <= changed
+    assert not any(name.startswith("model.vision.") for name in changed)
 
 
 def test_machine_without_room_is_refused_before_any_work(
