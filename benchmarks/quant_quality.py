@@ -162,7 +162,7 @@ class Judge:
         divergences, error, size = [], 0.0, 0.0
         for place, found in self._log_probabilities(model, image_rows):
             expected = self.expected[place]
-            divergences.append((expected.exp() * (expected - found)).sum(-1))
+            divergences.append(_divergence(expected, found))
             centred = [values - values.mean(-1, keepdim=True) for values in (expected, found)]
             error += float((centred[1] - centred[0]).square().sum())
             size += float(centred[0].square().sum())
@@ -180,10 +180,8 @@ class Judge:
 
     def divergences(self, model: VisionLanguageModel) -> list[Tensor]:
         """The KL divergence of each answer token, for each sample. The model sees pictures as the float one does."""
-        found = {}
-        for place, values in self._log_probabilities(model, self.image_rows):
-            expected = self.expected[place]
-            found[place] = (expected.exp() * (expected - values)).sum(-1)
+        log_probabilities = self._log_probabilities(model, self.image_rows)
+        found = {place: _divergence(self.expected[place], values) for place, values in log_probabilities}
         return [found[place] for place in range(len(self.samples))]
 
     @torch.no_grad()
@@ -203,6 +201,11 @@ class Judge:
             for index, place in enumerate(places):
                 asked = hidden[index, self.samples[place].answer_start - 1 :]
                 yield place, model.logits(asked).double().log_softmax(-1)
+
+
+def _divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """KL divergence of each token, from log-probabilities [tokens, vocab]."""
+    return (expected.exp() * (expected - found)).sum(-1)
 
 
 @torch.no_grad()
@@ -232,14 +235,13 @@ def quantized_codes(
     bits: int,
     calibration: Calibration,
     group: int = DEFAULT_GROUP,
-    allow_uncalibrated: bool = False,
 ) -> dict[str, Quantized]:
     """Codes of all decoder linears by one method."""
     processes = Processes()
     plan = plan_precision(checkpoint.spec, "ort-int4", {"decoder": f"int{bits}", **FLOAT_PARTS}, group)
-    options = RunOptions({}, method.hessian, method.asymmetric, allow_uncalibrated, 8 << 30, weigh=method.weigh)
+    options = RunOptions({}, method.hessian, method.asymmetric, memory_bytes=8 << 30, weigh=method.weigh)
     coverage = check_coverage(
-        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated
+        checkpoint.spec, plan, calibration.tokens, calibration.pictures, processes, allow_uncalibrated=False
     )
     with tempfile.TemporaryDirectory() as folder:
         run = QuantizationRun(

@@ -242,12 +242,12 @@ def write_llama(checkpoint: Checkpoint, folder: Path) -> None:
         tensors[f"{theirs}.input_layernorm.weight"] = checkpoint.parameter(f"{ours}.attention_norm.weight")
         tensors[f"{theirs}.post_attention_layernorm.weight"] = checkpoint.parameter(f"{ours}.mlp_norm.weight")
     save_tensors({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
-    (freq,) = {round(float(checkpoint.inv_freq()[1]) ** (-rows / 2))}
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": spec.hidden,
         "intermediate_size": spec.mlp_width, "num_hidden_layers": spec.num_layers, "vocab_size": spec.vocab_size,
         "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads, "rms_norm_eps": spec.norm_eps,
-        "rope_theta": freq, "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 2048,
+        "rope_theta": round(float(checkpoint.inv_freq()[1]) ** (-rows / 2)),
+        "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 2048,
         "bos_token_id": BOS, "eos_token_id": EOS,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

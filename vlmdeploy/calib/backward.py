@@ -84,19 +84,20 @@ class BackwardPass:
                 rows = gradient.tokens.rows(index)[sample.types == 1]
                 place = number_of[sample.image]
                 sums[place] = sums.get(place, torch.zeros(())) + gradient.states[0].read(rows)
-        for place, total in sums.items():
-            rows = features.tokens.rows(place)
-            with self._watched(connector, "connector"), torch.enable_grad():
-                x = features.states[0].read(rows).requires_grad_()
-                connector(x[None, 1:]).backward(total[None])
-            assert x.grad is not None, "set by the backward pass"
-            back.states[0].write(rows, x.grad)
+        with self._watched(connector, "connector"):
+            for place, total in sums.items():
+                rows = features.tokens.rows(place)
+                with torch.enable_grad():
+                    x = features.states[0].read(rows).requires_grad_()
+                    connector(x[None, 1:]).backward(total[None])
+                assert x.grad is not None, "set by the backward pass"
+                back.states[0].write(rows, x.grad)
         for index in reversed(range(len(layer_inputs))):
             name = f"vision.layers.{index}"
             layer = runner.load(lambda: VisionLayer(spec.vision), name).requires_grad_(False)
-            for place in range(len(pictures.paths)):
-                rows = features.tokens.rows(place)
-                with self._watched(layer, name):
+            with self._watched(layer, name):
+                for place in range(len(pictures.paths)):
+                    rows = features.tokens.rows(place)
                     self._through(_one_picture(layer), layer_inputs[index], back, rows)
         back.close()
 

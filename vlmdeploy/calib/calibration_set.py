@@ -104,11 +104,10 @@ def read_calibration_sample(
             f"{name}: has {len(ids)} tokens, the model's context {spec.decoder.context_tokens}; leave it out or use "
             "--skip-broken"
         )
-    return sample_of_ids(name, sample.image, ids, len(prompt), spec)
+    return _with_layout(name, sample.image, ids, len(prompt), spec)
 
 
-def sample_of_ids(name: str, image: Picture | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
-    """A sample with these ids of prompt and answer; types, positions and expert mask follow from them."""
+def _with_layout(name: str, image: Picture | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
     types = token_types_of(ids, spec.tokens, has_image=image is not None)
     positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
     mask = vision_expert_mask(types[None], spec.tokens)[0]
