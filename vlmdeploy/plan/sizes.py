@@ -35,20 +35,24 @@ class Storage:
         dialect = dialect_of(target)
         return cls(dialect, "cuda" if dialect == "trt" else provider)
 
+    @property
+    def _ort_graph(self) -> type[OrtGraph]:
+        return OrtCudaGraph if self.provider == "cuda" else OrtGraph
+
     def block(self, precision: Precision) -> int:
         """Inputs that share one stored scale."""
         if self.dialect == "trt":
             return precision.group_size
-        graph = OrtCudaGraph if self.provider == "cuda" else OrtGraph
-        return min(matmul_block_size(precision.group_size), graph.largest_block)
+        return min(matmul_block_size(precision.group_size), self._ort_graph.largest_block)
 
     def matrix_bytes(self, rows: int, width: int, precision: Precision) -> int:
         """Bytes of a matrix [rows, width], including scales and zero points."""
         if not precision.bits:
             kind = "fp16" if self.dialect == "ort" and self.provider == "cuda" and precision.type != "fp32" else None
             return rows * width * FLOAT_BYTES[kind or precision.type]
-        bits, blocks = field_bits(precision.bits), width // self.block(precision)
-        scale = 4 if self.dialect == "ort" and self.provider == "cpu" else 2
+        bits, block = field_bits(precision.bits), self.block(precision)
+        blocks = width // block
+        scale = 2 if self.dialect == "trt" else FLOAT_BYTES[self._ort_graph.scale_type(bits, block)]
         zeros = 0 if precision.symmetric else -(-blocks * bits // 8)
         return rows * (width * bits // 8 + blocks * scale + zeros)
 

@@ -118,7 +118,10 @@ def tapped_backend(
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps.get(graph, ())
         )
-        return load_session(ort, path, model.SerializeToString(), "cpu", threads, manifest.dialect, keeps_outputs=True)
+        return load_session(
+            ort, path, model.SerializeToString(), "cpu", threads, manifest.dialect, keeps_outputs=True,
+            own_operators=not exact,
+        )  # fmt: skip
 
     cache_type = "fp32" if exact else None
     return OrtBackend(files, threads, residency, load_graph=load, cache_type=cache_type)
@@ -135,7 +138,7 @@ def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: 
 
 
 def set_accuracy(model: onnx.ModelProto, level: int) -> None:
-    """Change the accuracy_level of every MatMulNBits in place."""
+    """Change the accuracy_level of every product of codes in place."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":

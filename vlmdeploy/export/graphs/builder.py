@@ -153,6 +153,12 @@ class GraphBuilder(ABC):
         `target` is the name without ".weight". `order` picks and arranges output rows; -1 is a row of zeros.
         """
 
+    def gated(self, x: str, name: str, axis: int) -> str:
+        """silu(gate(x)) * up(x), named NAME.product; gate and up are the halves of NAME.gate_up along `axis`."""
+        both = self.linear(x, f"{name}.gate_up", f"{name}.gate_up")
+        gate, up = self.nodes("Split", [both], [f"{name}.gate", f"{name}.up"], axis=axis, num_outputs=2)
+        return self.node("Mul", [self.silu(gate, f"{name}.silu"), up], f"{name}.product")
+
     @abstractmethod
     def silu(self, x: str, output: str) -> str:
         """x * sigmoid(x)."""

@@ -71,10 +71,7 @@ def _blocks_of_four(builder: GraphBuilder, grid: int, width: int, x: str) -> str
 
 def gated_mlp(builder: GraphBuilder, name: str, x: str, axis: int) -> str:
     """down(silu(gate(x)) * up(x)); gate and up are one matrix, gate rows first."""
-    both = builder.linear(x, f"{name}.gate_up", f"{name}.gate_up")
-    gate, up = builder.nodes("Split", [both], [f"{name}.gate", f"{name}.up"], axis=axis, num_outputs=2)
-    product = builder.node("Mul", [builder.silu(gate, f"{name}.silu"), up], f"{name}.product")
-    return builder.linear(product, f"{name}.down", f"{name}.out")
+    return builder.linear(builder.gated(x, name, axis), f"{name}.down", f"{name}.out")
 
 
 def _with_boundary(builder: GraphBuilder, step: BoundaryRows, name: str, x: str) -> str:

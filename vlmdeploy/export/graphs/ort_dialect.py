@@ -1,19 +1,21 @@
 """The `ort` dialect: standard operators plus ONNX Runtime's own, which are faster on a CPU.
 
-MatMulNBits multiplies with packed codes; GroupQueryAttention rotates, writes the KV cache in place and attends; its
-rotary tables are inputs, indexed by cache slot.
+Products with codes are our own operators on a CPU; each has a function of ONNX Runtime's MatMulNBits, which runs where our
+library is missing. GroupQueryAttention rotates, writes the KV cache in place and attends; its rotary tables are inputs,
+indexed by cache slot.
 """
 
 from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
-from onnx import TensorProto
+from onnx import FunctionProto, TensorProto, parser
 
 from vlmdeploy.errors import QuantizationError
 from vlmdeploy.export.graphs.builder import NUMPY_TYPES, GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.kernels import cpu
 from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
@@ -22,10 +24,36 @@ CONTRIB = "com.microsoft"
 FULL_ACCURACY, INT8_ACCURACY = 0, 4  # MatMulNBits.accuracy_level: exact float activations, or int8 ones (twice as fast)
 
 
+# What our operators compute, for installations without them and for exact float activations (accuracy_level 0).
+_FUNCTION = """
+<domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
+{name} <K, N, bits, block_size, accuracy_level> (x, codes, scales, zero_points, bias) => (y)
+{{
+    wide_scales = Cast <to: int = 1> (scales)
+    {output} = com.microsoft.MatMulNBits <
+        K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size, accuracy_level: int = @accuracy_level
+    > (x, codes, wide_scales, zero_points, "", bias)
+    {then}
+}}
+"""
+_THEN_GATED = """gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
+    silu = com.microsoft.QuickGelu <alpha: float = 1.0> (gate)
+    y = Mul (silu, up)"""
+
+
+def _functions() -> tuple[FunctionProto, ...]:
+    texts = (
+        _FUNCTION.format(name=cpu.LINEAR, output="y", then=""),
+        _FUNCTION.format(name=cpu.GATED, output="both", then=_THEN_GATED),
+    )
+    return tuple(parser.parse_function(text) for text in texts)
+
+
 class OrtGraph(GraphBuilder):
     """A graph for ONNX Runtime on a CPU."""
 
-    opsets: ClassVar = {"": 23, CONTRIB: 1}  # 23: the first with RMSNormalization
+    opsets: ClassVar = {"": 23, CONTRIB: 1, cpu.DOMAIN: 1}  # 23: the first with RMSNormalization
+    functions: ClassVar = _functions()
     largest_block: ClassVar = 128  # of MatMulNBits: larger blocks read prompts faster
     kind: ClassVar = "fp32"  # of products, scales, attention and KV cache
     rope_tables: ClassVar = ("cos", "sin")
@@ -45,8 +73,11 @@ class OrtGraph(GraphBuilder):
         precision = self.weights.plan[weight]
         if precision.grid is not None:
             codes, sizes = self._codes(weight, order, precision.grid)
-            inputs = [x, *codes, "", bias] if bias else [x, *codes]
             accuracy = INT8_ACCURACY if self.kind == "fp32" else FULL_ACCURACY
+            if self._is_ours(weight, precision.grid):
+                inputs = [x, *codes, bias]
+                return self.node(cpu.LINEAR, inputs, output, cpu.DOMAIN, **sizes, accuracy_level=accuracy)
+            inputs = [x, *codes, "", bias] if bias else [x, *codes]
             return self.node("MatMulNBits", inputs, output, CONTRIB, **sizes, accuracy_level=accuracy)
         matrix = self._floats(weight, order, precision.type)
         if precision.type == "fp16" and self.kind == "fp32":
@@ -55,12 +86,11 @@ class OrtGraph(GraphBuilder):
 
     def _codes(self, weight: str, order: Ints, grid: Grid) -> tuple[list[str], dict[str, int]]:
         """Codes [out, blocks, bytes], scales [out, blocks] and zero points ("": the middle) for MatMulNBits, and its
-        sizes. A 3-bit code takes a 4-bit field."""
-        bits = field_bits(grid.bits)
-        block_size = min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block)
+        sizes. A 3-bit code takes a 4-bit field; our operators read fp16 scales, the type that quantization gives."""
+        bits, block_size = field_bits(grid.bits), self._block_size(weight, grid)
         width = self.weights.matrix_shape(weight)[1]
         blocks = width // block_size
-        scales = np.empty((len(order), blocks), NUMPY_TYPES[self.kind])
+        scales = np.empty((len(order), blocks), NUMPY_TYPES[self.scale_type(bits, block_size)])
         zeros = np.empty((len(order), -(-blocks * bits // 8)), np.uint8)
 
         def packed() -> Iterator[Codes]:
@@ -78,6 +108,32 @@ class OrtGraph(GraphBuilder):
         names = [codes, self.tensor(f"{weight}.scales", scales)]
         names.append("" if grid.symmetric else self.tensor(f"{weight}.zero_points", zeros))
         return names, {"K": width, "N": len(order), "bits": bits, "block_size": block_size}
+
+    def _block_size(self, weight: str, grid: Grid) -> int:
+        """Weights of a row that share a scale in the graph."""
+        return min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block)
+
+    def _is_ours(self, weight: str, grid: Grid) -> bool:
+        return self.has_operator(field_bits(grid.bits), self._block_size(weight, grid))
+
+    @classmethod
+    def has_operator(cls, bits: int, block_size: int) -> bool:
+        """Whether our operators multiply with codes in fields of `bits`, scales for blocks of `block_size`."""
+        return cls.kind == "fp32" and bits in cpu.BITS and block_size in cpu.GROUPS
+
+    @classmethod
+    def scale_type(cls, bits: int, block_size: int) -> str:
+        """Type of the stored scales. MatMulNBits wants that of its activations."""
+        return "fp16" if cls.has_operator(bits, block_size) else cls.kind
+
+    @override
+    def gated(self, x: str, name: str, axis: int) -> str:
+        weight = f"{name}.gate_up.weight"
+        grid = self.weights.plan[weight].grid
+        if grid is None or not self._is_ours(weight, grid):
+            return super().gated(x, name, axis)
+        codes, sizes = self._codes(weight, self._rows_of(weight, None), grid)
+        return self.node(cpu.GATED, [x, *codes], f"{name}.product", cpu.DOMAIN, **sizes, accuracy_level=INT8_ACCURACY)
 
     @override
     def silu(self, x: str, output: str) -> str:
@@ -144,6 +200,8 @@ class OrtCudaGraph(OrtGraph):
     Its fast kernels take blocks of 32; larger groups are split, each block with the scale of its group.
     """
 
+    opsets: ClassVar = {"": 23, CONTRIB: 1}
+    functions: ClassVar = ()
     largest_block: ClassVar = 32
     kind: ClassVar = "fp16"
     rope_tables: ClassVar = ("cos.fp16", "sin.fp16")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlmdeploy.errors import BackendError
+from vlmdeploy.kernels import cpu
 from vlmdeploy.layout import Bools, Ints
 from vlmdeploy.manifest import Manifest
 from vlmdeploy.overriding import override
@@ -299,15 +300,18 @@ def load_session(
     threads: int | None,
     dialect: str,
     keeps_outputs: bool = False,
+    own_operators: bool = True,
 ) -> Any:
     """A session of one graph on exactly this provider; raises BackendError if onnxruntime chose another.
 
     content: the serialized graph; its weights are read from the folder of `path`. keeps_outputs: the caller keeps
-    outputs for long, which would keep the session's whole arena alive.
+    outputs for long, which would keep the session's whole arena alive. own_operators: use our compiled operators where
+    this installation has them; else onnxruntime runs their functions in the graph.
     """
     wanted, options = PROVIDERS[provider], session_options(ort, threads)
     options.add_session_config_entry(EXTERNAL_FOLDER_KEY, str(path.parent))
     options.enable_cpu_mem_arena = not keeps_outputs
+    library = cpu.library() if own_operators and dialect == "ort" and provider == "cpu" else None
     # Folding would widen or transpose whole fp16 matrices in graphs of the trt dialect.
     disabled = ["ConstantFolding"] if dialect == "trt" else []
     if wanted not in ort.get_available_providers():
@@ -316,6 +320,8 @@ def load_session(
             f'pip install "vlmdeploy[{provider}]"'
         )
     try:
+        if library:
+            options.register_custom_ops_library(str(library))
         session = ort.InferenceSession(content, options, [wanted], enable_fallback=0, disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime raises a family of its own classes, none of them public
         raise BackendError(f"{path}: onnxruntime cannot load it ({error})") from error

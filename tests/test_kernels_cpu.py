@@ -1,0 +1,199 @@
+"""Contract tests of the CPU's operators: every variant that this machine runs agrees with the textbook and, to the last
+bit, with the others, whatever the shapes; a row's result does not depend on its neighbours; ONNX Runtime runs the operators
+and, without them, their functions."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.reference import cpu_product
+from vlmdeploy.errors import BackendError
+from vlmdeploy.export.graphs.ort_dialect import OrtGraph
+from vlmdeploy.kernels import cpu
+from vlmdeploy.runtime.backends.ort import import_onnxruntime, load_session
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def native() -> ctypes.CDLL:
+    """The compiled operators. This machine has a compiler, so their absence is a failure."""
+    path = cpu.library()
+    assert path is not None, "pip install -e . did not compile vlmdeploy/kernels/cpu"
+    found = ctypes.CDLL(str(path))
+    found.vlmdeploy_variant.restype = ctypes.c_char_p
+    return found
+
+
+def variants(native: ctypes.CDLL) -> list[str]:
+    """Names of the variants that run here, the fastest first."""
+    names: list[str] = []
+    while (name := native.vlmdeploy_variant(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+@dataclass
+class Case:
+    """Inputs of one product; see the textbook."""
+
+    x: Array
+    codes: Array
+    scales: Array
+    zeros: Array | None
+    bias: Array | None
+    bits: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.scales)
+
+    @property
+    def group(self) -> int:
+        return self.x.shape[1] // self.scales.shape[1]
+
+    def expected(self, is_gated: bool) -> Array:
+        y = cpu_product.product(self.x, self.codes, self.scales, self.zeros, self.bias, self.bits)
+        return cpu_product.gated(y) if is_gated else y
+
+    def run(self, native: ctypes.CDLL, variant: str, is_gated: bool, rows: slice = slice(None)) -> Array:
+        x = np.ascontiguousarray(self.x[rows])
+        y = np.full((len(x), self.outputs // 2 if is_gated else self.outputs), np.nan, np.float32)
+        pointers = [
+            None if array is None else array.ctypes.data_as(ctypes.c_void_p)
+            for array in (x, self.codes, self.scales, self.zeros, self.bias, y)
+        ]
+        sizes = [ctypes.c_int64(size) for size in (len(x), self.outputs, x.shape[1])]
+        options = (self.bits, self.group, int(self.scales.dtype == np.float16), int(is_gated))
+        assert native.vlmdeploy_product(variant.encode(), *sizes, *options, *pointers) == 1
+        return y
+
+
+def draw(random: np.random.Generator, rows: int, outputs: int, bits: int, group: int, groups: int) -> Case:
+    """A product of these sizes with random values, some of them extreme."""
+    x = (random.standard_normal((rows, groups * group)) * random.choice([1e-3, 1, 30])).astype(np.float32)
+    x[0, :group] *= random.integers(2)  # a group of zeros
+    codes = random.integers(0, 256, (outputs, groups * group * bits // 8), dtype=np.uint8)
+    codes[:: random.integers(1, 4)] |= np.uint8(random.choice([0, 255]))  # sums of the largest codes
+    scales = (0.02 * random.standard_normal((outputs, groups))).astype(random.choice([np.float16, np.float32]))
+    zeros = random.integers(0, 256, (outputs, -(-groups * bits // 8)), dtype=np.uint8) if random.integers(2) else None
+    bias = random.standard_normal(outputs).astype(np.float32) if random.integers(2) else None
+    return Case(x, codes, scales, zeros, bias, bits)
+
+
+@pytest.mark.parametrize("group", cpu.GROUPS)
+@pytest.mark.parametrize("bits", cpu.BITS)
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_every_variant_is_the_textbook_and_all_are_equal(
+    native: ctypes.CDLL, bits: int, group: int, is_gated: bool
+) -> None:
+    random = np.random.default_rng([bits, group, is_gated])
+    names = variants(native)
+    assert names[-1] == "plain"
+    for _ in range(12):
+        outputs = int(random.integers(1, 40)) * (2 if is_gated else 1)
+        case = draw(random, int(random.choice([1, 2, 3, 5, 7, 13])), outputs, bits, group, int(random.integers(1, 20)))
+        plain, expected = case.run(native, "plain", is_gated), case.expected(is_gated)
+        np.testing.assert_allclose(plain, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+        for name in names:
+            np.testing.assert_array_equal(case.run(native, name, is_gated), plain, err_msg=name)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(native: ctypes.CDLL) -> None:
+    random = np.random.default_rng(5)
+    case = draw(random, 29, 50, 4, 64, 7)
+    for name in variants(native):
+        together = case.run(native, name, is_gated=True)
+        for start, stop in ((0, 1), (28, 29), (3, 5), (6, 18)):
+            np.testing.assert_array_equal(case.run(native, name, True, slice(start, stop)), together[start:stop])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_is_not_finite_stays_visible(native: ctypes.CDLL, bad: float, rows: int) -> None:
+    """Rounding to int8 would turn it into a plausible number."""
+    case = draw(np.random.default_rng(6), rows, 10, 4, 32, 5)
+    case.x[0, 70] = bad
+    for name in variants(native):
+        y = case.run(native, name, is_gated=True)
+        assert np.isnan(y[0]).all(), name
+        assert np.isfinite(y[1:]).all(), name
+
+
+def graph(case: Case, operator: str, **changed: int) -> bytes:
+    """A model of one operator, and the function of it that every bundle holds."""
+    values = {"codes": case.codes.reshape(case.outputs, case.scales.shape[1], -1), "scales": case.scales}
+    values |= {name: v for name, v in (("zeros", case.zeros), ("bias", case.bias)) if v is not None}
+    inputs = ["x", "codes", "scales", *("zeros", "bias")]
+    sizes = {"K": case.x.shape[1], "N": case.outputs, "bits": case.bits, "block_size": case.group}
+    node = helper.make_node(
+        operator, [name if name in values or name == "x" else "" for name in inputs], ["y"], domain=cpu.DOMAIN,
+        accuracy_level=4, **(sizes | changed),
+    )  # fmt: skip
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    body = helper.make_graph([node], "one", ends[:1], ends[1:], tensors)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in OrtGraph.opsets.items()]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=11, functions=list(OrtGraph.functions))
+    return bytes(model.SerializeToString())
+
+
+def session(content: bytes, own_operators: bool) -> Any:
+    return load_session(import_onnxruntime(), Path("one.onnx"), content, "cpu", 2, "ort", own_operators=own_operators)
+
+
+@pytest.mark.parametrize("operator", cpu.OPERATORS)
+@pytest.mark.parametrize("bits", cpu.BITS)
+def test_onnxruntime_runs_the_operator_and_its_function(operator: str, bits: int) -> None:
+    random = np.random.default_rng(bits)
+    for rows in (1, 300):
+        case = draw(random, rows, 70, bits, 32, 6)
+        case.scales = case.scales.astype(np.float16)
+        expected = case.expected(operator == cpu.GATED)
+        for own in (True, False):
+            found = session(graph(case, operator), own).run(None, {"x": case.x.reshape(rows, 1, -1)})[0]
+            assert found.shape == (rows, 1, expected.shape[1])
+            np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+
+
+def test_the_operator_is_really_ours() -> None:
+    """float32 scales: the function's MatMulNBits takes them too, but rounds elsewhere."""
+    case = draw(np.random.default_rng(9), 4, 64, 4, 128, 8)
+    case.bias = None
+    mine, theirs = (session(graph(case, cpu.LINEAR), own).run(None, {"x": case.x})[0] for own in (True, False))
+    assert (mine != theirs).any()
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+CHANGES: dict[str, Callable[[Case], dict[str, int]]] = {
+    "more outputs than codes": lambda case: {"N": case.outputs + 2},
+    "other group": lambda case: {"block_size": 64},
+    "no divisor": lambda case: {"block_size": 128},
+    "wide": lambda case: {"K": 2 * case.x.shape[1]},
+    "3 bits": lambda case: {"bits": 3},
+    "more bits": lambda case: {"bits": 8},
+    "negative": lambda case: {"N": -2},
+    "overflow": lambda case: {"N": 1 << 62},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_sizes_that_do_not_fit_are_an_error(change: Callable[[Case], dict[str, int]]) -> None:
+    case = draw(np.random.default_rng(1), 2, 12, 4, 32, 6)
+    case.zeros = case.bias = None
+    with pytest.raises((BackendError, Exception), match="vlmdeploy: "):
+        session(graph(case, cpu.LINEAR, **change(case)), True).run(None, {"x": case.x})
+
+
+def test_functions_are_those_of_the_operators() -> None:
+    functions = {function.name: function for function in OrtGraph.functions}
+    assert set(functions) == set(cpu.OPERATORS)
+    assert all(onnx.checker.check_function(one) is None for one in functions.values())

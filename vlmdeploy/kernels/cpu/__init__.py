@@ -1,0 +1,17 @@
+"""Quantized products on a CPU: operators for ONNX Runtime, compiled when the package is installed.
+
+Without a compiler there is no library, and ONNX Runtime runs the functions that stand beside the operators in a graph.
+Why: docs/design/0014-cpu-kernel.md.
+"""
+
+from pathlib import Path
+
+DOMAIN = "vlmdeploy"
+LINEAR, GATED = OPERATORS = ("QuantizedLinear", "GatedLinear")
+BITS, GROUPS = (4, 8), (32, 64, 128)  # that the operators take
+
+
+def library() -> Path | None:
+    """The compiled operators; None where the installation has none."""
+    path = Path(__file__).with_name("_operators.abi3.so")
+    return path if path.is_file() else None

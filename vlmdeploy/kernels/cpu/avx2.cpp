@@ -1,0 +1,7 @@
+// AVX2: every x86 processor of the last ten years.
+#if defined(__x86_64__)
+#define VARIANT avx2
+#define NAME "avx2"
+#define CPU_HAS_MORE __builtin_cpu_supports("f16c")
+#include "avx2.inl"
+#endif

@@ -1,0 +1,338 @@
+// The kernel, written once over the vectors of an instruction set; each variant includes it with its own `Isa`.
+//
+// Isa has: L lanes of 32 bits; Ints and Floats (vectors of L); the operations that are used below.
+
+namespace {
+
+constexpr int L = Isa::L;
+using Ints = Isa::Ints;
+using Floats = Isa::Floats;
+
+// ---- activations ----
+
+// Of 4-bit weights, the eight codes of a 32-bit word are multiplied as four even and four odd ones.
+constexpr int places[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+
+void round_row(const float* x, int64_t width, int group, int bits, int8_t* codes, float* scales, int32_t* sums) {
+  for (int64_t start = 0; start < width; start += group, x += group, codes += group) {
+    const float largest = Isa::largest(x, group);
+    const bool finite = largest <= FLT_MAX;
+    const float inverse = finite && largest > 0 ? 127.0f / largest : 0.0f;
+    *scales++ = finite ? largest / 127.0f : NAN;
+    alignas(64) int8_t rounded[128];
+    *sums++ = finite ? Isa::round(x, group, inverse, rounded) : 0;
+    if (!finite) memset(rounded, 0, sizeof rounded);
+    if (bits == 8) {
+      memcpy(codes, rounded, group);
+    } else {
+      for (int word = 0; word < group; word += 8)
+        for (int i = 0; i < 8; i++) codes[word + i] = rounded[word + places[i]];
+    }
+  }
+}
+
+// ---- weights ----
+
+struct Tile {
+  const uint8_t* rows[L];  // the codes of its outputs; beyond the last output, those of the last
+  float* scales;           // [groups, L]
+  int32_t* zeros;          // [groups, L], or null
+  float bias[L];           // zeros without one
+};
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+  uint32_t bits;
+  if (exponent == 31) bits = sign | 0x7f800000 | fraction << 13;
+  else if (exponent) bits = sign | (exponent + 112) << 23 | fraction << 13;
+  else {
+    const float value = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void open_tile(const Weights& w, const int64_t* outputs, Tile& tile, float* scales, int32_t* zeros) {
+  const int64_t groups = w.width / w.group, row_bytes = w.width * w.bits / 8;
+  for (int i = 0; i < L; i++) tile.rows[i] = w.codes + outputs[i] * row_bytes, tile.bias[i] = w.bias ? w.bias[outputs[i]] : 0;
+  tile.scales = scales;
+  int64_t g = 0;
+  for (; g + L <= groups; g += L) {
+    Ints block[L];
+    for (int i = 0; i < L; i++) {
+      const int64_t place = outputs[i] * groups + g;
+      block[i] = w.half_scales ? Isa::as_ints(Isa::load_halves((const uint16_t*)w.scales + place))
+                               : Isa::load((const int32_t*)w.scales + place);
+    }
+    Isa::transpose(block);
+    for (int i = 0; i < L; i++) Isa::store((int32_t*)scales + (g + i) * L, block[i]);
+  }
+  for (; g < groups; g++)
+    for (int i = 0; i < L; i++) {
+      const int64_t place = outputs[i] * groups + g;
+      scales[g * L + i] = w.half_scales ? half_to_float(((const uint16_t*)w.scales)[place]) : ((const float*)w.scales)[place];
+    }
+  tile.zeros = w.zeros ? zeros : nullptr;
+  if (!w.zeros) return;
+  const int64_t zero_bytes = (groups * w.bits + 7) / 8;
+  for (int i = 0; i < L; i++) {
+    const uint8_t* row = w.zeros + outputs[i] * zero_bytes;
+    for (g = 0; g < groups; g++) zeros[g * L + i] = w.bits == 8 ? row[g] : row[g / 2] >> 4 * (g % 2) & 15;
+  }
+}
+
+// Words `word` to word + L of the codes of all outputs, as L vectors of one word of each output.
+inline void read_words(const Tile& tile, int64_t word, int64_t words, Ints out[L]) {
+  if (word + L <= words) {
+    for (int i = 0; i < L; i++) {
+      out[i] = Isa::load((const int32_t*)tile.rows[i] + word);
+    }
+  } else {
+    for (int i = 0; i < L; i++) {
+      alignas(64) int32_t part[L] = {};
+      memcpy(part, (const int32_t*)tile.rows[i] + word, (words - word) * 4);
+      out[i] = Isa::load(part);
+    }
+  }
+  Isa::transpose(out);
+}
+
+// ---- products ----
+
+// What the zero points take off: Isa::low, high and whole give codes less `Isa::middle(bits)`.
+inline Ints start(const Tile& tile, int64_t g, int32_t sum, int bits) {
+  if (!tile.zeros) return Isa::set(sum * (Isa::middle(bits) - (1 << (bits - 1))));
+  return Isa::mul_ints(Isa::subtract(Isa::set(Isa::middle(bits)), Isa::load(tile.zeros + g * L)), Isa::set(sum));
+}
+
+inline Floats add_group(Floats total, Ints sum, const Tile& tile, int64_t g, float row_scale) {
+  const Floats scale = Isa::mul(Isa::load_floats(tile.scales + g * L), Isa::set_float(row_scale));
+  return Isa::fma(Isa::to_float(sum), scale, total);
+}
+
+// One row of activations, codes straight from the file, four outputs at a time from their first code to the last: memory
+// is read in order. A vector of codes holds L / 4 chunks of 16 bytes; the sums of four outputs are added up within each
+// chunk, and `turn` makes one vector of all outputs of each chunk.
+// WORDS: words of 32 bits of a group. a: the activations as vectors, even ones before odd ones if codes have 4 bits.
+// partial: memory for [width * BITS / (32 * max(WORDS, L)), L / 4] vectors.
+template <int BITS, int WORDS>
+inline Floats one_row(const Tile& tile, int64_t width, const int8_t* a, const float* scales, const int32_t* sums, int32_t* partial) {
+  constexpr int CHUNKS = L / 4, STEPS = WORDS > L ? WORDS / L : 1, GROUPS = WORDS < L ? L / WORDS : 1;
+  const int64_t words = width * BITS / 32, groups = width / (WORDS * 32 / BITS);
+  for (int quarter = 0; quarter < CHUNKS; quarter++) {
+    const int32_t* rows[4];
+    for (int i = 0; i < 4; i++) rows[i] = (const int32_t*)tile.rows[quarter * 4 + i];
+    int32_t* out = partial + quarter * L;
+    for (int64_t word = 0; word < words; word += STEPS * L, out += CHUNKS * L) {
+      Ints sum[4];
+      for (int i = 0; i < 4; i++) sum[i] = Isa::set(0);
+      for (int step = 0; step < STEPS; step++) {
+        const int64_t at = word + step * L;
+        const int32_t* x = (const int32_t*)a + at * (BITS == 4 ? 2 : 1);
+        for (int i = 0; i < 4; i++) {
+          __builtin_prefetch(rows[i] + at + 4 * words);
+          Ints codes;
+          if (at + L <= words) {
+            codes = Isa::load(rows[i] + at);
+          } else {
+            alignas(64) int32_t part[L] = {};
+            memcpy(part, rows[i] + at, (words - at) * 4);
+            codes = Isa::load(part);
+          }
+          if (BITS == 4) {
+            sum[i] = Isa::dot<4>(sum[i], Isa::low(codes), Isa::load(x));
+            sum[i] = Isa::dot<4>(sum[i], Isa::high(codes), Isa::load(x + L));
+          } else {
+            sum[i] = Isa::dot<8>(sum[i], Isa::whole(codes), Isa::load(x));
+          }
+        }
+      }
+      Isa::store(out, Isa::add_up(sum));
+    }
+  }
+  Floats total = Isa::set_float(0);
+  for (int64_t g = 0; g < groups; partial += CHUNKS * L) {
+    Ints chunks[CHUNKS];
+    for (int i = 0; i < CHUNKS; i++) chunks[i] = Isa::load(partial + i * L);
+    Isa::turn(chunks);
+    for (int group = 0; group < GROUPS && g < groups; group++, g++) {
+      Ints sum = start(tile, g, sums[g], BITS);
+      for (int i = 0; i < CHUNKS / GROUPS; i++) sum = Isa::add(sum, chunks[group * (CHUNKS / GROUPS) + i]);
+      total = add_group(total, sum, tile, g, scales[g]);
+    }
+  }
+  return total;
+}
+
+// Activations of one row as `one_row` reads them; zeros after the last.
+template <int BITS>
+inline void as_vectors(const int8_t* codes, int64_t width, int8_t* out) {
+  const int64_t step = L * 32 / BITS;
+  for (int64_t start = 0; start < width; start += step, out += step) {
+    const int64_t bytes = width - start < step ? width - start : step;
+    memset(out, 0, step);
+    if (BITS == 8) memcpy(out, codes + start, bytes);
+    else
+      for (int64_t word = 0; word < bytes / 8; word++)
+        memcpy(out + word * 4, codes + start + word * 8, 4), memcpy(out + L * 4 + word * 4, codes + start + word * 8 + 4, 4);
+  }
+}
+
+// The codes of two tiles as bytes, [width / 4, 2, L, 4]: what a block of rows reads again and again.
+template <int BITS>
+inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {
+  const int64_t words = width * BITS / 32;
+  for (int t = 0; t < 2; t++)
+    for (int64_t word = 0; word < words; word += L) {
+      Ints block[L];
+      read_words(tiles[t], word, words, block);
+      for (int i = 0; i < L && word + i < words; i++) {
+        if (BITS == 4) {
+          Isa::store((int32_t*)(out + ((word + i) * 4 + t) * L * 4), Isa::low(block[i]));
+          Isa::store((int32_t*)(out + ((word + i) * 4 + 2 + t) * L * 4), Isa::high(block[i]));
+        } else {
+          Isa::store((int32_t*)(out + ((word + i) * 2 + t) * L * 4), Isa::whole(block[i]));
+        }
+      }
+    }
+}
+
+template <int BITS, int ROWS>
+inline void some_rows(const Tile* tiles, const uint8_t* codes, int64_t width, int group, const int8_t* a,
+                      const float* scales, const int32_t* sums, Floats out[][2]) {
+  const int64_t groups = width / group;
+  for (int r = 0; r < ROWS; r++) out[r][0] = out[r][1] = Isa::set_float(0);
+  for (int64_t g = 0; g < groups; g++) {
+    Ints sum[ROWS][2];
+    for (int r = 0; r < ROWS; r++)
+      for (int t = 0; t < 2; t++) sum[r][t] = start(tiles[t], g, sums[r * groups + g], BITS);
+    const int8_t* four = a + g * group;
+    for (int step = 0; step < group / 4; step++, four += 4, codes += 2 * L * 4) {
+      const Ints first = Isa::load((const int32_t*)codes), second = Isa::load((const int32_t*)codes + L);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        const Ints x = Isa::repeat(four + r * width);
+        sum[r][0] = Isa::dot<BITS>(sum[r][0], first, x);
+        sum[r][1] = Isa::dot<BITS>(sum[r][1], second, x);
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int t = 0; t < 2; t++) out[r][t] = add_group(out[r][t], sum[r][t], tiles[t], g, scales[r * groups + g]);
+  }
+}
+
+// ---- what follows the product ----
+
+inline Floats exp_of(Floats x) {
+  x = Isa::min(Isa::set_float(88.0f), Isa::max(Isa::set_float(-87.0f), x));
+  const Floats n = Isa::round_even(Isa::mul(x, Isa::set_float(1.44269504f)));
+  Floats r = Isa::fma(n, Isa::set_float(-0.693145752f), x);
+  r = Isa::fma(n, Isa::set_float(-1.42860677e-6f), r);
+  Floats p = Isa::set_float(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = Isa::fma(p, r, Isa::set_float(c));
+  return Isa::mul(p, Isa::power_of_two(n));
+}
+
+inline Floats silu_times(Floats gate, Floats up) {
+  const Floats one = Isa::set_float(1), negated = Isa::mul(gate, Isa::set_float(-1));
+  return Isa::mul(Isa::div(gate, Isa::add_floats(one, exp_of(negated))), up);
+}
+
+inline void put(float* y, Floats value, int64_t left) {
+  if (left >= L) {
+    Isa::store_floats(y, value);
+  } else if (left > 0) {
+    alignas(64) float part[L];
+    Isa::store_floats(part, value);
+    memcpy(y, part, left * 4);
+  }
+}
+
+// ---- all rows, some tiles ----
+
+struct Place {
+  float* y;
+  int64_t row_width, first;  // outputs of y; the first output of the tile
+  Then then;
+};
+
+inline void finish(const Weights& w, const Tile* tiles, const Place& place, int64_t row, Floats a, Floats b) {
+  if (w.bias) a = Isa::add_floats(a, Isa::load_floats(tiles[0].bias)), b = Isa::add_floats(b, Isa::load_floats(tiles[1].bias));
+  float* y = place.y + row * place.row_width + place.first;
+  const int64_t left = place.row_width - place.first;
+  if (place.then == Then::swiglu) {
+    put(y, silu_times(a, b), left);
+  } else {
+    put(y, a, left), put(y + L, b, left - L);
+  }
+}
+
+// ROWS rows from `row` on; returns their number.
+template <int BITS, int ROWS>
+int64_t block(const Weights& w, const Rows& rows, const Tile* tiles, const uint8_t* codes, const Place& place, int64_t row) {
+  const int64_t groups = w.width / w.group;
+  Floats out[ROWS][2];
+  some_rows<BITS, ROWS>(tiles, codes, w.width, w.group, rows.codes + row * w.width, rows.scales + row * groups,
+                        rows.sums + row * groups, out);
+  for (int r = 0; r < ROWS; r++) finish(w, tiles, place, row + r, out[r][0], out[r][1]);
+  return ROWS;
+}
+
+template <int BITS, int WORDS>
+void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_t first_tile, int64_t last_tile) {
+  const int64_t groups = w.width / w.group, row_width = then == Then::swiglu ? w.outputs / 2 : w.outputs;
+  const size_t table = size_t(groups) * L * 4;
+  // Scales and zero points of two tiles; then the codes of two tiles, or the activations of the only row and its partial sums.
+  const size_t vectors = (size_t(w.width) + L * 8 + 63) / 64 * 64, partials = (size_t(w.width) * BITS / 32 + L) * L;
+  const size_t needed = 4 * table + (rows.count > 1 ? size_t(w.width) * 2 * L : vectors + partials) + 64;
+  thread_local std::vector<uint8_t> memory;
+  if (memory.size() < needed) memory.resize(needed);
+  uint8_t* base = (uint8_t*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
+  uint8_t* codes = base + 4 * table;
+  int32_t* partial = (int32_t*)(codes + vectors);
+  if (rows.count == 1) as_vectors<BITS>(rows.codes, w.width, (int8_t*)codes);
+  for (int64_t t = first_tile; t < last_tile; t++) {
+    Place place{y, row_width, t * (then == Then::swiglu ? L : 2 * L), then};
+    Tile tiles[2];
+    for (int half = 0; half < 2; half++) {
+      int64_t outputs[L];
+      for (int i = 0; i < L; i++) {
+        const int64_t own = place.first + i + (then == Then::swiglu ? 0 : half * L);
+        outputs[i] = (own < row_width ? own : row_width - 1) + (then == Then::swiglu ? half * row_width : 0);
+      }
+      open_tile(w, outputs, tiles[half], (float*)(base + half * table), (int32_t*)(base + (2 + half) * table));
+    }
+    if (rows.count == 1) {
+      Floats out[2];
+      for (int i = 0; i < 2; i++)
+        out[i] = one_row<BITS, WORDS>(tiles[i], w.width, (int8_t*)codes, rows.scales, rows.sums, partial);
+      finish(w, tiles, place, 0, out[0], out[1]);
+      continue;
+    }
+    unpack<BITS>(tiles, w.width, codes);
+    for (int64_t row = 0; row < rows.count;) {
+      const int64_t left = rows.count - row;
+      if (left >= Isa::ROWS) row += block<BITS, Isa::ROWS>(w, rows, tiles, codes, place, row);
+      else if (left >= 2) row += block<BITS, 2>(w, rows, tiles, codes, place, row);
+      else row += block<BITS, 1>(w, rows, tiles, codes, place, row);
+    }
+  }
+}
+
+void multiply(const Weights& w, const Rows& rows, Then then, float* y, int64_t first_tile, int64_t last_tile) {
+  const int words = w.group * w.bits / 32;
+  if (w.bits == 4) {
+    if (words == 4) multiply_as<4, 4>(w, rows, then, y, first_tile, last_tile);
+    if (words == 8) multiply_as<4, 8>(w, rows, then, y, first_tile, last_tile);
+    if (words == 16) multiply_as<4, 16>(w, rows, then, y, first_tile, last_tile);
+  } else {
+    if (words == 8) multiply_as<8, 8>(w, rows, then, y, first_tile, last_tile);
+    if (words == 16) multiply_as<8, 16>(w, rows, then, y, first_tile, last_tile);
+    if (words == 32) multiply_as<8, 32>(w, rows, then, y, first_tile, last_tile);
+  }
+}
+
+}  // namespace
