@@ -34,7 +34,9 @@ OPERATORS = {
         "SkipSimplifiedLayerNormalization",
     },
     "trt": {"TRT_Attention"},
-    "vlmdeploy": {"ExpertLinear", "GatedLinear", "QuantizedLinear", "RoutedLinear", "RoutedPartition"},
+    "vlmdeploy": {
+        "CachedAttention", "ExpertLinear", "GatedLinear", "QuantizedLinear", "RoutedLinear", "RoutedPartition", "WriteCache",
+    },
 }  # fmt: skip
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 7: 64, 10: 16, 22: 4}  # TensorProto.DataType: fp32, uint8, int8, int64, fp16, int4
 VALUE_TYPES = {"f": 1, "i": 2, "s": 3, "t": 4, "ints": 7}  # a value's field -> AttributeProto.AttributeType

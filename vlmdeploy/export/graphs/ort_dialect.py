@@ -41,10 +41,43 @@ _THEN_GATED = """gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
     y = Mul (silu, up)"""
 
 
+# Attention of new rows [rows, (num_heads + 2 * kv_num_heads) * head_size] over the cache, which takes their keys and values.
+_ATTENTION = """
+<domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
+CachedAttention <num_heads, kv_num_heads, head_size, scale>
+    (qkv, past_key, past_value, seqlens_k, total_sequence_length, cos, sin) => (y, present_key, present_value)
+{
+    first_axis = Constant <value_ints: ints = [0]> ()
+    packed = Unsqueeze (qkv, first_axis)
+    mixed, present_key, present_value = com.microsoft.GroupQueryAttention <
+        num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, do_rotary: int = 1, rotary_interleaved: int = 0,
+        scale: float = @scale
+    > (packed, "", "", past_key, past_value, seqlens_k, total_sequence_length, cos, sin)
+    y = Squeeze (mixed, first_axis)
+}
+"""
+# Only the cache, with an attention that takes the keys as queries; nothing reads its output.
+_WRITE = """
+<domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
+WriteCache <kv_num_heads, head_size>
+    (both, past_key, past_value, seqlens_k, total_sequence_length, cos, sin) => (present_key, present_value)
+{
+    first_axis = Constant <value_ints: ints = [0]> ()
+    packed = Unsqueeze (both, first_axis)
+    key, value = Split <axis: int = 2, num_outputs: int = 2> (packed)
+    unused, present_key, present_value = com.microsoft.GroupQueryAttention <
+        num_heads: int = @kv_num_heads, kv_num_heads: int = @kv_num_heads, do_rotary: int = 1, rotary_interleaved: int = 0
+    > (key, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos, sin)
+}
+"""
+
+
 def _functions() -> tuple[FunctionProto, ...]:
     texts = (
         _FUNCTION.format(name=cpu.LINEAR, output="y", then=""),
         _FUNCTION.format(name=cpu.GATED, output="both", then=_THEN_GATED),
+        _ATTENTION,
+        _WRITE,
     )
     return tuple(parser.parse_function(text) for text in texts)
 
@@ -164,34 +197,26 @@ class OrtGraph(GraphBuilder):
 
     @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        mixed = self._attention(heads, index, [self._packed(qkv, name), "", ""], heads.decoder.num_heads)
-        if self.kind == "fp16":
-            mixed = self.cast(mixed, f"{mixed}.fp32", "fp32")
-        return self.true_heads(heads, mixed, name)
+        decoder, outputs = heads.decoder, [f"layer.{index}.attention", *self._cache(index, "present")]
+        self.nodes(
+            cpu.ATTENTION, [qkv, *self._attention_inputs(index)], outputs, cpu.DOMAIN, num_heads=decoder.num_heads,
+            kv_num_heads=decoder.num_kv_heads, head_size=heads.padded, scale=decoder.head_dim**-0.5,
+        )  # fmt: skip
+        return self.true_heads(heads, outputs[0], name) if heads.is_padded else outputs[0]
 
     @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        """Writes the cache with an attention that takes the keys as queries; nothing reads its output."""
-        packed = self._packed(both, name)
-        key, value = self.nodes("Split", [packed], [f"{name}.key", f"{name}.value"], axis=2, num_outputs=2)
-        self._attention(heads, index, [key, key, value], heads.decoder.num_kv_heads)
-
-    def _packed(self, qkv: str, name: str) -> str:
-        """Rows [rows, width] -> [1, rows, width], in the type of the attention."""
-        if self.kind == "fp16":
-            qkv = self.cast(qkv, f"{name}.qkv.half", "fp16")
-        return self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
-
-    def _attention(self, heads: HeadLayout, index: int, qkv: list[str], num_heads: int) -> str:
-        past = [f"past_key.{index}", f"past_value.{index}"]
-        outputs = [f"layer.{index}.attention", f"present_key.{index}", f"present_value.{index}"]
-        inputs = [*qkv, *past, "seqlens_k", "total_sequence_length", *self.rope_tables]
-        decoder = heads.decoder
         self.nodes(
-            "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=num_heads, kv_num_heads=decoder.num_kv_heads,
-            do_rotary=1, rotary_interleaved=0, scale=decoder.head_dim**-0.5,
+            cpu.WRITE_CACHE, [both, *self._attention_inputs(index)], self._cache(index, "present"), cpu.DOMAIN,
+            kv_num_heads=heads.decoder.num_kv_heads, head_size=heads.padded,
         )  # fmt: skip
-        return outputs[0]
+
+    def _attention_inputs(self, index: int) -> list[str]:
+        """The cache of a layer, how much of it is filled, and the rotary tables."""
+        return [*self._cache(index, "past"), "seqlens_k", "total_sequence_length", *self.rope_tables]
+
+    def _cache(self, index: int, when: str) -> list[str]:
+        return [f"{when}_key.{index}", f"{when}_value.{index}"]
 
 
 class OrtCudaGraph(OrtGraph):
@@ -215,6 +240,32 @@ class OrtCudaGraph(OrtGraph):
         half = self._product(self.cast(x, f"{output}.in", "fp16"), weight, order, f"{output}.fp16")
         product = self.cast(half, f"{output}.product" if has_bias else output, "fp32")
         return self.node("Add", [product, self._bias(f"{target}.bias", order)], output) if has_bias else product
+
+    @override
+    def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
+        mixed = self._attention(heads, index, [self._packed(qkv, name), "", ""], heads.decoder.num_heads)
+        return self.true_heads(heads, self.cast(mixed, f"{mixed}.fp32", "fp32"), name)
+
+    @override
+    def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
+        """Writes the cache with an attention that takes the keys as queries; nothing reads its output."""
+        packed = self._packed(both, name)
+        key, value = self.nodes("Split", [packed], [f"{name}.key", f"{name}.value"], axis=2, num_outputs=2)
+        self._attention(heads, index, [key, key, value], heads.decoder.num_kv_heads)
+
+    def _packed(self, qkv: str, name: str) -> str:
+        """Rows [rows, width] -> [1, rows, width], in the type of the attention."""
+        qkv = self.cast(qkv, f"{name}.qkv.half", "fp16")
+        return self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
+
+    def _attention(self, heads: HeadLayout, index: int, qkv: list[str], num_heads: int) -> str:
+        outputs = [f"layer.{index}.attention", *self._cache(index, "present")]
+        decoder = heads.decoder
+        self.nodes(
+            "GroupQueryAttention", [*qkv, *self._attention_inputs(index)], outputs, CONTRIB, num_heads=num_heads,
+            kv_num_heads=decoder.num_kv_heads, do_rotary=1, rotary_interleaved=0, scale=decoder.head_dim**-0.5,
+        )  # fmt: skip
+        return outputs[0]
 
     @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:

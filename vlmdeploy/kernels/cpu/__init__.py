@@ -1,4 +1,4 @@
-"""Quantized products on a CPU: operators for ONNX Runtime, compiled when the package is installed.
+"""Quantized products and attention on a CPU: operators for ONNX Runtime, compiled when the package is installed.
 
 Without a compiler there is no library, and ONNX Runtime runs the functions that stand beside the operators in a graph.
 Why: docs/design/0014-cpu-kernel.md.
@@ -7,7 +7,7 @@ Why: docs/design/0014-cpu-kernel.md.
 from pathlib import Path
 
 DOMAIN = "vlmdeploy"
-LINEAR, GATED = OPERATORS = ("QuantizedLinear", "GatedLinear")
+OPERATORS = LINEAR, GATED, ATTENTION, WRITE_CACHE = ("QuantizedLinear", "GatedLinear", "CachedAttention", "WriteCache")
 BITS, GROUPS = (4, 8), (32, 64, 128)  # that the operators take
 
 

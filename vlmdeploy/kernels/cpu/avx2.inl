@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <vector>
 
+#include "attention.h"
 #include "product.h"
 
 #pragma GCC push_options
@@ -17,7 +18,7 @@
 namespace vlmdeploy::VARIANT {
 namespace {
 struct Isa {
-  static constexpr int L = 8, ROWS = 3;
+  static constexpr int L = 8, ROWS = 3, FLOAT_ROWS = 6, COLUMNS = 2;
   using Ints = __m256i;
   using Floats = __m256;
 
@@ -60,6 +61,9 @@ struct Isa {
   static Floats set_float(float value) { return _mm256_set1_ps(value); }
   static Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
   static Floats load_halves(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+  static Floats set_half(uint16_t value) { return _mm256_cvtph_ps(_mm_set1_epi16(int16_t(value))); }
+  static void store_halves(uint16_t* to, Floats value) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(value, 0)); }
+  static Ints load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm256_storeu_ps(to, value); }
   static Ints as_ints(Floats value) { return _mm256_castps_si256(value); }
   static Floats to_float(Ints value) { return _mm256_cvtepi32_ps(value); }
@@ -118,8 +122,9 @@ struct Isa {
 }  // namespace
 
 #include "product.inl"
+#include "attention.inl"
 
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && CPU_HAS_MORE; }
-extern const Variant variant = {NAME, runs_here, 2 * Isa::L, round_row, multiply};
+extern const Variant variant = {NAME, runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::VARIANT
 #pragma GCC pop_options

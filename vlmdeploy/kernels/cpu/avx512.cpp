@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #include <vector>
 
+#include "attention.h"
 #include "product.h"
 
 #pragma GCC push_options
@@ -14,7 +15,7 @@
 namespace vlmdeploy::avx512 {
 namespace {
 struct Isa {
-  static constexpr int L = 16, ROWS = 6;
+  static constexpr int L = 16, ROWS = 6, FLOAT_ROWS = 6, COLUMNS = 4;
   using Ints = __m512i;
   using Floats = __m512;
 
@@ -51,6 +52,9 @@ struct Isa {
   static Floats set_float(float value) { return _mm512_set1_ps(value); }
   static Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
   static Floats load_halves(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+  static Floats set_half(uint16_t value) { return _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(value))); }
+  static void store_halves(uint16_t* to, Floats value) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, 0)); }
+  static Ints load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm512_storeu_ps(to, value); }
   static Ints as_ints(Floats value) { return _mm512_castps_si512(value); }
   static Floats to_float(Ints value) { return _mm512_cvtepi32_ps(value); }
@@ -104,12 +108,13 @@ struct Isa {
 }  // namespace
 
 #include "product.inl"
+#include "attention.inl"
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
-extern const Variant variant = {"avx512-vnni", runs_here, 2 * Isa::L, round_row, multiply};
+extern const Variant variant = {"avx512-vnni", runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::avx512
 #pragma GCC pop_options
 #endif

@@ -19,7 +19,7 @@ struct Options;
 struct Context;
 struct Info;
 
-enum ElementType { FLOAT = 1, UINT8 = 2, INT64 = 7, HALF = 10, UNDEFINED = 0 };
+enum ElementType { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, HALF = 10 };
 enum Presence { REQUIRED = 0, OPTIONAL = 1 };
 
 // Places of functions in OrtApi.
@@ -33,6 +33,7 @@ enum Place {
   CREATE_DOMAIN = 26,
   DOMAIN_ADD = 27,
   OPTIONS_ADD_DOMAIN = 28,
+  INFO_GET_FLOAT = 85,
   INFO_GET_INT = 86,
   CONTEXT_INPUT_COUNT = 88,
   CONTEXT_INPUT = 90,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "attention.h"
 #include "product.h"
 
 namespace vlmdeploy::plain {
@@ -20,7 +21,7 @@ Four<Number> each(Operation operation) {
 }
 
 struct Isa {
-  static constexpr int L = 4, ROWS = 4;
+  static constexpr int L = 4, ROWS = 4, FLOAT_ROWS = 4, COLUMNS = 2;
   using Ints = Four<int32_t>;
   using Floats = Four<float>;
 
@@ -64,6 +65,9 @@ struct Isa {
     return out;
   }
   static Floats load_halves(const uint16_t* from);
+  static Floats set_half(uint16_t value);
+  static void store_halves(uint16_t* to, Floats value);
+  static Ints load_bytes(const int8_t* from) { return each<int32_t>([&](int i) { return int32_t(from[i]); }); }
   static void store_floats(float* to, Floats value) { memcpy(to, &value, sizeof value); }
   static Ints as_ints(Floats value) {
     Ints out;
@@ -116,8 +120,33 @@ struct Isa {
 
 #include "product.inl"
 
+namespace {
+uint16_t float_to_half(float value) {  // rounds to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
+  if (bits < 0x38800000) {                       // below the smallest normal, 2^-14: in steps of 2^-24
+    float small;
+    memcpy(&small, &bits, 4);
+    return sign | uint16_t(std::nearbyintf(small * 16777216.0f));
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+}
+
 Floats Isa::load_halves(const uint16_t* from) { return each<float>([&](int i) { return half_to_float(from[i]); }); }
+Floats Isa::set_half(uint16_t value) { return set_float(half_to_float(value)); }
+void Isa::store_halves(uint16_t* to, Floats value) {
+  for (int i = 0; i < 4; i++) to[i] = float_to_half(value.v[i]);
+}
+}  // namespace
+
+#include "attention.inl"
+
 
 bool runs_here() { return true; }
-extern const Variant variant = {"plain", runs_here, 2 * Isa::L, round_row, multiply};
+extern const Variant variant = {"plain", runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::plain

@@ -31,6 +31,8 @@ struct Rows {
 
 enum class Then { nothing, swiglu };  // swiglu: y[n] = silu(y'[n]) * y'[n + outputs / 2] for the first half of the outputs
 
+struct Attention;
+
 struct Variant {
   const char* name;
   bool (*runs_here)();
@@ -38,6 +40,8 @@ struct Variant {
   void (*round_row)(const float* x, int64_t width, int group, int bits, int8_t* codes, float* scales, int32_t* sums);
   // Outputs of tiles first to last (exclusive) for all rows; y [rows, outputs] or, after swiglu, [rows, outputs / 2].
   void (*multiply)(const Weights&, const Rows&, Then, float* y, int64_t first_tile, int64_t last_tile);
+  void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);
+  void (*attend)(const Attention&, int64_t kv_head, int64_t first_row, int64_t last_row);  // after all rows are written
 };
 
 const Variant* variants();  // fastest first, ended by a null name; the last, plain one runs everywhere

@@ -181,9 +181,11 @@ inline void as_vectors(const int8_t* codes, int64_t width, int8_t* out) {
   }
 }
 
-// The codes of two tiles as bytes, [width / 4, 2, L, 4]: what a block of rows reads again and again.
+// Two tiles as bytes, what a block of rows reads again and again, and that block's sums.
+#ifndef PAIRED
+
 template <int BITS>
-inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {
+inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width / 4, 2, L, 4]
   const int64_t words = width * BITS / 32;
   for (int t = 0; t < 2; t++)
     for (int64_t word = 0; word < words; word += L) {
@@ -200,6 +202,60 @@ inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {
     }
 }
 
+// Sums of one group; a: its first activation in the first row; codes moves to the next group.
+template <int BITS, int ROWS>
+inline void group_sums(const uint8_t*& codes, int64_t width, int group, const int8_t* a, Ints sum[ROWS][2]) {
+  for (int step = 0; step < group / 4; step++, a += 4, codes += 2 * L * 4) {
+    const Ints first = Isa::load((const int32_t*)codes), second = Isa::load((const int32_t*)codes + L);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const Ints x = Isa::repeat(a + r * width);
+      sum[r][0] = Isa::dot<BITS>(sum[r][0], first, x);
+      sum[r][1] = Isa::dot<BITS>(sum[r][1], second, x);
+    }
+  }
+}
+
+#else
+
+template <int BITS>
+inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width / 8, 2, L, 8]
+  const int64_t words = width * BITS / 32;
+  for (int t = 0; t < 2; t++)
+    for (int64_t word = 0; word < words; word += L) {
+      Ints block[L];
+      read_words(tiles[t], word, words, block);
+      for (int i = 0; i < L && word + i < words; i += BITS / 4) {
+        const Ints a = BITS == 4 ? Isa::low(block[i]) : Isa::whole(block[i]);
+        const Ints b = BITS == 4 ? Isa::high(block[i]) : Isa::whole(block[i + 1]);
+        int32_t* to = (int32_t*)(out + ((word + i) / (BITS / 4) * 2 + t) * L * 8);
+        Isa::store(to, Isa::first_words(a, b)), Isa::store(to + L, Isa::second_words(a, b));
+      }
+    }
+}
+
+template <int BITS, int ROWS>
+inline void group_sums(const uint8_t*& codes, int64_t width, int group, const int8_t* a, Ints sum[ROWS][2]) {
+  constexpr int PAIRS = (ROWS + 1) / 2;
+  Ints part[PAIRS][4];
+  for (auto& pair : part)
+    for (Ints& one : pair) one = Isa::set(0);
+  for (int step = 0; step < group / 8; step++, a += 8, codes += 2 * L * 8) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PAIRS; p++) {
+      const Ints x = Isa::two_rows(a + 2 * p * width, a + (2 * p + 1 < ROWS ? 2 * p + 1 : 2 * p) * width);
+      for (int i = 0; i < 4; i++) part[p][i] = Isa::dot_pairs(part[p][i], x, Isa::load((const int32_t*)codes + i * L));
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < 2; t++) {
+      const Ints *two = part[r / 2] + 2 * t, a = two[0], b = two[1];
+      sum[r][t] = Isa::add(sum[r][t], r % 2 ? Isa::upper_halves(a, b) : Isa::lower_halves(a, b));
+    }
+}
+
+#endif
+
 template <int BITS, int ROWS>
 inline void some_rows(const Tile* tiles, const uint8_t* codes, int64_t width, int group, const int8_t* a,
                       const float* scales, const int32_t* sums, Floats out[][2]) {
@@ -209,16 +265,7 @@ inline void some_rows(const Tile* tiles, const uint8_t* codes, int64_t width, in
     Ints sum[ROWS][2];
     for (int r = 0; r < ROWS; r++)
       for (int t = 0; t < 2; t++) sum[r][t] = start(tiles[t], g, sums[r * groups + g], BITS);
-    const int8_t* four = a + g * group;
-    for (int step = 0; step < group / 4; step++, four += 4, codes += 2 * L * 4) {
-      const Ints first = Isa::load((const int32_t*)codes), second = Isa::load((const int32_t*)codes + L);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const Ints x = Isa::repeat(four + r * width);
-        sum[r][0] = Isa::dot<BITS>(sum[r][0], first, x);
-        sum[r][1] = Isa::dot<BITS>(sum[r][1], second, x);
-      }
-    }
+    group_sums<BITS, ROWS>(codes, width, group, a + g * group, sum);
     for (int r = 0; r < ROWS; r++)
       for (int t = 0; t < 2; t++) out[r][t] = add_group(out[r][t], sum[r][t], tiles[t], g, scales[r * groups + g]);
   }

@@ -1,0 +1,196 @@
+// Attention, written once over the vectors of an instruction set; included after product.inl.
+
+namespace {
+
+// C [ROWS, N] += A [ROWS, depth] * B [depth, N], each sum from the first to the last of `depth`.
+template <int ROWS>
+inline void multiply_floats(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth, int64_t n) {
+  constexpr int VECTORS = Isa::COLUMNS;
+  int64_t column = 0;
+  for (; column + VECTORS * L <= n; column += VECTORS * L) {
+    Floats sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = Isa::load_floats(c + r * c_row + column + v * L);
+    for (int64_t k = 0; k < depth; k++) {
+      Floats right[VECTORS];
+      for (int v = 0; v < VECTORS; v++) right[v] = Isa::load_floats(b + k * b_row + column + v * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        const Floats left = Isa::set_float(a[r * a_row + k]);
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = Isa::fma(left, right[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++) Isa::store_floats(c + r * c_row + column + v * L, sum[r][v]);
+  }
+  for (; column < n; column += L)
+    for (int r = 0; r < ROWS; r++) {
+      Floats sum = Isa::load_floats(c + r * c_row + column);
+      for (int64_t k = 0; k < depth; k++) sum = Isa::fma(Isa::set_float(a[r * a_row + k]), Isa::load_floats(b + k * b_row + column), sum);
+      Isa::store_floats(c + r * c_row + column, sum);
+    }
+}
+
+inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
+                            int64_t n) {
+  int64_t row = 0;
+  for (; row + Isa::FLOAT_ROWS <= rows; row += Isa::FLOAT_ROWS)
+    multiply_floats<Isa::FLOAT_ROWS>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
+  for (; row < rows; row++) multiply_floats<1>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
+}
+
+// ---- the cache ----
+
+inline uint16_t half_of(float value) {
+  alignas(64) uint16_t lanes[L];
+  Isa::store_halves(lanes, Isa::set_float(value));
+  return lanes[0];
+}
+
+inline void rotate(const float* x, const float* cos, const float* sin, int64_t width, float factor, float* out) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float first = x[i], second = x[half + i];
+    out[i] = (first * cos[i] - second * sin[i]) * factor;
+    out[half + i] = (second * cos[i] + first * sin[i]) * factor;
+  }
+}
+
+// One row of a cache, of `width` values.
+inline void store_row(const Attention& at, const Cache& cache, int64_t row, const float* x) {
+  const int64_t width = at.width, groups = (width + CACHE_GROUP - 1) / CACHE_GROUP;
+  if (at.stored == Stored::fp32) {
+    memcpy((float*)cache.data + row * width, x, width * 4);
+  } else if (at.stored == Stored::fp16) {
+    for (int64_t i = 0; i < width; i += L) Isa::store_halves((uint16_t*)cache.data + row * width + i, Isa::load_floats(x + i));
+  } else {
+    for (int64_t g = 0; g < width; g += CACHE_GROUP) {
+      const int group = int(width - g < CACHE_GROUP ? width - g : CACHE_GROUP);
+      const float most = Isa::largest(x + g, group);
+      uint16_t scale = half_of(most / 127.0f);
+      if (half_to_float(scale) * 127.0f < most) scale++;  // rounded up, so that no code is above 127
+      const bool holds = most <= 127.0f * 65504.0f;       // fp16's largest
+      cache.scales[row * groups + g / CACHE_GROUP] = holds ? scale : 0x7e00;  // NaN
+      Isa::round(x + g, group, holds && scale ? 1.0f / half_to_float(scale) : 0, (int8_t*)cache.data + row * width + g);
+    }
+  }
+}
+
+void write_cache(const Attention& at, int64_t first, int64_t last) {
+  alignas(64) float rotated[MOST_WIDTH];
+  for (int64_t row = first; row < last; row++) {
+    const float* x = at.qkv + row * (at.heads + 2 * at.kv_heads) * at.width + at.heads * at.width;
+    const int64_t slot = at.first_slot + row;
+    for (int64_t head = 0; head < at.kv_heads; head++, x += at.width) {
+      rotate(x, at.cos + slot * at.width / 2, at.sin + slot * at.width / 2, at.width, 1, rotated);
+      store_row(at, at.keys, head * at.capacity + slot, rotated);
+      store_row(at, at.values, head * at.capacity + slot, x + at.kv_heads * at.width);
+    }
+  }
+}
+
+// L values of a cache's row from column `at_column` on.
+inline Floats load_stored(const Attention& at, const Cache& cache, int64_t row, int64_t column) {
+  const int64_t place = row * at.width + column;
+  if (at.stored == Stored::fp32) return Isa::load_floats((const float*)cache.data + place);
+  if (at.stored == Stored::fp16) return Isa::load_halves((const uint16_t*)cache.data + place);
+  const int64_t groups = (at.width + CACHE_GROUP - 1) / CACHE_GROUP;
+  const Floats scale = Isa::set_half(cache.scales[row * groups + column / CACHE_GROUP]);
+  return Isa::mul(Isa::to_float(Isa::load_bytes((const int8_t*)cache.data + place)), scale);
+}
+
+// Keys of a block, [width, SLOTS]; zeros from `count` slots on.
+inline void keys_of_block(const Attention& at, int64_t first, int64_t count, float* out) {
+  for (int64_t slot = 0; slot < SLOTS; slot += L)
+    for (int64_t column = 0; column < at.width; column += L) {
+      Ints block[L];
+      for (int i = 0; i < L; i++)
+        block[i] = slot + i < count ? Isa::as_ints(load_stored(at, at.keys, first + slot + i, column)) : Isa::set(0);
+      Isa::transpose(block);
+      for (int i = 0; i < L; i++) Isa::store((int32_t*)out + (column + i) * SLOTS + slot, block[i]);
+    }
+}
+
+inline void values_of_block(const Attention& at, int64_t first, int64_t count, float* out) {
+  for (int64_t slot = 0; slot < count; slot++)
+    for (int64_t column = 0; column < at.width; column += L)
+      Isa::store_floats(out + slot * at.width + column, load_stored(at, at.values, first + slot, column));
+}
+
+// ---- attention ----
+
+// One block of scores [SLOTS] of a row becomes weights; returns their factor for what was summed before.
+inline float soften(float* scores, int64_t count, float& most, float& total) {
+  Floats each = Isa::set_float(-INFINITY);
+  for (int64_t i = count; i < SLOTS; i++) scores[i] = -INFINITY;
+  for (int i = 0; i < SLOTS; i += L) each = Isa::max(each, Isa::load_floats(scores + i));
+  alignas(64) float lanes[16];
+  Isa::store_floats(lanes, each);
+  float now = most;
+  for (int i = 0; i < L; i++) {
+    const float lane = lanes[i];
+    now = lane > now || std::isnan(lane) ? lane : now;
+  }
+  for (int i = 0; i < SLOTS; i += L) {
+    const Floats weight = exp_of(Isa::add_floats(Isa::load_floats(scores + i), Isa::set_float(-now)));
+    Isa::store_floats(scores + i, weight);
+  }
+  for (int64_t i = count; i < SLOTS; i++) scores[i] = 0;
+  Floats sum[16 / L];  // 16 lanes in every variant
+  for (int v = 0; v < 16 / L; v++) sum[v] = Isa::set_float(0);
+  for (int i = 0; i < SLOTS; i += 16)
+    for (int v = 0; v < 16 / L; v++) sum[v] = Isa::add_floats(sum[v], Isa::load_floats(scores + i + v * L));
+  Isa::store_floats(lanes, exp_of(Isa::set_float(most - now)));
+  const float factor = most == -INFINITY ? 0 : lanes[0];
+  for (int v = 0; v < 16 / L; v++) Isa::store_floats(lanes + v * L, sum[v]);
+  float of_block = 0;
+  for (float lane : lanes) of_block += lane;
+  total = total * factor + of_block;
+  most = now;
+  return factor;
+}
+
+// All heads that share key and value head `head`, for rows first to last (exclusive) of a call.
+void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
+  const int64_t group = at.heads / at.kv_heads, count = (last - first) * group, width = at.width;
+  thread_local std::vector<float> memory;
+  const size_t needed = size_t(count) * (2 * width + SLOTS + 2) + 2 * SLOTS * width + 16;
+  if (memory.size() < needed) memory.resize(needed);
+  float* next = (float*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
+  const auto take = [&](int64_t size) { return next += size, next - size; };
+  float *keys = take(SLOTS * width), *values = take(SLOTS * width), *queries = take(count * width), *sums = take(count * width);
+  float *scores = take(count * SLOTS), *most = take(count), *total = take(count);
+  for (int64_t i = 0; i < count; i++) {  // rows of a head one after the other, so that a block's rows are the last ones
+    const int64_t row = first + i / group, query = head * group + i % group, slot = at.first_slot + row;
+    rotate(at.qkv + (row * (at.heads + 2 * at.kv_heads) + query) * width, at.cos + slot * width / 2, at.sin + slot * width / 2, width,
+           at.scale, queries + i * width);
+    most[i] = -INFINITY, total[i] = 0;
+    memset(sums + i * width, 0, width * 4);
+  }
+  const int64_t slots = at.first_slot + last;
+  for (int64_t start = 0; start < slots; start += SLOTS) {
+    const int64_t here = slots - start < SLOTS ? slots - start : SLOTS, base = head * at.capacity + start;
+    keys_of_block(at, base, here, keys);
+    const float* block_values = (const float*)at.values.data + base * width;
+    if (at.stored != Stored::fp32) values_of_block(at, base, here, values), block_values = values;
+    // Rows whose own slot comes before this block see nothing of it.
+    const int64_t from = start > at.first_slot + first ? (start - at.first_slot - first) * group : 0;
+    if (from >= count) continue;
+    memset(scores + from * SLOTS, 0, (count - from) * SLOTS * 4);
+    multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, SLOTS);
+    for (int64_t i = from; i < count; i++) {
+      const int64_t seen = at.first_slot + first + i / group + 1 - start;
+      const float factor = soften(scores + i * SLOTS, seen < SLOTS ? seen : SLOTS, most[i], total[i]);
+      for (int64_t column = 0; column < width; column += L)
+        Isa::store_floats(sums + i * width + column, Isa::mul(Isa::load_floats(sums + i * width + column), Isa::set_float(factor)));
+    }
+    multiply_floats(count - from, scores + from * SLOTS, SLOTS, block_values, width, sums + from * width, width, here, width);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    float* y = at.y + (first + i / group) * at.heads * width + (head * group + i % group) * width;
+    for (int64_t column = 0; column < width; column += L)
+      Isa::store_floats(y + column, Isa::div(Isa::load_floats(sums + i * width + column), Isa::set_float(total[i])));
+  }
+}
+
+}  // namespace
