@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vlmdeploy.errors import BundleError, shown
 from vlmdeploy.input_files import is_plain_name
 from vlmdeploy.manifest import (
+    CACHE_GROUP,
     ENGINES,
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -17,12 +18,12 @@ from vlmdeploy.manifest import (
     GraphInfo,
     Manifest,
     Verification,
+    cache_types,
 )
 
 TARGET = re.compile(r"(ort|trt|rtx)-[a-z0-9]+")
 HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 GRAPH_SETS = ({"vision", "decoder_text"}, {"vision", "decoder_text", "decoder_vision"}, {"vision", "decoder"})
-CACHE_TYPES = ("fp32", "fp16")
 MOST_FILE_BYTES = 1 << 50
 MOST_CONTEXT = 1 << 22  # tokens
 MOST_IMAGE_PX = 8192
@@ -154,11 +155,14 @@ class _Checker:
     def _cache(self) -> None:
         """The weights that make a layer's keys are larger than one token's keys, which bounds the cache."""
         manifest, cache = self.manifest, self.manifest.cache
-        self._require(cache.dtype in CACHE_TYPES, "cache.dtype", cache.dtype, " or ".join(CACHE_TYPES))
+        types = cache_types(manifest.target, manifest.provider)
+        self._require(cache.dtype in types, "cache.dtype", cache.dtype, " or ".join(types))
         self._within("cache.num_layers", cache.num_layers, 1, MOST_LAYERS)
         weights = manifest.files[manifest.graphs[manifest.token_graph].data_file].bytes
         for name in ("kv_heads", "head_dim"):
             self._within(f"cache.{name}", getattr(cache, name), 1, weights)
+        divides = cache.dtype != "int8" or cache.head_dim % CACHE_GROUP == 0
+        self._require(divides, "cache.head_dim", cache.head_dim, f"a multiple of {CACHE_GROUP}")
         per_token = cache.num_layers * cache.kv_heads * cache.head_dim
         self._require(
             per_token <= weights, "cache", f"{per_token} keys per token", f"at most {weights}, the weights' bytes"

@@ -85,12 +85,22 @@ class GenerationDefaults:
     max_length: int | None = None
 
 
+CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # per element
+CACHE_GROUP = 32  # int8 keys or values that share a scale
+
+
+def cache_types(target: str, provider: str) -> tuple[str, ...]:
+    """The types that the KV cache of a target can have, its default first."""
+    return ("fp32", "fp16", "int8") if dialect_of(target) == "ort" and provider == "cpu" else ("fp16",)
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """The KV cache and the rotary frequencies of the graphs.
 
     One key and one value tensor per layer, [1, kv_heads, capacity, head_dim]; `head_dim` may be padded, and
-    `inv_freq` has head_dim / 2 entries with zeros in the padding.
+    `inv_freq` has head_dim / 2 entries with zeros in the padding. dtype "int8": codes, with fp16 scales for every
+    CACHE_GROUP of them in tensors of their own.
     """
 
     num_layers: int
@@ -98,6 +108,20 @@ class CacheShape:
     head_dim: int
     dtype: str
     inv_freq: tuple[float, ...]
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, int]]:
+        """The tensors of a layer by name: element type, and values per head and token."""
+        held = dict.fromkeys(("key", "value"), (self.dtype, self.head_dim))
+        if self.dtype == "int8":
+            held |= dict.fromkeys(("key_scales", "value_scales"), ("fp16", self.head_dim // CACHE_GROUP))
+        return held
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes in all layers."""
+        per_head = sum(CACHE_BYTES[dtype] * width for dtype, width in self.tensors.values())
+        return self.num_layers * self.kv_heads * per_head
 
 
 @dataclass(frozen=True)
@@ -255,7 +279,7 @@ class Manifest:
     @property
     def is_half(self) -> bool:
         """Whether the graphs compute in fp16."""
-        return self.cache.dtype == "fp16"
+        return self.provider == "cuda"
 
     def template(self, name: str | None) -> ChatTemplate:
         """The template of this name, or the default; raises BundleError listing the names."""

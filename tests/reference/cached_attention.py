@@ -1,4 +1,4 @@
-"""Causal attention of new rows over a KV cache, in float64: rotary positions, softmax, and int8 keys and values in groups."""
+"""Causal attention of new rows over a KV cache, in float64: rotary positions, softmax, int8 keys and values."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def rotated(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rounded(x: Array) -> Array:
-    """x [..., width] as int8 codes with one fp16 scale for each GROUP of values would hold it: the scale is rounded up."""
+    """x [..., width] as int8 codes hold it, with one fp16 scale, rounded up, for each GROUP of values."""
     out = np.empty(x.shape)
     for start in range(0, x.shape[-1], GROUP):
         part = x[..., start : start + GROUP].astype(np.float32)
@@ -31,7 +31,8 @@ def rounded(x: Array) -> Array:
 
 
 def attention(queries: Array, keys: Array, values: Array, first_slot: int, scale: float) -> Array:
-    """[rows, heads, width] of rotated queries; keys, values [slots, kv_heads, width]. Row r sees slots to first_slot + r."""
+    """Of rotated queries [rows, heads, width]; keys, values [slots, kv_heads, width]. Row r sees slots to
+    first_slot + r."""
     rows, heads, _ = queries.shape
     group = heads // keys.shape[1]
     out = np.empty(queries.shape)

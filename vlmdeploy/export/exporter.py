@@ -38,6 +38,7 @@ from vlmdeploy.export.options import ExportOptions
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
 from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.manifest import (
+    CACHE_GROUP,
     ENGINES,
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -57,7 +58,7 @@ from vlmdeploy.progress import Progress, no_progress
 from vlmdeploy.quant.grid import pack_nibbles
 from vlmdeploy.quant.precision import encoder_warning, is_tensorrt, plan_precision, plan_warnings
 from vlmdeploy.quant.quantization_report import REPORT_NAME
-from vlmdeploy.runtime.backends.door import CACHE_TYPES, ROUTED_GRAPH
+from vlmdeploy.runtime.backends.door import ROUTED_GRAPH
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
 from vlmdeploy.runtime.integrity import BundleFiles
 from vlmdeploy.runtime.trust import record_trust
@@ -88,12 +89,14 @@ def export_bundle(
     is_compiled = options.target.startswith("rtx-")  # on any machine; trt engines on the device, by `vlmdeploy build`
     library = import_tensorrt(library_of(options.target)) if is_compiled else None
     reader = WeightReader(checkpoint, plan)
+    cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
+    if cache.dtype == "int8" and cache.head_dim % CACHE_GROUP:
+        raise ExportError(f"--kv int8: heads have {cache.head_dim} values, expected a multiple of {CACHE_GROUP}")
     warnings = [*plan_warnings(plan, options.group), *_rounded_floats(reader)]
     warnings += encoder_warning(plan, spec) if is_tensorrt(options.target) else ()
     with staged_folder(out, options.force, is_bundle) as folder:
         has_tokenizer = _write_tokenizer(checkpoint, options, folder, warnings)
         checkpoint.copy_files((*LICENCE_PATTERNS, REPORT_NAME), folder)  # the runtime reads none of them
-        cache = HeadLayout(spec.decoder).cache_shape(checkpoint.inv_freq().numpy(), cache_type)
         graphs, hashes = _write_graphs(reader, spec, options, cache, folder, progress)
         embedding, hashes[EMBEDDING_NAME] = _write_embedding(reader, folder)
         manifest = _manifest(reader, spec, options, graphs, embedding, cache, has_tokenizer)
@@ -171,7 +174,7 @@ def _builder(
         dialect = RoutedTrtGraph if name == ROUTED_GRAPH else TrtGraph
         return dialect(name, reader, data, cache, context_tokens)
     kind = OrtCudaGraph if options.provider == "cuda" else OrtGraph
-    return kind(name, reader, data)
+    return kind(name, reader, data, cache)
 
 
 def _write_embedding(reader: WeightReader, folder: Path) -> tuple[EmbeddingInfo, FileEntry]:
@@ -282,13 +285,11 @@ def _quantization_notes(reader: WeightReader) -> Iterable[str]:
 def _memory_bytes(manifest: Manifest, files: dict[str, FileEntry]) -> dict[str, int]:
     """Weight bytes that each phase reads, and the cache's bytes per token."""
     graphs = {name: files[graph.file].bytes + files[graph.data_file].bytes for name, graph in manifest.graphs.items()}
-    cache = manifest.cache
-    keys = cache.num_layers * cache.kv_heads * cache.head_dim * np.dtype(CACHE_TYPES[cache.dtype]).itemsize
     return {
         "vision": graphs["vision"],
         "prefill": sum(graphs.values()) - graphs["vision"],
         "decode": graphs[manifest.token_graph],
-        "kv_per_token": 2 * keys,
+        "kv_per_token": manifest.cache.token_bytes,
     }
 
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import BuildOptions
-from vlmdeploy.quant.precision import DEFAULT_GROUP, is_tensorrt
+from vlmdeploy.kernels import cpu
+from vlmdeploy.manifest import cache_types
+from vlmdeploy.quant.precision import DEFAULT_GROUP
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,13 @@ class ExportOptions:
 
     @property
     def cache_type(self) -> str:
-        """Type of the KV cache. Raises ExportError if the user chose another."""
-        wanted = "fp16" if is_tensorrt(self.target) or self.provider == "cuda" else "fp32"
-        if self.kv not in (None, wanted):
-            raise ExportError(f"--kv is {self.kv}, but the cache of {self.target} on this provider is {wanted}")
+        """Type of the KV cache. Raises ExportError if the target or this installation cannot have the chosen one."""
+        types = cache_types(self.target, self.provider)
+        wanted = self.kv or types[0]
+        if wanted not in types:
+            raise ExportError(
+                f"--kv is {wanted}, but the cache of {self.target} on this provider is {' or '.join(types)}"
+            )
+        if wanted != types[0] and not cpu.library():
+            raise ExportError(f"--kv {wanted}: {cpu.MISSING}")
         return wanted

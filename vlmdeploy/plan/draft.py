@@ -130,7 +130,7 @@ def _setting(geometry: Geometry, storage: Storage, options: PlanOptions) -> Sett
         images=options.images,
         cache_tokens=context,
         text_tokens=options.text_tokens,
-        kv="fp32" if storage.provider == "cpu" else "fp16",
+        kv=options.kv or ("fp32" if storage.provider == "cpu" else "fp16"),
         chunk_rows=min(options.chunk_rows or CHUNK_ROWS, context),  # as engines are built
     )
 

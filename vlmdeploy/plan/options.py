@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from vlmdeploy.byte_sizes import parse_size
 from vlmdeploy.errors import ConfigError
+from vlmdeploy.manifest import cache_types
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.planned_model import ONE_IMAGE, Widths
 from vlmdeploy.plan.sizes import Storage
@@ -74,9 +75,9 @@ def check_options(geometry: Geometry, target: str, device: PlanDevice, options: 
         raise ConfigError(f"{option} has no effect on {target}: leave it out, or choose another --target")
     _check_bits(target, options)
     _check_prompt(geometry, options)
-    wanted = "fp32" if storage_of(target, options).provider == "cpu" else "fp16"
-    if options.kv not in (None, wanted):
-        raise ConfigError(f"--kv is {options.kv}, but the cache of {target} on this provider is {wanted}")
+    types = cache_types(target, storage_of(target, options).provider)
+    if options.kv is not None and options.kv not in types:
+        raise ConfigError(f"--kv is {options.kv}, but the cache of {target} on this provider is {' or '.join(types)}")
 
 
 def _check_device(target: str, device: PlanDevice, options: PlanOptions) -> None:

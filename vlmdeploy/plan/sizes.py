@@ -7,6 +7,8 @@ float32; omits alignment and the graphs themselves, about 1 MB.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.graphs.ort_dialect import OrtCudaGraph, OrtGraph
 from vlmdeploy.export.graphs.trt_dialect import kernel_width
@@ -166,5 +168,5 @@ def weight_sizes(geometry: Geometry, plan: PrecisionPlan, storage: Storage) -> W
 
 
 def kv_bytes_per_token(decoder: DecoderSpec, kind: str) -> int:
-    """Bytes that keys and values of one token take in all layers, `kind` being fp16 or fp32."""
-    return 2 * FLOAT_BYTES[kind] * decoder.num_layers * decoder.num_kv_heads * HeadLayout(decoder).padded
+    """Bytes that keys and values of one token take in all layers, `kind` being fp32, fp16 or int8."""
+    return HeadLayout(decoder).cache_shape(np.zeros(0, np.float32), kind).token_bytes

@@ -20,7 +20,7 @@ MOST_FIELDS = 1 << 19  # a decoder of a hundred layers has an eighth
 MOST_NODES = 1 << 20  # with every function written out where it is called
 MOST_DIMS = 8
 
-OPSETS = {("", 23), ("", 24), ("com.microsoft", 1), ("trt", 1), ("vlmdeploy", 1)}
+OPSETS = {("", 23), ("", 24), ("com.microsoft", 1), ("trt", 1), ("vlmdeploy", 1), ("vlmdeploy.compiled", 1)}
 FUNCTION_DOMAINS = {"trt", "vlmdeploy"}  # a graph defines their operators itself
 OPERATORS = {
     "": {
@@ -35,8 +35,10 @@ OPERATORS = {
     },
     "trt": {"TRT_Attention"},
     "vlmdeploy": {
-        "CachedAttention", "ExpertLinear", "GatedLinear", "QuantizedLinear", "RoutedLinear", "RoutedPartition", "WriteCache",
+        "CachedAttention", "ExpertLinear", "GatedLinear", "QuantizedLinear", "RoutedLinear", "RoutedPartition",
+        "WriteCache",
     },
+    "vlmdeploy.compiled": {"CachedAttentionFp16", "CachedAttentionInt8", "WriteCacheFp16", "WriteCacheInt8"},
 }  # fmt: skip
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 7: 64, 10: 16, 22: 4}  # TensorProto.DataType: fp32, uint8, int8, int64, fp16, int4
 VALUE_TYPES = {"f": 1, "i": 2, "s": 3, "t": 4, "ints": 7}  # a value's field -> AttributeProto.AttributeType

@@ -137,5 +137,6 @@ def check_decode_loop(gate: parity.Gate, session: Session, prompt: Prompt, greed
 
 def _bound(manifest: Manifest) -> parity.Tolerance:
     """Float bundles differ only by the order of sums."""
-    quantized = manifest.is_half or any(precision.startswith("int") for precision in manifest.precision.values())
+    has_codes = any(precision.startswith("int") for precision in manifest.precision.values())
+    quantized = has_codes or manifest.cache.dtype != "fp32"
     return parity.REPLAY if quantized else parity.STRUCTURE_END_TO_END

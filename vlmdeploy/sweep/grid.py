@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "connector": PART_VALUES,
     "lm_head": PART_VALUES,
     "embedding": PART_VALUES,
-    "kv": ("fp32", "fp16"),
+    "kv": ("fp32", "fp16", "int8"),
     "provider": ("cpu", "cuda"),
 }
 

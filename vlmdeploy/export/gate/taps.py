@@ -16,6 +16,7 @@ from vlmdeploy.export.gate.sample import GateSample
 from vlmdeploy.export.graphs.decoder import branches, decoder_taps
 from vlmdeploy.export.graphs.ort_dialect import FULL_ACCURACY
 from vlmdeploy.export.graphs.vision import vision_taps
+from vlmdeploy.kernels import cpu
 from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.door import decoder_graph
 from vlmdeploy.runtime.backends.lanes import Call, Floats, slot_positions
@@ -72,8 +73,8 @@ class TappedRun:
                 self.stages.setdefault(stage, np.full_like(rows, np.nan))[start:stop] = outputs[name]
             logits += [outputs[name] for name in asked]
         self.logits = np.concatenate(logits)
-        self.keys = [lanes.arrays[f"key.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
-        self.values = [lanes.arrays[f"value.{layer}"][0] for layer in range(self.spec.decoder.num_layers)]
+        self.keys = [lanes.floats(f"key.{layer}")[0] for layer in range(self.spec.decoder.num_layers)]
+        self.values = [lanes.floats(f"value.{layer}")[0] for layer in range(self.spec.decoder.num_layers)]
 
 
 def _calls(sample: GateSample, mixes_experts: bool) -> list[tuple[int, int]]:
@@ -135,6 +136,8 @@ def edit_graph(model: onnx.ModelProto, manifest: Manifest, exact: bool, folder: 
         set_accuracy(model, FULL_ACCURACY)
         if manifest.is_half:
             widen_floats(model, folder)
+        elif manifest.cache.dtype != "fp32":
+            widen_cache(model, cpu.SUFFIXES[manifest.cache.dtype])
 
 
 def set_accuracy(model: onnx.ModelProto, level: int) -> None:
@@ -143,6 +146,24 @@ def set_accuracy(model: onnx.ModelProto, level: int) -> None:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = level
+
+
+def widen_cache(model: onnx.ModelProto, suffix: str) -> None:
+    """Replace attention over a narrow cache, whose operators end in `suffix`, by the one over float32, in place."""
+    for values in (model.graph.input, model.graph.output):
+        kept = [value for value in values if "_scales." not in value.name]
+        del values[:]
+        values.extend(kept)
+        for value in values:
+            if value.name.startswith(("past_", "present_")):
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        if node.domain == cpu.COMPILED_DOMAIN:
+            node.domain, node.op_type = cpu.DOMAIN, node.op_type.removesuffix(suffix)
+            for names in (node.input, node.output):
+                kept = [name for name in names if "_scales." not in name]
+                del names[:]
+                names.extend(kept)
 
 
 def free_cache_length(model: onnx.ModelProto) -> None:

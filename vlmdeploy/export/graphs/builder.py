@@ -17,14 +17,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.export.weight_reader import Ints, WeightReader
-from vlmdeploy.manifest import FileEntry, GraphInfo, TensorInfo
+from vlmdeploy.manifest import CacheShape, FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.runtime.graph_check import check_graph
 
 IR_VERSION = 11
 ALIGNMENT = 64 << 10  # of external offsets, so that each tensor can be memory-mapped alone
 INLINE_BYTES = ALIGNMENT  # smaller tensors stay in the .onnx file: padding would outweigh them
-TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+TYPES = {
+    "fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+}  # fmt: skip
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "uint8": np.uint8}
 
 Value = TypeVar("Value", bound=np.generic)
@@ -197,13 +200,13 @@ class GraphBuilder(ABC):
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
         """Only write the cache. both [rows, 2 kv_heads * padded]: keys, then values."""
 
-    def cache_tensors(self, heads: HeadLayout, dtype: str, capacity: int | str, batch: int | str = 1) -> None:
-        """Declare past and present of every layer, [batch, kv_heads, capacity, padded] each."""
-        shape = (batch, heads.decoder.num_kv_heads, capacity, heads.padded)
-        for index in range(heads.decoder.num_layers):
-            for kind in ("key", "value"):
-                self.input(f"past_{kind}.{index}", dtype, shape, public=False)
-                self.output(f"present_{kind}.{index}", dtype, shape, public=False)
+    def cache_tensors(self, cache: CacheShape, capacity: int | str, batch: int | str = 1) -> None:
+        """Declare past and present of every layer's tensors, [batch, kv_heads, capacity, width] each."""
+        for index in range(cache.num_layers):
+            for name, (dtype, width) in cache.tensors.items():
+                shape = (batch, cache.kv_heads, capacity, width)
+                self.input(f"past_{name}.{index}", dtype, shape, public=False)
+                self.output(f"present_{name}.{index}", dtype, shape, public=False)
 
     def true_heads(self, heads: HeadLayout, mixed: str, name: str) -> str:
         """Cut the padding off each head: [..., heads, padded] in any leading shape -> [rows, heads * head_dim]."""

@@ -1,8 +1,8 @@
 """The `ort` dialect: standard operators plus ONNX Runtime's own, which are faster on a CPU.
 
-Products with codes are our own operators on a CPU; each has a function of ONNX Runtime's MatMulNBits, which runs where our
-library is missing. GroupQueryAttention rotates, writes the KV cache in place and attends; its rotary tables are inputs,
-indexed by cache slot.
+On a CPU, products with codes and attention over the KV cache are our own operators; each has a function of ONNX
+Runtime's, which runs where our library is missing. Attention rotates, writes the cache in place and attends; its rotary
+tables are inputs, indexed by cache slot.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ import numpy as np
 from onnx import FunctionProto, TensorProto, parser
 
 from vlmdeploy.errors import QuantizationError
-from vlmdeploy.export.graphs.builder import NUMPY_TYPES, GraphBuilder
+from vlmdeploy.export.graphs.builder import NUMPY_TYPES, DataFile, GraphBuilder
 from vlmdeploy.export.graphs.head_layout import HeadLayout
-from vlmdeploy.export.weight_reader import Ints
+from vlmdeploy.export.weight_reader import Ints, WeightReader
 from vlmdeploy.kernels import cpu
+from vlmdeploy.manifest import CacheShape
 from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
@@ -31,7 +32,8 @@ _FUNCTION = """
 {{
     wide_scales = Cast <to: int = 1> (scales)
     {output} = com.microsoft.MatMulNBits <
-        K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size, accuracy_level: int = @accuracy_level
+        K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
+        accuracy_level: int = @accuracy_level
     > (x, codes, wide_scales, zero_points, "", bias)
     {then}
 }}
@@ -41,7 +43,7 @@ _THEN_GATED = """gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
     y = Mul (silu, up)"""
 
 
-# Attention of new rows [rows, (num_heads + 2 * kv_num_heads) * head_size] over the cache, which takes their keys and values.
+# Attention of rows [rows, (num_heads + 2 * kv_num_heads) * head_size] over the cache, which takes their keys, values.
 _ATTENTION = """
 <domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
 CachedAttention <num_heads, kv_num_heads, head_size, scale>
@@ -66,7 +68,8 @@ WriteCache <kv_num_heads, head_size>
     packed = Unsqueeze (both, first_axis)
     key, value = Split <axis: int = 2, num_outputs: int = 2> (packed)
     unused, present_key, present_value = com.microsoft.GroupQueryAttention <
-        num_heads: int = @kv_num_heads, kv_num_heads: int = @kv_num_heads, do_rotary: int = 1, rotary_interleaved: int = 0
+        num_heads: int = @kv_num_heads, kv_num_heads: int = @kv_num_heads, do_rotary: int = 1,
+        rotary_interleaved: int = 0
     > (key, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos, sin)
 }
 """
@@ -85,11 +88,20 @@ def _functions() -> tuple[FunctionProto, ...]:
 class OrtGraph(GraphBuilder):
     """A graph for ONNX Runtime on a CPU."""
 
-    opsets: ClassVar = {"": 23, CONTRIB: 1, cpu.DOMAIN: 1}  # 23: the first with RMSNormalization
+    opsets: ClassVar = {
+        "": 23,
+        CONTRIB: 1,
+        cpu.DOMAIN: 1,
+        cpu.COMPILED_DOMAIN: 1,
+    }  # 23: the first with RMSNormalization
     functions: ClassVar = _functions()
     largest_block: ClassVar = 128  # of MatMulNBits: larger blocks read prompts faster
     kind: ClassVar = "fp32"  # of products, scales, attention and KV cache
     rope_tables: ClassVar = ("cos", "sin")
+
+    def __init__(self, name: str, weights: WeightReader, data: DataFile, cache: CacheShape) -> None:
+        super().__init__(name, weights, data)
+        self.cache = cache
 
     @override
     def linear(self, x: str, target: str, output: str, order: Ints | None = None, has_bias: bool = False) -> str:
@@ -193,30 +205,35 @@ class OrtGraph(GraphBuilder):
         self.input("total_sequence_length", "int32", ())
         for table in ("cos", "sin"):
             self.input(table, "fp32", ("capacity", heads.padded // 2))
-        self.cache_tensors(heads, self.kind, "capacity")
+        self.cache_tensors(self.cache, "capacity")
 
     @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
         decoder, outputs = heads.decoder, [f"layer.{index}.attention", *self._cache(index, "present")]
-        self.nodes(
-            cpu.ATTENTION, [qkv, *self._attention_inputs(index)], outputs, cpu.DOMAIN, num_heads=decoder.num_heads,
-            kv_num_heads=decoder.num_kv_heads, head_size=heads.padded, scale=decoder.head_dim**-0.5,
+        self._attention(
+            cpu.ATTENTION, index, qkv, outputs, num_heads=decoder.num_heads, kv_num_heads=decoder.num_kv_heads,
+            head_size=heads.padded, scale=decoder.head_dim**-0.5,
         )  # fmt: skip
         return self.true_heads(heads, outputs[0], name) if heads.is_padded else outputs[0]
 
     @override
     def cached_keys_and_values(self, heads: HeadLayout, index: int, both: str, name: str) -> None:
-        self.nodes(
-            cpu.WRITE_CACHE, [both, *self._attention_inputs(index)], self._cache(index, "present"), cpu.DOMAIN,
-            kv_num_heads=heads.decoder.num_kv_heads, head_size=heads.padded,
-        )  # fmt: skip
+        kv_heads, outputs = heads.decoder.num_kv_heads, self._cache(index, "present")
+        self._attention(cpu.WRITE_CACHE, index, both, outputs, kv_num_heads=kv_heads, head_size=heads.padded)
 
-    def _attention_inputs(self, index: int) -> list[str]:
-        """The cache of a layer, how much of it is filled, and the rotary tables."""
-        return [*self._cache(index, "past"), "seqlens_k", "total_sequence_length", *self.rope_tables]
+    def _attention(self, op: str, index: int, rows: str, outputs: list[str], **attributes: int | float) -> None:
+        """One of our operators, for the type of the cache."""
+        suffix, (keys, values, *scales) = cpu.SUFFIXES[self.cache.dtype], self._cache(index, "past")
+        domain = cpu.COMPILED_DOMAIN if suffix else cpu.DOMAIN
+        self.nodes(f"{op}{suffix}", [rows, keys, values, *self._counters, *scales], outputs, domain, **attributes)
+
+    @property
+    def _counters(self) -> list[str]:
+        """How much of the cache is filled, and the rotary tables."""
+        return ["seqlens_k", "total_sequence_length", *self.rope_tables]
 
     def _cache(self, index: int, when: str) -> list[str]:
-        return [f"{when}_key.{index}", f"{when}_value.{index}"]
+        return [f"{when}_{name}.{index}" for name in self.cache.tensors]
 
 
 class OrtCudaGraph(OrtGraph):
@@ -243,7 +260,7 @@ class OrtCudaGraph(OrtGraph):
 
     @override
     def cached_attention(self, heads: HeadLayout, index: int, qkv: str, name: str) -> str:
-        mixed = self._attention(heads, index, [self._packed(qkv, name), "", ""], heads.decoder.num_heads)
+        mixed = self._grouped(heads, index, [self._packed(qkv, name), "", ""], heads.decoder.num_heads)
         return self.true_heads(heads, self.cast(mixed, f"{mixed}.fp32", "fp32"), name)
 
     @override
@@ -251,19 +268,20 @@ class OrtCudaGraph(OrtGraph):
         """Writes the cache with an attention that takes the keys as queries; nothing reads its output."""
         packed = self._packed(both, name)
         key, value = self.nodes("Split", [packed], [f"{name}.key", f"{name}.value"], axis=2, num_outputs=2)
-        self._attention(heads, index, [key, key, value], heads.decoder.num_kv_heads)
+        self._grouped(heads, index, [key, key, value], heads.decoder.num_kv_heads)
 
     def _packed(self, qkv: str, name: str) -> str:
         """Rows [rows, width] -> [1, rows, width], in the type of the attention."""
         qkv = self.cast(qkv, f"{name}.qkv.half", "fp16")
         return self.node("Unsqueeze", [qkv, self.ints(0)], f"{name}.qkv.batch")
 
-    def _attention(self, heads: HeadLayout, index: int, qkv: list[str], num_heads: int) -> str:
+    def _grouped(self, heads: HeadLayout, index: int, qkv: list[str], num_heads: int) -> str:
         outputs = [f"layer.{index}.attention", *self._cache(index, "present")]
         decoder = heads.decoder
         self.nodes(
-            "GroupQueryAttention", [*qkv, *self._attention_inputs(index)], outputs, CONTRIB, num_heads=num_heads,
-            kv_num_heads=decoder.num_kv_heads, do_rotary=1, rotary_interleaved=0, scale=decoder.head_dim**-0.5,
+            "GroupQueryAttention", [*qkv, *self._cache(index, "past"), *self._counters], outputs, CONTRIB,
+            num_heads=num_heads, kv_num_heads=decoder.num_kv_heads, do_rotary=1, rotary_interleaved=0,
+            scale=decoder.head_dim**-0.5,
         )  # fmt: skip
         return outputs[0]
 

@@ -174,7 +174,7 @@ class TrtGraph(GraphBuilder):
         self.input("position_ids", "int64", (self.batch, "rows"))
         self.input("write_index", "int64", (self.batch,))
         self.input("lengths", "int64", (self.batch,))
-        self.cache_tensors(heads, "fp16", self.context_tokens, self.batch)
+        self.cache_tensors(self.cache, self.context_tokens, self.batch)
         table = rope_table(self.cache, np.arange(self.context_tokens))
         self.tensor("rope.cos", table.cos)
         self.tensor("rope.sin", table.sin)

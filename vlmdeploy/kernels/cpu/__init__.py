@@ -8,6 +8,13 @@ from pathlib import Path
 
 DOMAIN = "vlmdeploy"
 OPERATORS = LINEAR, GATED, ATTENTION, WRITE_CACHE = ("QuantizedLinear", "GatedLinear", "CachedAttention", "WriteCache")
+# Attention over caches of other types: the two above, with this behind their names, and without functions.
+COMPILED_DOMAIN = "vlmdeploy.compiled"
+SUFFIXES = {"fp32": "", "fp16": "Fp16", "int8": "Int8"}
+MISSING = (
+    "needs our compiled operators, and this installation has none: install a C++ compiler, then vlmdeploy again; or "
+    "export with --kv fp32"
+)
 BITS, GROUPS = (4, 8), (32, 64, 128)  # that the operators take
 
 

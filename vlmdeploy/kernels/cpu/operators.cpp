@@ -347,18 +347,25 @@ EXPORTED vlmdeploy::ort::Status* RegisterCustomOps(vlmdeploy::ort::Options* opti
   const auto* table = base->get_api(ort::VERSION);
   if (!table) return nullptr;  // an older runtime: without operators it runs the functions of the graph
   const ort::Api api(table);
-  static const ort::Operator operators[] = {
-      describe<Linear<Then::nothing>>(),           describe<Linear<Then::swiglu>>(),
-      describe<Attending<Stored::fp32, true>>(),   describe<Attending<Stored::fp32, false>>(),
-      describe<Attending<Stored::fp16, true>>(),   describe<Attending<Stored::fp16, false>>(),
-      describe<Attending<Stored::int8, true>>(),   describe<Attending<Stored::int8, false>>(),
+  // Graphs hold functions of the first four, which stand in for them, and of the others none.
+  static const ort::Operator with_functions[] = {describe<Linear<Then::nothing>>(), describe<Linear<Then::swiglu>>(),
+                                                 describe<Attending<Stored::fp32, true>>(), describe<Attending<Stored::fp32, false>>()};
+  static const ort::Operator others[] = {describe<Attending<Stored::fp16, true>>(), describe<Attending<Stored::fp16, false>>(),
+                                         describe<Attending<Stored::int8, true>>(), describe<Attending<Stored::int8, false>>()};
+  static ort::Domain* domains[2] = {};  // for all sessions, which they must outlive
+  ort::Status* status = nullptr;
+  const auto make = [&](ort::Domain*& domain, const char* name, const ort::Operator* operators) {
+    if (domain || status) return;
+    ort::Domain* made = nullptr;
+    status = api.call<const char*, ort::Domain**>(ort::CREATE_DOMAIN, name, &made);
+    for (int i = 0; i < 4 && !status; i++) status = api.call<ort::Domain*, const ort::Operator*>(ort::DOMAIN_ADD, made, operators + i);
+    if (!status) domain = made;
   };
-  static ort::Domain* domain = nullptr;  // one for all sessions, which it must outlive
-  if (domain) return api.call<ort::Options*, ort::Domain*>(ort::OPTIONS_ADD_DOMAIN, options, domain);
-  auto* status = api.call<const char*, ort::Domain**>(ort::CREATE_DOMAIN, "vlmdeploy", &domain);
-  for (const auto& one : operators)
-    if (!status) status = api.call<ort::Domain*, const ort::Operator*>(ort::DOMAIN_ADD, domain, &one);
-  return status ? status : api.call<ort::Options*, ort::Domain*>(ort::OPTIONS_ADD_DOMAIN, options, domain);
+  make(domains[0], "vlmdeploy", with_functions);
+  make(domains[1], "vlmdeploy.compiled", others);
+  for (ort::Domain* domain : domains)
+    if (!status) status = api.call<ort::Options*, ort::Domain*>(ort::OPTIONS_ADD_DOMAIN, options, domain);
+  return status;
 }
 
 // Name of a variant that runs here, fastest first; null after the last.

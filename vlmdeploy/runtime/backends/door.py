@@ -6,7 +6,7 @@ Backends differ only in speed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 GRAPH_OF_EXPERT = {"language": "decoder_text", "vision": "decoder_vision"}
 ROUTED_GRAPH = "decoder"  # both experts in one graph
 PROMPT_ONLY = ("vision", "decoder_vision")  # graphs that decoding does not need
-CACHE_TYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
+CACHE_TYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 @dataclass(frozen=True)

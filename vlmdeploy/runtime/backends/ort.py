@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import numpy as np
 from vlmdeploy.errors import BackendError
 from vlmdeploy.kernels import cpu
 from vlmdeploy.layout import Bools, Ints
-from vlmdeploy.manifest import Manifest
+from vlmdeploy.manifest import CACHE_GROUP, CacheShape, Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.runtime.backends.cuda_device import CudaDevice
 from vlmdeploy.runtime.backends.door import CACHE_TYPES, PROMPT_ONLY, Backend, DeviceUse, decoder_graph
@@ -34,20 +35,21 @@ MOST_LANES = 4  # per call of a routed decoder
 
 
 class OrtLanes(Lanes):
-    """Lanes with their memory on `device`: keys and values of every layer by name ("key.0"), each
-    [lanes, kv_heads, slots, head_dim]. On a CPU `arrays` are views of them."""
+    """Lanes with their memory on `device`: the tensors of every layer by name ("key.0"), each [lanes, kv_heads, slots,
+    width]. On a CPU `arrays` are views of them."""
 
     def __init__(
-        self, ort: ModuleType, manifest: Manifest, count: int, slots: int, kind: type[np.floating[Any]], device: str
+        self, ort: ModuleType, manifest: Manifest, count: int, slots: int, shape: CacheShape, device: str
     ) -> None:
         super().__init__(count, slots)
         self.device = device
         self._on_device = ort.OrtValue.ortvalue_from_numpy
-        shape = manifest.cache
         self._rope_shape = shape if manifest.dialect == "ort" else None  # trt graphs contain their tables
-        dims = (count, shape.kv_heads, slots, shape.head_dim)
-        names = [f"{part}.{layer}" for layer in range(shape.num_layers) for part in ("key", "value")]
-        self.arrays = {name: np.zeros(dims, kind) for name in names}
+        self.arrays = {
+            f"{name}.{layer}": np.zeros((count, shape.kv_heads, slots, width), CACHE_TYPES[dtype])
+            for layer in range(shape.num_layers)
+            for name, (dtype, width) in shape.tensors.items()
+        }
         self.values = {name: self._on_device(array, device, 0) for name, array in self.arrays.items()}
         self.tables: dict[str, Any] = {}
 
@@ -58,6 +60,13 @@ class OrtLanes(Lanes):
             assert self.count == 1, "graphs of this dialect take one lane"
             rope = rope_table(self._rope_shape, positions)
             self.tables = {name: self._on_device(getattr(rope, name), self.device, 0) for name in ("cos", "sin")}
+
+    def floats(self, name: str) -> Floats:
+        """Keys or values of a layer ("key.0") as floats, [lanes, kv_heads, slots, head_dim]; on a CPU."""
+        part, _, layer = name.partition(".")
+        scales = self.arrays.get(f"{part}_scales.{layer}")
+        stored = self.arrays[name].astype(np.float32)
+        return stored if scales is None else stored * scales.astype(np.float32).repeat(CACHE_GROUP, -1)
 
     def bind(self, binding: Any) -> None:
         """Bind an io-binding's rotary tables, past and present to this memory."""
@@ -135,7 +144,9 @@ class OrtBackend(Backend):
         self.residency = residency
         self.provider = provider
         self._load_graph = load_graph or self._load_file
-        self._cache_type = CACHE_TYPES[cache_type or manifest.cache.dtype]
+        self._cache = replace(manifest.cache, dtype=cache_type) if cache_type else manifest.cache
+        if manifest.dialect == "ort" and provider == "cpu" and self._cache.dtype != "fp32" and not cpu.library():
+            raise BackendError(f"{files.folder}: its KV cache is {self._cache.dtype}, which {cpu.MISSING}")
         self._has_fixed_cache = load_graph is None and manifest.dialect == "trt"
         self._sessions: dict[str, Any] = {}
         self._decode: DecodeBinding | None = None
@@ -178,7 +189,7 @@ class OrtBackend(Backend):
         if self.provider != "cpu":
             self.session(self.manifest.token_graph)  # its error says what is missing; a failed allocation does not
         slots = self.manifest.context_tokens if self._has_fixed_cache else slots
-        return OrtLanes(self.ort, self.manifest, count, slots, self._cache_type, self.provider)
+        return OrtLanes(self.ort, self.manifest, count, slots, self._cache, self.provider)
 
     @override
     def run(self, call: Call, lanes: Lanes) -> Floats:
@@ -204,7 +215,7 @@ class OrtBackend(Backend):
         with self._failures_named(graph):
             session.run_with_iobinding(binding)
         lanes.append(call.counts)
-        found = binding.get_outputs()[2 * self.manifest.cache.num_layers :]  # in the order they were bound
+        found = binding.get_outputs()[len(lanes.values) :]  # in the order they were bound
         return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
 
     @override
