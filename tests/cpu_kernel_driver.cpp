@@ -1,6 +1,6 @@
 // Runs products from standard input with every variant of the kernel that this machine has, for machines without Python.
 //
-// Input, again and again: 9 int64 (rows, outputs, width, bits, group, half scales, gated, has zeros, has bias), then x, codes,
+// Input, again and again: 9 int64 (rows, outputs, width, bits, group, half scales, what follows, has zeros, has bias), then x, codes,
 // scales, zeros, bias. Output for each variant: its name in 16 bytes, and y.
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +23,7 @@ int main() {
     const int64_t rows = s[0], outputs = s[1], width = s[2], bits = s[3], group = s[4], groups = width / group;
     const auto x = read(4 * rows * width), codes = read(outputs * width * bits / 8), scales = read((s[5] ? 2 : 4) * outputs * groups);
     const auto zeros = read(s[7] ? outputs * ((groups * bits + 7) / 8) : 0), bias = read(s[8] ? 4 * outputs : 0);
-    std::vector<float> y(rows * (s[6] ? outputs / 2 : outputs));
+    std::vector<float> y(rows * (s[6] == 1 ? outputs / 2 : outputs));
     for (int i = 0; const char* name = vlmdeploy_variant(i); i++) {
       if (!vlmdeploy_product(name, rows, outputs, width, bits, group, s[5], s[6], (const float*)x.data(), (const uint8_t*)codes.data(),
                              scales.data(), s[7] ? (const uint8_t*)zeros.data() : nullptr, s[8] ? (const float*)bias.data() : nullptr,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -40,6 +41,12 @@ def variants(native: ctypes.CDLL) -> list[str]:
     return names
 
 
+# What follows the product, in the order of the library's numbers.
+THEN: dict[str, Callable[[Array], Array]] = {
+    cpu.LINEAR: lambda y: y, cpu.GATED: cpu_product.gated, cpu.GELU: cpu_product.gelu,
+}  # fmt: skip
+
+
 @dataclass
 class Case:
     """Inputs of one product; see the textbook."""
@@ -59,19 +66,19 @@ class Case:
     def group(self) -> int:
         return int(self.x.shape[1] // self.scales.shape[1])
 
-    def expected(self, is_gated: bool) -> Array:
+    def expected(self, operator: str) -> Array:
         y = cpu_product.product(self.x, self.codes, self.scales, self.zeros, self.bias, self.bits)
-        return cpu_product.gated(y) if is_gated else y
+        return THEN[operator](y)
 
-    def run(self, native: ctypes.CDLL, variant: str, is_gated: bool, rows: slice = slice(None)) -> Array:
+    def run(self, native: ctypes.CDLL, variant: str, operator: str, rows: slice = slice(None)) -> Array:
         x = np.ascontiguousarray(self.x[rows])
-        y = np.full((len(x), self.outputs // 2 if is_gated else self.outputs), np.nan, np.float32)
+        y = np.full((len(x), self.outputs // 2 if operator == cpu.GATED else self.outputs), np.nan, np.float32)
         pointers = [
             None if array is None else array.ctypes.data_as(ctypes.c_void_p)
             for array in (x, self.codes, self.scales, self.zeros, self.bias, y)
         ]
         sizes = [ctypes.c_int64(size) for size in (len(x), self.outputs, x.shape[1])]
-        options = (self.bits, self.group, int(self.scales.dtype == np.float16), int(is_gated))
+        options = (self.bits, self.group, int(self.scales.dtype == np.float16), list(THEN).index(operator))
         assert native.vlmdeploy_product(variant.encode(), *sizes, *options, *pointers) == 1
         return y
 
@@ -90,29 +97,29 @@ def draw(random: np.random.Generator, rows: int, outputs: int, bits: int, group:
 
 @pytest.mark.parametrize("group", cpu.GROUPS)
 @pytest.mark.parametrize("bits", cpu.BITS)
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("operator", THEN)
 def test_every_variant_is_the_textbook_and_all_are_equal(
-    native: ctypes.CDLL, bits: int, group: int, is_gated: bool
+    native: ctypes.CDLL, bits: int, group: int, operator: str
 ) -> None:
-    random = np.random.default_rng([bits, group, is_gated])
+    random = np.random.default_rng([bits, group, len(operator)])
     names = variants(native)
     assert names[-1] == "plain"
     for _ in range(12):
-        outputs = int(random.integers(1, 40)) * (2 if is_gated else 1)
+        outputs = 2 * int(random.integers(1, 40)) - (operator != cpu.GATED)
         case = draw(random, int(random.choice([1, 2, 3, 5, 7, 13])), outputs, bits, group, int(random.integers(1, 20)))
-        plain, expected = case.run(native, "plain", is_gated), case.expected(is_gated)
+        plain, expected = case.run(native, "plain", operator), case.expected(operator)
         np.testing.assert_allclose(plain, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
         for name in names:
-            np.testing.assert_array_equal(case.run(native, name, is_gated), plain, err_msg=name)
+            np.testing.assert_array_equal(case.run(native, name, operator), plain, err_msg=name)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(native: ctypes.CDLL) -> None:
     random = np.random.default_rng(5)
     case = draw(random, 29, 50, 4, 64, 7)
     for name in variants(native):
-        together = case.run(native, name, is_gated=True)
+        together = case.run(native, name, cpu.GATED)
         for start, stop in ((0, 1), (28, 29), (3, 5), (6, 18)):
-            np.testing.assert_array_equal(case.run(native, name, True, slice(start, stop)), together[start:stop])
+            np.testing.assert_array_equal(case.run(native, name, cpu.GATED, slice(start, stop)), together[start:stop])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -122,7 +129,7 @@ def test_what_is_not_finite_stays_visible(native: ctypes.CDLL, bad: float, rows:
     case = draw(np.random.default_rng(6), rows, 10, 4, 32, 5)
     case.x[0, 70] = bad
     for name in variants(native):
-        y = case.run(native, name, is_gated=True)
+        y = case.run(native, name, cpu.GATED)
         assert np.isnan(y[0]).all(), name
         assert np.isfinite(y[1:]).all(), name
 
@@ -212,6 +219,11 @@ def graph(case: Case, operator: str, **changed: int) -> bytes:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
     tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
     body = helper.make_graph([node], "one", ends[:1], ends[1:], tensors)
+    return model_of(body)
+
+
+def model_of(body: onnx.GraphProto) -> bytes:
+    """A graph with the functions that every graph holds."""
     opsets = [helper.make_opsetid(domain, version) for domain, version in OrtGraph.opsets.items()]
     model = helper.make_model(body, opset_imports=opsets, ir_version=11, functions=list(OrtGraph.functions))
     return bytes(model.SerializeToString())
@@ -221,14 +233,14 @@ def session(content: bytes, own_operators: bool) -> Any:
     return load_session(import_onnxruntime(), Path("one.onnx"), content, "cpu", 2, "ort", own_operators=own_operators)
 
 
-@pytest.mark.parametrize("operator", [cpu.LINEAR, cpu.GATED])
+@pytest.mark.parametrize("operator", THEN)
 @pytest.mark.parametrize("bits", cpu.BITS)
 def test_onnxruntime_runs_the_operator_and_its_function(operator: str, bits: int) -> None:
     random = np.random.default_rng(bits)
     for rows in (1, 300):
         case = draw(random, rows, 70, bits, 32, 6)
         case.scales = case.scales.astype(np.float16)
-        expected = case.expected(operator == cpu.GATED)
+        expected = case.expected(operator)
         for own in (True, False):
             found = session(graph(case, operator), own).run(None, {"x": case.x.reshape(rows, 1, -1)})[0]
             assert found.shape == (rows, 1, expected.shape[1])
@@ -262,6 +274,21 @@ def test_sizes_that_do_not_fit_are_an_error(change: Callable[[Case], dict[str, i
     case.zeros = case.bias = None
     with pytest.raises((BackendError, Exception), match="vlmdeploy: "):
         session(graph(case, cpu.LINEAR, **change(case)), True).run(None, {"x": case.x})
+
+
+def test_onnxruntime_runs_attention_of_all_rows_and_its_function() -> None:
+    images, rows, heads, width = 2, 150, 3, 32
+    qkv = np.random.default_rng(2).standard_normal((images, rows, 3 * heads * width)).astype(np.float32)
+    node = helper.make_node(cpu.ENCODER_ATTENTION, ["qkv"], ["y"], domain=cpu.DOMAIN, num_heads=heads)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("qkv", "y")]
+    content = model_of(helper.make_graph([node], "one", ends[:1], ends[1:]))
+    parts = qkv.reshape(images, rows, 3, heads, width).transpose(2, 0, 1, 3, 4)
+    for own in (True, False):
+        found = session(content, own).run(None, {"qkv": qkv})[0].reshape(images, rows, heads, width)
+        for image, row in ((0, 0), (0, 149), (1, 70)):
+            query, keys, values = parts[0][image, row : row + 1], parts[1][image], parts[2][image]
+            expected = cached_attention.attention(query, keys, values, rows - 1, width**-0.5)
+            np.testing.assert_allclose(found[image, row : row + 1], expected, rtol=0, atol=1e-5)
 
 
 def test_functions_are_those_of_the_operators() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = "vlmdeploy/kernels/cpu/_operators.abi3.so"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built without network from a copy of what it is made of."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
@@ -21,10 +21,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(folder.glob("vlmdeploy-*.whl")))
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel as this machine builds it."""
+    return built_wheel(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The same, on a machine without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", "false")
+        patch.setenv("CXX", "false")
+        return built_wheel(tmp_path_factory)
+
+
 def _copy_of_sources(folder: Path) -> Path:
     """Building in place would leave folders in the checkout."""
     for path in [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", *(ROOT / "vlmdeploy").rglob("*.*")]:
-        if path.is_file() and path.suffix != ".pyc":
+        if path.is_file() and path.suffix not in (".pyc", ".so"):
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
@@ -38,7 +53,15 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> No
     kernels.add("vlmdeploy/kernels/block_shapes.json")
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert templates
-    assert held == sources | templates | kernels
+    assert held == sources | templates | kernels | {LIBRARY}
+
+
+def test_wheel_without_a_compiler_lacks_the_operators_alone(
+    wheel: zipfile.ZipFile, wheel_without_compiler: zipfile.ZipFile
+) -> None:
+    held = [{name for name in one.namelist() if ".dist-info/" not in name} for one in (wheel, wheel_without_compiler)]
+    assert held[0] - held[1] == {LIBRARY}
+    assert held[1] <= held[0]
 
 
 def test_wheel_brings_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:

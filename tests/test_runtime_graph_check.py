@@ -35,6 +35,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     options: list[tuple[str, dict[str, Any]]] = [(target, {}) for target in TARGETS]
     options += [(target, {"provider": "cuda"}) for target in TARGETS if not is_tensorrt(target)]
     options += [("trt-int4", {"routed_plugin": "on"}), ("trt-int4", {"precisions": {"vision": "fp32"}})]
+    options += [("ort-int4", {"kv": kind}) for kind in ("fp16", "int8")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlmdeploy.export.exporter.import_tensorrt", lambda _: None)  # no engines: graphs are compared
         return [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlmdeploy.errors import BackendError, PromptError
-from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings
+from vlmdeploy.runtime.sampling import Sampler, SamplingOptions, StopStrings, keep_top_p, softmax
 
 NO_IDS = np.array([], np.int64)
 LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0], np.float32)
@@ -74,6 +74,19 @@ def test_sampled_shares_follow_the_textbook(seed: int) -> None:
     )
     assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected))
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.04)  # five standard deviations of 4000 draws
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 3, 30])
+@pytest.mark.parametrize("size", [1, 7, 3000])
+def test_top_p_keeps_what_a_sort_of_all_tokens_keeps(size: int, spread: float) -> None:
+    random = np.random.default_rng(size)
+    scores = np.round(spread * random.standard_normal(size), 1)  # with ties
+    scores[1:][random.random(size - 1) < 0.3] = -np.inf
+    probabilities = softmax(scores)
+    order = np.argsort(-probabilities, kind="stable")
+    better = np.concatenate(([0.0], probabilities[order].cumsum()[:-1]))
+    for top_p in (1e-9, 0.1, 0.5, 0.9, 0.99, 1 - 1e-16):
+        assert np.flatnonzero(keep_top_p(probabilities, top_p)).tolist() == sorted(order[better < top_p].tolist())
 
 
 def test_top_k_keeps_ties_and_top_p_keeps_the_token_that_reaches_it() -> None:

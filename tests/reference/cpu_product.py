@@ -3,6 +3,7 @@
 Each group of a row of x becomes whole numbers, the largest 127; each product is summed exactly and scaled in float64.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ def product(x: Array, codes: Array, scales: Array, zeros: Array | None, bias: Ar
     sums = np.einsum("ogk,rgk->rog", steps, whole)
     y: Array = (sums * scales.astype(np.float64) * row_scales[:, None].astype(np.float64)).sum(-1)
     return y if bias is None else y + bias
+
+
+def gelu(y: Array) -> Array:
+    """y / 2 * (1 + erf(y / sqrt 2))."""
+    return np.asarray(y / 2 * (1 + np.vectorize(math.erf)(y / math.sqrt(2))))
 
 
 def gated(y: Array) -> Array:

@@ -35,8 +35,8 @@ OPERATORS = {
     },
     "trt": {"TRT_Attention"},
     "vlmdeploy": {
-        "CachedAttention", "ExpertLinear", "GatedLinear", "QuantizedLinear", "RoutedLinear", "RoutedPartition",
-        "WriteCache",
+        "CachedAttention", "EncoderAttention", "ExpertLinear", "GatedLinear", "GeluLinear", "QuantizedLinear",
+        "RoutedLinear", "RoutedPartition", "WriteCache",
     },
     "vlmdeploy.compiled": {"CachedAttentionFp16", "CachedAttentionInt8", "WriteCacheFp16", "WriteCacheInt8"},
 }  # fmt: skip

@@ -117,8 +117,14 @@ def keep_top_p(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDAr
     """Probabilities [vocab] with zeros outside the smallest set of best tokens that sums to top_p."""
     if top_p == 1:
         return probabilities
-    order = np.argsort(-probabilities, kind="stable")
-    better = np.concatenate(([0.0], probabilities[order].cumsum()[:-1]))  # the mass of all better tokens
+    likely, mass, floor = np.zeros(0, np.int64), np.zeros(1), probabilities.max()
+    while mass[-1] < top_p and len(likely) < len(probabilities):  # sorting a whole vocabulary would take milliseconds
+        floor = floor / 32
+        likely = np.flatnonzero(probabilities >= floor)
+        if probabilities[likely].sum() >= top_p or len(likely) == len(probabilities):
+            order = likely[np.argsort(-probabilities[likely], kind="stable")]
+            mass = probabilities[order].cumsum()
+    better = np.concatenate(([0.0], mass[:-1]))  # the mass of all better tokens
     kept = np.zeros_like(probabilities)
     inside = order[better < top_p]
     kept[inside] = probabilities[inside]

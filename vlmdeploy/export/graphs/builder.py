@@ -162,6 +162,10 @@ class GraphBuilder(ABC):
         gate, up = self.nodes("Split", [both], [f"{name}.gate", f"{name}.up"], axis=axis, num_outputs=2)
         return self.node("Mul", [self.silu(gate, f"{name}.silu"), up], f"{name}.product")
 
+    def activated(self, x: str, target: str, activation: str, output: str) -> str:
+        """activation(x @ W.T + bias) for a standard operator `activation`."""
+        return self.node(activation, [self.linear(x, target, target, has_bias=True)], output)
+
     @abstractmethod
     def silu(self, x: str, output: str) -> str:
         """x * sigmoid(x)."""

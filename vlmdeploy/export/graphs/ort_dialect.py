@@ -43,6 +43,14 @@ _THEN_GATED = """gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
     y = Mul (silu, up)"""
 
 
+_ENCODER_ATTENTION = """
+<domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
+EncoderAttention <num_heads> (qkv) => (y)
+{
+    query, key, value = Split <axis: int = 2, num_outputs: int = 3> (qkv)
+    y = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads> (query, key, value)
+}
+"""
 # Attention of rows [rows, (num_heads + 2 * kv_num_heads) * head_size] over the cache, which takes their keys, values.
 _ATTENTION = """
 <domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
@@ -79,8 +87,10 @@ def _functions() -> tuple[FunctionProto, ...]:
     texts = (
         _FUNCTION.format(name=cpu.LINEAR, output="y", then=""),
         _FUNCTION.format(name=cpu.GATED, output="both", then=_THEN_GATED),
+        _FUNCTION.format(name=cpu.GELU, output="product", then="y = Gelu (product)"),
         _ATTENTION,
         _WRITE,
+        _ENCODER_ATTENTION,
     )
     return tuple(parser.parse_function(text) for text in texts)
 
@@ -113,15 +123,14 @@ class OrtGraph(GraphBuilder):
         product = self._product(x, weight, order, f"{output}.product" if bias else output)
         return self.node("Add", [product, bias], output) if bias else product
 
-    def _product(self, x: str, weight: str, order: Ints, output: str, bias: str = "") -> str:
-        """x @ W.T in the type of x; a bias only with codes."""
+    def _product(self, x: str, weight: str, order: Ints, output: str, bias: str = "", op: str = cpu.LINEAR) -> str:
+        """x @ W.T in the type of x; a bias only with codes. op: which of our operators, if it is one."""
         precision = self.weights.plan[weight]
         if precision.grid is not None:
             codes, sizes = self._codes(weight, order, precision.grid)
             accuracy = INT8_ACCURACY if self.kind == "fp32" else FULL_ACCURACY
-            if self._is_ours(weight, precision.grid):
-                inputs = [x, *codes, bias]
-                return self.node(cpu.LINEAR, inputs, output, cpu.DOMAIN, **sizes, accuracy_level=accuracy)
+            if self._is_ours(weight):
+                return self.node(op, [x, *codes, bias], output, cpu.DOMAIN, **sizes, accuracy_level=accuracy)
             inputs = [x, *codes, "", bias] if bias else [x, *codes]
             return self.node("MatMulNBits", inputs, output, CONTRIB, **sizes, accuracy_level=accuracy)
         matrix = self._floats(weight, order, precision.type)
@@ -158,8 +167,9 @@ class OrtGraph(GraphBuilder):
         """Weights of a row that share a scale in the graph."""
         return min(matmul_block(weight, self.weights.in_fp32(weight), grid), self.largest_block)
 
-    def _is_ours(self, weight: str, grid: Grid) -> bool:
-        return self.has_operator(field_bits(grid.bits), self._block_size(weight, grid))
+    def _is_ours(self, weight: str) -> bool:
+        grid = self.weights.plan[weight].grid
+        return grid is not None and self.has_operator(field_bits(grid.bits), self._block_size(weight, grid))
 
     @classmethod
     def has_operator(cls, bits: int, block_size: int) -> bool:
@@ -174,11 +184,17 @@ class OrtGraph(GraphBuilder):
     @override
     def gated(self, x: str, name: str, axis: int) -> str:
         weight = f"{name}.gate_up.weight"
-        grid = self.weights.plan[weight].grid
-        if grid is None or not self._is_ours(weight, grid):
+        if not self._is_ours(weight):
             return super().gated(x, name, axis)
-        codes, sizes = self._codes(weight, self._rows_of(weight, None), grid)
-        return self.node(cpu.GATED, [x, *codes], f"{name}.product", cpu.DOMAIN, **sizes, accuracy_level=INT8_ACCURACY)
+        return self._product(x, weight, self._rows_of(weight, None), f"{name}.product", op=cpu.GATED)
+
+    @override
+    def activated(self, x: str, target: str, activation: str, output: str) -> str:
+        weight = f"{target}.weight"
+        if activation != "Gelu" or not self._is_ours(weight):
+            return super().activated(x, target, activation, output)
+        order = self._rows_of(weight, None)
+        return self._product(x, weight, order, output, self._bias(f"{target}.bias", order), cpu.GELU)
 
     @override
     def silu(self, x: str, output: str) -> str:
@@ -196,6 +212,8 @@ class OrtGraph(GraphBuilder):
 
     @override
     def encoder_attention(self, qkv: str, output: str, num_heads: int, width: int) -> str:
+        if self.kind == "fp32" and width // num_heads % cpu.HEAD_MULTIPLE == 0:
+            return self.node(cpu.ENCODER_ATTENTION, [qkv], output, cpu.DOMAIN, num_heads=num_heads)
         parts = self.nodes("Split", [qkv], [f"{output}.{part}" for part in "qkv"], axis=2, num_outputs=3)
         return self.node("MultiHeadAttention", parts, output, CONTRIB, num_heads=num_heads)
 

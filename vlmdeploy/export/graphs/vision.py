@@ -43,8 +43,7 @@ def _layer(builder: GraphBuilder, vision: VisionSpec, name: str, x: str) -> str:
     x = builder.node(
         "Add", [x, layer_norm(builder, f"{name}.attention_norm", dense, vision.norm_eps)], f"{name}.middle"
     )
-    fc1 = builder.linear(x, f"{name}.fc1", f"{name}.fc1", has_bias=True)
-    active = builder.node(ACTIVATION_OPS[vision.activation], [fc1], f"{name}.active")
+    active = builder.activated(x, f"{name}.fc1", ACTIVATION_OPS[vision.activation], f"{name}.active")
     fc2 = builder.linear(active, f"{name}.fc2", f"{name}.fc2", has_bias=True)
     return builder.node("Add", [x, layer_norm(builder, f"{name}.mlp_norm", fc2, vision.norm_eps)], f"{name}.out")
 

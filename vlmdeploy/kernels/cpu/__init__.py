@@ -7,7 +7,9 @@ Why: docs/design/0014-cpu-kernel.md.
 from pathlib import Path
 
 DOMAIN = "vlmdeploy"
-OPERATORS = LINEAR, GATED, ATTENTION, WRITE_CACHE = ("QuantizedLinear", "GatedLinear", "CachedAttention", "WriteCache")
+OPERATORS = LINEAR, GATED, GELU, ATTENTION, WRITE_CACHE, ENCODER_ATTENTION = (
+    "QuantizedLinear", "GatedLinear", "GeluLinear", "CachedAttention", "WriteCache", "EncoderAttention",
+)  # fmt: skip
 # Attention over caches of other types: the two above, with this behind their names, and without functions.
 COMPILED_DOMAIN = "vlmdeploy.compiled"
 SUFFIXES = {"fp32": "", "fp16": "Fp16", "int8": "Int8"}
@@ -15,7 +17,7 @@ MISSING = (
     "needs our compiled operators, and this installation has none: install a C++ compiler, then vlmdeploy again; or "
     "export with --kv fp32"
 )
-BITS, GROUPS = (4, 8), (32, 64, 128)  # that the operators take
+BITS, GROUPS, HEAD_MULTIPLE = (4, 8), (32, 64, 128), 16  # that the operators take
 
 
 def library() -> Path | None:

@@ -56,13 +56,18 @@ inline void rotate(const float* x, const float* cos, const float* sin, int64_t w
   }
 }
 
-// One row of a cache, of `width` values.
-inline void store_row(const Attention& at, const Cache& cache, int64_t row, const float* x) {
-  const int64_t width = at.width, groups = (width + CACHE_GROUP - 1) / CACHE_GROUP;
+inline int64_t place_of(const Cache& cache, int64_t head, int64_t slot) { return head * cache.head_stride + slot * cache.slot_stride; }
+
+inline uint16_t* scales_of(const Attention& at, const Cache& cache, int64_t head, int64_t slot) {
+  return cache.scales + place_of(cache, head, slot) / at.width * ((at.width + CACHE_GROUP - 1) / CACHE_GROUP);
+}
+
+inline void store_row(const Attention& at, const Cache& cache, int64_t head, int64_t slot, const float* x) {
+  const int64_t width = at.width, place = place_of(cache, head, slot);
   if (at.stored == Stored::fp32) {
-    memcpy((float*)cache.data + row * width, x, width * 4);
+    memcpy((float*)cache.data + place, x, width * 4);
   } else if (at.stored == Stored::fp16) {
-    for (int64_t i = 0; i < width; i += L) Isa::store_halves((uint16_t*)cache.data + row * width + i, Isa::load_floats(x + i));
+    for (int64_t i = 0; i < width; i += L) Isa::store_halves((uint16_t*)cache.data + place + i, Isa::load_floats(x + i));
   } else {
     for (int64_t g = 0; g < width; g += CACHE_GROUP) {
       const int group = int(width - g < CACHE_GROUP ? width - g : CACHE_GROUP);
@@ -70,8 +75,8 @@ inline void store_row(const Attention& at, const Cache& cache, int64_t row, cons
       uint16_t scale = half_of(most / 127.0f);
       if (half_to_float(scale) * 127.0f < most) scale++;  // rounded up, so that no code is above 127
       const bool holds = most <= 127.0f * 65504.0f;       // fp16's largest
-      cache.scales[row * groups + g / CACHE_GROUP] = holds ? scale : 0x7e00;  // NaN
-      Isa::round(x + g, group, holds && scale ? 1.0f / half_to_float(scale) : 0, (int8_t*)cache.data + row * width + g);
+      scales_of(at, cache, head, slot)[g / CACHE_GROUP] = holds ? scale : 0x7e00;  // NaN
+      Isa::round(x + g, group, holds && scale ? 1.0f / half_to_float(scale) : 0, (int8_t*)cache.data + place + g);
     }
   }
 }
@@ -83,38 +88,37 @@ void write_cache(const Attention& at, int64_t first, int64_t last) {
     const int64_t slot = at.first_slot + row;
     for (int64_t head = 0; head < at.kv_heads; head++, x += at.width) {
       rotate(x, at.cos + slot * at.width / 2, at.sin + slot * at.width / 2, at.width, 1, rotated);
-      store_row(at, at.keys, head * at.capacity + slot, rotated);
-      store_row(at, at.values, head * at.capacity + slot, x + at.kv_heads * at.width);
+      store_row(at, at.keys, head, slot, rotated);
+      store_row(at, at.values, head, slot, x + at.kv_heads * at.width);
     }
   }
 }
 
-// L values of a cache's row from column `at_column` on.
-inline Floats load_stored(const Attention& at, const Cache& cache, int64_t row, int64_t column) {
-  const int64_t place = row * at.width + column;
+// L values from `column` on.
+inline Floats load_stored(const Attention& at, const Cache& cache, int64_t head, int64_t slot, int64_t column) {
+  const int64_t place = place_of(cache, head, slot) + column;
   if (at.stored == Stored::fp32) return Isa::load_floats((const float*)cache.data + place);
   if (at.stored == Stored::fp16) return Isa::load_halves((const uint16_t*)cache.data + place);
-  const int64_t groups = (at.width + CACHE_GROUP - 1) / CACHE_GROUP;
-  const Floats scale = Isa::set_half(cache.scales[row * groups + column / CACHE_GROUP]);
+  const Floats scale = Isa::set_half(scales_of(at, cache, head, slot)[column / CACHE_GROUP]);
   return Isa::mul(Isa::to_float(Isa::load_bytes((const int8_t*)cache.data + place)), scale);
 }
 
 // Keys of a block, [width, SLOTS]; zeros from `count` slots on.
-inline void keys_of_block(const Attention& at, int64_t first, int64_t count, float* out) {
+inline void keys_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
   for (int64_t slot = 0; slot < SLOTS; slot += L)
     for (int64_t column = 0; column < at.width; column += L) {
       Ints block[L];
       for (int i = 0; i < L; i++)
-        block[i] = slot + i < count ? Isa::as_ints(load_stored(at, at.keys, first + slot + i, column)) : Isa::set(0);
+        block[i] = slot + i < count ? Isa::as_ints(load_stored(at, at.keys, head, first + slot + i, column)) : Isa::set(0);
       Isa::transpose(block);
       for (int i = 0; i < L; i++) Isa::store((int32_t*)out + (column + i) * SLOTS + slot, block[i]);
     }
 }
 
-inline void values_of_block(const Attention& at, int64_t first, int64_t count, float* out) {
+inline void values_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
   for (int64_t slot = 0; slot < count; slot++)
     for (int64_t column = 0; column < at.width; column += L)
-      Isa::store_floats(out + slot * at.width + column, load_stored(at, at.values, first + slot, column));
+      Isa::store_floats(out + slot * at.width + column, load_stored(at, at.values, head, first + slot, column));
 }
 
 // ---- attention ----
@@ -162,29 +166,32 @@ void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
   float *scores = take(count * SLOTS), *most = take(count), *total = take(count);
   for (int64_t i = 0; i < count; i++) {  // rows of a head one after the other, so that a block's rows are the last ones
     const int64_t row = first + i / group, query = head * group + i % group, slot = at.first_slot + row;
-    rotate(at.qkv + (row * (at.heads + 2 * at.kv_heads) + query) * width, at.cos + slot * width / 2, at.sin + slot * width / 2, width,
-           at.scale, queries + i * width);
+    const float* x = at.qkv + (row * (at.heads + 2 * at.kv_heads) + query) * width;
+    if (at.cos) rotate(x, at.cos + slot * width / 2, at.sin + slot * width / 2, width, at.scale, queries + i * width);
+    else
+      for (int64_t j = 0; j < width; j++) queries[i * width + j] = x[j] * at.scale;
     most[i] = -INFINITY, total[i] = 0;
     memset(sums + i * width, 0, width * 4);
   }
-  const int64_t slots = at.first_slot + last;
+  const int64_t slots = at.first_slot + (at.is_causal ? last : at.rows);
   for (int64_t start = 0; start < slots; start += SLOTS) {
-    const int64_t here = slots - start < SLOTS ? slots - start : SLOTS, base = head * at.capacity + start;
-    keys_of_block(at, base, here, keys);
-    const float* block_values = (const float*)at.values.data + base * width;
-    if (at.stored != Stored::fp32) values_of_block(at, base, here, values), block_values = values;
+    const int64_t here = slots - start < SLOTS ? slots - start : SLOTS;
+    keys_of_block(at, head, start, here, keys);
+    const float* block_values = (const float*)at.values.data + place_of(at.values, head, start);
+    int64_t value_stride = at.values.slot_stride;
+    if (at.stored != Stored::fp32) values_of_block(at, head, start, here, values), block_values = values, value_stride = width;
     // Rows whose own slot comes before this block see nothing of it.
-    const int64_t from = start > at.first_slot + first ? (start - at.first_slot - first) * group : 0;
+    const int64_t from = at.is_causal && start > at.first_slot + first ? (start - at.first_slot - first) * group : 0;
     if (from >= count) continue;
     memset(scores + from * SLOTS, 0, (count - from) * SLOTS * 4);
     multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, SLOTS);
     for (int64_t i = from; i < count; i++) {
-      const int64_t seen = at.first_slot + first + i / group + 1 - start;
+      const int64_t seen = at.is_causal ? at.first_slot + first + i / group + 1 - start : here;
       const float factor = soften(scores + i * SLOTS, seen < SLOTS ? seen : SLOTS, most[i], total[i]);
       for (int64_t column = 0; column < width; column += L)
         Isa::store_floats(sums + i * width + column, Isa::mul(Isa::load_floats(sums + i * width + column), Isa::set_float(factor)));
     }
-    multiply_floats(count - from, scores + from * SLOTS, SLOTS, block_values, width, sums + from * width, width, here, width);
+    multiply_floats(count - from, scores + from * SLOTS, SLOTS, block_values, value_stride, sums + from * width, width, here, width);
   }
   for (int64_t i = 0; i < count; i++) {
     float* y = at.y + (first + i / group) * at.heads * width + (head * group + i % group) * width;

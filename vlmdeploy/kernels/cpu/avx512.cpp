@@ -62,6 +62,7 @@ struct Isa {
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats absolute(Floats a) { return _mm512_abs_ps(a); }
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b where one is NaN
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Floats round_even(Floats value) { return _mm512_roundscale_ps(value, 0); }

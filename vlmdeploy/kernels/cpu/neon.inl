@@ -75,6 +75,7 @@ struct Isa {
   static Floats mul(Floats a, Floats b) { return vmulq_f32(a, b); }
   static Floats div(Floats a, Floats b) { return vdivq_f32(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+  static Floats absolute(Floats a) { return vabsq_f32(a); }
   static Floats min(Floats a, Floats b) { return vminq_f32(a, b); }
   static Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
   static Floats round_even(Floats value) { return vrndnq_f32(value); }

@@ -6,6 +6,7 @@
 // Attributes K (width), N (outputs), bits, block_size; codes, scales and zero points as MatMulNBits has them, scales
 // float32 or fp16.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -170,7 +171,7 @@ class Attributes {
 template <Then THEN>
 class Linear {
  public:
-  static constexpr const char* NAME = THEN == Then::swiglu ? "GatedLinear" : "QuantizedLinear";
+  static constexpr const char* NAME = THEN == Then::swiglu ? "GatedLinear" : THEN == Then::gelu ? "GeluLinear" : "QuantizedLinear";
   static constexpr size_t INPUTS = 5, NEEDED = 3, OUTPUTS = 1;
   static ort::ElementType input_type(size_t index) {
     return index == 1 || index == 3 ? ort::UINT8 : index == 2 ? ort::UNDEFINED : ort::FLOAT;
@@ -181,7 +182,7 @@ class Linear {
     width_ = attributes["K"], outputs_ = attributes["N"], bits_ = attributes["bits"], group_ = attributes["block_size"];
     status = attributes.status;
     const bool fits = (bits_ == 4 || bits_ == 8) && (group_ == 32 || group_ == 64 || group_ == 128) && width_ > 0 && width_ < 1 << 24 &&
-                      outputs_ > 0 && outputs_ < 1 << 30 && width_ % group_ == 0 && (THEN == Then::nothing || outputs_ % 2 == 0);
+                      outputs_ > 0 && outputs_ < 1 << 30 && width_ % group_ == 0 && (THEN != Then::swiglu || outputs_ % 2 == 0);
     if (!status && !fits) status = api.error("vlmdeploy: bits must be 4 or 8, block_size 32, 64 or 128 and a divisor of K");
   }
 
@@ -221,6 +222,14 @@ class Linear {
   ort::Api api_;
   int64_t width_, outputs_, bits_, group_;
 };
+
+constexpr int64_t ROWS_AT_ONCE = 128;  // that share a block of keys and values in a core's cache
+
+int64_t blocks_of(int64_t rows) { return (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; }
+
+void attend_block(const Variant& variant, const Attention& at, int64_t kv_head, int64_t block) {
+  variant.attend(at, kv_head, block * ROWS_AT_ONCE, std::min((block + 1) * ROWS_AT_ONCE, at.rows));
+}
 
 // Queries, keys and values of new rows, the cache, and how much of it is filled.
 template <Stored STORED, bool WITH_QUERIES>
@@ -277,25 +286,62 @@ class Attending {
     const int bytes = STORED == Stored::fp32 ? 4 : STORED == Stored::fp16 ? 2 : 1;
     for (int i = 0; i < 4; i++)  // the same memory where the caller binds it so
       if (now[i] && now[i] != past[i].data) memcpy(now[i], past[i].data, past[i].count * (i < 2 ? bytes : 2));
-    const Attention at{rows, heads_, kv_heads_, width_, capacity, first_slot, scale_, (const float*)qkv.data, (const float*)cos.data,
-                       (const float*)sin.data, STORED, {now[0], (uint16_t*)now[2]}, {now[1], (uint16_t*)now[3]}, y};
+    const Attention at{true, rows, heads_, kv_heads_, width_, first_slot, scale_, (const float*)qkv.data, (const float*)cos.data,
+                       (const float*)sin.data, STORED, {now[0], capacity * width_, width_, (uint16_t*)now[2]},
+                       {now[1], capacity * width_, width_, (uint16_t*)now[3]}, y};
     const Variant& variant = fastest();
     const int64_t write_parts = rows < 8 ? 1 : std::min<int64_t>(rows / 4, 16);
     call.in_parallel(write_parts, [&](int64_t i) { variant.write_cache(at, rows * i / write_parts, rows * (i + 1) / write_parts); });
     if (!WITH_QUERIES) return call.status();
-    const int64_t blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    call.in_parallel(kv_heads_ * blocks, [&](int64_t i) {
-      const int64_t first = i % blocks * ROWS_AT_ONCE;
-      variant.attend(at, i / blocks, first, std::min(first + ROWS_AT_ONCE, rows));
+    const int64_t blocks = blocks_of(rows);
+    call.in_parallel(kv_heads_ * blocks, [&](int64_t i) { attend_block(variant, at, i / blocks, i % blocks); });
+    return call.status();
+  }
+
+ private:
+  ort::Api api_;
+  int64_t heads_, kv_heads_, width_;
+  float scale_ = 0;
+};
+
+// Attention of all rows of a picture to all: qkv [images, rows, 3 * heads * width] -> [images, rows, heads * width].
+class EncoderAttending {
+ public:
+  static constexpr const char* NAME = "EncoderAttention";
+  static constexpr size_t INPUTS = 1, NEEDED = 1, OUTPUTS = 1;
+  static ort::ElementType input_type(size_t) { return ort::FLOAT; }
+
+  EncoderAttending(const ort::Api& api, const ort::Info* info, ort::Status*& status) : api_(api) {
+    Attributes attributes(api, info);
+    heads_ = attributes["num_heads"], status = attributes.status;
+    if (!status && (heads_ < 1 || heads_ >= 1 << 16)) status = api.error("vlmdeploy: num_heads must be 1 or more");
+  }
+
+  ort::Status* compute(ort::Context* context) {
+    Call call(api_, context);
+    const auto qkv = call.input(0);
+    const bool is_rows = qkv.type == ort::FLOAT && qkv.dims.size() == 3;
+    const int64_t all = is_rows ? qkv.dims[2] / 3 : 0, width = all / heads_;
+    call.require(is_rows && qkv.dims[2] == 3 * heads_ * width && width > 0 && width <= MOST_WIDTH && width % 16 == 0,
+                 "vlmdeploy: the encoder's heads must have a multiple of 16 values");
+    if (!call.ok()) return call.status();
+    const int64_t images = qkv.dims[0], rows = qkv.dims[1], blocks = blocks_of(rows);
+    float* y = (float*)call.output(0, {images, rows, all});
+    if (!call.ok() || !images || !rows) return call.status();
+    const Variant& variant = fastest();
+    call.in_parallel(images * heads_ * blocks, [&](int64_t i) {
+      const int64_t image = i / (heads_ * blocks);
+      float* x = (float*)qkv.data + image * rows * 3 * all;  // only read
+      const Attention at{false, rows, heads_, heads_, width, 0, 1 / std::sqrt(float(width)), x, nullptr, nullptr, Stored::fp32,
+                         {x + all, width, 3 * all, nullptr}, {x + 2 * all, width, 3 * all, nullptr}, y + image * rows * all};
+      attend_block(variant, at, i / blocks % heads_, i % blocks);
     });
     return call.status();
   }
 
  private:
-  static constexpr int64_t ROWS_AT_ONCE = 128;  // that share a block of keys and values in a core's cache
   ort::Api api_;
-  int64_t heads_, kv_heads_, width_;
-  float scale_ = 0;
+  int64_t heads_;
 };
 
 template <typename Kernel>
@@ -347,18 +393,20 @@ EXPORTED vlmdeploy::ort::Status* RegisterCustomOps(vlmdeploy::ort::Options* opti
   const auto* table = base->get_api(ort::VERSION);
   if (!table) return nullptr;  // an older runtime: without operators it runs the functions of the graph
   const ort::Api api(table);
-  // Graphs hold functions of the first four, which stand in for them, and of the others none.
-  static const ort::Operator with_functions[] = {describe<Linear<Then::nothing>>(), describe<Linear<Then::swiglu>>(),
-                                                 describe<Attending<Stored::fp32, true>>(), describe<Attending<Stored::fp32, false>>()};
+  // Graphs hold functions of those in the first domain, which stand in for them, and of the others none.
+  static const ort::Operator with_functions[] = {
+      describe<Linear<Then::nothing>>(),         describe<Linear<Then::swiglu>>(),           describe<Linear<Then::gelu>>(),
+      describe<Attending<Stored::fp32, true>>(), describe<Attending<Stored::fp32, false>>(), describe<EncoderAttending>()};
   static const ort::Operator others[] = {describe<Attending<Stored::fp16, true>>(), describe<Attending<Stored::fp16, false>>(),
                                          describe<Attending<Stored::int8, true>>(), describe<Attending<Stored::int8, false>>()};
   static ort::Domain* domains[2] = {};  // for all sessions, which they must outlive
   ort::Status* status = nullptr;
-  const auto make = [&](ort::Domain*& domain, const char* name, const ort::Operator* operators) {
+  const auto make = [&](ort::Domain*& domain, const char* name, const auto& operators) {
     if (domain || status) return;
     ort::Domain* made = nullptr;
     status = api.call<const char*, ort::Domain**>(ort::CREATE_DOMAIN, name, &made);
-    for (int i = 0; i < 4 && !status; i++) status = api.call<ort::Domain*, const ort::Operator*>(ort::DOMAIN_ADD, made, operators + i);
+    for (const auto& one : operators)
+      if (!status) status = api.call<ort::Domain*, const ort::Operator*>(ort::DOMAIN_ADD, made, &one);
     if (!status) domain = made;
   };
   make(domains[0], "vlmdeploy", with_functions);
@@ -376,9 +424,9 @@ EXPORTED const char* vlmdeploy_variant(int index) {
   return nullptr;
 }
 
-// One product with the variant of this name; 0 if there is none. y [rows, outputs], or [rows, outputs / 2] with swiglu.
+// One product with the variant of this name; 0 if there is none. y [rows, outputs], or [rows, outputs / 2] after swiglu.
 EXPORTED int vlmdeploy_product(const char* name, int64_t rows, int64_t outputs, int64_t width, int bits, int group, int half_scales,
-                               int swiglu, const float* x, const uint8_t* codes, const void* scales, const uint8_t* zeros,
+                               int then, const float* x, const uint8_t* codes, const void* scales, const uint8_t* zeros,
                                const float* bias, float* y) {
   using namespace vlmdeploy;
   const Variant* variant = variant_named(name);
@@ -386,7 +434,7 @@ EXPORTED int vlmdeploy_product(const char* name, int64_t rows, int64_t outputs, 
   Rounded rounded;
   rounded.resize(rows, width, width / group);
   Product product{*variant, {outputs, width, bits, group, bool(half_scales), codes, scales, zeros, bias},
-                  swiglu ? Then::swiglu : Then::nothing, x, y,
+                  Then(then), x, y,
                   {rows, rounded.codes.data(), rounded.scales.data(), rounded.sums.data()}, 1};
   for (int64_t row = 0; row < rows; row++) product.round(row);
   product.part(0);
@@ -400,7 +448,8 @@ EXPORTED int vlmdeploy_attention(const char* name, int64_t rows, int64_t heads, 
   using namespace vlmdeploy;
   const Variant* variant = variant_named(name);
   if (!variant) return 0;
-  const Attention at{rows, heads, kv_heads, width, capacity, first_slot, scale, qkv, cos, sin, Stored(stored), {keys, key_scales}, {values, value_scales}, y};
+  const Attention at{true, rows, heads, kv_heads, width, first_slot, scale, qkv, cos, sin, Stored(stored),
+                     {keys, capacity * width, width, key_scales}, {values, capacity * width, width, value_scales}, y};
   variant->write_cache(at, 0, rows);
   for (int64_t head = 0; head < kv_heads; head++) variant->attend(at, head, 0, rows);
   return 1;

@@ -79,6 +79,7 @@ struct Isa {
   static Floats mul(Floats a, Floats b) { return each<float>([&](int i) { return a.v[i] * b.v[i]; }); }
   static Floats div(Floats a, Floats b) { return each<float>([&](int i) { return a.v[i] / b.v[i]; }); }
   static Floats fma(Floats a, Floats b, Floats c) { return each<float>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); }); }
+  static Floats absolute(Floats a) { return each<float>([&](int i) { return std::fabs(a.v[i]); }); }
   static Floats min(Floats a, Floats b) { return each<float>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
   static Floats max(Floats a, Floats b) { return each<float>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
   static Floats round_even(Floats value) { return each<float>([&](int i) { return std::nearbyintf(value.v[i]); }); }

@@ -29,7 +29,8 @@ struct Rows {
   int32_t* sums;
 };
 
-enum class Then { nothing, swiglu };  // swiglu: y[n] = silu(y'[n]) * y'[n + outputs / 2] for the first half of the outputs
+// What follows the product y'. swiglu: y[n] = silu(y'[n]) * y'[n + outputs / 2] for the first half of the outputs; gelu: by erf.
+enum class Then { nothing, swiglu, gelu };
 
 struct Attention;
 

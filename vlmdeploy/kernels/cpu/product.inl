@@ -288,6 +288,18 @@ inline Floats silu_times(Floats gate, Floats up) {
   return Isa::mul(Isa::div(gate, Isa::add_floats(one, exp_of(negated))), up);
 }
 
+// x / 2 * (1 + erf(x / sqrt 2)); erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7.
+inline Floats gelu(Floats x) {
+  const Floats z = Isa::mul(Isa::absolute(x), Isa::set_float(0.70710678f));
+  const Floats t = Isa::div(Isa::set_float(1), Isa::fma(Isa::set_float(0.3275911f), z, Isa::set_float(1)));
+  Floats p = Isa::set_float(1.061405429f);
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = Isa::fma(p, t, Isa::set_float(c));
+  const Floats rest = Isa::mul(Isa::mul(p, t), exp_of(Isa::mul(Isa::mul(z, z), Isa::set_float(-1))));  // 1 - erf(z)
+  // Of x below zero: x / 2 * rest; of the others: x - x / 2 * rest.
+  const Floats half = Isa::mul(Isa::mul(x, Isa::set_float(0.5f)), rest), positive = Isa::max(Isa::set_float(0), x);
+  return Isa::add_floats(positive, Isa::mul(Isa::absolute(half), Isa::set_float(-1)));
+}
+
 inline void put(float* y, Floats value, int64_t left) {
   if (left >= L) {
     Isa::store_floats(y, value);
@@ -313,6 +325,7 @@ inline void finish(const Weights& w, const Tile* tiles, const Place& place, int6
   if (place.then == Then::swiglu) {
     put(y, silu_times(a, b), left);
   } else {
+    if (place.then == Then::gelu) a = gelu(a), b = gelu(b);
     put(y, a, left), put(y + L, b, left - L);
   }
 }

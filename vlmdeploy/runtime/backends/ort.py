@@ -186,6 +186,7 @@ class OrtBackend(Backend):
 
     @override
     def new_lanes(self, count: int, slots: int) -> OrtLanes:
+        self._decode = None  # holds the previous cache
         if self.provider != "cpu":
             self.session(self.manifest.token_graph)  # its error says what is missing; a failed allocation does not
         slots = self.manifest.context_tokens if self._has_fixed_cache else slots

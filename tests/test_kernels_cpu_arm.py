@@ -1,0 +1,79 @@
+"""The ARM variants of the CPU's product, cross-compiled and run by an emulator: the textbook, equal to the plain one.
+
+Needs `apt install g++-aarch64-linux-gnu qemu-user`. What they compute is tested here, not how fast.
+"""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_kernels_cpu import THEN, Case, draw
+from vlmdeploy.kernels import cpu
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+SOURCES = sorted(Path(cpu.__file__).parent.glob("*.cpp"))
+# Emulated processors, and the variants that they run.
+PROCESSORS = {
+    "max": {"neon-i8mm", "neon-dotprod", "plain"},
+    "cortex-a76": {"neon-dotprod", "plain"},
+    "cortex-a57": {"plain"},
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"needs {COMPILER}, {EMULATOR}"),
+]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that runs products, for ARM."""
+    path = tmp_path_factory.mktemp("arm") / "driver"
+    options = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", "-o", path]
+    subprocess.run([COMPILER, *options, Path(__file__).with_name("cpu_kernel_driver.cpp"), *SOURCES], check=True)
+    return path
+
+
+def cases() -> list[tuple[Case, str]]:
+    """Products of all kinds, with their operators."""
+    random = np.random.default_rng(3)
+    found = []
+    for bits in cpu.BITS:
+        for group in cpu.GROUPS:
+            for operator in THEN:
+                rows, outputs = int(random.choice([1, 2, 3, 7, 13])), 2 * int(random.integers(1, 40))
+                found.append((draw(random, rows, outputs, bits, group, int(random.integers(1, 12))), operator))
+    return found
+
+
+def written(case: Case, operator: str) -> bytes:
+    """A case as the driver reads it."""
+    rows, width = case.x.shape
+    flags = (case.scales.dtype == np.float16, list(THEN).index(operator), case.zeros is not None, case.bias is not None)
+    arrays = (case.x, case.codes, case.scales, case.zeros, case.bias)
+    header = struct.pack("<9q", rows, case.outputs, width, case.bits, case.group, *flags)
+    return header + b"".join(array.tobytes() for array in arrays if array is not None)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_arm_variants_are_the_textbook_and_equal(driver: Path, processor: str) -> None:
+    subjects = cases()
+    content = b"".join(written(*subject) for subject in subjects)
+    command = [EMULATOR, "-cpu", processor, str(driver)]
+    out = subprocess.run(command, input=content, capture_output=True, check=True).stdout
+    place = 0
+    for case, operator in subjects:
+        expected, found = case.expected(operator), {}
+        for _ in PROCESSORS[processor]:
+            name = out[place : place + 16].rstrip(b"\0").decode()
+            found[name] = np.frombuffer(out, np.float32, expected.size, place + 16).reshape(expected.shape)
+            place += 16 + 4 * expected.size
+        assert found.keys() == PROCESSORS[processor]
+        np.testing.assert_allclose(found["plain"], expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+        for name, y in found.items():
+            np.testing.assert_array_equal(y, found["plain"], err_msg=name)
+    assert place == len(out)
