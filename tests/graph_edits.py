@@ -21,11 +21,12 @@ def names_of(bundle: Path, graph: str) -> list[str]:
 
 
 def edit_nodes(graph: str, op: str, edit: Callable[[onnx.NodeProto], None]) -> Edit:
-    """Change every node of one operator in one graph."""
+    """Change every node of one operator in one graph and its functions."""
 
     def edit_file(folder: Path) -> None:
         model = graph_of(folder, graph)
-        nodes = [node for node in model.graph.node if node.op_type == op]
+        bodies = (model.graph, *model.functions)
+        nodes = [node for body in bodies for node in body.node if node.op_type == op]
         assert nodes, f"{graph} has no {op}"
         for node in nodes:
             edit(node)

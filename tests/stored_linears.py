@@ -51,7 +51,7 @@ def onnx_linears(bundle: Path) -> dict[str, StoredLinear]:
         model = onnx.load(str(path))
         tensors = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
         for node in model.graph.node:
-            if node.op_type in ("MatMulNBits", "QuantizedLinear", "GatedLinear"):
+            if node.op_type in ("MatMulNBits", "QuantizedLinear", "GatedLinear", "GeluLinear"):
                 found[node.input[1]] = _matmul_linear(node, tensors)
     return found
 

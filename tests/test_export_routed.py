@@ -353,7 +353,7 @@ def test_auto_and_off_write_segment_graphs(ckpt: Path, tmp_path: Path) -> None:
     for choice in ("auto", "off"):
         manifest = read_manifest(export(ckpt, tmp_path / choice, "trt-int4", routed_plugin=choice))
         assert list(manifest.graphs) == ["vision", "decoder_text", "decoder_vision"]
-        assert (manifest.format_version, manifest.plugin) == ("1.2", None)
+        assert (manifest.format_version, manifest.plugin) == ("1.3", None)
 
 
 def test_export_command_takes_the_option(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def assert_refused(result: Any, message: str) -> None:
 def test_bundle_of_format_2_without_a_plugin_is_from_the_future(bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_manifest(copy, plugin=None)
-    with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.2"):
+    with pytest.raises(BundleError, match=r"format 2\.0 is newer than 1\.3"):
         check_bundle(copy)
 
 

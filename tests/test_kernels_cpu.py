@@ -104,6 +104,7 @@ def test_every_variant_is_the_textbook_and_all_are_equal(
     random = np.random.default_rng([bits, group, len(operator)])
     names = variants(native)
     assert names[-1] == "plain"
+    assert names[0] == cpu.variant()
     for _ in range(12):
         outputs = 2 * int(random.integers(1, 40)) - (operator != cpu.GATED)
         case = draw(random, int(random.choice([1, 2, 3, 5, 7, 13])), outputs, bits, group, int(random.integers(1, 20)))

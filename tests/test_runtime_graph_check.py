@@ -23,7 +23,7 @@ from vlmdeploy.quant.precision import TARGETS, is_tensorrt
 from vlmdeploy.runtime import graph_check
 from vlmdeploy.runtime.graph_check import MESSAGES, WIRE_TYPES, check_graph
 
-SIZES: dict[str, Any] = {"hidden": 64, "heads": 4, "mlp": 64, "vision_width": 32, "vision_mlp": 64, "image_px": 10}
+SIZES: dict[str, Any] = {"hidden": 64, "heads": 2, "mlp": 64, "vision_width": 64, "vision_mlp": 64, "image_px": 10}
 DATA = "decoder.data"
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vlmdeploy.errors import BundleError
 
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with a routed decoder, which readers of version 1 must refuse
 
 # Names of files that the manifest does not name itself; ENGINES is the folder of compiled engines and the plugin.

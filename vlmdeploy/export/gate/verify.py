@@ -17,6 +17,7 @@ from vlmdeploy.export.gate.stage_checks import StageChecks
 from vlmdeploy.export.gate.taps import TappedRun, tapped_backend
 from vlmdeploy.export.gate.torch_stages import TorchStages
 from vlmdeploy.export.weight_reader import WeightReader, stored_precisions
+from vlmdeploy.kernels import cpu
 from vlmdeploy.layout import Ints
 from vlmdeploy.manifest import Manifest, StageVerdict, Verification
 from vlmdeploy.model.checkpoint import Checkpoint
@@ -172,4 +173,5 @@ def verify_bundle(
 
 
 def _host() -> str:
-    return f"{platform.machine()}, onnxruntime {import_onnxruntime().__version__}"
+    operators = f", operators {cpu.variant()}" if cpu.variant() else ""
+    return f"{platform.machine()}, onnxruntime {import_onnxruntime().__version__}{operators}"

@@ -4,6 +4,7 @@ Without a compiler there is no library, and ONNX Runtime runs the functions that
 Why: docs/design/0014-cpu-kernel.md.
 """
 
+import ctypes
 from pathlib import Path
 
 DOMAIN = "vlmdeploy"
@@ -24,3 +25,13 @@ def library() -> Path | None:
     """The compiled operators; None where the installation has none."""
     path = Path(__file__).with_name("_operators.abi3.so")
     return path if path.is_file() else None
+
+
+def variant() -> str | None:
+    """The instructions that the compiled operators use on this machine, such as "avx2"; None without operators."""
+    path = library()
+    if path is None:
+        return None
+    name = ctypes.CDLL(str(path)).vlmdeploy_variant
+    name.restype = ctypes.c_char_p
+    return str(name(0).decode())
