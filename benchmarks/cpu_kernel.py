@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -114,8 +115,8 @@ def phases(image_rows: int) -> dict[str, Callable[[Side], float]]:
     return {
         f"text, {PROMPT_ROWS} rows": lambda side: side.read(text),
         f"picture, {image_rows} rows": lambda side: side.read(picture),
-        "encoder and connector": lambda side: side.encode(),
-        **{f"decoded token at {depth}": lambda side, depth=depth: side.decode(depth) for depth in DEPTHS},
+        "encoder and connector": Side.encode,
+        **{f"decoded token at {depth}": partial(Side.decode, depth=depth) for depth in DEPTHS},
     }
 
 

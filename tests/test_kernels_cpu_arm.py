@@ -33,8 +33,9 @@ pytestmark = [
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that runs products, for ARM."""
     path = tmp_path_factory.mktemp("arm") / "driver"
-    options = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", "-o", path]
-    subprocess.run([COMPILER, *options, Path(__file__).with_name("cpu_kernel_driver.cpp"), *SOURCES], check=True)
+    sources = map(str, [Path(__file__).with_name("cpu_kernel_driver.cpp"), *SOURCES])
+    options = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", "-o", str(path)]
+    subprocess.run([COMPILER, *options, *sources], check=True)
     return path
 
 
