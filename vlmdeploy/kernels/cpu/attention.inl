@@ -3,9 +3,8 @@
 namespace {
 
 // C [ROWS, N] += A [ROWS, depth] * B [depth, N], each sum from the first to the last of `depth`.
-template <int ROWS>
+template <int ROWS, int VECTORS>
 inline void multiply_floats(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth, int64_t n) {
-  constexpr int VECTORS = Isa::COLUMNS;
   int64_t column = 0;
   for (; column + VECTORS * L <= n; column += VECTORS * L) {
     Floats sum[ROWS][VECTORS];
@@ -23,20 +22,16 @@ inline void multiply_floats(const float* a, int64_t a_row, const float* b, int64
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) Isa::store_floats(c + r * c_row + column + v * L, sum[r][v]);
   }
-  for (; column < n; column += L)
-    for (int r = 0; r < ROWS; r++) {
-      Floats sum = Isa::load_floats(c + r * c_row + column);
-      for (int64_t k = 0; k < depth; k++) sum = Isa::fma(Isa::set_float(a[r * a_row + k]), Isa::load_floats(b + k * b_row + column), sum);
-      Isa::store_floats(c + r * c_row + column, sum);
-    }
+  if constexpr (VECTORS > 1)
+    if (column < n) multiply_floats<ROWS, VECTORS / 2>(a, a_row, b + column, b_row, c + column, c_row, depth, n - column);
 }
 
 inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
                             int64_t n) {
   int64_t row = 0;
   for (; row + Isa::FLOAT_ROWS <= rows; row += Isa::FLOAT_ROWS)
-    multiply_floats<Isa::FLOAT_ROWS>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
-  for (; row < rows; row++) multiply_floats<1>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
+    multiply_floats<Isa::FLOAT_ROWS, Isa::COLUMNS>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
+  for (; row < rows; row++) multiply_floats<1, 128 / L>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, n);
 }
 
 // ---- the cache ----
@@ -94,31 +89,70 @@ void write_cache(const Attention& at, int64_t first, int64_t last) {
   }
 }
 
-// L values from `column` on.
-inline Floats load_stored(const Attention& at, const Cache& cache, int64_t head, int64_t slot, int64_t column) {
-  const int64_t place = place_of(cache, head, slot) + column;
-  if (at.stored == Stored::fp32) return Isa::load_floats((const float*)cache.data + place);
-  if (at.stored == Stored::fp16) return Isa::load_halves((const uint16_t*)cache.data + place);
-  const Floats scale = Isa::set_half(scales_of(at, cache, head, slot)[column / CACHE_GROUP]);
-  return Isa::mul(Isa::to_float(Isa::load_bytes((const int8_t*)cache.data + place)), scale);
+// The values of one slot.
+template <Stored STORED>
+struct Row {
+  const void* data;
+  const uint16_t* scales;
+
+  Row() = default;
+  Row(const Attention& at, const Cache& cache, int64_t head, int64_t slot) {
+    const int64_t place = place_of(cache, head, slot);
+    data = STORED == Stored::fp32   ? (const void*)((const float*)cache.data + place)
+           : STORED == Stored::fp16 ? (const void*)((const uint16_t*)cache.data + place)
+                                    : (const void*)((const int8_t*)cache.data + place);
+    scales = STORED == Stored::int8 ? scales_of(at, cache, head, slot) : nullptr;
+  }
+  Floats load(int64_t column) const {
+    if (STORED == Stored::fp32) return Isa::load_floats((const float*)data + column);
+    if (STORED == Stored::fp16) return Isa::load_halves((const uint16_t*)data + column);
+    const Floats codes = Isa::to_float(Isa::load_bytes((const int8_t*)data + column));
+    return Isa::mul(codes, Isa::set_half(scales[column / CACHE_GROUP]));
+  }
+};
+
+// Fetches `bytes` from `from` on into the cache.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
 }
 
-// Keys of a block, [width, SLOTS]; zeros from `count` slots on.
+// Keys of a block, [width, SLOTS]; the first `count` slots, then zeros up to a multiple of L. Fetches the next block.
+template <Stored STORED>
 inline void keys_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
-  for (int64_t slot = 0; slot < SLOTS; slot += L)
+  const int64_t bytes = at.width * (STORED == Stored::fp32 ? 4 : STORED == Stored::fp16 ? 2 : 1);
+  for (int64_t slot = 0; slot < count; slot += L) {
+    const int64_t held = count - slot < L ? count - slot : L;
+    Row<STORED> rows[L];
+    for (int64_t i = 0; i < held; i++) rows[i] = Row<STORED>(at, at.keys, head, first + slot + i);
     for (int64_t column = 0; column < at.width; column += L) {
       Ints block[L];
-      for (int i = 0; i < L; i++)
-        block[i] = slot + i < count ? Isa::as_ints(load_stored(at, at.keys, head, first + slot + i, column)) : Isa::set(0);
+      if (held == L) {
+        for (int i = 0; i < L; i++) block[i] = Isa::as_ints(rows[i].load(column));
+        // In the order of memory: row after row, while this block is read column by column.
+        for (int64_t i = column * L / at.width; i < (column + L) * L / at.width; i++)
+          fetch(Row<STORED>(at, at.keys, head, first + SLOTS + slot + i).data, bytes);
+      } else {
+        for (int i = 0; i < L; i++) block[i] = i < held ? Isa::as_ints(rows[i].load(column)) : Isa::set(0);
+      }
       Isa::transpose(block);
       for (int i = 0; i < L; i++) Isa::store((int32_t*)out + (column + i) * SLOTS + slot, block[i]);
     }
+  }
 }
 
-inline void values_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
-  for (int64_t slot = 0; slot < count; slot++)
-    for (int64_t column = 0; column < at.width; column += L)
-      Isa::store_floats(out + slot * at.width + column, load_stored(at, at.values, head, first + slot, column));
+// Values of a block as floats: where they are, or [SLOTS, width] at `out`; `stride` between slots.
+template <Stored STORED>
+inline const float* values_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out, int64_t& stride) {
+  stride = at.width;
+  if (STORED == Stored::fp32) {
+    stride = at.values.slot_stride;
+    return (const float*)at.values.data + place_of(at.values, head, first);
+  }
+  for (int64_t slot = 0; slot < count; slot++) {
+    const Row<STORED> row(at, at.values, head, first + slot);
+    for (int64_t column = 0; column < at.width; column += L) Isa::store_floats(out + slot * at.width + column, row.load(column));
+  }
+  return out;
 }
 
 // ---- attention ----
@@ -154,8 +188,8 @@ inline float soften(float* scores, int64_t count, float& most, float& total) {
   return factor;
 }
 
-// All heads that share key and value head `head`, for rows first to last (exclusive) of a call.
-void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
+template <Stored STORED>
+void attend_as(const Attention& at, int64_t head, int64_t first, int64_t last) {
   const int64_t group = at.heads / at.kv_heads, count = (last - first) * group, width = at.width;
   thread_local std::vector<float> memory;
   const size_t needed = size_t(count) * (2 * width + SLOTS + 2) + 2 * SLOTS * width + 16;
@@ -176,15 +210,15 @@ void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
   const int64_t slots = at.first_slot + (at.is_causal ? last : at.rows);
   for (int64_t start = 0; start < slots; start += SLOTS) {
     const int64_t here = slots - start < SLOTS ? slots - start : SLOTS;
-    keys_of_block(at, head, start, here, keys);
-    const float* block_values = (const float*)at.values.data + place_of(at.values, head, start);
-    int64_t value_stride = at.values.slot_stride;
-    if (at.stored != Stored::fp32) values_of_block(at, head, start, here, values), block_values = values, value_stride = width;
+    const int64_t columns = (here + L - 1) / L * L;
+    keys_of_block<STORED>(at, head, start, here, keys);
+    int64_t value_stride;
+    const float* block_values = values_of_block<STORED>(at, head, start, here, values, value_stride);
     // Rows whose own slot comes before this block see nothing of it.
     const int64_t from = at.is_causal && start > at.first_slot + first ? (start - at.first_slot - first) * group : 0;
     if (from >= count) continue;
     memset(scores + from * SLOTS, 0, (count - from) * SLOTS * 4);
-    multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, SLOTS);
+    multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, columns);
     for (int64_t i = from; i < count; i++) {
       const int64_t seen = at.is_causal ? at.first_slot + first + i / group + 1 - start : here;
       const float factor = soften(scores + i * SLOTS, seen < SLOTS ? seen : SLOTS, most[i], total[i]);
@@ -198,6 +232,13 @@ void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
     for (int64_t column = 0; column < width; column += L)
       Isa::store_floats(y + column, Isa::div(Isa::load_floats(sums + i * width + column), Isa::set_float(total[i])));
   }
+}
+
+// All heads that share key and value head `head`, for rows first to last (exclusive) of a call.
+void attend(const Attention& at, int64_t head, int64_t first, int64_t last) {
+  if (at.stored == Stored::fp32) attend_as<Stored::fp32>(at, head, first, last);
+  if (at.stored == Stored::fp16) attend_as<Stored::fp16>(at, head, first, last);
+  if (at.stored == Stored::int8) attend_as<Stored::int8>(at, head, first, last);
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ struct Isa {
   template <int BITS>
   static Ints dot(Ints sum, Ints codes, Ints activations) {
 #ifdef DOT_VNNI
-    return _mm256_dpbusd_avx_epi32(sum, codes, activations);
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(activations));  // as in avx512.cpp
+    return sum;
 #else
     const Ints ones = _mm256_set1_epi16(1);
     if (BITS == 4) return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, activations), ones));

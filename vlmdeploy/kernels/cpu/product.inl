@@ -133,7 +133,7 @@ inline Floats one_row(const Tile& tile, int64_t width, const int8_t* a, const fl
         const int64_t at = word + step * L;
         const int32_t* x = (const int32_t*)a + at * (BITS == 4 ? 2 : 1);
         for (int i = 0; i < 4; i++) {
-          __builtin_prefetch(rows[i] + at + 4 * words);
+          __builtin_prefetch(rows[0] + 3072 + at * 4 + i * L);  // 12 KB ahead, in the order of memory
           Ints codes;
           if (at + L <= words) {
             codes = Isa::load(rows[i] + at);
