@@ -32,7 +32,13 @@ from vlmdeploy.runtime.backends.lanes import Call, Lanes
 from vlmdeploy.runtime.session import Session, open_bundle
 
 CONTEXT, DEPTHS, PROMPT_ROWS, TOKENS = 4224, (0, 512, 4096), 512, 16
-WIDTHS = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 12, "num_attention_heads": 16}
+WIDTHS = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "max_position_embeddings": CONTEXT,
+}
 ENCODER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_heads": 16, "image_size": 224}
 
 
@@ -70,17 +76,17 @@ class Side:
         self.backend, self.hidden = self.session.backend, self.session.manifest.embedding.hidden
         self.random = np.random.default_rng(0)
 
-    def lanes(self, filled: int) -> Lanes:
-        """A cache with the first `filled` slots taken, by zeros."""
-        lanes = self.backend.new_lanes(1, CONTEXT)
-        lanes.begin(0, np.arange(CONTEXT))
+    def lanes(self, filled: int, new: int) -> Lanes:
+        """A cache with `filled` slots taken, by zeros, and room for `new` others."""
+        lanes = self.backend.new_lanes(1, filled + new)
+        lanes.begin(0, np.arange(filled + new))
         lanes.lengths[0] = filled
         return lanes
 
     def read(self, vision_mask: Bools) -> float:
         """Seconds of a prompt of random rows of these experts."""
         rows = self.random.standard_normal((len(vision_mask), self.hidden), np.float32)
-        lanes, start = self.lanes(0), time.perf_counter()
+        lanes, start = self.lanes(0, len(rows)), time.perf_counter()
         for first in range(0, len(rows), self.backend.chunk_rows):
             part = slice(first, first + self.backend.chunk_rows)
             asked = np.zeros(0, np.int64)
@@ -89,7 +95,7 @@ class Side:
 
     def decode(self, depth: int) -> float:
         """Seconds per decoded token behind `depth` others."""
-        lanes, row = self.lanes(depth), self.random.standard_normal((1, self.hidden), np.float32)
+        lanes, row = self.lanes(depth, TOKENS + 1), self.random.standard_normal((1, self.hidden), np.float32)
         self.backend.decode(row, np.ones(1, np.bool_), lanes)
         start = time.perf_counter()
         for _ in range(TOKENS):
