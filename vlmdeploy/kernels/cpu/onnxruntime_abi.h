@@ -1,8 +1,8 @@
 // The part of ONNX Runtime's C interface that a library of operators needs.
 //
-// The package of ONNX Runtime has no headers, so this file declares what we use: the first function pointers of the table
-// `OrtApi` by their published, append-only order, and the struct that describes an operator. Versions: OrtCustomOp as of
-// version 23 of the interface (ONNX Runtime 1.23); a later runtime reads no more of the struct than `version` says.
+// The package of ONNX Runtime has no headers, so this file declares what we use: functions by their place in the table `OrtApi`,
+// whose published order only grows, and the struct that describes an operator, as of version 23 of the interface (ONNX Runtime
+// 1.23). A later runtime reads no more of the struct than `version` says.
 #pragma once
 #include <cstddef>
 #include <cstdint>

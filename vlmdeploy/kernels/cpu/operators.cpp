@@ -1,14 +1,19 @@
-// The operators QuantizedLinear and GatedLinear of the domain "vlmdeploy" for ONNX Runtime; and `vlmdeploy_product`, the same
-// product without it.
+// Our operators for ONNX Runtime, and what the tests call without it.
 //
 //   QuantizedLinear(x [..., width], codes, scales, zero_points?, bias?) -> [..., outputs]
 //   GatedLinear(the same) -> [..., outputs / 2]: silu of the first half of the outputs times the second half
-// Attributes K (width), N (outputs), bits, block_size; codes, scales and zero points as MatMulNBits has them, scales
-// float32 or fp16.
+//   GeluLinear(the same) -> [..., outputs]
+// with K (width), N (outputs), bits, block_size; codes, scales and zero points as MatMulNBits has them, scales fp16 or float32.
+//   CachedAttention(qkv [rows, (num_heads + 2 kv_num_heads) * head_size], past_key, past_value, seqlens_k,
+//     total_sequence_length, cos, sin) -> [rows, num_heads * head_size], present_key, present_value
+//   WriteCache(keys and values of the rows, the same) -> present_key, present_value
+// as GroupQueryAttention has them, and with Fp16 or Int8 behind the name for such a cache; of int8, past_key_scales and
+// past_value_scales follow the inputs, present ones the outputs.
+//   EncoderAttention(qkv [images, rows, 3 * width]) -> [images, rows, width]
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
+#include <mutex>
 #include <vector>
 
 #include "attention.h"
@@ -52,6 +57,11 @@ struct Rounded {
   std::vector<int32_t> sums;
   void resize(int64_t rows, int64_t width, int64_t groups) {
     codes.resize(rows * width), scales.resize(rows * groups), sums.resize(rows * groups);
+  }
+  // One for all operators of a thread: each would keep a prompt's worth.
+  static Rounded& of_thread() {
+    static thread_local Rounded rounded;
+    return rounded;
   }
 };
 
@@ -202,7 +212,7 @@ class Linear {
     float* y = (float*)call.output(0, dims);
     const int64_t rows = x.count / width_;
     if (!rows || !call.ok()) return call.status();
-    static thread_local Rounded rounded;  // for all operators of a thread: each would keep a prompt's worth
+    Rounded& rounded = Rounded::of_thread();
     rounded.resize(rows, width_, groups);
     Product product{fastest(),
                     {outputs_, width_, int(bits_), int(group_), half_scales, (const uint8_t*)codes.data, scales.data,
@@ -218,8 +228,9 @@ class Linear {
     return call.status();
   }
 
- private:
   ort::Api api_;
+
+ private:
   int64_t width_, outputs_, bits_, group_;
 };
 
@@ -270,7 +281,8 @@ class Attending {
     const Call::Tensor past[4] = {call.input(1), call.input(2), HAS_SCALES ? call.input(7) : Call::Tensor{},
                                   HAS_SCALES ? call.input(8) : Call::Tensor{}};
     const int64_t rows = qkv.dims.empty() ? 0 : qkv.dims[0], capacity = past[0].dims.size() == 4 ? past[0].dims[2] : 0;
-    const std::vector<int64_t> sizes{1, kv_heads_, capacity, width_}, table{capacity, width_ / 2};
+    const std::vector<int64_t> sizes{1, kv_heads_, capacity, width_};
+    const std::vector<int64_t> table{cos.dims.empty() ? 0 : cos.dims[0], width_ / 2};
     const std::vector<int64_t> scale_sizes{1, kv_heads_, capacity, (width_ + CACHE_GROUP - 1) / CACHE_GROUP};
     bool fits = qkv.is(ort::FLOAT, {rows, (heads_ + 2 * kv_heads_) * width_}) && past[0].is(TYPE, sizes) && past[1].is(TYPE, sizes) &&
                 filled.is(ort::INT32, {1}) && cos.is(ort::FLOAT, table) && sin.is(ort::FLOAT, table);
@@ -278,7 +290,7 @@ class Attending {
     call.require(fits, "vlmdeploy: the sizes or types of an input do not fit num_heads, kv_num_heads and head_size");
     if (!call.ok()) return call.status();
     const int64_t first_slot = *(const int32_t*)filled.data + 1 - rows;
-    call.require(first_slot >= 0 && first_slot + rows <= capacity, "vlmdeploy: seqlens_k is beyond the KV cache");
+    call.require(first_slot >= 0 && first_slot + rows <= std::min(capacity, table[0]), "vlmdeploy: seqlens_k is beyond the KV cache");
     float* y = WITH_QUERIES ? (float*)call.output(0, {rows, heads_ * width_}) : nullptr;
     void* now[4] = {};
     for (int i = 0; i < (HAS_SCALES ? 4 : 2); i++) now[i] = call.output(i + (WITH_QUERIES ? 1 : 0), i < 2 ? sizes : scale_sizes);
@@ -298,8 +310,9 @@ class Attending {
     return call.status();
   }
 
- private:
   ort::Api api_;
+
+ private:
   int64_t heads_, kv_heads_, width_;
   float scale_ = 0;
 };
@@ -339,8 +352,9 @@ class EncoderAttending {
     return call.status();
   }
 
- private:
   ort::Api api_;
+
+ private:
   int64_t heads_;
 };
 
@@ -375,7 +389,13 @@ ort::Operator describe() {
     else *out = kernel;
     return status;
   };
-  op.compute_checked = [](void* kernel, ort::Context* context) { return ((Kernel*)kernel)->compute(context); };
+  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
+    try {
+      return ((Kernel*)kernel)->compute(context);
+    } catch (const std::exception&) {
+      return ((Kernel*)kernel)->api_.error("vlmdeploy: not enough memory");
+    }
+  };
   op.destroy = [](void* kernel) { delete (Kernel*)kernel; };
   op.first_opset = [](const ort::Operator*) { return 1; };
   op.last_opset = [](const ort::Operator*) { return 1 << 30; };
@@ -400,6 +420,8 @@ EXPORTED vlmdeploy::ort::Status* RegisterCustomOps(vlmdeploy::ort::Options* opti
   static const ort::Operator others[] = {describe<Attending<Stored::fp16, true>>(), describe<Attending<Stored::fp16, false>>(),
                                          describe<Attending<Stored::int8, true>>(), describe<Attending<Stored::int8, false>>()};
   static ort::Domain* domains[2] = {};  // for all sessions, which they must outlive
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   ort::Status* status = nullptr;
   const auto make = [&](ort::Domain*& domain, const char* name, const auto& operators) {
     if (domain || status) return;
