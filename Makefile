@@ -12,7 +12,7 @@ MINUTES ?= 10
 all: $(READY)
 
 # torch first and pinned: left to the resolver it may bring another build than the one we test with.
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard vlmdeploy/kernels/cpu/*.cpp vlmdeploy/kernels/cpu/*.h vlmdeploy/kernels/cpu/*.inl)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e ".[cpu,toolchain,digits,report,rtx,dev]"

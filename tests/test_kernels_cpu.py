@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.reference import cached_attention, cpu_product
+from tests.tiny_bundle import export
+from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.export.graphs.ort_dialect import OrtGraph
 from vlmdeploy.kernels import cpu
 from vlmdeploy.runtime.backends.ort import import_onnxruntime, load_session
+from vlmdeploy.runtime.session import open_bundle
 
 Array = NDArray[Any]
 
@@ -329,6 +332,26 @@ def test_rows_outside_the_cache_are_an_error(filled: int) -> None:
     case = Conversation.draw(4, 90, 4, 2, 32, "fp32")
     with pytest.raises(Exception, match="vlmdeploy: seqlens_k is beyond the KV cache"):
         session(cached_attention_model(2, 4, 32), True).run(None, inputs_of(case, filled))
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model all of whose linears are ours."""
+    sizes = {"hidden": 64, "heads": 2, "mlp": 96, "vision_width": 64, "vision_mlp": 96}
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "ckpt", "cogvlm2", **sizes)
+
+
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "int8"])
+def test_a_prompt_has_the_same_logits_however_it_is_cut(ckpt: Path, tmp_path: Path, kv: str) -> None:
+    export(ckpt, tmp_path / "bundle", "ort-int4", group=32, kv=kv)
+    ids = np.random.default_rng(1).integers(3, 40, 30)
+    found = []
+    for chunk_rows in (256, 7, 1):
+        opened = open_bundle(tmp_path / "bundle", threads=2)
+        opened.backend.chunk_rows = chunk_rows
+        found.append(opened.logits(ids))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_functions_are_those_of_the_operators() -> None:
