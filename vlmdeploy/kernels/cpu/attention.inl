@@ -8,18 +8,24 @@ inline void multiply_floats(const float* a, int64_t a_row, const float* b, int64
   int64_t column = 0;
   for (; column + VECTORS * L <= n; column += VECTORS * L) {
     Floats sum[ROWS][VECTORS];
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) sum[r][v] = Isa::load_floats(c + r * c_row + column + v * L);
     for (int64_t k = 0; k < depth; k++) {
       Floats right[VECTORS];
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) right[v] = Isa::load_floats(b + k * b_row + column + v * L);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
         const Floats left = Isa::set_float(a[r * a_row + k]);
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) sum[r][v] = Isa::fma(left, right[v], sum[r][v]);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) Isa::store_floats(c + r * c_row + column + v * L, sum[r][v]);
   }
   if constexpr (VECTORS > 1)
@@ -116,43 +122,170 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
 }
 
-// Keys of a block, [width, SLOTS]; the first `count` slots, then zeros up to a multiple of L. Fetches the next block.
+// The keys of up to L slots, from `column` on: take(p, values p of all of them, zeros for those beyond `held`) for some columns;
+// returns their number. Of int8, 32-bit words of four codes are turned and then taken apart.
+template <Stored STORED, typename Take>
+inline int64_t turn_keys(const Attention& at, const Row<STORED>* rows, int64_t held, int64_t column, const Take& take) {
+  Ints block[L];
+  if constexpr (STORED == Stored::int8)
+    if (at.width % (4 * L) == 0) {
+      for (int i = 0; i < L; i++) block[i] = i < held ? Isa::load((const int32_t*)((const int8_t*)rows[i].data + column)) : Isa::set(0);
+      Isa::transpose(block);
+      Floats scale = Isa::set_float(0);
+      for (int word = 0; word < L; word++) {
+        const int64_t p = column + 4 * word;
+        if (!word || p % CACHE_GROUP == 0) {
+          alignas(64) uint16_t scales[L];
+          for (int i = 0; i < L; i++) scales[i] = i < held ? rows[i].scales[p / CACHE_GROUP] : 0;
+          scale = Isa::load_halves(scales);
+        }
+        take(p, Isa::mul(Isa::to_float(Isa::byte<0>(block[word])), scale));
+        take(p + 1, Isa::mul(Isa::to_float(Isa::byte<1>(block[word])), scale));
+        take(p + 2, Isa::mul(Isa::to_float(Isa::byte<2>(block[word])), scale));
+        take(p + 3, Isa::mul(Isa::to_float(Isa::byte<3>(block[word])), scale));
+      }
+      return 4 * L;
+    }
+  for (int i = 0; i < L; i++) block[i] = i < held ? Isa::as_ints(rows[i].load(column)) : Isa::set(0);
+  Isa::transpose(block);
+  for (int i = 0; i < L; i++) take(column + i, Isa::as_floats(block[i]));
+  return L;
+}
+
+template <Stored STORED>
+struct Block {  // the slots of a block, and the next one's memory
+  Row<STORED> rows[SLOTS];
+  int64_t count;
+
+  Block(const Attention& at, const Cache& cache, int64_t head, int64_t first, int64_t count) : count(count) {
+    for (int64_t i = 0; i < count; i++) rows[i] = Row<STORED>(at, cache, head, first + i);
+  }
+  // Fetches a part of the next block, in the order of memory.
+  void fetch_next(const Attention& at, const Cache& cache, int64_t part, int64_t parts) const {
+    const int64_t bytes = at.width * (STORED == Stored::fp32 ? 4 : STORED == Stored::fp16 ? 2 : 1);
+    const int64_t step = bytes / at.width * SLOTS * cache.slot_stride;
+    for (int64_t i = SLOTS * part / parts; i < SLOTS * (part + 1) / parts && i < count; i++) fetch((const char*)rows[i].data + step, bytes);
+  }
+};
+
+// Keys of a block, [width, SLOTS], with zeros up to a multiple of L slots.
 template <Stored STORED>
 inline void keys_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
-  const int64_t bytes = at.width * (STORED == Stored::fp32 ? 4 : STORED == Stored::fp16 ? 2 : 1);
+  const Block<STORED> block(at, at.keys, head, first, count);
   for (int64_t slot = 0; slot < count; slot += L) {
-    const int64_t held = count - slot < L ? count - slot : L;
-    Row<STORED> rows[L];
-    for (int64_t i = 0; i < held; i++) rows[i] = Row<STORED>(at, at.keys, head, first + slot + i);
-    for (int64_t column = 0; column < at.width; column += L) {
-      Ints block[L];
-      if (held == L) {
-        for (int i = 0; i < L; i++) block[i] = Isa::as_ints(rows[i].load(column));
-        // In the order of memory: row after row, while this block is read column by column.
-        for (int64_t i = column * L / at.width; i < (column + L) * L / at.width; i++)
-          fetch(Row<STORED>(at, at.keys, head, first + SLOTS + slot + i).data, bytes);
-      } else {
-        for (int i = 0; i < L; i++) block[i] = i < held ? Isa::as_ints(rows[i].load(column)) : Isa::set(0);
-      }
-      Isa::transpose(block);
-      for (int i = 0; i < L; i++) Isa::store((int32_t*)out + (column + i) * SLOTS + slot, block[i]);
+    for (int64_t column = 0; column < at.width;)
+      column += turn_keys<STORED>(at, block.rows + slot, count - slot, column,
+                                  [&](int64_t p, Floats values) { Isa::store_floats(out + p * SLOTS + slot, values); });
+    block.fetch_next(at, at.keys, slot / L, SLOTS / L);
+  }
+}
+
+// Of int8 keys: the words of all slots first, then all slots side by side, so that no sum waits for itself.
+template <int PLACE>
+inline void add_place(const Ints* words, const Floats* scales, float query, Floats* sums) {
+  const Floats x = Isa::set_float(query);
+#pragma GCC unroll 16
+  for (int i = 0; i < SLOTS / L; i++) sums[i] = Isa::fma(x, Isa::mul(Isa::to_float(Isa::byte<PLACE>(words[i])), scales[i]), sums[i]);
+}
+
+inline void int8_scores_of_one(const Attention& at, const Block<Stored::int8>& block, const float* query, float* scores) {
+  constexpr int GROUPS = SLOTS / L;
+  Floats sums[GROUPS], scale[GROUPS];
+  Ints words[L][GROUPS];
+  for (int i = 0; i < GROUPS; i++) sums[i] = Isa::load_floats(scores + i * L), scale[i] = Isa::set_float(0);
+  for (int64_t column = 0; column < at.width; column += 4 * L) {
+    for (int group = 0; group < GROUPS; group++) {
+      const Row<Stored::int8>* rows = block.rows + group * L;
+      const int64_t held = block.count - group * L;
+      Ints turned[L];
+      for (int i = 0; i < L; i++) turned[i] = i < held ? Isa::load((const int32_t*)((const int8_t*)rows[i].data + column)) : Isa::set(0);
+      if (held > 0) Isa::transpose(turned);
+      for (int i = 0; i < L; i++) words[i][group] = turned[i];
+      block.fetch_next(at, at.keys, column / (4 * L) * GROUPS + group, at.width / (4 * L) * GROUPS);
     }
+    for (int word = 0; word < L; word++) {
+      const int64_t p = column + 4 * word;
+      if (p % CACHE_GROUP == 0) {
+        alignas(64) uint16_t halves[SLOTS];
+        for (int i = 0; i < SLOTS; i++) halves[i] = i < block.count ? block.rows[i].scales[p / CACHE_GROUP] : 0;
+        for (int i = 0; i < GROUPS; i++) scale[i] = Isa::load_halves(halves + i * L);
+      }
+      add_place<0>(words[word], scale, query[p], sums), add_place<1>(words[word], scale, query[p + 1], sums);
+      add_place<2>(words[word], scale, query[p + 2], sums), add_place<3>(words[word], scale, query[p + 3], sums);
+    }
+  }
+  for (int i = 0; i < GROUPS; i++) Isa::store_floats(scores + i * L, sums[i]);
+}
+
+// Scores of a single query, added to what is there.
+template <Stored STORED>
+inline void scores_of_one(const Attention& at, int64_t head, int64_t first, int64_t count, const float* query, float* scores) {
+  const Block<STORED> block(at, at.keys, head, first, count);
+  if constexpr (STORED == Stored::int8)
+    if (at.width % (4 * L) == 0) return int8_scores_of_one(at, block, query, scores);
+  for (int64_t slot = 0; slot < count; slot += L) {
+    Floats sum = Isa::load_floats(scores + slot);
+    for (int64_t column = 0; column < at.width;)
+      column += turn_keys<STORED>(at, block.rows + slot, count - slot, column,
+                                  [&](int64_t p, Floats values) { sum = Isa::fma(Isa::set_float(query[p]), values, sum); });
+    Isa::store_floats(scores + slot, sum);
+    block.fetch_next(at, at.keys, slot / L, SLOTS / L);
+  }
+}
+
+// Sums of a single row's weights times values, added to what is there. width: a multiple of 8 * L and of CACHE_GROUP.
+template <Stored STORED>
+inline void values_of_one(const Attention& at, int64_t head, int64_t first, int64_t count, const float* weights, float* sums) {
+  const Block<STORED> block(at, at.values, head, first, count);
+  for (int64_t column = 0; column < at.width; column += 8 * L) {
+    Floats sum[8];
+    for (int v = 0; v < 8; v++) sum[v] = Isa::load_floats(sums + column + v * L);
+    for (int64_t slot = 0; slot < count; slot++) {
+      const Floats weight = Isa::set_float(weights[slot]);
+      const Row<STORED>& row = block.rows[slot];
+      if constexpr (STORED == Stored::int8) {
+#pragma GCC unroll 8
+        for (int g = 0; g < 8 * L / CACHE_GROUP; g++) {
+          const Floats scale = Isa::set_half(row.scales[column / CACHE_GROUP + g]);
+          const int8_t* codes = (const int8_t*)row.data + column + g * CACHE_GROUP;
+#pragma GCC unroll 8
+          for (int i = 0; i < CACHE_GROUP / L; i++) {
+            Floats& one = sum[g * (CACHE_GROUP / L) + i];
+            one = Isa::fma(weight, Isa::mul(Isa::to_float(Isa::load_bytes(codes + i * L)), scale), one);
+          }
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) sum[v] = Isa::fma(weight, row.load(column + v * L), sum[v]);
+      }
+    }
+    for (int v = 0; v < 8; v++) Isa::store_floats(sums + column + v * L, sum[v]);
   }
 }
 
 // Values of a block as floats: where they are, or [SLOTS, width] at `out`; `stride` between slots.
 template <Stored STORED>
 inline const float* values_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out, int64_t& stride) {
+  const float* start = out;
   stride = at.width;
   if (STORED == Stored::fp32) {
     stride = at.values.slot_stride;
     return (const float*)at.values.data + place_of(at.values, head, first);
   }
-  for (int64_t slot = 0; slot < count; slot++) {
+  for (int64_t slot = 0; slot < count; slot++, out += at.width) {
     const Row<STORED> row(at, at.values, head, first + slot);
-    for (int64_t column = 0; column < at.width; column += L) Isa::store_floats(out + slot * at.width + column, row.load(column));
+    if (STORED == Stored::fp16) {
+      for (int64_t column = 0; column < at.width; column += L) Isa::store_floats(out + column, row.load(column));
+      continue;
+    }
+    for (int64_t group = 0; group < at.width; group += CACHE_GROUP) {
+      const Floats scale = Isa::set_half(row.scales[group / CACHE_GROUP]);
+      const int64_t end = group + CACHE_GROUP < at.width ? group + CACHE_GROUP : at.width;
+      for (int64_t column = group; column < end; column += L)
+        Isa::store_floats(out + column, Isa::mul(Isa::to_float(Isa::load_bytes((const int8_t*)row.data + column)), scale));
+    }
   }
-  return out;
+  return start;
 }
 
 // ---- attention ----
@@ -211,21 +344,29 @@ void attend_as(const Attention& at, int64_t head, int64_t first, int64_t last) {
   for (int64_t start = 0; start < slots; start += SLOTS) {
     const int64_t here = slots - start < SLOTS ? slots - start : SLOTS;
     const int64_t columns = (here + L - 1) / L * L;
-    keys_of_block<STORED>(at, head, start, here, keys);
-    int64_t value_stride;
-    const float* block_values = values_of_block<STORED>(at, head, start, here, values, value_stride);
     // Rows whose own slot comes before this block see nothing of it.
     const int64_t from = at.is_causal && start > at.first_slot + first ? (start - at.first_slot - first) * group : 0;
     if (from >= count) continue;
     memset(scores + from * SLOTS, 0, (count - from) * SLOTS * 4);
-    multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, columns);
+    if (count == 1) {
+      scores_of_one<STORED>(at, head, start, here, queries, scores);
+    } else {
+      keys_of_block<STORED>(at, head, start, here, keys);
+      multiply_floats(count - from, queries + from * width, width, keys, SLOTS, scores + from * SLOTS, SLOTS, width, columns);
+    }
     for (int64_t i = from; i < count; i++) {
       const int64_t seen = at.is_causal ? at.first_slot + first + i / group + 1 - start : here;
       const float factor = soften(scores + i * SLOTS, seen < SLOTS ? seen : SLOTS, most[i], total[i]);
       for (int64_t column = 0; column < width; column += L)
         Isa::store_floats(sums + i * width + column, Isa::mul(Isa::load_floats(sums + i * width + column), Isa::set_float(factor)));
     }
-    multiply_floats(count - from, scores + from * SLOTS, SLOTS, block_values, value_stride, sums + from * width, width, here, width);
+    if (count == 1 && width % (8 * L) == 0) {
+      values_of_one<STORED>(at, head, start, here, scores, sums);
+    } else {
+      int64_t value_stride;
+      const float* block_values = values_of_block<STORED>(at, head, start, here, values, value_stride);
+      multiply_floats(count - from, scores + from * SLOTS, SLOTS, block_values, value_stride, sums + from * width, width, here, width);
+    }
   }
   for (int64_t i = 0; i < count; i++) {
     float* y = at.y + (first + i / group) * at.heads * width + (head * group + i % group) * width;

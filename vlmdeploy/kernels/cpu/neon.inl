@@ -63,12 +63,15 @@ struct Isa {
   static Floats load_halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
   static Floats set_half(uint16_t value) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value))); }
   static void store_halves(uint16_t* to, Floats value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
+  template <int PLACE>
+  static Ints byte(Ints words) { return vshrq_n_s32(vshlq_n_s32(words, 24 - 8 * PLACE), 24); }  // signed
   static Ints load_bytes(const int8_t* from) {
     int32_t word;
     memcpy(&word, from, 4);
     return vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(uint32_t(word)))));
   }
   static void store_floats(float* to, Floats value) { vst1q_f32(to, value); }
+  static Floats as_floats(Ints value) { return vreinterpretq_f32_s32(value); }
   static Ints as_ints(Floats value) { return vreinterpretq_s32_f32(value); }
   static Floats to_float(Ints value) { return vcvtq_f32_s32(value); }
   static Floats add_floats(Floats a, Floats b) { return vaddq_f32(a, b); }

@@ -223,7 +223,7 @@ class Linear {
                     {rows, rounded.codes.data(), rounded.scales.data(), rounded.sums.data()},
                     0};
     call.in_parallel(rows, [&](int64_t row) { product.round(row); });
-    product.parts = std::min<int64_t>(product.tiles(), rows == 1 ? 8 : 32);
+    product.parts = std::min<int64_t>(product.tiles(), rows == 1 ? 16 : 32);
     call.in_parallel(product.parts, [&](int64_t index) { product.part(index); });
     return call.status();
   }

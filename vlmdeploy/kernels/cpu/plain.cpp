@@ -67,8 +67,17 @@ struct Isa {
   static Floats load_halves(const uint16_t* from);
   static Floats set_half(uint16_t value);
   static void store_halves(uint16_t* to, Floats value);
+  template <int PLACE>
+  static Ints byte(Ints words) {
+    return each<int32_t>([&](int i) { return int32_t(int8_t(uint32_t(words.v[i]) >> 8 * PLACE)); });
+  }
   static Ints load_bytes(const int8_t* from) { return each<int32_t>([&](int i) { return int32_t(from[i]); }); }
   static void store_floats(float* to, Floats value) { memcpy(to, &value, sizeof value); }
+  static Floats as_floats(Ints value) {
+    Floats out;
+    memcpy(&out, &value, sizeof out);
+    return out;
+  }
   static Ints as_ints(Floats value) {
     Ints out;
     memcpy(&out, &value, sizeof out);
