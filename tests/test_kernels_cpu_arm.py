@@ -1,4 +1,4 @@
-"""The ARM variants of the CPU's product, cross-compiled and run by an emulator: the textbook, equal to the plain one.
+"""The ARM variants of the CPU's kernels, cross-compiled and run by an emulator: the textbook, equal to the plain one.
 
 Needs `apt install g++-aarch64-linux-gnu qemu-user`. What they compute is tested here, not how fast.
 """
@@ -6,12 +6,13 @@ Needs `apt install g++-aarch64-linux-gnu qemu-user`. What they compute is tested
 import shutil
 import struct
 import subprocess
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.test_kernels_cpu import THEN, Case, draw
+from tests.test_kernels_cpu import STORED, THEN, Array, Case, Conversation, draw
 from vlmdeploy.kernels import cpu
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -31,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that runs products, for ARM."""
+    """The program that runs products and attention, for ARM."""
     path = tmp_path_factory.mktemp("arm") / "driver"
     sources = map(str, [Path(__file__).with_name("cpu_kernel_driver.cpp"), *SOURCES])
     options = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", "-o", str(path)]
@@ -60,21 +61,46 @@ def written(case: Case, operator: str) -> bytes:
     return header + b"".join(array.tobytes() for array in arrays if array is not None)
 
 
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_arm_variants_are_the_textbook_and_equal(driver: Path, processor: str) -> None:
-    subjects = cases()
-    content = b"".join(written(*subject) for subject in subjects)
+def outputs_of(driver: Path, processor: str, content: bytes, shapes: list[tuple[int, ...]]) -> list[dict[str, Array]]:
+    """What the driver writes for each subject, by variant."""
     command = [EMULATOR, "-cpu", processor, str(driver)]
     out = subprocess.run(command, input=content, capture_output=True, check=True).stdout
-    place = 0
-    for case, operator in subjects:
-        expected, found = case.expected(operator), {}
+    place, found = 0, []
+    for shape in shapes:
+        found.append({})
         for _ in PROCESSORS[processor]:
             name = out[place : place + 16].rstrip(b"\0").decode()
-            found[name] = np.frombuffer(out, np.float32, expected.size, place + 16).reshape(expected.shape)
-            place += 16 + 4 * expected.size
-        assert found.keys() == PROCESSORS[processor]
-        np.testing.assert_allclose(found["plain"], expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+            found[-1][name] = np.frombuffer(out, np.float32, prod(shape), place + 16).reshape(shape)
+            place += 16 + 4 * prod(shape)
+        assert found[-1].keys() == PROCESSORS[processor]
+    assert place == len(out)
+    return found
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_arm_products_are_the_textbook_and_equal(driver: Path, processor: str) -> None:
+    subjects = cases()
+    content, expected = b"".join(written(*one) for one in subjects), [case.expected(then) for case, then in subjects]
+    for wanted, found in zip(
+        expected, outputs_of(driver, processor, content, [y.shape for y in expected]), strict=True
+    ):
+        np.testing.assert_allclose(found["plain"], wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
         for name, y in found.items():
             np.testing.assert_array_equal(y, found["plain"], err_msg=name)
-    assert place == len(out)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_arm_attention_is_the_textbook_and_equal(driver: Path, processor: str) -> None:
+    content, expected = b"", []
+    for number, stored in enumerate(STORED):
+        for rows, heads, kv_heads, width in ((70, 4, 2, 48), (90, 2, 2, 64)):
+            case = Conversation.draw(rows, rows, heads, kv_heads, width, stored)
+            sizes = (-1, rows, heads, kv_heads, width, len(case.cos), number, rows - 1, 0)  # the last row alone
+            content += struct.pack("<9q", *sizes) + case.qkv.tobytes() + case.cos.tobytes() + case.sin.tobytes()
+            expected.append(case.expected())
+    for wanted, found in zip(
+        expected, outputs_of(driver, processor, content, [y.shape for y in expected]), strict=True
+    ):
+        np.testing.assert_allclose(found["plain"], wanted, rtol=0, atol=2e-3)
+        for name, y in found.items():
+            np.testing.assert_array_equal(y, found["plain"], err_msg=name)
