@@ -337,7 +337,7 @@ def test_rows_outside_the_cache_are_an_error(filled: int) -> None:
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model all of whose linears are ours."""
-    sizes = {"hidden": 64, "heads": 2, "mlp": 96, "vision_width": 64, "vision_mlp": 96}
+    sizes: dict[str, Any] = {"hidden": 64, "heads": 2, "mlp": 96, "vision_width": 64, "vision_mlp": 96}
     return write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "ckpt", "cogvlm2", **sizes)
 
 

@@ -65,7 +65,7 @@ def outputs_of(driver: Path, processor: str, content: bytes, shapes: list[tuple[
     """What the driver writes for each subject, by variant."""
     command = [EMULATOR, "-cpu", processor, str(driver)]
     out = subprocess.run(command, input=content, capture_output=True, check=True).stdout
-    place, found = 0, []
+    place, found = 0, list[dict[str, Array]]()
     for shape in shapes:
         found.append({})
         for _ in PROCESSORS[processor]:
