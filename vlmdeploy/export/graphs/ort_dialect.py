@@ -42,7 +42,6 @@ _THEN_GATED = """gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
     silu = com.microsoft.QuickGelu <alpha: float = 1.0> (gate)
     y = Mul (silu, up)"""
 
-
 _ENCODER_ATTENTION = """
 <domain: "vlmdeploy", opset_import: ["" : 23, "com.microsoft" : 1]>
 EncoderAttention <num_heads> (qkv) => (y)
@@ -98,12 +97,8 @@ def _functions() -> tuple[FunctionProto, ...]:
 class OrtGraph(GraphBuilder):
     """A graph for ONNX Runtime on a CPU."""
 
-    opsets: ClassVar = {
-        "": 23,
-        CONTRIB: 1,
-        cpu.DOMAIN: 1,
-        cpu.COMPILED_DOMAIN: 1,
-    }  # 23: the first with RMSNormalization
+    # 23: the first with RMSNormalization
+    opsets: ClassVar = {"": 23, CONTRIB: 1, cpu.DOMAIN: 1, cpu.COMPILED_DOMAIN: 1}
     functions: ClassVar = _functions()
     largest_block: ClassVar = 128  # of MatMulNBits: larger blocks read prompts faster
     kind: ClassVar = "fp32"  # of products, scales, attention and KV cache
