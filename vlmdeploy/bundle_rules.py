@@ -155,7 +155,7 @@ class _Checker:
     def _cache(self) -> None:
         """The weights that make a layer's keys are larger than one token's keys, which bounds the cache."""
         manifest, cache = self.manifest, self.manifest.cache
-        types = cache_types(manifest.target, manifest.provider)
+        types = cache_types(manifest.dialect, manifest.provider)
         self._require(cache.dtype in types, "cache.dtype", cache.dtype, " or ".join(types))
         self._within("cache.num_layers", cache.num_layers, 1, MOST_LAYERS)
         weights = manifest.files[manifest.graphs[manifest.token_graph].data_file].bytes

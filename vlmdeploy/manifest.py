@@ -89,9 +89,9 @@ CACHE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # per element
 CACHE_GROUP = 32  # int8 keys or values that share a scale
 
 
-def cache_types(target: str, provider: str) -> tuple[str, ...]:
-    """The types that the KV cache of a target can have, its default first."""
-    return ("fp32", "fp16", "int8") if dialect_of(target) == "ort" and provider == "cpu" else ("fp16",)
+def cache_types(dialect: str, provider: str) -> tuple[str, ...]:
+    """The types that the KV cache of such graphs can have, the default first."""
+    return ("fp32", "fp16", "int8") if dialect == "ort" and provider == "cpu" else ("fp16",)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vlmdeploy.cli.options import (
     follow_links_option,
     force_option,
     json_option,
+    kv_option,
     precision_options,
     report_options,
     routed_option,
@@ -112,9 +113,7 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
 @calibration_options
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json, tokenizer.model, or a folder.  [default: --ckpt]")
 @precision_options("vision connector lm-head embedding", "the target's")
-@click.option(
-    "--kv", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the KV cache.  [default: the target's]"
-)
+@kv_option
 @click.option("--group", type=int, default=128, help="Weights that share a scale.")
 @click.option("--context", "context_tokens", type=click.IntRange(min=1), help=CONTEXT)
 @click.option("--template", "default_template", help=TEMPLATE)

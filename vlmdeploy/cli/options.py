@@ -74,6 +74,12 @@ def max_megapixels_option(command: Command) -> Command:
     return click.option("--max-megapixels", type=kind, default=100, help=text)(command)
 
 
+def kv_option(command: Command) -> Command:
+    """--kv, the same for every command that chooses a cache."""
+    text = "Precision of the KV cache.  [default: the target's]"
+    return click.option("--kv", type=click.Choice(["fp32", "fp16", "int8"]), help=text)(command)
+
+
 def threads_option(command: Command) -> Command:
     """--threads, the same for every command that runs a bundle."""
     text = "Threads of the inference engine.  [default: one per core]"

@@ -17,6 +17,7 @@ from vlmdeploy.cli.options import (
     TARGET,
     follow_links_option,
     json_option,
+    kv_option,
     max_megapixels_option,
     picture_file,
     precision_options,
@@ -43,9 +44,7 @@ CONTEXT = "Longest prompt and answer.  [default: the model's]"
 @click.option("--target", type=TARGET, help="[default: the one for the device]")
 @click.option("--provider", type=PROVIDER, help="ONNX Runtime's execution provider, for ort targets.  [default: cpu]")
 @precision_options("vision connector lm-head embedding", "the target's")
-@click.option(
-    "--kv", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the KV cache.  [default: the target's]"
-)
+@kv_option
 @click.option(
     "--bits",
     type=click.Choice(["3", "4", "8"]),

@@ -7,7 +7,7 @@ from typing import Literal
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import BuildOptions
 from vlmdeploy.kernels import cpu
-from vlmdeploy.manifest import cache_types
+from vlmdeploy.manifest import cache_types, dialect_of
 from vlmdeploy.quant.precision import DEFAULT_GROUP
 
 
@@ -44,7 +44,7 @@ class ExportOptions:
     @property
     def cache_type(self) -> str:
         """Type of the KV cache. Raises ExportError if the target or this installation cannot have the chosen one."""
-        types = cache_types(self.target, self.provider)
+        types = cache_types(dialect_of(self.target), self.provider)
         wanted = self.kv or types[0]
         if wanted not in types:
             raise ExportError(

@@ -7,6 +7,7 @@ from vlmdeploy.byte_sizes import gigabytes
 from vlmdeploy.export.graphs.ort_dialect import matmul_block
 from vlmdeploy.export.graphs.trt_dialect import check_grid
 from vlmdeploy.export.weight_reader import in_fp32
+from vlmdeploy.manifest import cache_types
 from vlmdeploy.plan.build import Build, plan_build
 from vlmdeploy.plan.device import PlanDevice
 from vlmdeploy.plan.memory import PlannedMemory, Setting, phase_memory
@@ -130,7 +131,7 @@ def _setting(geometry: Geometry, storage: Storage, options: PlanOptions) -> Sett
         images=options.images,
         cache_tokens=context,
         text_tokens=options.text_tokens,
-        kv=options.kv or ("fp32" if storage.provider == "cpu" else "fp16"),
+        kv=options.kv or cache_types(storage.dialect, storage.provider)[0],
         chunk_rows=min(options.chunk_rows or CHUNK_ROWS, context),  # as engines are built
     )
 

@@ -75,7 +75,8 @@ def check_options(geometry: Geometry, target: str, device: PlanDevice, options: 
         raise ConfigError(f"{option} has no effect on {target}: leave it out, or choose another --target")
     _check_bits(target, options)
     _check_prompt(geometry, options)
-    types = cache_types(target, storage_of(target, options).provider)
+    storage = storage_of(target, options)
+    types = cache_types(storage.dialect, storage.provider)
     if options.kv is not None and options.kv not in types:
         raise ConfigError(f"--kv is {options.kv}, but the cache of {target} on this provider is {' or '.join(types)}")
 

@@ -173,5 +173,6 @@ def verify_bundle(
 
 
 def _host() -> str:
-    operators = f", operators {cpu.variant()}" if cpu.variant() else ""
+    variant = cpu.variant()
+    operators = f", operators {variant}" if variant else ""
     return f"{platform.machine()}, onnxruntime {import_onnxruntime().__version__}{operators}"

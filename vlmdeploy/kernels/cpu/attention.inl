@@ -122,36 +122,6 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
 }
 
-// The keys of up to L slots, from `column` on: take(p, values p of all of them, zeros for those beyond `held`) for some columns;
-// returns their number. Of int8, 32-bit words of four codes are turned and then taken apart.
-template <Stored STORED, typename Take>
-inline int64_t turn_keys(const Attention& at, const Row<STORED>* rows, int64_t held, int64_t column, const Take& take) {
-  Ints block[L];
-  if constexpr (STORED == Stored::int8)
-    if (at.width % (4 * L) == 0) {
-      for (int i = 0; i < L; i++) block[i] = i < held ? Isa::load((const int32_t*)((const int8_t*)rows[i].data + column)) : Isa::set(0);
-      Isa::transpose(block);
-      Floats scale = Isa::set_float(0);
-      for (int word = 0; word < L; word++) {
-        const int64_t p = column + 4 * word;
-        if (!word || p % CACHE_GROUP == 0) {
-          alignas(64) uint16_t scales[L];
-          for (int i = 0; i < L; i++) scales[i] = i < held ? rows[i].scales[p / CACHE_GROUP] : 0;
-          scale = Isa::load_halves(scales);
-        }
-        take(p, Isa::mul(Isa::to_float(Isa::byte<0>(block[word])), scale));
-        take(p + 1, Isa::mul(Isa::to_float(Isa::byte<1>(block[word])), scale));
-        take(p + 2, Isa::mul(Isa::to_float(Isa::byte<2>(block[word])), scale));
-        take(p + 3, Isa::mul(Isa::to_float(Isa::byte<3>(block[word])), scale));
-      }
-      return 4 * L;
-    }
-  for (int i = 0; i < L; i++) block[i] = i < held ? Isa::as_ints(rows[i].load(column)) : Isa::set(0);
-  Isa::transpose(block);
-  for (int i = 0; i < L; i++) take(column + i, Isa::as_floats(block[i]));
-  return L;
-}
-
 template <Stored STORED>
 struct Block {  // the slots of a block, and the next one's memory
   Row<STORED> rows[SLOTS];
@@ -168,31 +138,20 @@ struct Block {  // the slots of a block, and the next one's memory
   }
 };
 
-// Keys of a block, [width, SLOTS], with zeros up to a multiple of L slots.
-template <Stored STORED>
-inline void keys_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
-  const Block<STORED> block(at, at.keys, head, first, count);
-  for (int64_t slot = 0; slot < count; slot += L) {
-    for (int64_t column = 0; column < at.width;)
-      column += turn_keys<STORED>(at, block.rows + slot, count - slot, column,
-                                  [&](int64_t p, Floats values) { Isa::store_floats(out + p * SLOTS + slot, values); });
-    block.fetch_next(at, at.keys, slot / L, SLOTS / L);
-  }
-}
-
-// Of int8 keys: the words of all slots first, then all slots side by side, so that no sum waits for itself.
-template <int PLACE>
-inline void add_place(const Ints* words, const Floats* scales, float query, Floats* sums) {
-  const Floats x = Isa::set_float(query);
+// take(p, group, values p of the L slots of that group; zeros beyond the last) for int8 keys. The 32-bit words of four codes of all
+// slots are turned first and then taken apart for all groups side by side, so that no sum waits for itself.
+template <int PLACE, typename Take>
+inline void take_place(const Ints* words, const Floats* scales, int64_t p, const Take& take) {
 #pragma GCC unroll 16
-  for (int i = 0; i < SLOTS / L; i++) sums[i] = Isa::fma(x, Isa::mul(Isa::to_float(Isa::byte<PLACE>(words[i])), scales[i]), sums[i]);
+  for (int group = 0; group < SLOTS / L; group++) take(p, group, Isa::mul(Isa::to_float(Isa::byte<PLACE>(words[group])), scales[group]));
 }
 
-inline void int8_scores_of_one(const Attention& at, const Block<Stored::int8>& block, const float* query, float* scores) {
+template <typename Take>
+inline void take_int8_keys(const Attention& at, const Block<Stored::int8>& block, const Take& take) {
   constexpr int GROUPS = SLOTS / L;
-  Floats sums[GROUPS], scale[GROUPS];
+  Floats scales[GROUPS];
   Ints words[L][GROUPS];
-  for (int i = 0; i < GROUPS; i++) sums[i] = Isa::load_floats(scores + i * L), scale[i] = Isa::set_float(0);
+  for (Floats& scale : scales) scale = Isa::set_float(0);
   for (int64_t column = 0; column < at.width; column += 4 * L) {
     for (int group = 0; group < GROUPS; group++) {
       const Row<Stored::int8>* rows = block.rows + group * L;
@@ -208,28 +167,58 @@ inline void int8_scores_of_one(const Attention& at, const Block<Stored::int8>& b
       if (p % CACHE_GROUP == 0) {
         alignas(64) uint16_t halves[SLOTS];
         for (int i = 0; i < SLOTS; i++) halves[i] = i < block.count ? block.rows[i].scales[p / CACHE_GROUP] : 0;
-        for (int i = 0; i < GROUPS; i++) scale[i] = Isa::load_halves(halves + i * L);
+        for (int group = 0; group < GROUPS; group++) scales[group] = Isa::load_halves(halves + group * L);
       }
-      add_place<0>(words[word], scale, query[p], sums), add_place<1>(words[word], scale, query[p + 1], sums);
-      add_place<2>(words[word], scale, query[p + 2], sums), add_place<3>(words[word], scale, query[p + 3], sums);
+      take_place<0>(words[word], scales, p, take), take_place<1>(words[word], scales, p + 1, take);
+      take_place<2>(words[word], scales, p + 2, take), take_place<3>(words[word], scales, p + 3, take);
     }
   }
-  for (int i = 0; i < GROUPS; i++) Isa::store_floats(scores + i * L, sums[i]);
 }
 
-// Scores of a single query, added to what is there.
+// The same for any type of keys, one group: take(p, values p of the slots that are `held`, and zeros).
+template <Stored STORED, typename Take>
+inline __attribute__((always_inline)) void take_keys(const Attention& at, const Row<STORED>* rows, int64_t held, const Take& take) {
+  for (int64_t column = 0; column < at.width; column += L) {
+    Ints turned[L];
+    for (int i = 0; i < L; i++) turned[i] = i < held ? Isa::as_ints(rows[i].load(column)) : Isa::set(0);
+    Isa::transpose(turned);
+    for (int i = 0; i < L; i++) take(column + i, Isa::as_floats(turned[i]));
+  }
+}
+
+// Keys of a block, [width, SLOTS], with zeros up to a multiple of L slots.
+template <Stored STORED>
+inline void keys_of_block(const Attention& at, int64_t head, int64_t first, int64_t count, float* out) {
+  const Block<STORED> block(at, at.keys, head, first, count);
+  const auto put_keys = [&](int64_t p, int64_t group, Floats values) { Isa::store_floats(out + p * SLOTS + group * L, values); };
+  if constexpr (STORED == Stored::int8)
+    if (at.width % (4 * L) == 0) return take_int8_keys(at, block, put_keys);
+  for (int64_t group = 0; group * L < count; group++) {
+    take_keys(at, block.rows + group * L, count - group * L, [&](int64_t p, Floats values) { put_keys(p, group, values); });
+    block.fetch_next(at, at.keys, group, SLOTS / L);
+  }
+}
+
+// Scores of a single query, [SLOTS].
 template <Stored STORED>
 inline void scores_of_one(const Attention& at, int64_t head, int64_t first, int64_t count, const float* query, float* scores) {
   const Block<STORED> block(at, at.keys, head, first, count);
   if constexpr (STORED == Stored::int8)
-    if (at.width % (4 * L) == 0) return int8_scores_of_one(at, block, query, scores);
-  for (int64_t slot = 0; slot < count; slot += L) {
-    Floats sum = Isa::load_floats(scores + slot);
-    for (int64_t column = 0; column < at.width;)
-      column += turn_keys<STORED>(at, block.rows + slot, count - slot, column,
-                                  [&](int64_t p, Floats values) { sum = Isa::fma(Isa::set_float(query[p]), values, sum); });
-    Isa::store_floats(scores + slot, sum);
-    block.fetch_next(at, at.keys, slot / L, SLOTS / L);
+    if (at.width % (4 * L) == 0) {
+      Floats sums[SLOTS / L];
+      for (Floats& sum : sums) sum = Isa::set_float(0);
+      take_int8_keys(at, block, [&](int64_t p, int group, Floats values) {
+        sums[group] = Isa::fma(Isa::set_float(query[p]), values, sums[group]);
+      });
+      for (int group = 0; group < SLOTS / L; group++) Isa::store_floats(scores + group * L, sums[group]);
+      return;
+    }
+  for (int64_t group = 0; group * L < count; group++) {
+    Floats sum = Isa::set_float(0);
+    take_keys(at, block.rows + group * L, count - group * L,
+              [&](int64_t p, Floats values) { sum = Isa::fma(Isa::set_float(query[p]), values, sum); });
+    Isa::store_floats(scores + group * L, sum);
+    block.fetch_next(at, at.keys, group, SLOTS / L);
   }
 }
 

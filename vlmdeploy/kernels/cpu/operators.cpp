@@ -186,6 +186,7 @@ class Linear {
   static ort::ElementType input_type(size_t index) {
     return index == 1 || index == 3 ? ort::UINT8 : index == 2 ? ort::UNDEFINED : ort::FLOAT;
   }
+  static ort::ElementType output_type(size_t) { return ort::FLOAT; }
 
   Linear(const ort::Api& api, const ort::Info* info, ort::Status*& status) : api_(api) {
     Attributes attributes(api, info);
@@ -323,6 +324,7 @@ class EncoderAttending {
   static constexpr const char* NAME = "EncoderAttention";
   static constexpr size_t INPUTS = 1, NEEDED = 1, OUTPUTS = 1;
   static ort::ElementType input_type(size_t) { return ort::FLOAT; }
+  static ort::ElementType output_type(size_t) { return ort::FLOAT; }
 
   EncoderAttending(const ort::Api& api, const ort::Info* info, ort::Status*& status) : api_(api) {
     Attributes attributes(api, info);
@@ -359,15 +361,6 @@ class EncoderAttending {
 };
 
 template <typename Kernel>
-constexpr auto output_type_of(int) -> decltype(&Kernel::output_type) {
-  return &Kernel::output_type;
-}
-template <typename Kernel>
-constexpr ort::ElementType (*output_type_of(...))(size_t) {
-  return [](size_t) { return ort::FLOAT; };
-}
-
-template <typename Kernel>
 ort::Operator describe() {
   ort::Operator op{};
   op.version = ort::VERSION;
@@ -376,7 +369,7 @@ ort::Operator describe() {
   op.input_count = [](const ort::Operator*) { return Kernel::INPUTS; };
   op.output_count = [](const ort::Operator*) { return Kernel::OUTPUTS; };
   op.input_type = [](const ort::Operator*, size_t index) { return Kernel::input_type(index); };
-  op.output_type = [](const ort::Operator*, size_t index) { return output_type_of<Kernel>(0)(index); };
+  op.output_type = [](const ort::Operator*, size_t index) { return Kernel::output_type(index); };
   op.input_presence = [](const ort::Operator*, size_t index) { return index < Kernel::NEEDED ? ort::REQUIRED : ort::OPTIONAL; };
   op.output_presence = [](const ort::Operator*, size_t) { return ort::REQUIRED; };
   op.input_memory = [](const ort::Operator*, size_t) { return 0; };

@@ -84,19 +84,17 @@ inline void open_tile(const Weights& w, const int64_t* outputs, Tile& tile, floa
   }
 }
 
+// L words from `from` on, of which `left` are there; zeros for the others.
+inline Ints load_words(const int32_t* from, int64_t left) {
+  if (left >= L) return Isa::load(from);
+  alignas(64) int32_t part[L] = {};
+  memcpy(part, from, left * 4);
+  return Isa::load(part);
+}
+
 // Words `word` to word + L of the codes of all outputs, as L vectors of one word of each output.
 inline void read_words(const Tile& tile, int64_t word, int64_t words, Ints out[L]) {
-  if (word + L <= words) {
-    for (int i = 0; i < L; i++) {
-      out[i] = Isa::load((const int32_t*)tile.rows[i] + word);
-    }
-  } else {
-    for (int i = 0; i < L; i++) {
-      alignas(64) int32_t part[L] = {};
-      memcpy(part, (const int32_t*)tile.rows[i] + word, (words - word) * 4);
-      out[i] = Isa::load(part);
-    }
-  }
+  for (int i = 0; i < L; i++) out[i] = load_words((const int32_t*)tile.rows[i] + word, words - word);
   Isa::transpose(out);
 }
 
@@ -134,14 +132,7 @@ inline Floats one_row(const Tile& tile, int64_t width, const int8_t* a, const fl
         const int32_t* x = (const int32_t*)a + at * (BITS == 4 ? 2 : 1);
         for (int i = 0; i < 4; i++) {
           __builtin_prefetch(rows[0] + 3072 + at * 4 + i * L);  // 12 KB ahead, in the order of memory
-          Ints codes;
-          if (at + L <= words) {
-            codes = Isa::load(rows[i] + at);
-          } else {
-            alignas(64) int32_t part[L] = {};
-            memcpy(part, rows[i] + at, (words - at) * 4);
-            codes = Isa::load(part);
-          }
+          const Ints codes = load_words(rows[i] + at, words - at);
           if (BITS == 4) {
             sum[i] = Isa::dot<4>(sum[i], Isa::low(codes), Isa::load(x));
             sum[i] = Isa::dot<4>(sum[i], Isa::high(codes), Isa::load(x + L));

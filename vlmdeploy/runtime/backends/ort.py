@@ -1,6 +1,6 @@
 """The ONNX Runtime backend: one session per graph, loaded on first use, over one KV cache written in place.
 
-Past and present of a layer share one buffer; GroupQueryAttention recognizes its address. Each decoded token is one
+Past and present of a layer share one buffer; attention recognizes its address. Each decoded token is one
 session call with bindings made once.
 """
 
