@@ -170,6 +170,8 @@ class Conversation:
             keys, values = keys.astype(np.float16), values.astype(np.float16)
         if self.stored == "int8":
             keys, values = cached_attention.rounded(keys), cached_attention.rounded(values)
+            codes, scales = cpu_product.rounded(turned[:, : self.heads].reshape(-1, width).astype(np.float32), 32)
+            turned[:, : self.heads] = (codes * scales[..., None]).reshape(rows, self.heads, width)
         return cached_attention.attention(turned[:, : self.heads], keys, values, 0, width**-0.5)
 
     def run(self, native: ctypes.CDLL, variant: str, cuts: list[int]) -> Array:
@@ -178,7 +180,7 @@ class Conversation:
         capacity, kind = len(self.cos), STORED[self.stored]
         shape = (2, self.kv_heads, capacity, width)
         cache = np.full(shape, 99, kind) if kind is np.int8 else np.full(shape, np.nan, kind)
-        scales = np.full((2, self.kv_heads, capacity, -(-width // 32)), np.nan, np.float16)
+        scales = np.full((2, self.kv_heads, capacity, width // 32), np.nan, np.float16)
         y = np.full((rows, self.heads, width), np.nan, np.float32)
         for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
             part = np.ascontiguousarray(self.qkv[start:stop])
@@ -198,9 +200,9 @@ class Conversation:
 def test_attention_is_the_textbook_in_every_variant_and_cut(
     native: ctypes.CDLL, stored: str, sizes: tuple[int, int, int, int]
 ) -> None:
-    """sizes: rows, heads, heads of keys and values, width."""
-    rows = sizes[0]
-    case = Conversation.draw(rows, *sizes, stored)
+    """sizes: rows, heads, heads of keys and values, width, which for int8 is a multiple of 32."""
+    rows, heads, kv_heads, width = sizes
+    case = Conversation.draw(rows, rows, heads, kv_heads, width if stored != "int8" else -(-width // 32) * 32, stored)
     expected, plain = case.expected(), case.run(native, "plain", [rows])
     np.testing.assert_allclose(plain, expected, rtol=0, atol=2e-5 if stored == "fp32" else 2e-3)
     cuts = sorted({1, *(cut for cut in (5, 64, 65, 131) if cut < rows), rows})

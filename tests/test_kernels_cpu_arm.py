@@ -93,7 +93,7 @@ def test_arm_products_are_the_textbook_and_equal(driver: Path, processor: str) -
 def test_arm_attention_is_the_textbook_and_equal(driver: Path, processor: str) -> None:
     content, expected = b"", []
     for number, stored in enumerate(STORED):
-        for rows, heads, kv_heads, width in ((70, 4, 2, 48), (90, 2, 2, 64)):
+        for rows, heads, kv_heads, width in ((70, 4, 2, 48 if stored != "int8" else 96), (90, 2, 2, 64)):
             case = Conversation.draw(rows, rows, heads, kv_heads, width, stored)
             sizes = (-1, rows, heads, kv_heads, width, len(case.cos), number, rows - 1, 0)  # the last row alone
             content += struct.pack("<9q", *sizes) + case.qkv.tobytes() + case.cos.tobytes() + case.sin.tobytes()

@@ -13,7 +13,7 @@ constexpr int CACHE_GROUP = 32;  // values of int8 keys and values that share a 
 enum class Stored { fp32, fp16, int8 };
 
 // Keys or values of all slots. Strides in elements, between heads and between slots. Scales of int8: fp16, [kv_heads, capacity,
-// ceil(width / CACHE_GROUP)], for a cache [kv_heads, capacity, width].
+// width / CACHE_GROUP], for a cache [kv_heads, capacity, width].
 struct Cache {
   void* data;
   int64_t head_stride, slot_stride;
@@ -22,7 +22,7 @@ struct Cache {
 
 struct Attention {
   bool is_causal;                         // a row sees no later one
-  int64_t rows, heads, kv_heads, width;   // width of a head, a multiple of 16
+  int64_t rows, heads, kv_heads, width;   // width of a head, a multiple of 16, for int8 of CACHE_GROUP
   int64_t first_slot;                     // of the first row
   float scale;                            // of the scores
   const float* qkv;                       // [rows, (heads + 2 kv_heads) * width]

@@ -31,6 +31,7 @@ struct Isa {
   static Ints low(Ints bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Ints high(Ints bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
   static Ints whole(Ints bytes) { return bytes; }
+  static Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
   static constexpr int middle(int) { return 0; }
   static Ints repeat(const int8_t* four) {
     int32_t word;
@@ -64,8 +65,6 @@ struct Isa {
   static Floats load_halves(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
   static Floats set_half(uint16_t value) { return _mm256_cvtph_ps(_mm_set1_epi16(int16_t(value))); }
   static void store_halves(uint16_t* to, Floats value) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(value, 0)); }
-  template <int PLACE>
-  static Ints byte(Ints words) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * PLACE), 24); }  // signed
   static Ints load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm256_storeu_ps(to, value); }
   static Floats as_floats(Ints value) { return _mm256_castsi256_ps(value); }

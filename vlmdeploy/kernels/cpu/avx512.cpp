@@ -26,6 +26,7 @@ struct Isa {
   static Ints low(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Ints high(Ints bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
   static Ints whole(Ints bytes) { return bytes; }
+  static Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
   static constexpr int middle(int) { return 0; }
   static Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   static Ints mul_ints(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
@@ -58,8 +59,6 @@ struct Isa {
   static Floats load_halves(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
   static Floats set_half(uint16_t value) { return _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(value))); }
   static void store_halves(uint16_t* to, Floats value) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, 0)); }
-  template <int PLACE>
-  static Ints byte(Ints words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * PLACE), 24); }  // signed
   static Ints load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm512_storeu_ps(to, value); }
   static Floats as_floats(Ints value) { return _mm512_castsi512_ps(value); }

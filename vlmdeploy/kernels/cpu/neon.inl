@@ -35,6 +35,7 @@ struct Isa {
   static Ints low(Ints bytes) { return centred(vandq_u8(vreinterpretq_u8_s32(bytes), vdupq_n_u8(15)), 8); }
   static Ints high(Ints bytes) { return centred(vshrq_n_u8(vreinterpretq_u8_s32(bytes), 4), 8); }
   static Ints whole(Ints bytes) { return centred(vreinterpretq_u8_s32(bytes), 128); }
+  static Ints flip(Ints bytes) { return veorq_s32(bytes, vreinterpretq_s32_u8(vdupq_n_u8(128))); }
   static Ints repeat(const int8_t* four) {
     int32_t word;
     memcpy(&word, four, 4);
@@ -63,8 +64,6 @@ struct Isa {
   static Floats load_halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
   static Floats set_half(uint16_t value) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value))); }
   static void store_halves(uint16_t* to, Floats value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
-  template <int PLACE>
-  static Ints byte(Ints words) { return vshrq_n_s32(vshlq_n_s32(words, 24 - 8 * PLACE), 24); }  // signed
   static Ints load_bytes(const int8_t* from) {
     int32_t word;
     memcpy(&word, from, 4);

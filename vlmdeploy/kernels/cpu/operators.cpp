@@ -254,6 +254,7 @@ class Attending {
                                                       : STORED == Stored::fp16 ? "WriteCacheFp16"
                                                                                : "WriteCacheInt8");
   static constexpr bool HAS_SCALES = STORED == Stored::int8;
+  static constexpr int64_t MULTIPLE = HAS_SCALES ? CACHE_GROUP : 16;
   static constexpr size_t INPUTS = HAS_SCALES ? 9 : 7, NEEDED = INPUTS, OUTPUTS = (WITH_QUERIES ? 1 : 0) + (HAS_SCALES ? 4 : 2);
   static constexpr ort::ElementType TYPE = STORED == Stored::fp32 ? ort::FLOAT : STORED == Stored::fp16 ? ort::HALF : ort::INT8;
   static ort::ElementType input_type(size_t index) {
@@ -272,8 +273,8 @@ class Attending {
     if (!status && WITH_QUERIES)
       status = api.call<const ort::Info*, const char*, float*>(ort::INFO_GET_FLOAT, info, "scale", &scale_);
     const bool fits = kv_heads_ > 0 && kv_heads_ < 1 << 16 && heads_ >= 0 && heads_ < 1 << 16 && heads_ % kv_heads_ == 0 && width_ > 0 &&
-                      width_ <= MOST_WIDTH && width_ % 16 == 0;
-    if (!status && !fits) status = api.error("vlmdeploy: head_size must be a multiple of 16, num_heads one of kv_num_heads");
+                      width_ <= MOST_WIDTH && width_ % MULTIPLE == 0;
+    if (!status && !fits) status = api.error("vlmdeploy: head_size must be a multiple of 16 (int8: 32), num_heads one of kv_num_heads");
   }
 
   ort::Status* compute(ort::Context* context) {
@@ -284,7 +285,7 @@ class Attending {
     const int64_t rows = qkv.dims.empty() ? 0 : qkv.dims[0], capacity = past[0].dims.size() == 4 ? past[0].dims[2] : 0;
     const std::vector<int64_t> sizes{1, kv_heads_, capacity, width_};
     const std::vector<int64_t> table{cos.dims.empty() ? 0 : cos.dims[0], width_ / 2};
-    const std::vector<int64_t> scale_sizes{1, kv_heads_, capacity, (width_ + CACHE_GROUP - 1) / CACHE_GROUP};
+    const std::vector<int64_t> scale_sizes{1, kv_heads_, capacity, width_ / CACHE_GROUP};
     bool fits = qkv.is(ort::FLOAT, {rows, (heads_ + 2 * kv_heads_) * width_}) && past[0].is(TYPE, sizes) && past[1].is(TYPE, sizes) &&
                 filled.is(ort::INT32, {1}) && cos.is(ort::FLOAT, table) && sin.is(ort::FLOAT, table);
     if (HAS_SCALES) fits = fits && past[2].is(ort::HALF, scale_sizes) && past[3].is(ort::HALF, scale_sizes);

@@ -38,6 +38,7 @@ struct Isa {
   static Ints low(Ints bytes) { return each<int32_t>([&](int i) { return bytes.v[i] & 0x0f0f0f0f; }); }
   static Ints high(Ints bytes) { return each<int32_t>([&](int i) { return bytes.v[i] >> 4 & 0x0f0f0f0f; }); }
   static Ints whole(Ints bytes) { return bytes; }
+  static Ints flip(Ints bytes) { return each<int32_t>([&](int i) { return bytes.v[i] ^ int32_t(0x80808080); }); }
   static constexpr int middle(int) { return 0; }
   static Ints repeat(const int8_t* four) {
     int32_t word;
@@ -67,10 +68,6 @@ struct Isa {
   static Floats load_halves(const uint16_t* from);
   static Floats set_half(uint16_t value);
   static void store_halves(uint16_t* to, Floats value);
-  template <int PLACE>
-  static Ints byte(Ints words) {
-    return each<int32_t>([&](int i) { return int32_t(int8_t(uint32_t(words.v[i]) >> 8 * PLACE)); });
-  }
   static Ints load_bytes(const int8_t* from) { return each<int32_t>([&](int i) { return int32_t(from[i]); }); }
   static void store_floats(float* to, Floats value) { memcpy(to, &value, sizeof value); }
   static Floats as_floats(Ints value) {

@@ -55,32 +55,31 @@ inline float half_to_float(uint16_t half) {
   return value;
 }
 
+// L scales from `place` on, as float32; zeros behind the last of `all`.
+inline Ints load_scales(const Weights& w, int64_t place, int64_t all) {
+  const uint8_t* from = (const uint8_t*)w.scales + place * (w.half_scales ? 2 : 4);
+  alignas(64) uint8_t part[L * 4] = {};
+  if (place + L > all) memcpy(part, from, (all - place) * (w.half_scales ? 2 : 4)), from = part;
+  return w.half_scales ? Isa::as_ints(Isa::load_halves((const uint16_t*)from)) : Isa::load((const int32_t*)from);
+}
+
 inline void open_tile(const Weights& w, const int64_t* outputs, Tile& tile, float* scales, int32_t* zeros) {
   const int64_t groups = w.width / w.group, row_bytes = w.width * w.bits / 8;
   for (int i = 0; i < L; i++) tile.rows[i] = w.codes + outputs[i] * row_bytes, tile.bias[i] = w.bias ? w.bias[outputs[i]] : 0;
   tile.scales = scales;
-  int64_t g = 0;
-  for (; g + L <= groups; g += L) {
+  const int64_t all = w.outputs * groups;
+  for (int64_t g = 0; g < groups; g += L) {
     Ints block[L];
-    for (int i = 0; i < L; i++) {
-      const int64_t place = outputs[i] * groups + g;
-      block[i] = w.half_scales ? Isa::as_ints(Isa::load_halves((const uint16_t*)w.scales + place))
-                               : Isa::load((const int32_t*)w.scales + place);
-    }
+    for (int i = 0; i < L; i++) block[i] = load_scales(w, outputs[i] * groups + g, all);
     Isa::transpose(block);
     for (int i = 0; i < L; i++) Isa::store((int32_t*)scales + (g + i) * L, block[i]);
   }
-  for (; g < groups; g++)
-    for (int i = 0; i < L; i++) {
-      const int64_t place = outputs[i] * groups + g;
-      scales[g * L + i] = w.half_scales ? half_to_float(((const uint16_t*)w.scales)[place]) : ((const float*)w.scales)[place];
-    }
   tile.zeros = w.zeros ? zeros : nullptr;
   if (!w.zeros) return;
   const int64_t zero_bytes = (groups * w.bits + 7) / 8;
   for (int i = 0; i < L; i++) {
     const uint8_t* row = w.zeros + outputs[i] * zero_bytes;
-    for (g = 0; g < groups; g++) zeros[g * L + i] = w.bits == 8 ? row[g] : row[g / 2] >> 4 * (g % 2) & 15;
+    for (int64_t g = 0; g < groups; g++) zeros[g * L + i] = w.bits == 8 ? row[g] : row[g / 2] >> 4 * (g % 2) & 15;
   }
 }
 
@@ -92,6 +91,12 @@ inline Ints load_words(const int32_t* from, int64_t left) {
   return Isa::load(part);
 }
 
+// Eight-bit codes as Isa::dot takes them.
+template <bool SIGNED>
+inline Ints bytes_of(Ints codes) {
+  return Isa::whole(SIGNED ? Isa::flip(codes) : codes);
+}
+
 // Words `word` to word + L of the codes of all outputs, as L vectors of one word of each output.
 inline void read_words(const Tile& tile, int64_t word, int64_t words, Ints out[L]) {
   for (int i = 0; i < L; i++) out[i] = load_words((const int32_t*)tile.rows[i] + word, words - word);
@@ -100,7 +105,7 @@ inline void read_words(const Tile& tile, int64_t word, int64_t words, Ints out[L
 
 // ---- products ----
 
-// What the zero points take off: Isa::low, high and whole give codes less `Isa::middle(bits)`.
+// What the zero points take off: Isa::low, high and bytes_of give codes less `Isa::middle(bits)`; of signed ones, plus 128.
 inline Ints start(const Tile& tile, int64_t g, int32_t sum, int bits) {
   if (!tile.zeros) return Isa::set(sum * (Isa::middle(bits) - (1 << (bits - 1))));
   return Isa::mul_ints(Isa::subtract(Isa::set(Isa::middle(bits)), Isa::load(tile.zeros + g * L)), Isa::set(sum));
@@ -116,7 +121,7 @@ inline Floats add_group(Floats total, Ints sum, const Tile& tile, int64_t g, flo
 // chunk, and `turn` makes one vector of all outputs of each chunk.
 // WORDS: words of 32 bits of a group. a: the activations as vectors, even ones before odd ones if codes have 4 bits.
 // partial: memory for [width * BITS / (32 * max(WORDS, L)), L / 4] vectors.
-template <int BITS, int WORDS>
+template <int BITS, int WORDS, bool SIGNED>
 inline Floats one_row(const Tile& tile, int64_t width, const int8_t* a, const float* scales, const int32_t* sums, int32_t* partial) {
   constexpr int CHUNKS = L / 4, STEPS = WORDS > L ? WORDS / L : 1, GROUPS = WORDS < L ? L / WORDS : 1;
   const int64_t words = width * BITS / 32, groups = width / (WORDS * 32 / BITS);
@@ -131,13 +136,13 @@ inline Floats one_row(const Tile& tile, int64_t width, const int8_t* a, const fl
         const int64_t at = word + step * L;
         const int32_t* x = (const int32_t*)a + at * (BITS == 4 ? 2 : 1);
         for (int i = 0; i < 4; i++) {
-          __builtin_prefetch(rows[0] + 3072 + at * 4 + i * L);  // 12 KB ahead, in the order of memory
+          __builtin_prefetch(rows[0] + 2048 + at * 4 + i * L);  // 8 KB ahead, in the order of memory
           const Ints codes = load_words(rows[i] + at, words - at);
           if (BITS == 4) {
             sum[i] = Isa::dot<4>(sum[i], Isa::low(codes), Isa::load(x));
             sum[i] = Isa::dot<4>(sum[i], Isa::high(codes), Isa::load(x + L));
           } else {
-            sum[i] = Isa::dot<8>(sum[i], Isa::whole(codes), Isa::load(x));
+            sum[i] = Isa::dot<8>(sum[i], bytes_of<SIGNED>(codes), Isa::load(x));
           }
         }
       }
@@ -175,7 +180,7 @@ inline void as_vectors(const int8_t* codes, int64_t width, int8_t* out) {
 // Two tiles as bytes, what a block of rows reads again and again, and that block's sums.
 #ifndef PAIRED
 
-template <int BITS>
+template <int BITS, bool SIGNED>
 inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width / 4, 2, L, 4]
   const int64_t words = width * BITS / 32;
   for (int t = 0; t < 2; t++)
@@ -187,7 +192,7 @@ inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width 
           Isa::store((int32_t*)(out + ((word + i) * 4 + t) * L * 4), Isa::low(block[i]));
           Isa::store((int32_t*)(out + ((word + i) * 4 + 2 + t) * L * 4), Isa::high(block[i]));
         } else {
-          Isa::store((int32_t*)(out + ((word + i) * 2 + t) * L * 4), Isa::whole(block[i]));
+          Isa::store((int32_t*)(out + ((word + i) * 2 + t) * L * 4), bytes_of<SIGNED>(block[i]));
         }
       }
     }
@@ -209,7 +214,7 @@ inline void group_sums(const uint8_t*& codes, int64_t width, int group, const in
 
 #else
 
-template <int BITS>
+template <int BITS, bool SIGNED>
 inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width / 8, 2, L, 8]
   const int64_t words = width * BITS / 32;
   for (int t = 0; t < 2; t++)
@@ -217,8 +222,8 @@ inline void unpack(const Tile* tiles, int64_t width, uint8_t* out) {  // [width 
       Ints block[L];
       read_words(tiles[t], word, words, block);
       for (int i = 0; i < L && word + i < words; i += BITS / 4) {
-        const Ints a = BITS == 4 ? Isa::low(block[i]) : Isa::whole(block[i]);
-        const Ints b = BITS == 4 ? Isa::high(block[i]) : Isa::whole(block[i + 1]);
+        const Ints a = BITS == 4 ? Isa::low(block[i]) : bytes_of<SIGNED>(block[i]);
+        const Ints b = BITS == 4 ? Isa::high(block[i]) : bytes_of<SIGNED>(block[i + 1]);
         int32_t* to = (int32_t*)(out + ((word + i) / (BITS / 4) * 2 + t) * L * 8);
         Isa::store(to, Isa::first_words(a, b)), Isa::store(to + L, Isa::second_words(a, b));
       }
@@ -305,13 +310,13 @@ inline void put(float* y, Floats value, int64_t left) {
 
 struct Place {
   float* y;
-  int64_t row_width, first;  // outputs of y; the first output of the tile
+  int64_t stride, row_width, first;  // between rows of y; outputs of a row; the first output of the tile
   Then then;
 };
 
 inline void finish(const Weights& w, const Tile* tiles, const Place& place, int64_t row, Floats a, Floats b) {
   if (w.bias) a = Isa::add_floats(a, Isa::load_floats(tiles[0].bias)), b = Isa::add_floats(b, Isa::load_floats(tiles[1].bias));
-  float* y = place.y + row * place.row_width + place.first;
+  float* y = place.y + row * place.stride + place.first;
   const int64_t left = place.row_width - place.first;
   if (place.then == Then::swiglu) {
     put(y, silu_times(a, b), left);
@@ -332,10 +337,10 @@ int64_t block(const Weights& w, const Rows& rows, const Tile* tiles, const uint8
   return ROWS;
 }
 
-template <int BITS, int WORDS>
-void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_t first_tile, int64_t last_tile) {
+template <int BITS, int WORDS, bool SIGNED>
+void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_t y_stride, int64_t first_tile, int64_t last_tile) {
   const int64_t groups = w.width / w.group, row_width = then == Then::swiglu ? w.outputs / 2 : w.outputs;
-  const size_t table = size_t(groups) * L * 4;
+  const size_t table = size_t(groups + L) * L * 4;
   // Scales and zero points of two tiles; then the codes of two tiles, or the activations of the only row and its partial sums.
   const size_t vectors = (size_t(w.width) + L * 8 + 63) / 64 * 64, partials = (size_t(w.width) * BITS / 32 + L) * L;
   const size_t needed = 4 * table + (rows.count > 1 ? size_t(w.width) * 2 * L : vectors + partials) + 64;
@@ -346,7 +351,7 @@ void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_
   int32_t* partial = (int32_t*)(codes + vectors);
   if (rows.count == 1) as_vectors<BITS>(rows.codes, w.width, (int8_t*)codes);
   for (int64_t t = first_tile; t < last_tile; t++) {
-    Place place{y, row_width, t * (then == Then::swiglu ? L : 2 * L), then};
+    Place place{y, y_stride, row_width, t * (then == Then::swiglu ? L : 2 * L), then};
     Tile tiles[2];
     for (int half = 0; half < 2; half++) {
       int64_t outputs[L];
@@ -359,11 +364,11 @@ void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_
     if (rows.count == 1) {
       Floats out[2];
       for (int i = 0; i < 2; i++)
-        out[i] = one_row<BITS, WORDS>(tiles[i], w.width, (int8_t*)codes, rows.scales, rows.sums, partial);
+        out[i] = one_row<BITS, WORDS, SIGNED>(tiles[i], w.width, (int8_t*)codes, rows.scales, rows.sums, partial);
       finish(w, tiles, place, 0, out[0], out[1]);
       continue;
     }
-    unpack<BITS>(tiles, w.width, codes);
+    unpack<BITS, SIGNED>(tiles, w.width, codes);
     for (int64_t row = 0; row < rows.count;) {
       const int64_t left = rows.count - row;
       if (left >= Isa::ROWS) row += block<BITS, Isa::ROWS>(w, rows, tiles, codes, place, row);
@@ -375,14 +380,15 @@ void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_
 
 void multiply(const Weights& w, const Rows& rows, Then then, float* y, int64_t first_tile, int64_t last_tile) {
   const int words = w.group * w.bits / 32;
+  const int64_t stride = then == Then::swiglu ? w.outputs / 2 : w.outputs;
   if (w.bits == 4) {
-    if (words == 4) multiply_as<4, 4>(w, rows, then, y, first_tile, last_tile);
-    if (words == 8) multiply_as<4, 8>(w, rows, then, y, first_tile, last_tile);
-    if (words == 16) multiply_as<4, 16>(w, rows, then, y, first_tile, last_tile);
+    if (words == 4) multiply_as<4, 4, false>(w, rows, then, y, stride, first_tile, last_tile);
+    if (words == 8) multiply_as<4, 8, false>(w, rows, then, y, stride, first_tile, last_tile);
+    if (words == 16) multiply_as<4, 16, false>(w, rows, then, y, stride, first_tile, last_tile);
   } else {
-    if (words == 8) multiply_as<8, 8>(w, rows, then, y, first_tile, last_tile);
-    if (words == 16) multiply_as<8, 16>(w, rows, then, y, first_tile, last_tile);
-    if (words == 32) multiply_as<8, 32>(w, rows, then, y, first_tile, last_tile);
+    if (words == 8) multiply_as<8, 8, false>(w, rows, then, y, stride, first_tile, last_tile);
+    if (words == 16) multiply_as<8, 16, false>(w, rows, then, y, stride, first_tile, last_tile);
+    if (words == 32) multiply_as<8, 32, false>(w, rows, then, y, stride, first_tile, last_tile);
   }
 }
 

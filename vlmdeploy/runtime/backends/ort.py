@@ -29,6 +29,7 @@ from vlmdeploy.runtime.memory import release_freed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FUSED_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"  # the default rounds activations to int8
+SPIN_KEY = "session.intra_op.spin_duration_us"
 EXTERNAL_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 CHUNK_ROWS = 256  # prompt rows per graph call: bounds memory; larger chunks are no faster
 MOST_LANES = 4  # per call of a routed decoder
@@ -299,6 +300,8 @@ def session_options(ort: ModuleType, threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is an exception: its log would stand beside our error
     options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # exact float activations
+    # Idle threads wait this long before they sleep. onnxruntime's default slows the next graph, whose threads are others.
+    options.add_session_config_entry(SPIN_KEY, "200")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
