@@ -2,9 +2,9 @@
 
 Writes a random checkpoint, exports it with a KV cache of int8 and of float32, converts it for llama.cpp (Q4_0), and
 times in each round every phase on every side: a prompt, the rows of a picture, encoder and connector, the first token
-of a question about a new picture, decoded tokens. In a process of its own, each side is loaded and answers twice about a
-picture; its time to load and its memory are printed, too. Ratios are made round by round. The share of the limit of a
-decoded token is its bytes (weights and cache) per time, in parts of the bandwidth of plain reading in the same round.
+of a question about a new picture, decoded tokens. In a process of its own, each side is loaded and answers twice about
+a picture; its time to load and its memory are printed, too. Ratios are made round by round. The share of the limit of a
+decoded token is its bytes (weights and cache) per time, in parts of the bandwidth of plain reading before and after it.
 
 llama.cpp is built from the folder that --llamacpp names, with g++ and cmake; without the option, the other sides run.
 
@@ -31,7 +31,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from answer_memory import TOKENS, Answered, new_pixels, question
-from decode_speed import read_bandwidth
+from decode_speed import PlainReading
 from export_memory import config_of, write_random
 from llamacpp_model import MEAN, STD, write_gguf
 from numpy.typing import NDArray
@@ -310,22 +310,23 @@ def compare(sides: dict[str, Side], fresh: dict[str, Callable[[], Answered]], ro
     """Medians and ranges over the rounds; ratios are to the last side's, round by round."""
     tasks = phases()
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    bandwidths: list[float] = []
+    reading, bandwidths = PlainReading(threads), defaultdict[tuple[str, str], list[float]](list)
     started: dict[str, list[Answered]] = defaultdict(list)
     for index in range(rounds + 1):
         for task, measure in tasks.items():
             for name, side in sides.items():
                 time.sleep(PAUSE_S)
-                seconds = measure(side)
+                before, seconds, after = reading.bandwidth(2), measure(side), reading.bandwidth(2)
                 if index:  # the first round warms up
                     found[task, name].append(seconds)
-        bandwidths.append(read_bandwidth(threads))
+                    bandwidths[task, name].append((before + after) / 2)
         for name, run in fresh.items():
             started[name].append(run())
     *ours, other = sides
     print(f"{cpu_model(Path('/proc/cpuinfo'))}, {threads} threads, operators {cpu.variant()}; ", end="")
     print(f"{rounds} rounds, medians [least-most]; ", end="")
-    print(f"plain reading {min(bandwidths) / 1e9:.0f}-{max(bandwidths) / 1e9:.0f} GB/s\n")
+    every = [one / 1e9 for several in bandwidths.values() for one in several]
+    print(f"plain reading {min(every):.0f}-{max(every):.0f} GB/s\n")
     head(f"times faster than {other}", ours)
     for task in tasks:
         ratios = [zip(found[task, other], found[task, name], strict=True) for name in ours]
@@ -336,8 +337,8 @@ def compare(sides: dict[str, Side], fresh: dict[str, Callable[[], Answered]], ro
     runtimes = {name: side for name, side in sides.items() if isinstance(side, Ours)}
     head("share of plain reading", list(runtimes))
     for depth in DEPTHS:
-        times = {name: found[f"decoded token at {depth}", name] for name in runtimes}
-        line(f"decoded token at {depth}", [shares(runtimes[name], depth, times[name], bandwidths) for name in runtimes])
+        task = f"decoded token at {depth}"
+        line(task, [shares(side, depth, found[task, name], bandwidths[task, name]) for name, side in runtimes.items()])
     head("in a process of its own", list(started))
     values: dict[str, Callable[[Answered], float]] = {
         "open and load, s": lambda one: one.load_s,
@@ -353,7 +354,7 @@ def compare(sides: dict[str, Side], fresh: dict[str, Callable[[], Answered]], ro
 def shares(side: Ours, depth: int, seconds: Sequence[float], bandwidths: Sequence[float]) -> str:
     memory = side.manifest.memory_bytes
     size = memory["decode"] + depth * memory["kv_per_token"]
-    return shown([size / one / bandwidth for one, bandwidth in zip(seconds, bandwidths[1:], strict=True)], 2)
+    return shown([size / one / bandwidth for one, bandwidth in zip(seconds, bandwidths, strict=True)], 2)
 
 
 def head(title: str, columns: Sequence[str]) -> None:

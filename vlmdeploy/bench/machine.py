@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 from vlmdeploy.bench.measurement import EngineUsed, Machine
+from vlmdeploy.kernels import cpu
 from vlmdeploy.manifest import Manifest
 from vlmdeploy.runtime.backends.ort import import_onnxruntime
 from vlmdeploy.runtime.backends.trt_library import import_tensorrt, library_of
@@ -47,4 +48,6 @@ def engine_used(manifest: Manifest, provider: str | None, threads: int | None, r
         library = import_tensorrt(library_of(manifest.target))
         return EngineUsed(library.name, library.version, "cuda", None, residency)
     version = str(import_onnxruntime().__version__)
-    return EngineUsed("onnxruntime", version, provider or manifest.provider, threads, residency)
+    provider = provider or manifest.provider
+    operators = cpu.variant() if manifest.dialect == "ort" and provider == "cpu" else None
+    return EngineUsed("onnxruntime", version, provider, threads, residency, operators)

@@ -78,13 +78,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class EngineUsed:
-    """The engine that executed the graphs. threads None: the library's default."""
+    """The engine that executed the graphs. threads None: the library's default. operators: the instructions of our
+    compiled operators for a CPU; None if others ran."""
 
     library: str
     version: str
     provider: str
     threads: int | None
     residency: str
+    operators: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ from vlmdeploy.byte_sizes import gigabytes, megabytes
 COLUMNS = ["", "median", "p95", "lowest", "of"]
 
 
-def measurement_title(found: Measurement) -> str:
-    """The bundle, its engine and the machine."""
+def measurement_titles(found: Measurement) -> tuple[str, str]:
+    """The bundle; its engine and the machine."""
     engine, machine = found.engine, found.machine
     parts = ", ".join(f"{part} {precision}" for part, precision in found.bundle.precision.items())
     threads = "" if engine.provider != "cpu" else f", {engine.threads or 'default'} threads"
     where = [machine.board, machine.gpu, f"{machine.cpu} ({machine.logical_cores} cores)"]
+    operators = f" with our operators ({engine.operators})" if engine.operators else ""
     return (
-        f"{found.bundle.folder}: {found.bundle.target} ({parts})\n"
-        f"{engine.library} {engine.version} on {engine.provider}{threads}, residency {engine.residency}; "
-        f"{', '.join(filter(None, where))}, {gigabytes(machine.memory_bytes)}, {machine.kernel}"
+        f"{found.bundle.folder}: {found.bundle.target} ({parts})",
+        f"{engine.library} {engine.version} on {engine.provider}{operators}{threads}, residency {engine.residency}; "
+        f"{', '.join(filter(None, where))}, {gigabytes(machine.memory_bytes)}, {machine.kernel}",
     )
 
 

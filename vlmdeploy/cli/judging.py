@@ -182,7 +182,7 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure a bundle on this machine: time to first token, decode rate, memory, energy."""
     from vlmdeploy.bench.measure import measure_in_process
     from vlmdeploy.bench.measurement import MeasureOptions
-    from vlmdeploy.bench.table import COLUMNS, measurement_rows, measurement_title
+    from vlmdeploy.bench.table import COLUMNS, measurement_rows, measurement_titles
 
     if options["text_only"] and options["image"] is not None:
         raise click.UsageError("--text-only and --image exclude each other: give one of them")
@@ -190,4 +190,6 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(asdict(found))
     else:
-        print_rows(measurement_title(found), COLUMNS, measurement_rows(found))
+        subject, engine = measurement_titles(found)
+        print_headline(subject)
+        print_rows(engine, COLUMNS, measurement_rows(found))

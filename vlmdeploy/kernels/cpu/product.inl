@@ -63,8 +63,10 @@ inline Ints load_scales(const Weights& w, int64_t place, int64_t all) {
   return w.half_scales ? Isa::as_ints(Isa::load_halves((const uint16_t*)from)) : Isa::load((const int32_t*)from);
 }
 
-inline void open_tile(const Weights& w, const int64_t* outputs, Tile& tile, float* scales, int32_t* zeros) {
-  const int64_t groups = w.width / w.group, row_bytes = w.width * w.bits / 8;
+// Opens the tile of these outputs and fetches scales of the one that begins `step` outputs later.
+inline void open_tile(const Weights& w, const int64_t* outputs, int64_t step, Tile& tile, float* scales, int32_t* zeros) {
+  const int64_t groups = w.width / w.group, row_bytes = w.width * w.bits / 8, scale_bytes = groups * (w.half_scales ? 2 : 4);
+  for (int64_t i = 0; i < L * scale_bytes; i += 64) __builtin_prefetch((const char*)w.scales + (outputs[0] + step) * scale_bytes + i);
   for (int i = 0; i < L; i++) tile.rows[i] = w.codes + outputs[i] * row_bytes, tile.bias[i] = w.bias ? w.bias[outputs[i]] : 0;
   tile.scales = scales;
   const int64_t all = w.outputs * groups;
@@ -351,7 +353,8 @@ void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_
   int32_t* partial = (int32_t*)(codes + vectors);
   if (rows.count == 1) as_vectors<BITS>(rows.codes, w.width, (int8_t*)codes);
   for (int64_t t = first_tile; t < last_tile; t++) {
-    Place place{y, y_stride, row_width, t * (then == Then::swiglu ? L : 2 * L), then};
+    const int64_t step = then == Then::swiglu ? L : 2 * L;
+    const Place place{y, y_stride, row_width, t * step, then};
     Tile tiles[2];
     for (int half = 0; half < 2; half++) {
       int64_t outputs[L];
@@ -359,7 +362,7 @@ void multiply_as(const Weights& w, const Rows& rows, Then then, float* y, int64_
         const int64_t own = place.first + i + (then == Then::swiglu ? 0 : half * L);
         outputs[i] = (own < row_width ? own : row_width - 1) + (then == Then::swiglu ? half * row_width : 0);
       }
-      open_tile(w, outputs, tiles[half], (float*)(base + half * table), (int32_t*)(base + (2 + half) * table));
+      open_tile(w, outputs, step, tiles[half], (float*)(base + half * table), (int32_t*)(base + (2 + half) * table));
     }
     if (rows.count == 1) {
       Floats out[2];

@@ -300,7 +300,7 @@ def session_options(ort: ModuleType, threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is an exception: its log would stand beside our error
     options.add_session_config_entry(FUSED_ACCURACY_KEY, "0")  # exact float activations
-    # Idle threads wait this long before they sleep. onnxruntime's default slows the next graph, whose threads are others.
+    # Microseconds until idle threads sleep. By default they disturb the next graph, whose threads are others.
     options.add_session_config_entry(SPIN_KEY, "200")
     if threads is not None:
         options.intra_op_num_threads = threads
