@@ -7,13 +7,14 @@ AUTOROUND := .venv-autoround
 
 MINUTES ?= 10
 
-.PHONY: all demo report test test-all fuzz lint format kernels gptqmodel autoround clean
+.PHONY: all demo report test test-all soak fuzz lint format kernels gptqmodel autoround clean
 
 all: $(READY)
 
 # torch first and pinned: left to the resolver it may bring another build than the one we test with.
 $(READY): pyproject.toml $(wildcard vlmdeploy/kernels/cpu/*.cpp vlmdeploy/kernels/cpu/*.h vlmdeploy/kernels/cpu/*.inl)
 	$(PYTHON) -m venv .venv
+	rm -f vlmdeploy/kernels/cpu/_operators.*  # a build that fails would leave the old one
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e ".[cpu,toolchain,digits,report,rtx,dev]"
 	touch $(READY)
@@ -37,6 +38,10 @@ test: $(READY) lint
 
 test-all: test
 	$(BIN)/python -m pytest -q -m slow
+
+# Thousands of answers in one process.
+soak: $(READY)
+	$(BIN)/python -m pytest -q -s -m soak
 
 # Attacks on everything that reads what came from outside, and on every write; what is found is kept in fuzz/corpus.
 fuzz: $(READY)

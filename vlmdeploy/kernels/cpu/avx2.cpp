@@ -2,6 +2,5 @@
 #if defined(__x86_64__)
 #define VARIANT avx2
 #define NAME "avx2"
-#define CPU_HAS_MORE __builtin_cpu_supports("f16c")
 #include "avx2.inl"
 #endif

@@ -1,18 +1,19 @@
 // 256-bit vectors of x86; DOT_VNNI: with the instruction that multiplies and adds four bytes at once.
 #include <cfloat>
 #include <cmath>
+#include <cpuid.h>
 #include <cstring>
 #include <immintrin.h>
 #include <vector>
 
 #include "attention.h"
+#include "instructions.h"
 #include "product.h"
 
-#pragma GCC push_options
 #ifdef DOT_VNNI
-#pragma GCC target("avx2,f16c,fma,avxvnni")
+INSTRUCTIONS("avx2,f16c,fma,avxvnni")
 #else
-#pragma GCC target("avx2,f16c,fma")
+INSTRUCTIONS("avx2,f16c,fma")
 #endif
 
 namespace vlmdeploy::VARIANT {
@@ -40,7 +41,9 @@ struct Isa {
   }
   template <int BITS>
   static Ints dot(Ints sum, Ints codes, Ints activations) {
-#ifdef DOT_VNNI
+#if defined(DOT_VNNI) && defined(__clang__)
+    return _mm256_dpbusd_avx_epi32(sum, codes, activations);
+#elif defined(DOT_VNNI)
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(activations));  // as in avx512.cpp
     return sum;
 #else
@@ -63,7 +66,6 @@ struct Isa {
   static Floats set_float(float value) { return _mm256_set1_ps(value); }
   static Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
   static Floats load_halves(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-  static Floats set_half(uint16_t value) { return _mm256_cvtph_ps(_mm_set1_epi16(int16_t(value))); }
   static void store_halves(uint16_t* to, Floats value) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(value, 0)); }
   static Ints load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm256_storeu_ps(to, value); }
@@ -128,7 +130,18 @@ struct Isa {
 #include "product.inl"
 #include "attention.inl"
 
-bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && CPU_HAS_MORE; }
+// Of features that compilers' own lists lack. words: eax, ebx, ecx, edx.
+static bool cpuid_bit(unsigned leaf, unsigned subleaf, int word, int bit) {
+  unsigned words[4];
+  return __get_cpuid_count(leaf, subleaf, &words[0], &words[1], &words[2], &words[3]) && (words[word] >> bit & 1);
+}
+bool runs_here() {
+  const bool has_f16c = cpuid_bit(1, 0, 2, 29);
+#ifdef DOT_VNNI
+  if (!cpuid_bit(7, 1, 0, 4)) return false;
+#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
+}
 extern const Variant variant = {NAME, runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::VARIANT
-#pragma GCC pop_options
+END_INSTRUCTIONS

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "attention.h"
+#include "instructions.h"
 #include "product.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")
+INSTRUCTIONS("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")
 
 namespace vlmdeploy::avx512 {
 namespace {
@@ -37,8 +37,11 @@ struct Isa {
   }
   template <int BITS>
   static Ints dot(Ints sum, Ints codes, Ints activations) {
-    // Not the intrinsic: GCC 12 copies `sum` before and after it, at a third of the speed.
+#if defined(__clang__)
+    sum = _mm512_dpbusd_epi32(sum, codes, activations);
+#else  // not the intrinsic: GCC 12 copies `sum` before and after it, at a third of the speed
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
+#endif
     return sum;
   }
 
@@ -57,7 +60,6 @@ struct Isa {
   static Floats set_float(float value) { return _mm512_set1_ps(value); }
   static Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
   static Floats load_halves(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-  static Floats set_half(uint16_t value) { return _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(value))); }
   static void store_halves(uint16_t* to, Floats value) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, 0)); }
   static Ints load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
   static void store_floats(float* to, Floats value) { _mm512_storeu_ps(to, value); }
@@ -123,5 +125,5 @@ bool runs_here() {
 }
 extern const Variant variant = {"avx512-vnni", runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::avx512
-#pragma GCC pop_options
+END_INSTRUCTIONS
 #endif

@@ -7,13 +7,13 @@
 #include <vector>
 
 #include "attention.h"
+#include "instructions.h"
 #include "product.h"
 
-#pragma GCC push_options
 #ifdef PAIRED
-#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+INSTRUCTIONS("arch=armv8.2-a+dotprod+i8mm")
 #else
-#pragma GCC target("arch=armv8.2-a+dotprod")
+INSTRUCTIONS("arch=armv8.2-a+dotprod")
 #endif
 
 namespace vlmdeploy::VARIANT {
@@ -62,7 +62,6 @@ struct Isa {
   static Floats set_float(float value) { return vdupq_n_f32(value); }
   static Floats load_floats(const float* from) { return vld1q_f32(from); }
   static Floats load_halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
-  static Floats set_half(uint16_t value) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value))); }
   static void store_halves(uint16_t* to, Floats value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
   static Ints load_bytes(const int8_t* from) {
     int32_t word;
@@ -120,4 +119,4 @@ struct Isa {
 bool runs_here() { return CPU_HAS_IT; }
 extern const Variant variant = {NAME, runs_here, 2 * Isa::L, round_row, multiply, write_cache, attend};
 }  // namespace vlmdeploy::VARIANT
-#pragma GCC pop_options
+END_INSTRUCTIONS

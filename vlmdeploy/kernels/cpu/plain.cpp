@@ -66,7 +66,6 @@ struct Isa {
     return out;
   }
   static Floats load_halves(const uint16_t* from);
-  static Floats set_half(uint16_t value);
   static void store_halves(uint16_t* to, Floats value);
   static Ints load_bytes(const int8_t* from) { return each<int32_t>([&](int i) { return int32_t(from[i]); }); }
   static void store_floats(float* to, Floats value) { memcpy(to, &value, sizeof value); }
@@ -145,7 +144,6 @@ uint16_t float_to_half(float value) {  // rounds to nearest, ties to even
 }
 
 Floats Isa::load_halves(const uint16_t* from) { return each<float>([&](int i) { return half_to_float(from[i]); }); }
-Floats Isa::set_half(uint16_t value) { return set_float(half_to_float(value)); }
 void Isa::store_halves(uint16_t* to, Floats value) {
   for (int i = 0; i < 4; i++) to[i] = float_to_half(value.v[i]);
 }
