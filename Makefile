@@ -7,7 +7,7 @@ AUTOROUND := .venv-autoround
 
 MINUTES ?= 10
 
-.PHONY: all demo report test test-all soak fuzz lint format kernels gptqmodel autoround clean
+.PHONY: all demo report test test-all fuzz lint format kernels gptqmodel autoround clean
 
 all: $(READY)
 
@@ -38,10 +38,6 @@ test: $(READY) lint
 
 test-all: test
 	$(BIN)/python -m pytest -q -m slow
-
-# Thousands of answers in one process.
-soak: $(READY)
-	$(BIN)/python -m pytest -q -s -m soak
 
 # Attacks on everything that reads what came from outside, and on every write; what is found is kept in fuzz/corpus.
 fuzz: $(READY)

@@ -1,4 +1,4 @@
-"""Long runs, by `make soak`: thousands of answers in one process, whose memory must not grow."""
+"""Long runs: thousands of answers in one process, whose memory must not grow."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.slow
 
 WARM_UP = 0.1  # of the answers, in which pools and caches fill
 MOST_GROWTH = 4 << 20  # bytes
