@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.tiny_bundle import flip_byte
 from tests.tiny_checkpoint import INDEX_NAME, INV_FREQ, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy import load_model
+from vlmdeploy.calib.checkpoint_writer import unit_tensors
 from vlmdeploy.errors import ConfigError, PromptError, VlmdeployError, WeightsError
 from vlmdeploy.families import all_families
 from vlmdeploy.model.checkpoint import Checkpoint
@@ -380,11 +381,38 @@ def test_unknown_architecture_lists_the_known_families(tmp_path: Path) -> None:
     assert_config_error(tmp_path, "LlavaForConditionalGeneration", "not supported", "known families: cogvlm, cogvlm2")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [("CogAgentForCausalLM", "CogAgent has a second encoder"), ("CogVLMVideoForCausalLM", "reads videos")],
+)
+def test_the_nearest_family_says_what_a_checkpoint_is(tmp_path: Path, architecture: str, reason: str) -> None:
+    write_tiny_checkpoint(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(architectures=[architecture]))
+    assert_config_error(tmp_path, architecture, "not supported", reason)
+
+
+def test_ignored_tensors_are_kept_and_unknown_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TinyCheckpoint()
+    extra = {name: np.arange(3, dtype=np.float32) for name in ("model.head_b.weight", "model.head_a.weight")}
+    write_checkpoint(tmp_path, tiny.config(), tiny.tensors() | extra)
+    with pytest.raises(WeightsError, match=r'"model.head_a.weight" is unknown \(2 such tensors\)'):
+        Checkpoint(tmp_path)
+    monkeypatch.setattr("vlmdeploy.families.cogvlm.IGNORED", ("model.head_?.weight",))
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.ignored == sorted(extra)
+    load_model(tmp_path)
+    units = ["decoder.layers.0", "head"]
+    layer, last = (unit_tensors(checkpoint, unit, units, {}) for unit in units)
+    assert not set(extra) & set(layer)
+    for name, values in extra.items():
+        np.testing.assert_array_equal(last[name].numpy(), values)
+
+
 def test_text_only_glm_is_refused(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
     glm = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": 40, "hidden_size": 4096}
     (tmp_path / "config.json").write_text(json.dumps(glm))
-    assert_config_error(tmp_path, "vision_config", "chatglm", "text-only")
+    assert_config_error(tmp_path, "chatglm", "vision_config", "text-only")
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX_NAME])

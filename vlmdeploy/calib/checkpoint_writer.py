@@ -37,8 +37,9 @@ COPIED = (
 def unit_tensors(
     checkpoint: Checkpoint, unit: str, units: list[str], encoded: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Every tensor of a unit under its published name: GPTQ tensors if quantized, else as stored."""
-    tensors: dict[str, Tensor] = {}
+    """Every tensor of a unit under its published name: GPTQ tensors if quantized, else as stored. Ignored ones are the
+    last unit's."""
+    tensors = {name: checkpoint.raw(name) for name in checkpoint.ignored if unit == units[-1]}
     for rule in checkpoint.rules.values():
         if _unit_of(rule, units) != unit:
             continue

@@ -27,22 +27,18 @@ def find_family(config: Config, tensor_names: frozenset[str]) -> Family:
 def possible_families(config: Config, tensor_names: frozenset[str] | None) -> tuple[Family, ...]:
     """The families that may read a checkpoint with this config.json; without tensor names (None) there may be several.
 
-    Raises ConfigError if there is none.
+    Raises ConfigError if there is none, saying what the nearest family makes of it.
     """
-    if "vision_config" not in config:
-        kind = config.get("model_type") or config.get("architectures")
-        raise ConfigError(
-            f'config.json: no "vision_config" (model type {kind!r:.80}): a text-only model; expected a vision-language '
-            "one"
-        )
-    matches = tuple(family for family in all_families() if family.detect(config, tensor_names))
+    families = all_families()
+    matches = tuple(family for family in families if family.detect(config, tensor_names))
     if matches:
         return matches
-    known = ", ".join(family.NAME for family in all_families())
-    raise ConfigError(
-        f"config.json: architecture {config.get('architectures')!r:.80} (model_type {config.get('model_type')!r:.80}) "
-        f"is not supported; known families: {known}"
-    )
+    kind = f"architecture {config.get('architectures')!r:.80} (model_type {config.get('model_type')!r:.80})"
+    reasons = [reason for reason in (family.nearest(config) for family in families) if reason is not None]
+    if not reasons and "vision_config" not in config:
+        reasons = ['no "vision_config": a text-only model; expected a vision-language one']
+    known = ", ".join(family.NAME for family in families)
+    raise ConfigError(f"config.json: {kind} is not supported: {(*reasons, f'known families: {known}')[0]}")
 
 
 def family_named(name: str) -> Family:

@@ -29,6 +29,11 @@ NAME = "cogvlm"
 ARCHITECTURE = "CogVLMForCausalLM"
 DOWNSAMPLE_TENSOR = "model.vision.conv.weight"  # only CogVLM2 has it; both have the same architecture string
 KV_HEADS_KEY = "num_multi_query_heads"  # only in CogVLM2's code; its released config.json omits it
+IGNORED = ()
+NEAREST = {
+    "CogVLMVideoForCausalLM": "CogVLM2-Video reads videos; expected a checkpoint for pictures",
+    "CogAgentForCausalLM": "CogAgent has a second encoder and cross-attention; expected a CogVLM",
+}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONNECTOR_NORM_EPS = 1e-5  # the framework's default, not the encoder's 1e-6
@@ -76,6 +81,12 @@ def is_cogvlm2(config: Config, tensor_names: frozenset[str] | None) -> bool | No
     if config.get(KV_HEADS_KEY) is not None or _has_ids(config, COGVLM2_TOKENS):
         return True
     return False if _has_ids(config, TOKENS) else None
+
+
+def nearest(config: Config) -> str | None:
+    """The other models of the authors."""
+    architectures = config.get("architectures")
+    return NEAREST.get(str(architectures[0])) if isinstance(architectures, list) and architectures else None
 
 
 def _has_ids(config: Config, tokens: TokenDefaults) -> bool:

@@ -23,9 +23,10 @@ from vlmdeploy.records import Config
 from vlmdeploy.spec.decoder import ExpertSpec, RopeSpec
 from vlmdeploy.spec.model import ModelSpec
 
-__all__ = ["NAME", "RELEASED", "detect", "spec", "weights"]
+__all__ = ["IGNORED", "NAME", "RELEASED", "detect", "nearest", "spec", "weights"]
 
 NAME = "cogvlm2"
+IGNORED = ()
 ROPE_BASE = 500000.0
 NUM_KV_HEADS = 8
 RELEASED: Config = {  # llama3-chat-19B, English and Chinese
@@ -39,6 +40,10 @@ RELEASED: Config = {  # llama3-chat-19B, English and Chinese
 def detect(config: Config, tensor_names: frozenset[str] | None) -> bool:
     """The CogVLM architecture string and the downsampling convolution."""
     return is_cogvlm(config) and is_cogvlm2(config, tensor_names) is not False
+
+
+def nearest(config: Config) -> None:
+    """CogVLM names what is near to both."""
 
 
 def spec(config: Config, generation_config: Config) -> ModelSpec:

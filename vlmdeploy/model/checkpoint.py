@@ -1,12 +1,13 @@
 """Read checkpoints in Hugging Face layout, one tensor or a few rows at a time.
 
-Reads safetensors only, never pickles or code. Exactly one rule of the family uses each tensor, and every parameter is
-filled exactly once.
+Reads safetensors only, never pickles or code. Exactly one rule of the family uses each tensor that the family does not
+ignore, and every parameter is filled exactly once.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 
@@ -33,7 +34,8 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 class Checkpoint:
-    """A checkpoint folder. Opening it reads configs and headers only.
+    """A checkpoint folder. Opening it reads configs and headers only. ignored: names of tensors that the model does not
+    compute with.
 
     Its links are followed within it, in Hugging Face's cache to the blobs there; elsewhere only with `follow_links`.
     """
@@ -54,6 +56,10 @@ class Checkpoint:
         except ConfigError as error:
             raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the config file's name
         self.rules = {rule.target: rule for rule in family.weights(self.spec)}
+        stored, used = self.codes.names(), {source.name for rule in self.rules.values() for source in rule.sources}
+        self.ignored = sorted(
+            name for name in stored - used if any(fnmatchcase(name, pattern) for pattern in family.IGNORED)
+        )
         self._fingerprint: str | None = None
         _check_tensors(self)
 
@@ -187,7 +193,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     """Check that exactly one rule names each tensor, and that every source has the right shape and a float type."""
     where, stored = f"{checkpoint.folder}: {checkpoint.spec.family}", checkpoint.codes.names()
     sources = [(source, rule) for rule in checkpoint.rules.values() for source in rule.sources]
-    unknown = sorted(stored - {source.name for source, _ in sources})
+    unknown = sorted(stored - {source.name for source, _ in sources} - set(checkpoint.ignored))
     if unknown:
         raise WeightsError(f'{where}: tensor "{unknown[0]}" is unknown ({len(unknown)} such tensors)')
     missing = [source.name for source, rule in sources if source.name not in stored and not rule.optional]

@@ -49,15 +49,19 @@ class Family(Protocol):
 
     NAME: str
     RELEASED: Config  # the size-related keys of the family's best-known config.json
+    IGNORED: tuple[str, ...]  # patterns of tensor names that the model does not compute with, as of fnmatch
 
     def detect(self, config: Config, tensor_names: frozenset[str] | None) -> bool:
         """Whether this family reads the checkpoint; without tensor names (None), whether it may."""
+
+    def nearest(self, config: Config) -> str | None:
+        """Why a checkpoint that no family reads, but that is nearly one of this family, is not: half a sentence."""
 
     def spec(self, config: Config, generation_config: Config) -> ModelSpec:
         """The checkpoint's geometry and rules. Raises ConfigError, naming the key."""
 
     def weights(self, spec: ModelSpec) -> tuple[WeightRule, ...]:
-        """The sources of each parameter. Every tensor of the checkpoint appears in exactly one rule."""
+        """The sources of each parameter. Every tensor of the checkpoint appears in one rule, or is IGNORED."""
 
 
 def least_context(rows_per_image: int) -> int:

@@ -9,12 +9,17 @@ from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 NAME = "toyvlm"
+IGNORED = ()
 RELEASED: Config = cogvlm.RELEASED | {"architectures": ["ToyVLM"]}
 
 
 def detect(config: Config, tensor_names: frozenset[str]) -> bool:
     """By its architecture."""
     return config.get("architectures") == ["ToyVLM"]
+
+
+def nearest(config: Config) -> None:
+    """Nothing is near."""
 
 
 def spec(config: Config, generation_config: Config) -> ModelSpec:
