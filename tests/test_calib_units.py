@@ -245,7 +245,9 @@ def test_attention_to_first_tokens_is_that_of_the_experts_own_rows(mixed: Case) 
         is_text = torch.from_numpy(~sample.vision_mask)
         angles = torch.from_numpy(sample.positions)[is_text][:, None].double() * checkpoint.inv_freq().double()
         heads = (x[torch.from_numpy(own)][is_text] @ weights.T).reshape(int(is_text.sum()), -1, spec.head_dim)
-        turned = rotate(heads.transpose(0, 1)[None], angles.cos().float()[None], angles.sin().float()[None])[0]
+        turned = rotate(heads.transpose(0, 1)[None], angles.cos().float()[None], angles.sin().float()[None], spec.rope)[
+            0
+        ]
         for head in range(spec.num_heads):
             key = turned[spec.num_heads + head // (spec.num_heads // spec.num_kv_heads)]
             expected += squared_attention(turned[head], key)

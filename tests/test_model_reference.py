@@ -5,7 +5,7 @@ The reference itself is held against the golden vectors first.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,10 @@ from tests.reference.cogvlm import ReferenceModel, rms_norm, rope
 from tests.reference.safetensors import read_folder
 from tests.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from vlmdeploy import load_model
+from vlmdeploy.export.graphs.head_layout import HeadLayout
 from vlmdeploy.model.decoder import RmsNorm, rotate
+from vlmdeploy.runtime.backends.lanes import Floats, rope_table
+from vlmdeploy.spec.decoder import DecoderSpec, RopeSpec
 
 TEXT = [5, 6, 7, 9, 11, 8, 30, 21]
 NUM_NEW = 5
@@ -84,8 +87,36 @@ def test_rotation_equals_the_reference(head_dim: int) -> None:
     heads, positions = random.standard_normal((3, 7, head_dim)), np.array([0, 1, 2, 2, 2, 3, 2047])
     inv_freq = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
     angles = torch.from_numpy(positions[:, None] * inv_freq)[None]
-    ours = rotate(torch.from_numpy(heads)[None], angles.cos(), angles.sin())[0]
+    ours = rotate(torch.from_numpy(heads)[None], angles.cos(), angles.sin(), RopeSpec(10000.0, head_dim))[0]
     assert_close("rotate", ours, np.array([rope(head, positions, inv_freq) for head in heads]), 1e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "dims"), [(8, 8), (16, 8), (20, 4), (128, 64)])
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+def test_pairs_turn_and_the_rest_of_a_head_stays(
+    head_dim: int, dims: int, pairing: Literal["half", "adjacent"]
+) -> None:
+    """As complex numbers; and the order in which graphs hold a head gives the same scores by half-split pairs."""
+    random, spec = np.random.default_rng(dims), RopeSpec(10000.0, dims, pairing)
+    heads, positions = random.standard_normal((3, 5, head_dim)).astype(np.float32), np.array([0, 1, 2, 2, 900])
+    inv_freq = (10000.0 ** -(np.arange(0, dims, 2) / dims)).astype(np.float32)
+    angles = torch.from_numpy(positions.astype(np.float32)[:, None] * inv_freq)[None]
+    ours = rotate(torch.from_numpy(heads)[None], angles.cos(), angles.sin(), spec)[0].numpy()
+    first, second = (list(half) for half in spec.pairs())
+    turned = (heads[..., first] + 1j * heads[..., second]) * np.exp(1j * angles[0].numpy())
+    expected = heads.copy()
+    expected[..., first], expected[..., second] = turned.real, turned.imag
+    assert_close("rotate", ours, expected, 1e-6)
+
+    decoder = DecoderSpec(0, 0, 1, 1, head_dim, 0, 0, 1e-6, spec, (), 0)
+    layout = HeadLayout(decoder)
+    slots = layout.rotary_slots()
+    arranged = np.where(slots >= 0, heads[..., slots], np.float32(0))
+    table = rope_table(layout.cache_shape(inv_freq, "fp32"), positions)
+    half = layout.padded // 2
+    a, b = arranged[..., :half], arranged[..., half:]
+    in_graph: Floats = np.concatenate((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1)
+    assert_close("in a graph", layout.true_values(in_graph, slots), expected, 1e-5)
 
 
 def test_rms_norm_rounds_once_after_the_weight() -> None:

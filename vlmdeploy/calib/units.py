@@ -163,7 +163,7 @@ class UnitRunner:
             step, places = step_of(index), torch.from_numpy(own)
             heads = F.linear(inputs(rows[index][own])[-1], weights, bias).unflatten(-1, (-1, spec.head_dim))
             query, key, _ = heads.transpose(0, 1).split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
-            query, key = (rotate(x[None], step.cos[:, places], step.sin[:, places])[0] for x in (query, key))
+            query, key = (rotate(x[None], step.cos[:, places], step.sin[:, places], spec.rope)[0] for x in (query, key))
             scores = query @ key.repeat_interleave(spec.num_heads // spec.num_kv_heads, 0).transpose(1, 2)
             scores.div_(spec.head_dim**0.5).masked_fill_(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
             squared = scores.softmax(-1)[:, 1:].square().sum((0, 1))  # without the first query, which has no choice

@@ -98,7 +98,7 @@ def spec(config: Config, generation_config: Config) -> ModelSpec:
     reader = ConfigReader(config)
     num_heads = reader.count("num_attention_heads")
     experts = (ExpertSpec("language"), ExpertSpec("vision"))
-    decoder = read_decoder(reader, num_kv_heads=num_heads, rope=RopeSpec(10000.0), experts=experts)
+    decoder = read_decoder(reader, num_kv_heads=num_heads, rope_base=10000.0, experts=experts)
     return build_spec(NAME, reader, generation_config, decoder, downsample=False, defaults=TOKENS)
 
 
@@ -156,7 +156,7 @@ def read_vision(reader: ConfigReader) -> VisionSpec:
 
 
 def read_decoder(
-    reader: ConfigReader, num_kv_heads: int, rope: RopeSpec, experts: tuple[ExpertSpec, ...]
+    reader: ConfigReader, num_kv_heads: int, rope_base: float, experts: tuple[ExpertSpec, ...]
 ) -> DecoderSpec:
     """The decoder's geometry. KV heads and constants of the authors' code come from the family."""
     hidden, num_heads = reader.count("hidden_size"), reader.count("num_attention_heads")
@@ -173,7 +173,7 @@ def read_decoder(
         mlp_width=reader.count("intermediate_size"),
         vocab_size=reader.count("vocab_size"),
         norm_eps=reader.positive("rms_norm_eps", 1e-6),
-        rope=rope,
+        rope=RopeSpec(rope_base, hidden // num_heads),
         experts=experts,
         context_tokens=reader.count("max_position_embeddings", 2048),
     )
@@ -329,6 +329,6 @@ def decoder_rules(decoder: DecoderSpec) -> tuple[WeightRule, ...]:
 
 def _inv_freq_rule(decoder: DecoderSpec) -> WeightRule:
     """One table for all layers, which the checkpoint repeats in each."""
-    shape = (decoder.head_dim // 2,)
+    shape = (decoder.rope.dims // 2,)
     names = (f"model.layers.{index}.self_attn.rotary_emb.inv_freq" for index in range(decoder.num_layers))
     return WeightRule("decoder.inv_freq", shape, tuple(Source(name, shape) for name in names), "same", optional=True)

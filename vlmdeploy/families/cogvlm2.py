@@ -20,7 +20,7 @@ from vlmdeploy.families.cogvlm import (
 from vlmdeploy.families.config import ConfigReader
 from vlmdeploy.manifest import TokenRules
 from vlmdeploy.records import Config
-from vlmdeploy.spec.decoder import ExpertSpec, RopeSpec
+from vlmdeploy.spec.decoder import ExpertSpec
 from vlmdeploy.spec.model import ModelSpec
 
 __all__ = ["IGNORED", "NAME", "RELEASED", "detect", "nearest", "spec", "weights"]
@@ -51,7 +51,7 @@ def spec(config: Config, generation_config: Config) -> ModelSpec:
     reader = ConfigReader(config)
     experts = (ExpertSpec("language"), ExpertSpec("vision", qkv_bias=True))
     num_kv_heads = reader.count(KV_HEADS_KEY, NUM_KV_HEADS)
-    decoder = read_decoder(reader, num_kv_heads, RopeSpec(ROPE_BASE), experts)
+    decoder = read_decoder(reader, num_kv_heads, ROPE_BASE, experts)
     whole = build_spec(NAME, reader, generation_config, decoder, downsample=True, defaults=COGVLM2_TOKENS)
     return replace(whole, tokens=_with_end_of_turn(whole.tokens))
 

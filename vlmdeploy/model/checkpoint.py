@@ -94,7 +94,7 @@ class Checkpoint:
         return self.rows(target, 0, self.shape(target)[0])
 
     def inv_freq(self) -> Tensor:
-        """The stored rotary frequencies, else the exact ones, float32 [head_dim / 2]."""
+        """The stored rotary frequencies of all pairs, else the exact ones, float32."""
         target = "decoder.inv_freq"
         return self.parameter(target) if target in self else default_inv_freq(self.spec.decoder)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vlmdeploy.model.products import RowMixer, SiluGate
 from vlmdeploy.overriding import override
-from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec
+from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
 
 
 class RmsNorm(nn.Module):
@@ -73,7 +73,7 @@ class Cache:
 class Step:
     """Data shared by all layers of one forward pass.
 
-    cos, sin [batch, seq, head_dim / 2] float32. vision_mask bool [batch, seq], None if no token uses the vision expert.
+    cos, sin [batch, seq, pairs] float32. vision_mask bool [batch, seq], None if no token uses the vision expert.
     attention_mask bool [batch, 1, seq, past + seq], True where a query may look.
     """
 
@@ -83,11 +83,15 @@ class Step:
     attention_mask: Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on pairs (t, t + head_dim / 2). x [batch, heads, seq, head_dim]; computed in float32."""
-    first, second = x.float().chunk(2, -1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
+    """Turn the pairs of `rope`. x [batch, heads, seq, head_dim]; computed in float32."""
+    turned, rest = x[..., : rope.dims].float(), x[..., rope.dims :]
+    is_adjacent = rope.pairing == "adjacent"
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if is_adjacent else turned.chunk(2, -1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(pairs, -1).flatten(-2) if is_adjacent else torch.cat(pairs, -1)
+    return torch.cat((joined.to(x.dtype), rest), -1)
 
 
 class CausalAttention(RowMixer):
@@ -106,10 +110,9 @@ class CausalAttention(RowMixer):
         spec = self.spec
         heads = qkv.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
-        key, value = cache.append(rotate(k, step.cos, step.sin), v)
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, step.cos, step.sin), key, value, attn_mask=step.attention_mask, enable_gqa=True
-        )
+        q, k = (rotate(part, step.cos, step.sin, spec.rope) for part in (q, k))
+        key, value = cache.append(k, v)
+        mixed = F.scaled_dot_product_attention(q, key, value, attn_mask=step.attention_mask, enable_gqa=True)
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -201,8 +204,9 @@ class Decoder(nn.Module):
 
 
 def default_inv_freq(spec: DecoderSpec) -> Tensor:
-    """Rotary frequencies [head_dim / 2] float32, for checkpoints that do not store them."""
-    return spec.rope.base ** -(torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    """Rotary frequencies of all pairs, float32, for checkpoints that do not store them."""
+    dims = spec.rope.dims
+    return spec.rope.base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
 
 
 def causal_mask(attention_mask: Tensor, past: int = 0) -> Tensor:

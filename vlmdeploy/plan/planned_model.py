@@ -48,7 +48,7 @@ GLM4V = Widths(
     ),
     decoder=DecoderSpec(
         hidden=4096, num_layers=40, num_heads=32, num_kv_heads=2, head_dim=128, mlp_width=13696, vocab_size=151552,
-        norm_eps=1.5625e-7, rope=RopeSpec(10000.0), experts=(ExpertSpec("language", qkv_bias=True),),
+        norm_eps=1.5625e-7, rope=RopeSpec(10000.0, 64, "adjacent"), experts=(ExpertSpec("language", qkv_bias=True),),
         context_tokens=8192,
     ),
 )  # fmt: skip

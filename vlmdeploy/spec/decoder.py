@@ -16,12 +16,21 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary positions over the whole head, pairs (t, t + head_dim / 2), angle position * base^(-2t / head_dim).
+    """Rotary positions: of each head, the first `dims` values turn in pairs, pair t by position * base^(-2t / dims).
 
-    Frequencies stored in the checkpoint take precedence over `base`.
+    pairing "half": pair t is (t, t + dims / 2); "adjacent": (2t, 2t + 1). Frequencies stored in the checkpoint take
+    precedence over `base`.
     """
 
     base: float
+    dims: int
+    pairing: Literal["half", "adjacent"] = "half"
+
+    def pairs(self) -> tuple[range, range]:
+        """The first values of all pairs, and the second ones."""
+        if self.pairing == "adjacent":
+            return range(0, self.dims, 2), range(1, self.dims, 2)
+        return range(self.dims // 2), range(self.dims // 2, self.dims)
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ class StageChecks:
         )
         for kind, found, expected, slots in pairs:
             assert expected is not None, "the layer has filled its cache"
-            stage, cut = f"decoder.{kind}.{index}", found[..., slots >= 0]
-            self.gate.compare(stage, check, cut, expected[0].numpy(), self._bound(check))
+            stage, own = f"decoder.{kind}.{index}", layout.true_values(found, slots)
+            self.gate.compare(stage, check, own, expected[0].numpy(), self._bound(check))
 
     def logits(self) -> float:
         """Compare final norm and head; returns the share of rows with the same best token in the last run.

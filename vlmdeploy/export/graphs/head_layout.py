@@ -16,8 +16,10 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention with rotary positions wants it; Tensor
 class HeadLayout:
     """Attention heads, padded.
 
-    Queries and keys are padded in each rotary half, values at the tail; zeros change neither scores nor sums. The
-    output is cut back to the true width, so `dense` keeps the checkpoint's columns and groups.
+    Queries and keys are arranged so that pair t is (t, t + padded / 2), whatever the model's pairing; values that stay
+    follow in both halves, with the frequency 0. They are padded in each half, values at the tail; neither order nor
+    zeros change scores or sums. The output is cut back to the true width, so `dense` keeps the checkpoint's columns and
+    groups.
     """
 
     decoder: DecoderSpec
@@ -34,11 +36,14 @@ class HeadLayout:
 
     def rotary_slots(self) -> Ints:
         """Index in the true head of each element of a padded query or key head, or -1. int64 [padded]."""
-        half, true_half = self.padded // 2, self.decoder.head_dim // 2
-        slots = np.full(self.padded, -1)
-        slots[:true_half] = np.arange(true_half)
-        slots[half : half + true_half] = np.arange(true_half, 2 * true_half)
-        return slots
+        rest = np.arange(self.decoder.rope.dims, self.decoder.head_dim)
+        halves = [(*turned, *still) for turned, still in zip(self.decoder.rope.pairs(), np.split(rest, 2), strict=True)]
+        padding = [-1] * ((self.padded - self.decoder.head_dim) // 2)
+        return np.array([slot for half in halves for slot in (*half, *padding)])
+
+    def true_values(self, padded: Floats, slots: Ints) -> Floats:
+        """The true values [..., head_dim] of heads [..., padded] that are arranged by `slots`, in their own order."""
+        return padded[..., np.argsort(slots)[self.padded - self.decoder.head_dim :]]
 
     def value_slots(self) -> Ints:
         """The same for a value head."""
@@ -62,7 +67,7 @@ class HeadLayout:
         return head_rows(first_head, num_heads, self.decoder.head_dim, slots)
 
     def cache_shape(self, inv_freq: Floats, dtype: str) -> CacheShape:
-        """The KV cache of the graphs; inv_freq float32 [head_dim / 2] of the checkpoint."""
+        """The KV cache of the graphs; inv_freq float32 of the checkpoint's pairs."""
         padded = np.zeros(self.padded // 2, np.float32)
         padded[: len(inv_freq)] = inv_freq
         frequencies = tuple(float(value) for value in padded)
