@@ -39,6 +39,8 @@ def ckpt(tmp_path: Path) -> Path:
     own = {
         "model.vision.smooth.weight": random.standard_normal((hidden, hidden)).astype(np.float32) / hidden**0.5,
         "model.vision.smooth.bias": random.standard_normal(hidden).astype(np.float32),
+        "model.vision.norm.weight": 1 + random.standard_normal(tiny.vision_width).astype(np.float32) / 4,
+        "model.vision.norm.bias": random.standard_normal(tiny.vision_width).astype(np.float32),
     }
     folder = write_checkpoint(
         tmp_path / "ckpt", tiny.config() | {"architectures": ["ToyVLM"]}, tiny.tensors() | own, dtype="float32"

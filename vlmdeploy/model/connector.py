@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from vlmdeploy.model.products import AroundRows, BlockConv, Elementwise, SiluGate
+from vlmdeploy.model.products import AroundRows, BlockConv, Elementwise, SiluGate, Times
 from vlmdeploy.spec.connector import (
     Activation,
     BoundaryRows,
@@ -12,6 +12,7 @@ from vlmdeploy.spec.connector import (
     GatedMlp,
     Norm,
     Projection,
+    Scale,
 )
 
 
@@ -35,7 +36,7 @@ def build(step: ConnectorStep) -> nn.Module:
         case Downsample():
             return BlockConv(step.in_width, step.out_width, side=2)
         case Projection():
-            return nn.Linear(step.in_width, step.out_width, bias=False)
+            return nn.Linear(step.in_width, step.out_width, bias=step.has_bias)
         case Norm():
             return nn.LayerNorm(step.width, step.eps)
         case Activation():
@@ -44,6 +45,8 @@ def build(step: ConnectorStep) -> nn.Module:
             return GatedMlpModule(step)
         case BoundaryRows():
             return AroundRows(step.width)
+        case Scale():
+            return Times(step.factor)
     raise AssertionError(f"{step}: not a step of this module")
 
 

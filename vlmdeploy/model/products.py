@@ -5,6 +5,7 @@ All other modules are row-wise. Calibration runs the same layers over rows on di
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from math import isqrt
 
 import torch
@@ -14,7 +15,13 @@ from torch.nn import functional as F
 from vlmdeploy.overriding import override
 from vlmdeploy.spec.vision import ActivationName
 
-ACTIVATIONS = {"gelu": F.gelu}
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation, of any shape."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[ActivationName, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class RowMixer(nn.Module):
@@ -122,6 +129,18 @@ class Elementwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
         return self.function(x)
+
+
+class Times(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * self.factor
 
 
 class SiluGate(nn.Module):

@@ -127,8 +127,9 @@ def _vision_values(geometry: Geometry, storage: Storage) -> int:
     vision = geometry.vision
     head = kernel_width(vision.head_dim) if storage.dialect == "trt" else vision.head_dim
     per_layer = 3 * vision.num_heads * head + vision.width + vision.mlp_width + vision.width + 4 * vision.width
-    patches = 3 * vision.patch_px**2 * vision.width + vision.width
-    return patches + (vision.num_patches + 2) * vision.width + vision.num_layers * per_layer
+    patches = 3 * vision.patch_px**2 * vision.width
+    rows = vision.num_patches + 2 + vision.patch_bias + 2 * (vision.embed_norm_eps is not None)
+    return patches + rows * vision.width + vision.num_layers * per_layer
 
 
 def _decoder_values(decoder: DecoderSpec, expert: ExpertSpec) -> int:

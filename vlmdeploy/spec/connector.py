@@ -72,15 +72,20 @@ class Downsample(ConnectorStep):
 
 @dataclass(frozen=True)
 class Projection(ConnectorStep):
-    """Linear without bias: [rows, in] -> [rows, out]."""
+    """Linear: [rows, in] -> [rows, out]."""
 
     in_width: int
     out_width: int
     name: str = "linear"
+    has_bias: bool = False
 
     @override
     def matrices(self) -> tuple[StepMatrix, ...]:
         return (StepMatrix("", self.out_width, self.in_width),)
+
+    @override
+    def small_values(self) -> int:
+        return self.out_width * self.has_bias
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,14 @@ class BoundaryRows(ConnectorStep):
     @override
     def small_values(self) -> int:
         return 2 * self.width
+
+
+@dataclass(frozen=True)
+class Scale(ConnectorStep):
+    """Times a constant."""
+
+    factor: float
+    name: str = "scale"
 
 
 @dataclass(frozen=True)

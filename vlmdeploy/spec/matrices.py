@@ -79,7 +79,8 @@ def vision_matrices(vision: VisionSpec, layer: int) -> Iterator[Matrix]:
     """The matrices of one encoder layer."""
     width, mlp_width = vision.width, vision.mlp_width
     shapes = ((3 * width, width), (width, width), (mlp_width, width), (width, mlp_width))
-    sources = ("", "attention", "middle", "activation")
+    is_first = vision.norm_place == "before"
+    sources = ("attention_norm" if is_first else "", "attention", "mlp_norm" if is_first else "middle", "activation")
     for name, shape, source in zip(VISION_NAMES, shapes, sources, strict=True):
         yield Matrix("vision", layer, None, name, *shape, source)
 

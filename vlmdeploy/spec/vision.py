@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-ActivationName = Literal["gelu"]  # "gelu" is the exact one (erf)
+ActivationName = Literal["gelu", "quick_gelu"]  # with erf; x * sigmoid(1.702 x)
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A vision transformer with a class token, a learned position table, biases everywhere, norms on branch outputs."""
+    """A vision transformer with a class token, a learned position table and biases in every layer.
+
+    num_layers: those whose output is used. norm_place: "branch": x + norm(f(x)); "before": x + f(norm(x)).
+    embed_norm_eps: of a norm between positions and first layer; None without one.
+    """
 
     image_px: int
     patch_px: int
@@ -18,6 +22,9 @@ class VisionSpec:
     mlp_width: int
     norm_eps: float
     activation: ActivationName = "gelu"
+    norm_place: Literal["branch", "before"] = "branch"
+    patch_bias: bool = True
+    embed_norm_eps: float | None = None
 
     @property
     def grid(self) -> int:

@@ -10,8 +10,11 @@ from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 NAME = "toyvlm"
-IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.vision.patch_embedding.proj.bias")
 RELEASED: Config = cogvlm.RELEASED | {"architectures": ["ToyVLM"]}
+
+
+UNUSED = ("decoder.inv_freq", "vision.patch.bias")
 
 
 def detect(config: Config, tensor_names: frozenset[str]) -> bool:
@@ -24,19 +27,26 @@ def nearest(config: Config) -> None:
 
 
 def spec(config: Config, generation_config: Config) -> ModelSpec:
-    """CogVLM's, with one step more and other rotary positions."""
+    """CogVLM's, with one step more, other rotary positions, and an encoder as CLIP's."""
     plain = replace(cogvlm.spec(config, generation_config), family=NAME)
     *steps, boundary = plain.connector.steps
     connector = replace(plain.connector, steps=(*steps, Smooth(plain.decoder.hidden), boundary))
     rope = RopeSpec(10000.0, plain.decoder.head_dim // 2, "adjacent")
-    return replace(plain, connector=connector, decoder=replace(plain.decoder, rope=rope))
+    vision = replace(plain.vision, activation="quick_gelu", norm_place="before", patch_bias=False, embed_norm_eps=1e-5)
+    return replace(plain, vision=vision, connector=connector, decoder=replace(plain.decoder, rope=rope))
 
 
 def weights(spec: ModelSpec) -> tuple[WeightRule, ...]:
-    """CogVLM's without rotary frequencies, and those of the step."""
-    shapes = {"weight": (spec.decoder.hidden,) * 2, "bias": (spec.decoder.hidden,)}
+    """CogVLM's without what is unused, and those of the step and of the encoder's first norm."""
+    hidden, width = spec.decoder.hidden, spec.vision.width
+    shapes = {
+        ("connector.smooth.linear.weight", "smooth.weight"): (hidden, hidden),
+        ("connector.smooth.linear.bias", "smooth.bias"): (hidden,),
+        ("vision.embed_norm.weight", "norm.weight"): (width,),
+        ("vision.embed_norm.bias", "norm.bias"): (width,),
+    }
     own = (
-        WeightRule(f"connector.smooth.linear.{name}", shape, (Source(f"model.vision.smooth.{name}", shape),))
-        for name, shape in shapes.items()
+        WeightRule(target, shape, (Source(f"model.vision.{source}", shape),))
+        for (target, source), shape in shapes.items()
     )
-    return (*(rule for rule in cogvlm.weights(spec) if rule.target != "decoder.inv_freq"), *own)
+    return (*(rule for rule in cogvlm.weights(spec) if rule.target not in UNUSED), *own)

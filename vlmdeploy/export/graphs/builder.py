@@ -20,6 +20,7 @@ from vlmdeploy.export.weight_reader import Ints, WeightReader
 from vlmdeploy.manifest import CacheShape, FileEntry, GraphInfo, TensorInfo
 from vlmdeploy.quant.grid import Grid, Quantized
 from vlmdeploy.runtime.graph_check import check_graph
+from vlmdeploy.spec.vision import ActivationName
 
 IR_VERSION = 11
 ALIGNMENT = 64 << 10  # of external offsets, so that each tensor can be memory-mapped alone
@@ -160,15 +161,19 @@ class GraphBuilder(ABC):
         """silu(gate(x)) * up(x), named NAME.product; gate and up are the halves of NAME.gate_up along `axis`."""
         both = self.linear(x, f"{name}.gate_up", f"{name}.gate_up")
         gate, up = self.nodes("Split", [both], [f"{name}.gate", f"{name}.up"], axis=axis, num_outputs=2)
-        return self.node("Mul", [self.silu(gate, f"{name}.silu"), up], f"{name}.product")
+        return self.node("Mul", [self.swish(gate, f"{name}.silu", 1.0), up], f"{name}.product")
 
-    def activated(self, x: str, target: str, activation: str, output: str) -> str:
-        """activation(x @ W.T + bias) for a standard operator `activation`."""
-        return self.node(activation, [self.linear(x, target, target, has_bias=True)], output)
+    def activated(self, x: str, target: str, function: ActivationName, output: str) -> str:
+        """function(x @ W.T + bias)."""
+        return self.activation(function, self.linear(x, target, target, has_bias=True), output)
+
+    def activation(self, function: ActivationName, x: str, output: str) -> str:
+        """An elementwise function. The standard Gelu is the exact one."""
+        return self.node("Gelu", [x], output) if function == "gelu" else self.swish(x, output, 1.702)
 
     @abstractmethod
-    def silu(self, x: str, output: str) -> str:
-        """x * sigmoid(x)."""
+    def swish(self, x: str, output: str, alpha: float) -> str:
+        """x * sigmoid(alpha * x)."""
 
     @abstractmethod
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:

@@ -3,6 +3,8 @@ module; verification proves that they agree."""
 
 from math import isqrt
 
+import numpy as np
+
 from vlmdeploy.export.graphs.builder import GraphBuilder
 from vlmdeploy.spec.connector import (
     Activation,
@@ -13,9 +15,8 @@ from vlmdeploy.spec.connector import (
     GatedMlp,
     Norm,
     Projection,
+    Scale,
 )
-
-ACTIVATION_OPS = {"gelu": "Gelu"}  # the standard operator's default is the exact one (erf)
 
 
 def write_connector(builder: GraphBuilder, connector: ConnectorSpec, x: str, rows: int) -> str:
@@ -36,15 +37,17 @@ def write(builder: GraphBuilder, step: ConnectorStep, name: str, x: str, rows: i
             blocks = _blocks_of_four(builder, isqrt(rows), step.in_width, x)
             return builder.linear(blocks, name, f"{name}.out", has_bias=True)
         case Projection():
-            return builder.linear(x, name, f"{name}.out")
+            return builder.linear(x, name, f"{name}.out", has_bias=step.has_bias)
         case Norm():
             return layer_norm(builder, name, x, step.eps)
         case Activation():
-            return builder.node(ACTIVATION_OPS[step.function], [x], f"{name}.out")
+            return builder.activation(step.function, x, f"{name}.out")
         case GatedMlp():
             return gated_mlp(builder, name, x, axis=2)
         case BoundaryRows():
             return _with_boundary(builder, step, name, x)
+        case Scale():
+            return builder.node("Mul", [x, builder.constant(name, np.array(step.factor, np.float32))], f"{name}.out")
     raise AssertionError(f"{step}: not a step of this module")
 
 

@@ -20,6 +20,7 @@ from vlmdeploy.manifest import CacheShape
 from vlmdeploy.overriding import override
 from vlmdeploy.quant.conversions import field_bits, matmul_block_size, matmul_nbits, repeat_scales
 from vlmdeploy.quant.grid import Codes, Grid
+from vlmdeploy.spec.vision import ActivationName
 
 CONTRIB = "com.microsoft"
 FULL_ACCURACY, INT8_ACCURACY = 0, 4  # MatMulNBits.accuracy_level: exact float activations, or int8 ones (twice as fast)
@@ -184,16 +185,16 @@ class OrtGraph(GraphBuilder):
         return self._product(x, weight, self._rows_of(weight, None), f"{name}.product", op=cpu.GATED)
 
     @override
-    def activated(self, x: str, target: str, activation: str, output: str) -> str:
+    def activated(self, x: str, target: str, function: ActivationName, output: str) -> str:
         weight = f"{target}.weight"
-        if activation != "Gelu" or not self._is_ours(weight):
-            return super().activated(x, target, activation, output)
+        if function != "gelu" or not self._is_ours(weight):
+            return super().activated(x, target, function, output)
         order = self._rows_of(weight, None)
         return self._product(x, weight, order, output, self._bias(f"{target}.bias", order), cpu.GELU)
 
     @override
-    def silu(self, x: str, output: str) -> str:
-        return self.node("QuickGelu", [x], output, CONTRIB, alpha=1.0)
+    def swish(self, x: str, output: str, alpha: float) -> str:
+        return self.node("QuickGelu", [x], output, CONTRIB, alpha=alpha)
 
     @override
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:

@@ -123,8 +123,8 @@ class TrtGraph(GraphBuilder):
         return self.node("DequantizeLinear", inputs, f"{weight}.fp16", axis=0, block_size=grid.group_size)
 
     @override
-    def silu(self, x: str, output: str) -> str:
-        return self.node("Swish", [x], output, alpha=1.0)
+    def swish(self, x: str, output: str, alpha: float) -> str:
+        return self.node("Swish", [x], output, alpha=alpha)
 
     @override
     def rms_norm(self, x: str, norm: str, output: str, eps: float) -> str:

@@ -1,7 +1,7 @@
 """The `vision` graph: pixels [images, 3, S, S] -> decoder rows [images, rows, hidden], encoder and connector in one."""
 
 from vlmdeploy.export.graphs.builder import GraphBuilder
-from vlmdeploy.export.graphs.connector import ACTIVATION_OPS, layer_norm, write_connector
+from vlmdeploy.export.graphs.connector import layer_norm, write_connector
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.vision import VisionSpec
 
@@ -21,8 +21,9 @@ def build_vision(builder: GraphBuilder, spec: ModelSpec) -> None:
 
 
 def _embed(builder: GraphBuilder, vision: VisionSpec) -> str:
-    """Patches by convolution, a class token before them, plus positions."""
-    inputs = ["pixels", builder.parameter("vision.patch.weight"), builder.parameter("vision.patch.bias")]
+    """Patches by convolution, a class token before them, plus positions; normed if the encoder does so."""
+    names = ["vision.patch.weight", *(["vision.patch.bias"] if vision.patch_bias else [])]
+    inputs = ["pixels", *(builder.parameter(name) for name in names)]
     sides = [vision.patch_px, vision.patch_px]
     grid = builder.node("Conv", inputs, "patches.grid", kernel_shape=sides, strides=sides)
     flat = builder.node("Reshape", [grid, builder.ints(0, vision.width, -1)], "patches.flat")
@@ -31,25 +32,31 @@ def _embed(builder: GraphBuilder, vision: VisionSpec) -> str:
     shape = builder.node("Concat", [images, builder.ints(1, vision.width)], "class.shape", axis=0)
     class_token = builder.node("Expand", [builder.parameter("vision.class_embedding"), shape], "class")
     x = builder.node("Concat", [class_token, patches], "embedded", axis=1)
-    return builder.node("Add", [x, builder.parameter("vision.positions")], "vision.embed")
+    x = builder.node("Add", [x, builder.parameter("vision.positions")], "vision.embed")
+    return x if vision.embed_norm_eps is None else layer_norm(builder, "vision.embed_norm", x, vision.embed_norm_eps)
 
 
 def _layer(builder: GraphBuilder, vision: VisionSpec, name: str, x: str) -> str:
-    """x + norm(attention(x)), then x + norm(mlp(x))."""
+    """Attention, then the MLP, each with its norm behind it or before it."""
+
+    def normed(norm: str, x: str, place: str) -> str:
+        return layer_norm(builder, f"{name}.{norm}", x, vision.norm_eps) if vision.norm_place == place else x
+
     order = builder.encoder_rows(vision.num_heads, vision.width)
-    qkv = builder.linear(x, f"{name}.qkv", f"{name}.qkv", order, has_bias=True)
+    start = normed("attention_norm", x, "before")
+    qkv = builder.linear(start, f"{name}.qkv", f"{name}.qkv", order, has_bias=True)
     mixed = builder.encoder_attention(qkv, f"{name}.mixed", vision.num_heads, vision.width)
     dense = builder.linear(mixed, f"{name}.dense", f"{name}.dense", has_bias=True)
-    x = builder.node(
-        "Add", [x, layer_norm(builder, f"{name}.attention_norm", dense, vision.norm_eps)], f"{name}.middle"
-    )
-    active = builder.activated(x, f"{name}.fc1", ACTIVATION_OPS[vision.activation], f"{name}.active")
+    x = builder.node("Add", [x, normed("attention_norm", dense, "branch")], f"{name}.middle")
+    middle = normed("mlp_norm", x, "before")
+    active = builder.activated(middle, f"{name}.fc1", vision.activation, f"{name}.active")
     fc2 = builder.linear(active, f"{name}.fc2", f"{name}.fc2", has_bias=True)
-    return builder.node("Add", [x, layer_norm(builder, f"{name}.mlp_norm", fc2, vision.norm_eps)], f"{name}.out")
+    return builder.node("Add", [x, normed("mlp_norm", fc2, "branch")], f"{name}.out")
 
 
 def vision_taps(spec: ModelSpec) -> dict[str, str]:
     """Stages that verification reads: stage name -> name of the value in the graph."""
+    embed = "vision.embed" if spec.vision.embed_norm_eps is None else "vision.embed_norm.out"
     layers = {f"vision.layer.{index}": f"vision.layers.{index}.out" for index in range(spec.vision.num_layers)}
     steps = {f"connector.{step.name}": f"connector.{step.name}.out" for step in spec.connector.steps}
-    return {"vision.embed": "vision.embed", **layers, **steps}
+    return {"vision.embed": embed, **layers, **steps}
