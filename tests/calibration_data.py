@@ -24,7 +24,7 @@ from tests.tiny_bundle import (
 )
 from tests.tiny_checkpoint import Tensors, TinyCheckpoint, write_checkpoint, write_tiny_checkpoint
 from vlmdeploy.calib.calibration_set import CalibrationSample
-from vlmdeploy.layout import position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.layout import lay_out
 from vlmdeploy.spec.model import ModelSpec
 
 FAST = ("--group", 16, "--threads", 1)  # options of `quantize` that suit models this small
@@ -132,9 +132,5 @@ def random_samples(
 
 def sample_of(name: str, image: Path | None, ids: list[int], spec: ModelSpec) -> CalibrationSample:
     """A sample whose layout follows from its ids."""
-    array = np.array(ids, np.int64)
-    types = token_types_of(array, spec.tokens, has_image=image is not None)
-    positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
-    return CalibrationSample(
-        name, image, array, types, positions, vision_expert_mask(types[None], spec.tokens)[0], len(ids)
-    )
+    layout = lay_out(np.array(ids, np.int64), spec.tokens, num_images=int(image is not None))
+    return CalibrationSample(**vars(layout), name=name, image=image, answer_start=len(ids))

@@ -18,6 +18,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import BundleError, ExportError, ParityError
 from vlmdeploy.export.gate.verify import verify_bundle
+from vlmdeploy.layout import PromptLayout, lay_out
 from vlmdeploy.progress import no_progress
 from vlmdeploy.runtime.replay import replay
 
@@ -126,11 +127,16 @@ def test_gate_names_the_first_stage_that_is_not_finite(
         export(ckpt, tmp_path / "bundle", "ort-int4")
 
 
+def patch_layout(monkeypatch: pytest.MonkeyPatch, change: Callable[[PromptLayout], PromptLayout]) -> None:
+    """Change what the runtime makes of a prompt, and leave PyTorch alone."""
+    monkeypatch.setattr("vlmdeploy.runtime.generate.lay_out", lambda *prompt: change(lay_out(*prompt)))
+
+
 @pytest.mark.usefixtures("as_large_model")
 def test_last_image_row_on_the_vision_expert_is_found(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmdeploy.runtime.generate.vision_expert_mask", lambda types, rules: types == 1)
+    patch_layout(monkeypatch, lambda layout: replace(layout, vision_mask=layout.types == 1))
     with pytest.raises(ParityError, match=r": decoder.key.0 \(structure\) is the first stage that differs.*\[\d, 18, "):
         export(ckpt, tmp_path / "bundle", "ort-int4")
 
@@ -139,7 +145,7 @@ def test_last_image_row_on_the_vision_expert_is_found(
 def test_positions_that_count_every_patch_are_found(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmdeploy.runtime.generate.position_ids", lambda types, mask: np.arange(types.shape[1])[None])
+    patch_layout(monkeypatch, lambda layout: replace(layout, positions=np.arange(len(layout.ids))))
     with pytest.raises(ParityError, match=r": decoder.key.0 \(structure\) is the first stage that differs"):
         export(ckpt, tmp_path / "bundle", "ort-int4")
 

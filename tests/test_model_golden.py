@@ -79,7 +79,7 @@ def test_positions_and_expert_mask_equal_the_authors_functions(row: dict[str, An
     types = np.array([row["token_type_ids"]])
     mask = np.ones_like(types) if row["attention_mask"] is None else np.array([row["attention_mask"]])
     rules = golden_model("cogvlm-tiny").spec.tokens
-    assert position_ids(types, mask)[0].tolist() == row["position_ids"]
+    assert position_ids(types, mask, rules)[0].tolist() == row["position_ids"]
     assert vision_expert_mask(types, rules)[0].astype(int).tolist() == row["vision_expert_mask"]
     assert reference.position_ids(types[0], mask[0]) == row["position_ids"]
     assert reference.vision_expert_mask(types[0]) == [bool(value) for value in row["vision_expert_mask"]]

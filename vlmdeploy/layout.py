@@ -4,6 +4,7 @@ reference, calibration and the runtime all use these functions.
 Source: the authors' model code of CogVLM and CogVLM2, see docs/families/cogvlm.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -18,13 +19,60 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-def token_types_of(ids: Ints, rules: TokenRules, has_image: bool) -> Ints:
-    """Token types of one prompt: 1 on the image's rows, 0 elsewhere. ids and result int64 [seq].
+@dataclass(frozen=True)
+class PromptLayout:
+    """One prompt without padding: ids, types (1 on image rows), positions int64 [seq]; vision_mask bool [seq]."""
 
-    With an image, placeholders must follow BOS; without one, every token is text, pad ids included.
-    """
+    ids: Ints
+    types: Ints
+    positions: Ints
+    vision_mask: Bools
+
+
+def lay_out(ids: Ints, rules: TokenRules, num_images: int) -> PromptLayout:
+    """The layout of a prompt of ids int64 [seq] that holds so many images. Raises PromptError."""
+    if not rules.takes(num_images):
+        raise PromptError(f"{num_images} images were given, this model takes {rules.max_images}")
+    types = (_types_after_bos if rules.image_place == "after_bos" else _types_anywhere)(ids, rules, num_images)
+    positions = position_ids(types[None], np.ones_like(types)[None], rules)[0]
+    return PromptLayout(ids, types, positions, vision_expert_mask(types[None], rules)[0])
+
+
+def prompt_of(text: Sequence[int] | Ints, rules: TokenRules, num_images: int) -> Ints:
+    """Prompt ids int64 [seq]: BOS, a placeholder for every row of the images, and the ids of a text."""
+    places = [rules.placeholder_id] * (rules.rows_per_image * num_images)
+    return np.array([rules.bos_id, *places, *text], np.int64)
+
+
+def images_in(ids: Ints, rules: TokenRules) -> int:
+    """How many images a prompt of ids int64 [seq] has placeholders for. Raises PromptError for a part of an image."""
+    if rules.image_place == "after_bos":
+        held = ids[1 : 1 + rules.rows_per_image]
+        return int(len(held) == rules.rows_per_image and bool((held == rules.placeholder_id).all()))
+    edges = np.flatnonzero(np.diff(ids == rules.placeholder_id, prepend=False, append=False))
+    lengths = edges[1::2] - edges[::2]
+    if (lengths % rules.rows_per_image).any():
+        wrong = int(lengths[lengths % rules.rows_per_image != 0][0])
+        raise PromptError(
+            f"the ids hold the placeholder {rules.placeholder_id} {wrong} times in a row, expected "
+            f"{rules.rows_per_image} times for each image"
+        )
+    return int(lengths.sum()) // rules.rows_per_image
+
+
+def _types_anywhere(ids: Ints, rules: TokenRules, num_images: int) -> Ints:
+    if (held := images_in(ids, rules)) != num_images:
+        raise PromptError(
+            f"{num_images} images were given, but the ids hold placeholders ({rules.placeholder_id}) of {held}"
+        )
+    types: Ints = (ids == rules.placeholder_id).astype(np.int64)
+    return types
+
+
+def _types_after_bos(ids: Ints, rules: TokenRules, num_images: int) -> Ints:
+    """Without an image, every token is text, pad ids included."""
     types = np.zeros(len(ids), np.int64)
-    if has_image:
+    if num_images:
         first, last = 1, 1 + rules.rows_per_image
         held = ids[first:last]
         if len(held) < rules.rows_per_image or not (held == rules.placeholder_id).all():
@@ -37,11 +85,14 @@ def token_types_of(ids: Ints, rules: TokenRules, has_image: bool) -> Ints:
     return types
 
 
-def position_ids(token_types: Ints, attention_mask: Ints) -> Ints:
-    """Position ids [batch, seq]. The inner rows of an image share one; masked tokens repeat the previous one.
+def position_ids(token_types: Ints, attention_mask: Ints, rules: TokenRules) -> Ints:
+    """Position ids [batch, seq]. Masked tokens repeat the previous one; the first have 0.
 
     token_types 0 (text) or 1 (image row), attention_mask 0 (padding) or 1, both int64 [batch, seq].
     """
+    if rules.positions == "index":
+        counted: Ints = np.maximum(np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1, 0)
+        return counted
     image = (token_types == 1) & (attention_mask == 1)
     text = (token_types == 0) & (attention_mask == 1)
     before, after = _shifted(text, 1), _shifted(text, -1)

@@ -56,10 +56,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class TokenRules:
-    """Special ids, and the place of an image's rows in the prompt.
+    """Special ids, and the place of an image's rows in the prompt: a `placeholder_id` for each of `rows_per_image`.
 
-    image_place "after_bos": right after BOS, whichever turn it belongs to; the ids there are `placeholder_id`, one for
-    each of the `rows_per_image` rows. positions "patches_share_one": the inner rows of an image share one position id.
+    max_images: of a prompt; 0: any number. image_place "after_bos": right after BOS, whichever turn an image belongs
+    to; elsewhere that id is text. "anywhere": wherever the placeholder stands, which is never text.
+    positions "patches_share_one": the inner rows of an image share one position id; "index": tokens count up.
     vision_rows "all_but_last": all rows of an image but the last use the vision expert; "none": no vision expert.
     """
 
@@ -69,9 +70,13 @@ class TokenRules:
     stop_ids: tuple[int, ...]
     rows_per_image: int
     max_images: int
-    image_place: Literal["after_bos"] = "after_bos"
-    positions: Literal["patches_share_one"] = "patches_share_one"
+    image_place: Literal["after_bos", "anywhere"] = "after_bos"
+    positions: Literal["patches_share_one", "index"] = "patches_share_one"
     vision_rows: Literal["all_but_last", "none"] = "all_but_last"
+
+    def takes(self, num_images: int) -> bool:
+        """Whether a prompt may hold so many images."""
+        return self.max_images == 0 or num_images <= self.max_images
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from PIL import Image
 from vlmdeploy.bench.measurement import MeasureOptions
 from vlmdeploy.bench.phase_watch import PhaseWatch
 from vlmdeploy.errors import ConfigError, PromptError
-from vlmdeploy.layout import Bools, Ints
-from vlmdeploy.manifest import Manifest
+from vlmdeploy.layout import Bools, Ints, prompt_of
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes
 from vlmdeploy.runtime.chat import prompt_ids, read_messages
@@ -121,7 +120,8 @@ class TimedQuestion:
         self._tokenizer = session.tokenizer if manifest.has_tokenizer else None
         if self._tokenizer is None:
             _refuse_text(session.folder, options)
-        self._random_ids = _random_ids(manifest, self.image_rows)
+        random_text = np.random.default_rng(0).integers(manifest.embedding.vocab_size, size=RANDOM_IDS)
+        self._random_ids = prompt_of(random_text, rules, num_images=int(picture.source is not None))
         self.prompt_tokens = len(self._ids())
         self._check_length()
 
@@ -177,10 +177,3 @@ def _refuse_text(folder: Path, options: MeasureOptions) -> None:
                 f"{folder}: an ids-only bundle takes no --{name}: leave it out to ask random ids, or export again with "
                 "--tokenizer FILE"
             )
-
-
-def _random_ids(manifest: Manifest, image_rows: int) -> Ints:
-    """BOS, placeholders of a picture, and random ids; ids in a prompt have no special meaning."""
-    rules = manifest.tokens
-    text = np.random.default_rng(0).integers(manifest.embedding.vocab_size, size=RANDOM_IDS)
-    return np.concatenate(([rules.bos_id], np.full(image_rows, rules.placeholder_id), text)).astype(np.int64)

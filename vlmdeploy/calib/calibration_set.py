@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vlmdeploy.calib.activations import Ints
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import CalibrationError
-from vlmdeploy.layout import Bools, position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.layout import Bools, PromptLayout, lay_out
 from vlmdeploy.runtime.chat import Tokenizer, prompt_ids
 from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.spec.model import ModelSpec
@@ -23,18 +23,12 @@ LEAST_FOR_HOLDING_OUT = 16  # pictures or texts; with fewer, all of them calibra
 
 
 @dataclass(frozen=True)
-class CalibrationSample:
-    """One prompt with its answer: ids, types, positions int64 [seq], vision_mask bool [seq].
-
-    answer_start: index of the answer's first token; without an answer, the length.
-    """
+class CalibrationSample(PromptLayout):
+    """The layout of one prompt with its answer. answer_start: index of the answer's first token; without an answer, the
+    length."""
 
     name: str
     image: Picture | None
-    ids: Ints
-    types: Ints
-    positions: Ints
-    vision_mask: Bools
     answer_start: int
     held_out: bool = False
 
@@ -108,12 +102,8 @@ def read_calibration_sample(
 
 
 def _with_layout(name: str, image: Picture | None, ids: Ints, answer_start: int, spec: ModelSpec) -> CalibrationSample:
-    types = token_types_of(ids, spec.tokens, has_image=image is not None)
-    positions = position_ids(types[None], np.ones((1, len(ids)), np.int64))[0]
-    mask = vision_expert_mask(types[None], spec.tokens)[0]
-    expected = (spec.tokens.rows_per_image - 1 if image is not None else 0) * (spec.tokens.vision_rows != "none")
-    assert int(mask.sum()) == expected, f"{name}: {int(mask.sum())} tokens go to the vision expert, expected {expected}"
-    return CalibrationSample(name, image, ids, types, positions, mask, answer_start)
+    layout = lay_out(ids, spec.tokens, num_images=int(image is not None))
+    return CalibrationSample(**vars(layout), name=name, image=image, answer_start=answer_start)
 
 
 def _name(sample: Sample) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmdeploy.errors import PromptError
-from vlmdeploy.layout import Ints, position_ids, token_types_of, vision_expert_mask
+from vlmdeploy.layout import Ints, images_in, lay_out, position_ids, vision_expert_mask
 from vlmdeploy.spec.model import ModelSpec
 
 
@@ -45,7 +45,7 @@ def derive_layout(
         types = token_type_ids.cpu().numpy() * mask.cpu().numpy()
     device = input_ids.device
     if positions is None:
-        positions = torch.from_numpy(position_ids(types, mask.cpu().numpy())).to(device)
+        positions = torch.from_numpy(position_ids(types, mask.cpu().numpy(), spec.tokens)).to(device)
     vision_mask = torch.from_numpy(vision_expert_mask(types, spec.tokens)).to(device)
     return Layout(torch.from_numpy(types).to(device), positions, mask, vision_mask)
 
@@ -67,23 +67,18 @@ def _check_images(spec: ModelSpec, images: Tensor | None) -> None:
 
 
 def _derived_types(spec: ModelSpec, ids: Ints, mask: Ints, num_images: int) -> Ints:
-    """Token types [batch, seq]: a row has an image if placeholders follow its BOS."""
-    types = np.zeros_like(ids)
-    if num_images == 0:
+    """Token types [batch, seq]: each row holds the images that it has placeholders for."""
+    types, real = np.zeros_like(ids), mask == 1
+    if num_images == 0 and spec.tokens.image_place == "after_bos":
         return types
-    every_row = num_images == len(ids)  # then a row without placeholders is an error that says what it lacks
-    with_image = [row for row in range(len(ids)) if every_row or _holds_image(spec, ids[row][mask[row] == 1])]
-    if len(with_image) != num_images:
+    # One image for every row that can hold but one: a row without its placeholders is an error that says what it lacks.
+    every_row = spec.tokens.max_images == 1 and num_images == len(ids)
+    held = [1 if every_row else images_in(row[own], spec.tokens) for row, own in zip(ids, real, strict=True)]
+    if sum(held) != num_images:
         raise PromptError(
-            f"{num_images} images were given, but {len(with_image)} of {len(ids)} rows hold "
-            f"{spec.tokens.rows_per_image} placeholders ({spec.tokens.placeholder_id}) after BOS"
+            f"{num_images} images were given, but the rows hold the placeholders of {sum(held)}: "
+            f"{spec.tokens.rows_per_image} times {spec.tokens.placeholder_id} each"
         )
-    for row in with_image:
-        real = mask[row] == 1
-        types[row, real] = token_types_of(ids[row][real], spec.tokens, has_image=True)
+    for row, count in enumerate(held):
+        types[row, real[row]] = lay_out(ids[row][real[row]], spec.tokens, count).types
     return types
-
-
-def _holds_image(spec: ModelSpec, ids: Ints) -> bool:
-    held = ids[1 : 1 + spec.tokens.rows_per_image]
-    return len(held) == spec.tokens.rows_per_image and bool((held == spec.tokens.placeholder_id).all())

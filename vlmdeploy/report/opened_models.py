@@ -12,7 +12,7 @@ import vlmdeploy
 from vlmdeploy.bundle import has_manifest, read_manifest
 from vlmdeploy.data.samples import Sample
 from vlmdeploy.errors import BackendError, BundleError, ConfigError
-from vlmdeploy.layout import Ints, token_types_of
+from vlmdeploy.layout import Ints, lay_out
 from vlmdeploy.manifest import TOKENIZER_NAME, Manifest
 from vlmdeploy.overriding import override
 from vlmdeploy.report.distributions import DistributionModel, Floats, GivenAnswer
@@ -132,7 +132,7 @@ class OpenedCheckpoint(OpenedModel):
     def _logits(self, ids: Ints, pixels: Floats | None, last: int) -> Floats:
         import torch
 
-        types = token_types_of(ids, self.model.spec.tokens, has_image=pixels is not None)
+        types = lay_out(ids, self.model.spec.tokens, 0 if pixels is None else len(pixels)).types
         images = None if pixels is None else torch.from_numpy(pixels)
         with torch.no_grad():
             logits = self.model(torch.from_numpy(ids)[None], images, token_type_ids=torch.from_numpy(types)[None])

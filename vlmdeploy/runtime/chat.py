@@ -16,6 +16,7 @@ import tokenizers
 from PIL import Image
 
 from vlmdeploy.errors import BundleError, PromptError, shown
+from vlmdeploy.layout import prompt_of
 from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
 from vlmdeploy.runtime.image import ImageSource, is_url
 from vlmdeploy.tokenizer_file import library_errors, read_tokenizer
@@ -154,10 +155,10 @@ def prompt_ids(
     conversation: Conversation, template: ChatTemplate, tokens: TokenRules, tokenizer: Tokenizer
 ) -> npt.NDArray[np.int64]:
     """Prompt ids int64 [L]: BOS, the placeholders of every image's rows, then the rendered conversation."""
-    ids = [tokens.bos_id] + [tokens.placeholder_id] * (tokens.rows_per_image * len(conversation.images))
+    text: list[int] = []
     for part in render(conversation.turns, template):
-        ids.extend([part] if isinstance(part, int) else tokenizer.encode(part))
-    return np.array(ids, dtype=np.int64)
+        text.extend([part] if isinstance(part, int) else tokenizer.encode(part))
+    return prompt_of(text, tokens, len(conversation.images))
 
 
 def _check_role(message: Message, index: int) -> None:
@@ -227,6 +228,8 @@ def _read_image(part: Message, where: str, allow_local: bool) -> ImageSource:
 
 
 def _check_image_count(found: int, max_images: int) -> None:
+    if max_images == 0:  # any number
+        return
     if found > max_images == 1:
         raise PromptError(f"{found} images given: an image was given to a second image slot, and this model has one")
     if found > max_images:

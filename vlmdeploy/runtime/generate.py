@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmdeploy.errors import PromptError
-from vlmdeploy.layout import Bools, Ints, position_ids, segments_of, token_types_of, vision_expert_mask
+from vlmdeploy.layout import Bools, Ints, PromptLayout, lay_out, segments_of
 from vlmdeploy.manifest import TokenRules
 from vlmdeploy.runtime.backends.door import Backend
 from vlmdeploy.runtime.backends.lanes import Call, Floats, Lanes, slot_positions
@@ -23,13 +23,9 @@ Ranges = Mapping[int, tuple[int, int]]  # what a call reads: lane -> first and p
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt and its layout: ids, types, positions int64 [seq]; vision_mask bool [seq]; pixels of its images."""
+class Prompt(PromptLayout):
+    """A prompt's layout, and the pixels float32 [images, 3, S, S] of its images."""
 
-    ids: Ints
-    types: Ints
-    positions: Ints
-    vision_mask: Bools
     pixels: Floats | None
 
 
@@ -51,12 +47,8 @@ def make_prompt(ids: Ints, pixels: Floats | None, rules: TokenRules, vocab_size:
         raise PromptError(f"input_ids holds {ids.min()}..{ids.max()}, expected 0..{vocab_size - 1}")
     if pixels is not None and pixels.shape[1:] != (3, image_px, image_px):
         raise PromptError(f"images is {list(pixels.shape)}, expected [images, 3, {image_px}, {image_px}]")
-    if pixels is not None and len(pixels) > rules.max_images:
-        raise PromptError(f"{len(pixels)} images were given, this model takes {rules.max_images}")
-    has_image = pixels is not None and len(pixels) > 0
-    types = token_types_of(ids, rules, has_image)
-    positions = position_ids(types[None], np.ones_like(types)[None])[0]
-    return Prompt(ids, types, positions, vision_expert_mask(types[None], rules)[0], pixels if has_image else None)
+    num_images = 0 if pixels is None else len(pixels)
+    return Prompt(**vars(lay_out(ids, rules, num_images)), pixels=pixels if num_images else None)
 
 
 def prompt_rows(prompt: Prompt, encode_images: Callable[[Floats], Floats], embedding: EmbeddingTable) -> Floats:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdeploy.data.samples import Picture, Sample
 from vlmdeploy.errors import PromptError
-from vlmdeploy.layout import token_types_of
+from vlmdeploy.layout import lay_out
 from vlmdeploy.model.batch import Layout, derive_layout
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.overriding import override
@@ -87,7 +87,7 @@ class TorchAnswerer(Answerer):
         for row, question in enumerate(batch):
             end = len(question.ids)
             ids[row, :end], mask[row, :end] = question.ids, 1
-            types[row, :end] = token_types_of(question.ids, tokens, has_image=question.picture is not None)
+            types[row, :end] = lay_out(question.ids, tokens, num_images=int(question.picture is not None)).types
         on_device = [torch.from_numpy(values).to(self._device) for values in (ids, types, mask)]
         return on_device[0], derive_layout(self._model.spec, on_device[0], None, on_device[1], None, on_device[2])
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Ints, prompt_of
 from vlmdeploy.manifest import ImageRecipe, Manifest, TokenRules
 from vlmdeploy.runtime.generate import Prompt, make_prompt
 from vlmdeploy.runtime.image import preprocess
@@ -42,11 +42,6 @@ class InputRules:
         pixels = None if picture is None else preprocess(picture, self.image)[None]
         return make_prompt(ids, pixels, self.tokens, self.vocab_size, self.image.size_px)
 
-    def image_ids(self) -> Ints:
-        """The beginning of a prompt with a picture: BOS and the placeholders of the picture's rows."""
-        places = [self.tokens.placeholder_id] * self.tokens.rows_per_image
-        return np.array([self.tokens.bos_id, *places], np.int64)
-
 
 @dataclass(frozen=True)
 class GateSample:
@@ -69,7 +64,7 @@ def draw_sample(rules: InputRules, seed: int) -> GateSample:
     random = np.random.default_rng(seed)
     room = rules.context_tokens - 1 - rules.tokens.rows_per_image
     text = random.integers(0, rules.vocab_size, max(1, min(PROMPT_TOKENS, room - DECODE_TOKENS - TURN_TOKENS)))
-    ids = np.concatenate((rules.image_ids(), text))
+    ids = prompt_of(text, rules.tokens, num_images=1)
     picture = draw_picture(random)
     after = random.integers(0, rules.vocab_size, min(DECODE_TOKENS + TURN_TOKENS, room - len(text)))
     prompt = rules.prompt(ids, Image.fromarray(picture))
