@@ -12,21 +12,23 @@ import struct
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
 from PIL import Image, ImagePalette, PngImagePlugin
 
 from tests.golden_cases import GOLDEN, GoldenCase, golden_cases
+from tests.reference.safetensors import read_tensors
 from vlmdeploy.errors import DataError
 from vlmdeploy.families.cogvlm import CLIP_MEAN, CLIP_STD
 from vlmdeploy.manifest import ImageRecipe
 from vlmdeploy.runtime.image import load_image, preprocess, resize_rgb
 from vlmdeploy.runtime.image_limits import ImageLimits
 
-IMAGES = GOLDEN / "cogvlm-images"
+IMAGES, LLAVA = GOLDEN / "cogvlm-images", GOLDEN / "llava_1_5-tiny"
 MANIFEST: dict[str, Any] = json.loads((IMAGES / "expected" / "manifest.json").read_text())["images"]
 SIZES = [(name, int(size)) for name, entry in MANIFEST.items() for size in entry["resized"]]
 PRINTED_DIGITS = 6  # of the statistics in the manifest
@@ -43,6 +45,37 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> byt
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("resize", ["pad", "crop"])
+def test_padding_and_cropping_equal_the_golden_vectors(resize: Literal["pad", "crop"]) -> None:
+    expected = read_tensors(LLAVA / "inputs.safetensors")[f"pixel_values_{resize}"]
+    own = replace(recipe(expected.shape[-1]), resize=resize)
+    for name, values in zip(("a.png", "b.png"), expected, strict=True):
+        pixels = preprocess(load_image(LLAVA / "images" / name), own)
+        np.testing.assert_allclose(pixels, values, rtol=0, atol=FLOAT32_STEP)
+
+
+@pytest.mark.parametrize("size", [(500, 40), (40, 500), (333, 37), (64, 8), (1, 9)])
+def test_very_long_pictures_are_padded_and_cropped_in_little_memory(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", size, RED)
+    image.paste(WHITE, (0, 0, size[0] // 2, size[1]))
+    for resize, most in (("pad", 12), ("crop", 3)):
+        own = replace(recipe(64), resize=cast(Literal["pad", "crop"], resize))
+        expected = resize_rgb(image, own).astype(int)
+        with monkeypatch.context() as patch:
+            patch.setattr("vlmdeploy.runtime.image.MOST_SQUARE_PIXELS", 1)
+            found = resize_rgb(image, own)
+        assert np.abs(found - expected).mean() < most, resize
+
+
+@pytest.mark.parametrize("size", [(1 << 20, 1), (1, 1 << 20)])
+@pytest.mark.parametrize("resize", ["pad", "crop"])
+def test_the_longest_pictures_take_no_square_of_memory(size: tuple[int, int], resize: Literal["pad", "crop"]) -> None:
+    square = resize_rgb(Image.new("RGB", size, RED), replace(recipe(16), resize=resize))
+    assert square.shape == (16, 16, 3) and (square[7, 7] == RED).all()
 
 
 def noise(width: int = 30, height: int = 20, seed: int = 0) -> Image.Image:

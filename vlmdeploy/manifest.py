@@ -22,14 +22,15 @@ ENGINES = "engines"
 class ImageRecipe:
     """How a picture becomes the vision encoder's input: RGB, resized to a square, scaled, normalized.
 
-    resize "squash": straight to size_px x size_px, ignoring the aspect ratio. filter "bicubic": Pillow's, with
-    antialiasing, on 8-bit data. Then (value / 255 - mean) / std per channel.
+    resize "squash": straight to size_px x size_px, ignoring the aspect ratio; "pad": put in the middle of a square of
+    the mean colour first; "crop": the shorter side becomes size_px, and the middle stays. filter "bicubic": Pillow's,
+    with antialiasing, on 8-bit data. Then (value / 255 - mean) / std per channel.
     """
 
     size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize: Literal["squash"] = "squash"
+    resize: Literal["squash", "pad", "crop"] = "squash"
     filter: Literal["bicubic"] = "bicubic"
 
 

@@ -47,6 +47,7 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | StoredIm
 A_PICTURE = "a picture: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
 EXPECTED = f"expected {A_PICTURE}"
 FILTERS = {"bicubic": Image.Resampling.BICUBIC}
+MOST_SQUARE_PIXELS = 1 << 26  # of a picture that is padded or resized before it is cropped
 FULL_SIZE = "full_size_px"  # in the `info` of a picture that was decoded smaller
 COLOUR_PROFILE = "icc_profile"
 LATE_EXIF = ("PNG", "TIFF")  # EXIF may follow a PNG's pixels; a TIFF is turned by Pillow while it decodes
@@ -90,9 +91,39 @@ def picture_bytes(source: str | os.PathLike[str] | bytes | StoredImage, limits: 
 
 
 def resize_rgb(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.uint8]:
-    """The RGB picture squashed to uint8 [size_px, size_px, 3], ignoring the aspect ratio."""
-    size = (recipe.size_px, recipe.size_px)
-    return np.asarray(image.resize(size, FILTERS[recipe.filter]), dtype=np.uint8)
+    """The RGB picture as a square by the recipe, uint8 [size_px, size_px, 3]."""
+    side, pixels = recipe.size_px, FILTERS[recipe.filter]
+    if recipe.resize == "pad":
+        square = _padded(image, tuple(int(255 * part) for part in recipe.mean), side, pixels)
+    elif recipe.resize == "crop":
+        square = _cropped(image, side, pixels)
+    else:
+        square = image
+    return np.asarray(square.resize((side, side), pixels), dtype=np.uint8)
+
+
+def _padded(image: Image.Image, colour: tuple[int, ...], size_px: int, pixels: Image.Resampling) -> Image.Image:
+    """The picture in the middle of a square of this colour. One whose square would fill the memory is made small first:
+    its edges then lie on whole pixels."""
+    side = max(image.size)
+    if side**2 > max(MOST_SQUARE_PIXELS, 2 * image.width * image.height):
+        width, height = (max(1, round(size_px * length / side)) for length in image.size)
+        image, side = image.resize((width, height), pixels), size_px
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _cropped(image: Image.Image, size_px: int, pixels: Image.Resampling) -> Image.Image:
+    """The middle of the picture whose shorter side became size_px."""
+    longer = int(size_px * max(image.size) / min(image.size))
+    width, height = (size_px, longer) if image.width <= image.height else (longer, size_px)
+    left, top = (width - size_px) // 2, (height - size_px) // 2
+    right, bottom = left + size_px, top + size_px
+    if width * height <= MOST_SQUARE_PIXELS:
+        return image.resize((width, height), pixels).crop((left, top, right, bottom))
+    across, down = image.width / width, image.height / height  # only what stays, within a few grey levels of that
+    return image.resize((size_px, size_px), pixels, box=(left * across, top * down, right * across, bottom * down))
 
 
 def preprocess(image: Image.Image, recipe: ImageRecipe) -> npt.NDArray[np.float32]:
