@@ -12,8 +12,8 @@ import pytest
 from vlmdeploy.bundle import hash_file, read_manifest, write_manifest
 from vlmdeploy.errors import BundleError
 from vlmdeploy.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    PROMPT_FORMAT_VERSION,
     CacheShape,
     ChatTemplate,
     EmbeddingInfo,
@@ -28,6 +28,7 @@ from vlmdeploy.manifest import (
     TensorInfo,
     TokenRules,
     Verification,
+    format_of,
 )
 
 VISION = GraphInfo(
@@ -139,9 +140,34 @@ def test_missing_folder_and_missing_manifest_are_errors(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", ["2.0", "10.3"])
+SYSTEM = (Piece("system"), Piece("text", " "))
+NEW_PROMPTS: list[tuple[Manifest, dict[str, Any]]] = [
+    (replace(MANIFEST, templates=(replace(MANIFEST.templates[0], system=SYSTEM), *MANIFEST.templates[1:])), {
+        "system": [{"kind": "system", "text": "", "token_id": -1}, {"kind": "text", "text": " ", "token_id": -1}]
+    }),
+    (replace(MANIFEST, image=replace(MANIFEST.image, resize="pad")), {}),
+    (replace(MANIFEST, tokens=replace(MANIFEST.tokens, image_place="anywhere")), {}),
+    (replace(MANIFEST, tokens=replace(MANIFEST.tokens, positions="index")), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("manifest", "written"), NEW_PROMPTS)
+def test_what_earlier_readers_would_make_wrongly_is_format_3(
+    tmp_path: Path, manifest: Manifest, written: dict[str, Any]
+) -> None:
+    assert format_of(MANIFEST) == MANIFEST.format_version == "1.3"
+    assert format_of(manifest) == "3.0"
+    whole = replace(manifest, format_version=format_of(manifest))
+    write_manifest(tmp_path, whole)
+    assert read_manifest(tmp_path) == whole
+    template = json.loads((tmp_path / MANIFEST_NAME).read_text())["templates"][0]
+    assert template.keys() == {"name", "past_turn", "last_turn", *written}
+    assert {key: template[key] for key in written} == written
+
+
+@pytest.mark.parametrize("version", ["4.0", "10.3"])
 def test_newer_major_format_is_refused_before_anything_else(tmp_path: Path, version: str) -> None:
-    with pytest.raises(BundleError, match=f"format {version} is newer than {FORMAT_VERSION}.*update vlmdeploy"):
+    with pytest.raises(BundleError, match=f"format {version} is newer than {PROMPT_FORMAT_VERSION}.*update vlmdeploy"):
         read_manifest(signed(tmp_path, {"format_version": version, "files": "what we cannot know"}))
 
 
@@ -193,7 +219,7 @@ def test_missing_key_is_named_with_its_place(tmp_path: Path, data: dict[str, Any
         (("graphs", "vision", "inputs", 0, "shape", 1), 1.5, "expected a whole number or a string"),
         (("files", "vision.onnx", "bytes"), "3", "expected a whole number"),
         (("verification",), "passed", "expected an object"),
-        (("templates", 0, "past_turn", 0, "kind"), "system", "expected 'text' or 'user'"),
+        (("templates", 0, "past_turn", 0, "kind"), "tool", "expected 'text' or 'user'"),
     ],
 )
 def test_wrong_type_is_named_with_its_place(

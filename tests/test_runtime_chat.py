@@ -2,6 +2,7 @@
 as it streams equals the text decoded at once."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,18 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tests.golden_cases import CHECKPOINTS, GOLDEN
 from vlmdeploy.errors import BundleError, PromptError
 from vlmdeploy.families.cogvlm import TEMPLATES
+from vlmdeploy.layout import lay_out
 from vlmdeploy.manifest import ChatTemplate, Piece, TokenRules
-from vlmdeploy.runtime.chat import Conversation, StreamDecoder, Tokenizer, Turn, prompt_ids, read_messages, render
+from vlmdeploy.runtime.chat import (
+    IMAGE_MARK,
+    Conversation,
+    StreamDecoder,
+    Tokenizer,
+    Turn,
+    prompt_ids,
+    read_messages,
+    render,
+)
 
 PROMPT_CASES = [
     (checkpoint, case)
@@ -113,7 +124,7 @@ def test_parts_are_collected_in_order() -> None:
         {"role": "user", "content": [{"type": "image", "image": picture}]},
     ]
     conversation = read_messages(messages, max_images=3)
-    assert conversation.turns == (Turn("a b", "That."), Turn(""))
+    assert conversation.turns == (Turn("a b", "That.", images=(2, 3)), Turn("", images=(0,)))
     assert conversation.images == ("a.png", "data:image/png;base64,", picture)
 
 
@@ -121,6 +132,66 @@ def test_image_url_may_name_a_file_if_the_caller_says_so() -> None:
     """Whoever could send messages could have any file of the machine opened."""
     assert read_messages(part(type="image_url", image_url={"url": "a.png"}), 1, allow_local=True).images == ("a.png",)
     assert read_messages(part(type="image", image="a.png"), 1).images == ("a.png",)
+
+
+LLAVA = ChatTemplate(
+    "chat",
+    past_turn=(
+        Piece("text", "USER: "), Piece("user"), Piece("text", " ASSISTANT: "), Piece("assistant"),
+        Piece("token", token_id=2),
+    ),
+    last_turn=(Piece("text", "USER: "), Piece("user"), Piece("text", " ASSISTANT:")),
+    image=(Piece("image"), Piece("text", "\n")),
+    image_place="turn_start",
+    system=(Piece("system"), Piece("text", " ")),
+    default_system="Be kind.",
+)  # fmt: skip
+
+
+def test_images_stand_at_the_start_of_their_turns_behind_the_system_text() -> None:
+    turns = (Turn("what?", "a cat", images=(5, 5)), Turn("and this?", images=(4,)))
+    expected = ["Be kind. USER: ", IMAGE_MARK, "\n", IMAGE_MARK, "\nwhat? ASSISTANT: a cat", 2]
+    assert render(turns, LLAVA) == [*expected, "USER: ", IMAGE_MARK, "\nand this? ASSISTANT:"]
+    assert render(turns[:1], LLAVA, system="Be brief.")[0] == "Be brief. USER: "
+
+
+def test_images_stand_where_the_user_put_them() -> None:
+    around = (Piece("text", "<"), Piece("image"), Piece("text", ">"))
+    template = replace(LLAVA, image=around, image_place="here", system=())
+    expected = ["USER: <", IMAGE_MARK, ">a <", IMAGE_MARK, "> b<", IMAGE_MARK, "> ASSISTANT:"]
+    assert render((Turn("a  b", images=(0, 2, 4)),), template) == expected
+
+
+class Letters(Tokenizer):
+    """One id for every letter."""
+
+    def __init__(self) -> None: ...
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_prompt_ids_hold_a_placeholder_for_every_row_of_every_image() -> None:
+    rules = replace(RULES, placeholder_id=9, max_images=0, image_place="anywhere", positions="index")
+    content = [{"type": "text", "text": "ab"}, IMAGE, IMAGE]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "S"}, {"role": "user", "content": content}]
+    ids = prompt_ids(read_messages(messages, max_images=0), LLAVA, rules, Letters())
+    expected = [1, *map(ord, "S USER: "), 9, 9, 9, ord("\n"), 9, 9, 9, *map(ord, "\nab ASSISTANT:")]
+    assert ids.tolist() == expected
+    assert lay_out(ids, rules, num_images=2).types.sum() == 6
+
+
+def test_a_template_without_a_place_for_a_system_message_refuses_it() -> None:
+    with pytest.raises(PromptError, match="no place for one"):
+        render((Turn("q"),), replace(LLAVA, system=()), system="Be kind.")
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_system_message_stands_first(place: int) -> None:
+    messages: list[dict[str, Any]] = [QUESTION, ANSWER, QUESTION]
+    messages.insert(place, {"role": "system", "content": "late"})
+    with pytest.raises(PromptError, match=f"message {place} is a system message, expected it before all others"):
+        read_messages(messages, max_images=1)
 
 
 def part(**entries: Any) -> list[dict[str, Any]]:
@@ -133,7 +204,8 @@ def part(**entries: Any) -> list[dict[str, Any]]:
         ([], "empty"),
         ("hello", "messages are a str"),
         (["hello"], "message 0 is a str"),
-        ([{"role": "system", "content": "Be kind."}, QUESTION], "no place for one"),
+        ([{"role": "system", "content": "Be kind."}], "empty, expected at least one from the user"),
+        ([{"role": "system", "content": [IMAGE]}, QUESTION], "message 0, part 0: an image from the system"),
         ([{"role": "tool", "content": ""}], "role 'tool'"),
         ([{"content": ""}], "role None"),
         ([ANSWER], "message 0 is from the assistant, expected user"),

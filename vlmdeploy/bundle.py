@@ -6,7 +6,6 @@ version refuses a higher major and ignores unknown keys.
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +13,15 @@ from vlmdeploy.artifact import write_file
 from vlmdeploy.bundle_rules import check_manifest
 from vlmdeploy.errors import BundleError
 from vlmdeploy.input_files import read_input
-from vlmdeploy.manifest import FORMAT_VERSION, MANIFEST_NAME, ROUTED_FORMAT_VERSION, FileEntry, Manifest
+from vlmdeploy.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    PROMPT_FORMAT_VERSION,
+    ROUTED_FORMAT_VERSION,
+    FileEntry,
+    Manifest,
+    json_form,
+)
 from vlmdeploy.records import parse_object, record_of
 
 MOST_MANIFEST_BYTES = 16 << 20
@@ -22,7 +29,7 @@ MOST_MANIFEST_BYTES = 16 << 20
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically and durably, with its own hash as the last entry."""
-    body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+    body = json.dumps(json_form(manifest), indent=1, ensure_ascii=False)
     assert body.endswith("\n}"), "json.dumps with indent ends an object on its own line"
     signed = body[:-2].encode() + b',\n "sha256": "'
     digest = hashlib.sha256(signed).hexdigest()
@@ -82,12 +89,13 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
     major, _, minor = version.partition(".")
     if not (major.isdigit() and minor.isdigit()):
         raise BundleError(f"{path}: format_version is {version!r}, expected major.minor such as {FORMAT_VERSION}")
-    newest = ROUTED_FORMAT_VERSION if data.get("plugin") else FORMAT_VERSION
-    if int(major) > int(newest.partition(".")[0]):
+    if int(major) > int(PROMPT_FORMAT_VERSION.partition(".")[0]):
         raise BundleError(
-            f"{path}: format {version} is newer than {newest}, the newest this version of vlmdeploy reads; "
-            "update vlmdeploy on this device or export the bundle again with the version installed here"
+            f"{path}: format {version} is newer than {PROMPT_FORMAT_VERSION}, the newest this version of vlmdeploy "
+            "reads; update vlmdeploy on this device or export the bundle again with the version installed here"
         )
+    if int(major) == int(ROUTED_FORMAT_VERSION.partition(".")[0]) and not data.get("plugin"):
+        raise BundleError(f"{path}: format {version} is that of routed decoders, but the plugin is missing")
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -3,13 +3,15 @@
 `manifest.json` is their strict JSON form; see `bundle`.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from vlmdeploy.errors import BundleError
 
 FORMAT_VERSION = "1.3"
 ROUTED_FORMAT_VERSION = "2.0"  # of a bundle with a routed decoder, which readers of version 1 must refuse
+PROMPT_FORMAT_VERSION = "3.0"  # of one whose prompts or pictures earlier readers would make wrongly
+SINCE_3 = {"since": PROMPT_FORMAT_VERSION}  # of fields that are written only where they differ from their defaults
 
 # Names of files that the manifest does not name itself; ENGINES is the folder of compiled engines and the plugin.
 MANIFEST_NAME = "manifest.json"
@@ -36,23 +38,32 @@ class ImageRecipe:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a prompt: fixed text, the text of a turn, or one token id.
+    """A part of a prompt: fixed text, the text of a turn or of the system message, one token id, or an image's rows.
 
-    Neighbouring texts are joined before they are tokenized; a token id separates them.
+    Neighbouring texts are joined before they are tokenized; token ids and images separate them.
     """
 
-    kind: Literal["text", "user", "assistant", "token"]
+    kind: Literal["text", "user", "assistant", "system", "token", "image"]
     text: str = ""
     token_id: int = -1
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How to render a conversation: every past turn, then the open one; without BOS and image rows."""
+    """How to render a conversation: the system text, every past turn, then the open one; without BOS.
+
+    image: what stands for an image within its user's text; () if images follow BOS. image_place: "here": where the user
+    put it; "turn_start": before the text. system: () if a prompt has no place for a system message; default_system:
+    its text without one.
+    """
 
     name: str
     past_turn: tuple[Piece, ...]
     last_turn: tuple[Piece, ...]
+    image: tuple[Piece, ...] = field(default=(), metadata=SINCE_3)
+    image_place: Literal["here", "turn_start"] = field(default="here", metadata=SINCE_3)
+    system: tuple[Piece, ...] = field(default=(), metadata=SINCE_3)
+    default_system: str = field(default="", metadata=SINCE_3)
 
 
 @dataclass(frozen=True)
@@ -295,6 +306,31 @@ class Manifest:
                 return template
         known = ", ".join(template.name for template in self.templates)
         raise BundleError(f'template "{wanted}" is not in this bundle; it has: {known}')
+
+
+def format_of(manifest: Manifest) -> str:
+    """The version of the format that a bundle needs."""
+    tokens, plain = manifest.tokens, manifest.tokens.image_place == "after_bos" and manifest.image.resize == "squash"
+    has_new = any(getattr(one, each.name) != each.default for one in manifest.templates for each in _since_3(one))
+    if has_new or not plain or tokens.positions != "patches_share_one":
+        return PROMPT_FORMAT_VERSION
+    return ROUTED_FORMAT_VERSION if manifest.plugin is not None else FORMAT_VERSION
+
+
+def _since_3(record: ChatTemplate) -> list[Field[Any]]:
+    return [each for each in fields(record) if each.metadata == SINCE_3]
+
+
+def json_form(record: Any) -> Any:
+    """A record as plain values, without fields of format 3 that have their defaults."""
+    if is_dataclass(record):
+        kept = [
+            each for each in fields(record) if each.metadata != SINCE_3 or getattr(record, each.name) != each.default
+        ]
+        return {each.name: json_form(getattr(record, each.name)) for each in kept}
+    if isinstance(record, dict):
+        return {key: json_form(value) for key, value in record.items()}
+    return [json_form(value) for value in record] if isinstance(record, list | tuple) else record
 
 
 def dialect_of(target: str) -> Literal["ort", "trt"]:

@@ -77,6 +77,8 @@ def _sample(row: Row, default_task: str | None, folder: Path, where: str) -> Sam
         conversation = read_messages(messages, max_images=1)
     except PromptError as error:
         raise DataError(f"{where}: {error}") from error
+    if conversation.system is not None:
+        raise DataError(f"{where}: message 0 is a system message, expected one from the user: samples have none")
     answers = _answers(row, where)
     return Sample(
         image=_image(row, folder, where),

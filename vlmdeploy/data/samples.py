@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -55,7 +55,10 @@ class Sample:
 
     def conversation(self) -> Conversation:
         """The conversation to render as a prompt; does not open the picture."""
-        return Conversation(self.turns, () if self.image is None else (self.image,))
+        if self.image is None:
+            return Conversation(self.turns)
+        turns = (replace(turn, images=() if place else (0,)) for place, turn in enumerate(self.turns))
+        return Conversation(tuple(turns), (self.image,))
 
 
 def is_inside(box: PixelBox, size_px: tuple[int, int]) -> bool:

@@ -40,9 +40,7 @@ from vlmdeploy.kernels.packing import PACKING_VERSION
 from vlmdeploy.manifest import (
     CACHE_GROUP,
     ENGINES,
-    FORMAT_VERSION,
     MANIFEST_NAME,
-    ROUTED_FORMAT_VERSION,
     TOKENIZER_NAME,
     CacheShape,
     EmbeddingInfo,
@@ -51,6 +49,7 @@ from vlmdeploy.manifest import (
     Manifest,
     PluginUse,
     Provenance,
+    format_of,
 )
 from vlmdeploy.model.checkpoint import LICENCE_PATTERNS, Checkpoint
 from vlmdeploy.model.tokenizer import find_tokenizer, import_tokenizer
@@ -215,7 +214,7 @@ def _manifest(
     has_tokenizer: bool,
 ) -> Manifest:
     """The manifest before verification, without file hashes and verdict."""
-    return Manifest(
+    manifest = Manifest(
         family=spec.family,
         target=options.target,
         provider="cuda" if is_tensorrt(options.target) else options.provider,
@@ -238,8 +237,8 @@ def _manifest(
         files={},
         made_by=_provenance(reader),
         plugin=PluginUse(PACKING_VERSION) if options.is_routed else None,
-        format_version=ROUTED_FORMAT_VERSION if options.is_routed else FORMAT_VERSION,
     )
+    return replace(manifest, format_version=format_of(manifest))
 
 
 def _provenance(reader: WeightReader) -> Provenance:

@@ -5,8 +5,8 @@ looks like (ChatTemplate, TokenRules); this module follows it. It collects pictu
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -29,22 +29,35 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for invalid or in
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; the last, open turn has none yet."""
+    """A question and its answer; the last, open turn has none yet. images: the number of characters of the question
+    before each of its images."""
 
     user: str
     assistant: str | None = None
+    images: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages: at least one turn, only the last one open; unopened images in the order given."""
+    """Checked messages: at least one turn, only the last one open; unopened images in the order given; the system
+    message."""
 
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...] = ()
+    system: str | None = None
+
+
+class ImageMark:
+    """Stands for an image's rows in a rendered prompt."""
+
+
+IMAGE_MARK = ImageMark()
+Part: TypeAlias = str | int | ImageMark
 
 
 def read_messages(messages: Sequence[Message], max_images: int, allow_local: bool = False) -> Conversation:
-    """The conversation in OpenAI-style messages: user and assistant alternate, the user first and last.
+    """The conversation in OpenAI-style messages: user and assistant alternate, the user first and last; a system
+    message, which is a text, may stand before them.
 
     `content` is a string or a list of parts {"type": "text", "text"}, {"type": "image", "image": path, bytes or Pillow
     image} and {"type": "image_url", "image_url": {"url": data URL, or with allow_local a path}}; texts are joined
@@ -52,29 +65,51 @@ def read_messages(messages: Sequence[Message], max_images: int, allow_local: boo
     """
     if not isinstance(messages, list | tuple):
         raise PromptError(f"messages are a {type(messages).__name__}, expected a list of {{role, content}}")
-    if not messages:
+    if not messages[_has_system(messages) :]:
         raise PromptError("the list of messages is empty, expected at least one from the user")
-    texts, images = [], []
-    for index, message in enumerate(messages):
-        _check_role(message, index)
-        text, message_images = _read_content(message, f"message {index}", allow_local)
-        texts.append(text)
+    has_system = _has_system(messages)
+    system = _read_content(messages[0], "message 0", allow_local)[0].user if has_system else None
+    read: list[Turn] = []
+    images: list[ImageSource] = []
+    for place, message in enumerate(messages[has_system:]):
+        index = place + has_system
+        _check_role(message, index, place)
+        turn, message_images = _read_content(message, f"message {index}", allow_local)
+        read.append(turn)
         images.extend(message_images)
-    if len(texts) % 2 == 0:
+    if len(read) % 2 == 0:
         raise PromptError("the last message is from the assistant, expected one from the user to answer")
     _check_image_count(len(images), max_images)
-    turns = [Turn(user, assistant) for user, assistant in zip(texts[0:-1:2], texts[1::2], strict=True)]
-    return Conversation((*turns, Turn(texts[-1])), tuple(images))
+    past = [replace(asked, assistant=told.user) for asked, told in zip(read[0:-1:2], read[1::2], strict=True)]
+    return Conversation((*past, read[-1]), tuple(images), system)
 
 
-def render(turns: Sequence[Turn], template: ChatTemplate) -> list[str | int]:
-    """The prompt as texts and token ids in order; joins neighbouring texts and leaves out empty ones."""
-    parts: list[str | int] = []
+def render(turns: Sequence[Turn], template: ChatTemplate, system: str | None = None) -> list[Part]:
+    """The prompt as texts, token ids and images in order; joins neighbouring texts and leaves out empty ones. Raises
+    PromptError for a system message that the template has no place for."""
+    if system is not None and not template.system:
+        raise PromptError("message 0 is a system message; this model's prompt has no place for one")
+    parts: list[Part] = []
+    told = template.default_system if system is None else system
+    for piece in template.system:
+        _append(parts, told if piece.kind == "system" else piece.text)
     for turn in turns:
         pieces = template.last_turn if turn.assistant is None else template.past_turn
         for piece in pieces:
-            _append(parts, _rendered(piece, turn))
+            for part in _asked(turn, template) if piece.kind == "user" else [_rendered(piece, turn)]:
+                _append(parts, part)
     return parts
+
+
+def _asked(turn: Turn, template: ChatTemplate) -> Iterator[Part]:
+    """The question of a turn, and its images where the template wants them within it."""
+    start = 0
+    for place in turn.images if template.image else ():
+        if template.image_place == "here":
+            yield turn.user[start:place]
+            start = place
+        yield from (_rendered(piece, turn) for piece in template.image)
+    yield turn.user[start:]
 
 
 class Tokenizer:
@@ -154,43 +189,54 @@ class StreamDecoder:
 def prompt_ids(
     conversation: Conversation, template: ChatTemplate, tokens: TokenRules, tokenizer: Tokenizer
 ) -> npt.NDArray[np.int64]:
-    """Prompt ids int64 [L]: BOS, the placeholders of every image's rows, then the rendered conversation."""
-    text: list[int] = []
-    for part in render(conversation.turns, template):
-        text.extend([part] if isinstance(part, int) else tokenizer.encode(part))
-    return prompt_of(text, tokens, len(conversation.images))
+    """Prompt ids int64 [L]: BOS, then the rendered conversation, with a placeholder for every row of its images; these
+    follow BOS unless the template puts them into their turns."""
+    ids: list[int] = []
+    for part in render(conversation.turns, template, conversation.system):
+        if isinstance(part, ImageMark):
+            ids.extend([tokens.placeholder_id] * tokens.rows_per_image)
+        else:
+            ids.extend([part] if isinstance(part, int) else tokenizer.encode(part))
+    return prompt_of(ids, tokens, 0 if template.image else len(conversation.images))
 
 
-def _check_role(message: Message, index: int) -> None:
-    """Require even messages from the user and odd ones from the assistant."""
+def _has_system(messages: Sequence[Message]) -> bool:
+    """Whether the first message is a system message."""
+    return bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+
+
+def _check_role(message: Message, index: int, place: int) -> None:
+    """Require messages in even places from the user and in odd ones from the assistant."""
     if not isinstance(message, Mapping):
         raise PromptError(f"message {index} is a {type(message).__name__}, expected {{role, content}}")
-    role, expected = message.get("role"), ("user", "assistant")[index % 2]
+    role, expected = message.get("role"), ("user", "assistant")[place % 2]
     if role == "system":
-        raise PromptError(f"message {index} is a system message; this model's prompt has no place for one")
+        raise PromptError(f"message {index} is a system message, expected it before all others")
     if role not in ("user", "assistant"):
         raise PromptError(f'message {index} has the role {shown(role)}, expected "user" or "assistant"')
     if role != expected:
         raise PromptError(f"message {index} is from the {role}, expected {expected}: they take turns, the user first")
 
 
-def _read_content(message: Message, where: str, allow_local: bool) -> tuple[str, list[ImageSource]]:
-    """Text and images of one message."""
+def _read_content(message: Message, where: str, allow_local: bool) -> tuple[Turn, list[ImageSource]]:
+    """Text and images of one message, the text as that of a user."""
     content = message.get("content")
     if isinstance(content, str):
-        return _checked_text(content, where), []
+        return Turn(_checked_text(content, where)), []
     if not isinstance(content, list | tuple):
         raise PromptError(f"{where}: content is a {type(content).__name__}, expected a string or a list of parts")
-    text, images = "", list[ImageSource]()
+    text, images, places = "", list[ImageSource](), list[int]()
     for index, part in enumerate(content):
         part_where = f"{where}, part {index}"
         if _part_type(part, part_where) == "text":
             text += _checked_text(part.get("text"), part_where)
         elif message["role"] == "user":
             images.append(_read_image(part, part_where, allow_local))
+            places.append(len(text))
         else:
-            raise PromptError(f"{part_where}: an image from the assistant, expected images from the user only")
-    return text, images
+            found = f"an image from the {message['role']}"
+            raise PromptError(f"{part_where}: {found}, expected images from the user only")
+    return Turn(text, images=tuple(places)), images
 
 
 def _part_type(part: object, where: str) -> str:
@@ -236,17 +282,19 @@ def _check_image_count(found: int, max_images: int) -> None:
         raise PromptError(f"{found} images given, but this model has {max_images} image slots")
 
 
-def _rendered(piece: Piece, turn: Turn) -> str | int:
+def _rendered(piece: Piece, turn: Turn) -> Part:
     if piece.kind == "token":
         return piece.token_id
+    if piece.kind == "image":
+        return IMAGE_MARK
     if piece.kind == "assistant":
         assert turn.assistant is not None, "a template for the open turn has no place for an answer"
         return turn.assistant
-    return turn.user if piece.kind == "user" else piece.text
+    return piece.text
 
 
-def _append(parts: list[str | int], part: str | int) -> None:
-    if isinstance(part, str) and parts and isinstance(parts[-1], str):
-        parts[-1] += part
+def _append(parts: list[Part], part: Part) -> None:
+    if isinstance(part, str) and parts and isinstance(last := parts[-1], str):
+        parts[-1] = last + part
     elif part != "":
         parts.append(part)

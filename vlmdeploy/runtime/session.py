@@ -240,7 +240,8 @@ class Session:
 
     def _check_text_length(self, conversation: Conversation) -> None:
         """Refuse texts that no context holds before they are tokenized."""
-        size = sum(len(text.encode()) for turn in conversation.turns for text in (turn.user, turn.assistant or ""))
+        texts = [text or "" for turn in conversation.turns for text in (turn.user, turn.assistant)]
+        size = sum(len(text.encode()) for text in (*texts, conversation.system or ""))
         most = BYTES_PER_TOKEN * self.manifest.context_tokens
         if size > most:
             raise PromptError(
