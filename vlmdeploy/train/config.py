@@ -117,9 +117,12 @@ def load_config(path: Path) -> TrainConfig:
 def _read_spec(path: Path, model: Config) -> ModelSpec:
     try:
         possible = possible_families(model, None)
-        return _chosen_family(possible, model.get(FAMILY)).spec(model, {})
+        spec = _chosen_family(possible, model.get(FAMILY)).spec(model, {})
     except ConfigError as error:
         raise ConfigError(f"{path}: [model]: {error}") from error
+    if len(spec.decoder.experts) != 2:
+        raise ConfigError(f"{path}: [model]: {spec.family} has one expert, expected a language and a vision expert")
+    return spec
 
 
 def _chosen_family(possible: tuple[Family, ...], named: Any) -> Family:

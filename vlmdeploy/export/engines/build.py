@@ -185,10 +185,12 @@ def compile_engines(
 
 
 def shapes_of(manifest: Manifest, options: BuildOptions) -> ProfileShapes:
-    """The largest calls of a bundle's engines: rows within its context, its images, logits of at least one row per
-    prompt."""
+    """The largest calls of a bundle's engines: rows within its context, its images, logits of a row per prompt or more.
+
+    Where prompts may hold any number of images, the profile has one: the runtime encodes them one by one.
+    """
     chunk_rows = min(options.chunk_rows, manifest.context_tokens)
-    return ProfileShapes(chunk_rows, max(LOGIT_ROWS, options.batch), manifest.tokens.max_images, options.batch)
+    return ProfileShapes(chunk_rows, max(LOGIT_ROWS, options.batch), manifest.tokens.max_images or 1, options.batch)
 
 
 def built_for(library: TensorrtLibrary, options: BuildOptions) -> tuple[str, ...]:

@@ -43,10 +43,17 @@ class StageChecks:
         """Our preprocessing against PyTorch's antialiased bicubic resize, an independent implementation."""
         sample, side = self._first.sample, manifest.image.size_px
         assert sample.prompt.pixels is not None, "the sample has a picture"
-        channels = torch.from_numpy(sample.picture.copy()).permute(2, 0, 1)[None]
-        resized = F.interpolate(channels, (side, side), mode="bicubic", antialias=True).permute(0, 2, 3, 1).float()
+        channels, sides = torch.from_numpy(sample.picture.copy()).permute(2, 0, 1)[None], (side, side)
         mean, std = torch.tensor(manifest.image.mean), torch.tensor(manifest.image.std)
-        expected = ((resized / 255 - mean) / std).permute(0, 3, 1, 2).numpy()
+        if manifest.image.resize == "pad":
+            channels = _square(channels, (255 * mean).byte())
+        elif manifest.image.resize == "crop":
+            shorter = min(channels.shape[2:])
+            sides = (side * channels.shape[2] // shorter, side * channels.shape[3] // shorter)
+        resized = F.interpolate(channels, sides, mode="bicubic", antialias=True)
+        top, left = ((size - side) // 2 for size in sides)
+        square = resized[..., top : top + side, left : left + side].permute(0, 2, 3, 1).float()
+        expected = ((square / 255 - mean) / std).permute(0, 3, 1, 2).numpy()
         self.gate.compare("preprocess", "structure", sample.prompt.pixels, expected, parity.PREPROCESS)
 
     def vision(self) -> None:
@@ -131,3 +138,13 @@ class StageChecks:
             self.gate.compare("logits", check, run.logits, expected, self._bound(check))
             agreement = self.gate.compare_best("logits", check, run.logits, expected)
         return agreement
+
+
+def _square(channels: Tensor, colour: Tensor) -> Tensor:
+    """A picture uint8 [1, 3, height, width] in the middle of a square of this colour."""
+    height, width = channels.shape[2:]
+    longer = max(height, width)
+    square = colour.view(1, 3, 1, 1).repeat(1, 1, longer, longer)
+    top, left = (longer - height) // 2, (longer - width) // 2
+    square[..., top : top + height, left : left + width] = channels
+    return square
