@@ -23,7 +23,7 @@ from vlmdeploy.model.load import save_checkpoint
 from vlmdeploy.model.tensor_file import save_tensors
 from vlmdeploy.model.vlm import VisionLanguageModel
 
-FAMILIES = [family.NAME for family in all_families()]
+FAMILIES = ["cogvlm", "cogvlm2"]  # of which tests.tiny_checkpoint writes any size
 QKV = "model.layers.1.self_attn.language_expert_query_key_value.weight"
 SECOND_SHARD = "model-00002-of-00003.safetensors"
 

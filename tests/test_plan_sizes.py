@@ -134,7 +134,7 @@ def test_rows_of_an_image(family: str, rows: int) -> None:
 def test_unknown_family_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r'family "cogvlm3" is not known: choose one of cogvlm, .* and .* glm4v'):
         released_model("cogvlm3")
-    assert family_names() == ["cogvlm", "cogvlm2", "glm4v"]
+    assert family_names() == ["cogvlm", "cogvlm2", "llava", "glm4v"]
 
 
 @pytest.mark.parametrize("family", ["cogvlm", "cogvlm2"])

@@ -8,7 +8,7 @@ from vlmdeploy.errors import ConfigError
 from vlmdeploy.records import Config
 from vlmdeploy.spec.model import Family
 
-_NOT_FAMILIES = {"config"}
+_NOT_FAMILIES = {"blocks", "config"}
 
 
 def all_families() -> tuple[Family, ...]:
