@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vlmdeploy
@@ -22,7 +22,7 @@ from vlmdeploy.bundle import read_manifest
 from vlmdeploy.errors import ConfigError, PromptError
 from vlmdeploy.families import all_families, find_family, llava
 from vlmdeploy.model.checkpoint import Checkpoint
-from vlmdeploy.model.load import materialize, save_checkpoint
+from vlmdeploy.model.load import load_model, materialize, save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.records import Config
 from vlmdeploy.spec.model import ModelSpec
@@ -210,6 +210,31 @@ def test_parameters_have_the_shapes_of_the_model_and_come_back_from_a_file(
     again = Checkpoint(tmp_path)
     for source in (source for rule in checkpoint.rules.values() for source in rule.sources):
         assert torch.equal(again.raw(source.name), checkpoint.raw(source.name))
+
+
+@pytest.mark.parametrize("tower", ["model.vision_tower.vision_model.", "model.vision_tower."])
+def test_the_names_of_newer_libraries_are_read_and_written_back(
+    tower: str, model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    renamed = {
+        "vision_tower.vision_model.": tower, "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.", "multi_modal_projector.": "model.multi_modal_projector.",
+    }  # fmt: skip
+    tensors = {}
+    for name, values in load_file(CKPT / "model.safetensors").items():
+        old = next(prefix for prefix in renamed if name.startswith(prefix))
+        tensors[name.replace(old, renamed[old], 1)] = values
+    (tmp_path / "ckpt").mkdir()
+    save_file(tensors, tmp_path / "ckpt" / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "ckpt" / name).write_bytes((CKPT / name).read_bytes())
+    for name, values in load_model(tmp_path / "ckpt").state_dict().items():
+        assert torch.equal(values, model.state_dict()[name])
+
+    data = write_calibration_data(tmp_path / "data", num_pictures=16, num_texts=24)
+    done = run_cli("quantize", "--ckpt", tmp_path / "ckpt", "--calib", data, "--out", tmp_path / "quantized", *FAST)
+    assert done.exit_code == 0, done.stderr
+    assert Checkpoint(tmp_path / "quantized").codes.names() == frozenset(tensors)
 
 
 def test_what_the_answer_does_not_need_is_ignored() -> None:

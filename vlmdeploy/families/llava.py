@@ -3,6 +3,8 @@
 Facts: transformers' LlavaForConditionalGeneration, and the authors' prompt and padding of pictures.
 """
 
+from dataclasses import replace
+
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.blocks import clip_vit, llama
 from vlmdeploy.families.cogvlm import CLIP_MEAN, CLIP_STD, read_generation
@@ -14,11 +16,18 @@ from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import Source, WeightRule
 
 NAME = "llava"
-TOWER, DECODER, PROJECTOR = "vision_tower.vision_model", "language_model.model", "multi_modal_projector"
-IGNORED = (
-    *(f"{TOWER}.{pattern}" for pattern in clip_vit.IGNORED),
-    f"{TOWER}.encoder.layers.*",  # behind the last one that is used
-    *(f"{DECODER}.{pattern}" for pattern in llama.IGNORED),
+TOWER, DECODER, PROJECTOR, HEAD = (
+    "vision_tower.vision_model", "language_model.model", "multi_modal_projector", "language_model.lm_head",
+)  # fmt: skip
+ALSO = {  # what newer versions of transformers call them
+    TOWER: ("model.vision_tower.vision_model", "model.vision_tower"),
+    DECODER: ("model.language_model",),
+    PROJECTOR: ("model.multi_modal_projector",),
+    HEAD: ("lm_head",),
+}
+UNUSED = {TOWER: (*clip_vit.IGNORED, "encoder.layers.*"), DECODER: llama.IGNORED}  # layers behind the last that is used
+IGNORED = tuple(
+    f"{name}.{pattern}" for part, patterns in UNUSED.items() for name in (part, *ALSO[part]) for pattern in patterns
 )
 VISION_CONFIG: Config = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -117,4 +126,10 @@ def weights(spec: ModelSpec) -> tuple[WeightRule, ...]:
             shapes = {"weight": (step.out_width, step.in_width), "bias": (step.out_width,)}
             for name in ("weight", "bias") if step.has_bias else ("weight",):
                 rules.append(WeightRule(f"{target}.{name}", shapes[name], (Source(f"{source}.{name}", shapes[name]),)))
-    return (*rules, *llama.decoder_rules(spec.decoder, DECODER, "language_model.lm_head"))
+    rules += llama.decoder_rules(spec.decoder, DECODER, HEAD)
+    return tuple(replace(rule, sources=tuple(map(_with_other_names, rule.sources))) for rule in rules)
+
+
+def _with_other_names(source: Source) -> Source:
+    part = next(part for part in ALSO if source.name.startswith(f"{part}."))
+    return replace(source, also=tuple(source.name.replace(part, other, 1) for other in ALSO[part]))

@@ -7,6 +7,7 @@ ignore, and every parameter is filled exactly once.
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -55,8 +56,9 @@ class Checkpoint:
             self.spec: ModelSpec = family.spec(self.config, self.generation_config)
         except ConfigError as error:
             raise ConfigError(f"{self.folder}/{error}") from error  # messages start with the config file's name
-        self.rules = {rule.target: rule for rule in family.weights(self.spec)}
-        stored, used = self.codes.names(), {source.name for rule in self.rules.values() for source in rule.sources}
+        stored = self.codes.names()
+        self.rules = {rule.target: _as_stored(rule, stored) for rule in family.weights(self.spec)}
+        used = {source.name for rule in self.rules.values() for source in rule.sources}
         self.ignored = sorted(
             name for name in stored - used if any(fnmatchcase(name, pattern) for pattern in family.IGNORED)
         )
@@ -187,6 +189,16 @@ def read_config_file(folder: Path, follow_links: bool = False) -> Config:
     """The content of a checkpoint's config.json. Raises ConfigError."""
     path = inside(folder, "config.json", ConfigError, follow_links)
     return read_object(path, expected="a checkpoint in Hugging Face layout", most_bytes=MOST_CONFIG_BYTES)
+
+
+def _as_stored(rule: WeightRule, stored: frozenset[str]) -> WeightRule:
+    """A rule whose sources have the names of this checkpoint."""
+    found = (
+        next((name for name in (source.name, *source.also) if name in stored), source.name) for source in rule.sources
+    )
+    return replace(
+        rule, sources=tuple(replace(source, name=name) for source, name in zip(rule.sources, found, strict=True))
+    )
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

@@ -8,10 +8,11 @@ RuleOp = Literal["stack", "reshape", "same"]
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint: its name and required shape."""
+    """A tensor of the checkpoint: its name and required shape. also: other names that libraries give it."""
 
     name: str
     shape: tuple[int, ...]
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
