@@ -1,10 +1,10 @@
-"""Peak memory and time of an export at CogVLM-17B's layer widths.
+"""Peak memory and time of an export at a released model's layer widths.
 
-Writes a synthetic bf16 checkpoint with CogVLM's real shapes (490 px) but few layers, exports it to ort-int4 with the
+Writes a synthetic bf16 checkpoint with the model's real shapes but few layers, exports it to ort-int4 with the
 whole verification gate, and prints the exporting process's peak resident memory beside the sizes that should bound it:
 the largest tensor, one decoder layer in float32, and the whole checkpoint.
 
-    python benchmarks/export_memory.py [--family cogvlm|cogvlm2] [--layers 2] [--work FOLDER]
+    python benchmarks/export_memory.py [--family cogvlm|cogvlm2|llava] [--layers 2] [--work FOLDER]
 """
 
 import argparse
@@ -20,19 +20,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vlmdeploy.families import cogvlm, cogvlm2
+from vlmdeploy.families import cogvlm, cogvlm2, llava
 from vlmdeploy.records import Config
 from vlmdeploy.spec.weight_rules import Source
 
-FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2}
+FAMILIES = {"cogvlm": cogvlm, "cogvlm2": cogvlm2, "llava": llava}
 SHARD_BYTES = 1 << 30
 
 
 def config_of(family: str, layers: int) -> Config:
-    """config.json with the released widths and `layers` layers on both sides."""
-    released = FAMILIES[family].RELEASED
-    vision = {**released["vision_config"], "num_hidden_layers": layers}
-    return {**released, "num_hidden_layers": layers, "vision_config": vision}
+    """config.json with the released widths and `layers` layers on both sides, those of LLaVA's encoder used but for one
+    more."""
+    released, own = FAMILIES[family].RELEASED, {"num_hidden_layers": layers}
+    if "text_config" in released:
+        vision = released["vision_config"] | {"num_hidden_layers": layers + 1}
+        return released | {"vision_config": vision, "text_config": released["text_config"] | own}
+    return released | own | {"vision_config": released["vision_config"] | own}
 
 
 def write_checkpoint(folder: Path, family: str, layers: int) -> Config:

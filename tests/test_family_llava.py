@@ -25,6 +25,7 @@ from vlmdeploy.model.checkpoint import Checkpoint
 from vlmdeploy.model.load import load_model, materialize, save_checkpoint
 from vlmdeploy.model.vlm import VisionLanguageModel
 from vlmdeploy.records import Config
+from vlmdeploy.runtime.image import load_image, preprocess
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.train.config import load_config
 
@@ -173,6 +174,26 @@ def _options() -> Any:
     from vlmdeploy.runtime.sampling import SamplingOptions
 
     return SamplingOptions(max_new_tokens=1)
+
+
+def test_pictures_are_cropped_on_request(
+    inputs: dict[str, Tensor], expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    done = run_cli("export", "--ckpt", CKPT, "--target", "ort-fp32", "--image-recipe", "crop", "--out", bundle)
+    assert done.exit_code == 0, done.stderr
+    assert run_cli("verify", bundle, "--ckpt", CKPT).exit_code == 0
+    session = vlmdeploy.open(bundle, threads=1)
+    pixels = preprocess(load_image(FOLDER / "images" / "a.png"), session.manifest.image)[None]
+    assert_close("pixels", pixels[0], inputs["pixel_values_crop"][0], ROWS)
+    logits = session.logits(inputs["one_image.input_ids"][0].numpy(), pixels)[-1]
+    assert_close("logits", logits, expected["one_image.crop_first_logits"][0, 0], LOGITS)
+
+    refused = run_cli(
+        "export", "--ckpt", CKPT, "--target", "ort-fp32", "--image-recipe", "squash", "--out", tmp_path / "b"
+    )
+    assert (refused.exit_code, '--image-recipe is "squash", expected pad or crop' in refused.stderr) == (1, True)
+    assert not other.exists()
 
 
 def test_parameters_are_those_of_the_released_model() -> None:

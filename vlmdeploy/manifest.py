@@ -20,6 +20,9 @@ REFERENCE_NAME = "reference.npz"
 ENGINES = "engines"
 
 
+Resize = Literal["squash", "pad", "crop"]
+
+
 @dataclass(frozen=True)
 class ImageRecipe:
     """How a picture becomes the vision encoder's input: RGB, resized to a square, scaled, normalized.
@@ -32,7 +35,7 @@ class ImageRecipe:
     size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize: Literal["squash", "pad", "crop"] = "squash"
+    resize: Resize = "squash"
     filter: Literal["bicubic"] = "bicubic"
 
 

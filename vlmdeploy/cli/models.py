@@ -31,6 +31,7 @@ from vlmdeploy.cli.options import (
 from vlmdeploy.standard_streams import say
 
 CONTEXT = "Longest prompt and answer.  [default: the checkpoint's]"
+IMAGE_RECIPE = "How a picture becomes square.  [default: the family's]"
 TEMPLATE = "The prompt template used by default.  [default: the checkpoint's]"
 CALIBRATION = ("calib_prompt", "samples", "tokens", "skip_broken", "quality")  # of `export`, for QuantizeOptions
 
@@ -117,6 +118,7 @@ def quantize(ckpt: Path, out: Path, as_json: bool, threads: int | None, **option
 @click.option("--group", type=int, default=128, help="Weights that share a scale.")
 @click.option("--context", "context_tokens", type=click.IntRange(min=1), help=CONTEXT)
 @click.option("--template", "default_template", help=TEMPLATE)
+@click.option("--image-recipe", type=click.Choice(["squash", "pad", "crop"]), help=IMAGE_RECIPE)
 @click.option("--provider", type=PROVIDER, default="cpu", help="ONNX Runtime's execution provider, for ort targets.")
 @routed_option
 @build_options

@@ -78,7 +78,7 @@ def export_bundle(
     check_not_read(out, (Path(ckpt), options.tokenizer))
     cache_type = options.cache_type  # raises before anything is read
     checkpoint = Checkpoint(ckpt, options.follow_links)
-    spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template)
+    spec = with_settings(checkpoint.spec, options.context_tokens, options.default_template, options.image_recipe)
     stored = stored_precisions(checkpoint)
     plan = plan_precision(spec, options.target, options.precisions, options.group, stored=stored)
     if options.is_routed:

@@ -7,7 +7,7 @@ from typing import Literal
 from vlmdeploy.errors import ExportError
 from vlmdeploy.export.engines.build import BuildOptions
 from vlmdeploy.kernels import cpu
-from vlmdeploy.manifest import cache_types, dialect_of
+from vlmdeploy.manifest import Resize, cache_types, dialect_of
 from vlmdeploy.quant.precision import DEFAULT_GROUP
 
 
@@ -27,6 +27,7 @@ class ExportOptions:
     threads: int | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     kv: str | None = None
+    image_recipe: Resize | None = None
     follow_links: bool = False  # of the checkpoint and the tokenizer's folder
 
     @property

@@ -103,6 +103,7 @@ def spec(config: Config, generation_config: Config) -> ModelSpec:
         templates=_templates(stops[0]),
         default_template="chat",
         generation=read_generation(generation_config),
+        other_resizes=("crop",),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vlmdeploy.errors import ExportError
-from vlmdeploy.manifest import ChatTemplate, GenerationDefaults, ImageRecipe, TokenRules
+from vlmdeploy.manifest import ChatTemplate, GenerationDefaults, ImageRecipe, Resize, TokenRules
 from vlmdeploy.records import Config
 from vlmdeploy.spec.connector import ConnectorSpec
 from vlmdeploy.spec.decoder import DecoderSpec
@@ -31,7 +31,8 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything about a checkpoint except its weights."""
+    """Everything about a checkpoint except its weights. other_resizes: other ways to make a picture square that such
+    models are used with."""
 
     family: str
     vision: VisionSpec
@@ -42,6 +43,7 @@ class ModelSpec:
     templates: tuple[ChatTemplate, ...]
     default_template: str
     generation: GenerationDefaults
+    other_resizes: tuple[Resize, ...] = ()
 
 
 class Family(Protocol):
@@ -69,8 +71,10 @@ def least_context(rows_per_image: int) -> int:
     return rows_per_image + 3
 
 
-def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | None) -> ModelSpec:
-    """Set the context and the default template that the user chose. Raises ExportError."""
+def with_settings(
+    spec: ModelSpec, context_tokens: int | None, template: str | None, resize: Resize | None = None
+) -> ModelSpec:
+    """Set the context, the default template and the resize of pictures that the user chose. Raises ExportError."""
     context = spec.decoder.context_tokens if context_tokens is None else context_tokens
     least = least_context(spec.tokens.rows_per_image)
     if not least <= context <= spec.decoder.context_tokens:
@@ -81,5 +85,8 @@ def with_settings(spec: ModelSpec, context_tokens: int | None, template: str | N
     names = [item.name for item in spec.templates]
     if template is not None and template not in names:
         raise ExportError(f'--template is "{template}", expected one of {", ".join(names)}')
-    decoder = replace(spec.decoder, context_tokens=context)
-    return replace(spec, decoder=decoder, default_template=template or spec.default_template)
+    resizes = (spec.image.resize, *spec.other_resizes)
+    if resize is not None and resize not in resizes:
+        raise ExportError(f'--image-recipe is "{resize}", expected {" or ".join(resizes)}, as {spec.family} is used')
+    decoder, image = replace(spec.decoder, context_tokens=context), replace(spec.image, resize=resize or resizes[0])
+    return replace(spec, decoder=decoder, image=image, default_template=template or spec.default_template)

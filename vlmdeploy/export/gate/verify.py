@@ -167,7 +167,7 @@ def verify_bundle(
         parts = {part: manifest.precision[part] for part in PARTS}
     stored = stored_precisions(checkpoint)
     plan = plan_precision(checkpoint.spec, manifest.target, parts, manifest.requested_group, stored=stored)
-    spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template)
+    spec = with_settings(checkpoint.spec, manifest.context_tokens, manifest.default_template, manifest.image.resize)
     subject = CheckedBundle(str(folder), WeightReader(checkpoint, plan), spec, files, threads)
     return verify_staged(subject, 0, progress)[0].stages
 
