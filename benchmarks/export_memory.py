@@ -31,7 +31,7 @@ SHARD_BYTES = 1 << 30
 def config_of(family: str, layers: int) -> Config:
     """config.json with the released widths and `layers` layers on both sides, those of LLaVA's encoder used but for one
     more."""
-    released, own = FAMILIES[family].RELEASED, {"num_hidden_layers": layers}
+    released, own = dict(FAMILIES[family].RELEASED), {"num_hidden_layers": layers}
     if "text_config" in released:
         vision = released["vision_config"] | {"num_hidden_layers": layers + 1}
         return released | {"vision_config": vision, "text_config": released["text_config"] | own}

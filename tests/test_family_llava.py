@@ -189,9 +189,8 @@ def test_pictures_are_cropped_on_request(
     logits = session.logits(inputs["one_image.input_ids"][0].numpy(), pixels)[-1]
     assert_close("logits", logits, expected["one_image.crop_first_logits"][0, 0], LOGITS)
 
-    refused = run_cli(
-        "export", "--ckpt", CKPT, "--target", "ort-fp32", "--image-recipe", "squash", "--out", tmp_path / "b"
-    )
+    other = tmp_path / "other"
+    refused = run_cli("export", "--ckpt", CKPT, "--target", "ort-fp32", "--image-recipe", "squash", "--out", other)
     assert (refused.exit_code, '--image-recipe is "squash", expected pad or crop' in refused.stderr) == (1, True)
     assert not other.exists()
 
