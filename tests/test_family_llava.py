@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -152,7 +153,7 @@ def test_a_fp32_bundle_gives_the_librarys_logits(
         session.generate_ids(inputs["one_image.input_ids"][0].numpy())
 
 
-def test_questions_about_several_pictures_from_the_command_line(tmp_path: Path) -> None:
+def test_questions_about_pictures_from_the_command_line_and_a_session(tmp_path: Path) -> None:
     bundle = export(CKPT, tmp_path / "bundle", "ort-int4")
     picture = FOLDER / "images" / "a.png"
     ask = ("run", bundle, "--prompt", "What?", "--max-new-tokens", 2, "--json")
@@ -168,6 +169,19 @@ def test_questions_about_several_pictures_from_the_command_line(tmp_path: Path) 
         {"role": "user", "content": [*content, {"type": "text", "text": "Which?"}]},
     ]
     assert session.start(question, _options()).prompt.types.sum() == 2 * rows
+    prepared = session.prepare(question)
+    assert prepared.images is not None and len(prepared.images) == 2
+    for name, pixels in zip("ab", prepared.images, strict=True):
+        np.testing.assert_array_equal(session.pixels(FOLDER / "images" / f"{name}.png")[0], pixels)
+    answer = "".join(session.generate(question, max_new_tokens=3))
+    assert session.tokenizer.decode(session.generate_ids(prepared.ids, prepared.images, 3)).startswith(answer.rstrip())
+
+
+def test_more_pictures_than_the_context_holds_are_not_opened(tmp_path: Path) -> None:
+    session = vlmdeploy.open(export(CKPT, tmp_path / "bundle"), threads=1)
+    content = [{"type": "image", "image": "nowhere.png"}] * 10**5
+    with pytest.raises(PromptError, match="100000 images take 1600000 tokens and the context holds 4096: show fewer"):
+        session.start([{"role": "user", "content": content}], _options())
 
 
 def _options() -> Any:

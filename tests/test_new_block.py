@@ -52,7 +52,7 @@ def ckpt(tmp_path: Path) -> Path:
 def test_the_family_and_the_step_are_known(ckpt: Path) -> None:
     assert "toyvlm" in [family.NAME for family in all_families()]
     checkpoint = Checkpoint(ckpt)
-    assert [step.name for step in checkpoint.spec.connector.steps][-2:] == ["smooth", "boundary"]
+    assert [step.name for step in checkpoint.spec.connector.steps][-3:] == ["smooth", "boundary", "scale"]
     assert "connector.smooth.linear.weight" in {matrix.target for matrix in matrices(checkpoint.spec)}
 
 

@@ -13,7 +13,7 @@ from vlmdeploy.manifest import ChatTemplate, ImageRecipe, Piece, TokenRules
 from vlmdeploy.records import Config
 from vlmdeploy.spec.connector import Activation, ConnectorSpec, Projection
 from vlmdeploy.spec.model import ModelSpec
-from vlmdeploy.spec.weight_rules import Source, WeightRule
+from vlmdeploy.spec.weight_rules import Source, WeightRule, stacked
 
 NAME = "llava"
 TOWER, DECODER, PROJECTOR, HEAD = (
@@ -126,7 +126,7 @@ def weights(spec: ModelSpec) -> tuple[WeightRule, ...]:
             target, source = f"connector.{step.name}", f"{PROJECTOR}.{step.name}"
             shapes = {"weight": (step.out_width, step.in_width), "bias": (step.out_width,)}
             for name in ("weight", "bias") if step.has_bias else ("weight",):
-                rules.append(WeightRule(f"{target}.{name}", shapes[name], (Source(f"{source}.{name}", shapes[name]),)))
+                rules.append(stacked(f"{target}.{name}", shapes[name], f"{source}.{name}"))
     rules += llama.decoder_rules(spec.decoder, DECODER, HEAD)
     return tuple(replace(rule, sources=tuple(map(_with_other_names, rule.sources))) for rule in rules)
 

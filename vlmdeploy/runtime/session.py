@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,13 +38,21 @@ from vlmdeploy.runtime.generate import (
     prompt_rows,
     read_prompts,
 )
-from vlmdeploy.runtime.image import full_size, load_image, preprocess
+from vlmdeploy.runtime.image import ImageSource, full_size, load_image, preprocess
 from vlmdeploy.runtime.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmdeploy.runtime.integrity import BundleFiles, check_bundle
 from vlmdeploy.runtime.sampling import Sampler, SamplingOptions
 
 KEPT_IMAGES, MOST_THREADS = 4, 1024
 BYTES_PER_TOKEN = 128  # the longest tokens of real vocabularies are runs of as many spaces
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """Ids int64 [seq] and images float32 [n, 3, S, S], None without any, as `generate_ids` takes them."""
+
+    ids: Ints
+    images: Floats | None
 
 
 class Session:
@@ -115,17 +124,33 @@ class Session:
     def start(self, messages: Sequence[Message], options: SamplingOptions, template: str | None = None) -> Running:
         """Check and prepare an answer; the model first runs when a piece is taken."""
         tokenizer, timings = self.tokenizer, Timings()
-        if not (template is None or isinstance(template, str)):
-            raise PromptError(f"template is {shown(template)}, expected the name of one")
-        conversation = read_messages(messages, self.manifest.tokens.max_images, self._allow_local)
-        self._check_text_length(conversation)
-        ids = prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
+        conversation, ids = self._read(messages, template)
         start = time.perf_counter()
         pixels, size = self._pictures(conversation)
         timings.preprocess_ms = 1000 * (time.perf_counter() - start)
         prompt = self._prompt(ids, pixels)
         tokens = self._tokens(prompt, options, timings)
         return Running(prompt, options, size, timings, tokenizer, self.manifest.tokens.stop_ids, tokens)
+
+    def prepare(self, messages: Sequence[Message], template: str | None = None) -> PreparedPrompt:
+        """What `generate` would run for these messages. Raises PromptError and DataError."""
+        conversation, ids = self._read(messages, template)
+        pixels, _ = self._pictures(conversation)
+        self._prompt(ids, pixels)  # checks it
+        return PreparedPrompt(ids, pixels)
+
+    def pixels(self, picture: ImageSource) -> Floats:
+        """A picture as the vision encoder takes it, float32 [1, 3, S, S]. Raises DataError."""
+        return preprocess(load_image(picture, self._image_limits), self.manifest.image)[None]
+
+    def _read(self, messages: Sequence[Message], template: str | None) -> tuple[Conversation, Ints]:
+        """The conversation in these messages, its pictures unopened, and its prompt's ids."""
+        tokenizer = self.tokenizer
+        if not (template is None or isinstance(template, str)):
+            raise PromptError(f"template is {shown(template)}, expected the name of one")
+        conversation = read_messages(messages, self.manifest.tokens.max_images, self._allow_local)
+        self._check_size(conversation)
+        return conversation, prompt_ids(conversation, self.manifest.template(template), self.manifest.tokens, tokenizer)
 
     def generate_ids(
         self, input_ids: NDArray[Any], images: NDArray[Any] | None = None, max_new_tokens: int = 16
@@ -238,8 +263,14 @@ class Session:
             sizes.append(full_size(picture))
         return (np.stack(pixels), sizes[0]) if pixels else (None, (0, 0))
 
-    def _check_text_length(self, conversation: Conversation) -> None:
-        """Refuse texts that no context holds before they are tokenized."""
+    def _check_size(self, conversation: Conversation) -> None:
+        """Refuse texts and pictures that no context holds before the ones are tokenized and the others opened."""
+        rows = len(conversation.images) * self.manifest.tokens.rows_per_image
+        if rows >= self.manifest.context_tokens:
+            raise PromptError(
+                f"{len(conversation.images)} images take {rows} tokens and the context holds "
+                f"{self.manifest.context_tokens}: show fewer, or export with a larger --context"
+            )
         texts = [text or "" for turn in conversation.turns for text in (turn.user, turn.assistant)]
         size = sum(len(text.encode()) for text in (*texts, conversation.system or ""))
         most = BYTES_PER_TOKEN * self.manifest.context_tokens

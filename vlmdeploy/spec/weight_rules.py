@@ -35,3 +35,8 @@ class WeightRule:
     def part(self) -> str:
         """The part of the model that holds the parameter: the first word of its name."""
         return self.target.partition(".")[0]
+
+
+def stacked(target: str, shape: tuple[int, ...], *names: str) -> WeightRule:
+    """A parameter of tensors of this shape, one below the other."""
+    return WeightRule(target, (len(names) * shape[0], *shape[1:]), tuple(Source(name, shape) for name in names))

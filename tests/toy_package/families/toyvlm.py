@@ -5,6 +5,7 @@ from dataclasses import replace
 from tests.toy_package.spec.smooth import Smooth
 from vlmdeploy.families import cogvlm
 from vlmdeploy.records import Config
+from vlmdeploy.spec.connector import Scale
 from vlmdeploy.spec.decoder import RopeSpec
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.weight_rules import Source, WeightRule
@@ -27,10 +28,10 @@ def nearest(config: Config) -> None:
 
 
 def spec(config: Config, generation_config: Config) -> ModelSpec:
-    """CogVLM's, with one step more, other rotary positions, and an encoder as CLIP's."""
+    """CogVLM's, with two steps more, other rotary positions, and an encoder as CLIP's."""
     plain = replace(cogvlm.spec(config, generation_config), family=NAME)
     *steps, boundary = plain.connector.steps
-    connector = replace(plain.connector, steps=(*steps, Smooth(plain.decoder.hidden), boundary))
+    connector = replace(plain.connector, steps=(*steps, Smooth(plain.decoder.hidden), boundary, Scale(0.125)))
     rope = RopeSpec(10000.0, plain.decoder.head_dim // 2, "adjacent")
     vision = replace(plain.vision, activation="quick_gelu", norm_place="before", patch_bias=False, embed_norm_eps=1e-5)
     return replace(plain, vision=vision, connector=connector, decoder=replace(plain.decoder, rope=rope))

@@ -6,7 +6,7 @@ Facts: transformers' CLIPVisionModel; the features of LLaVA are the states befor
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
 from vlmdeploy.spec.vision import VisionSpec
-from vlmdeploy.spec.weight_rules import Source, WeightRule
+from vlmdeploy.spec.weight_rules import WeightRule, stacked
 
 IGNORED = ("post_layernorm.*", "embeddings.position_ids")  # below the tower's name
 
@@ -44,9 +44,9 @@ def vision_rules(vision: VisionSpec, root: str) -> tuple[WeightRule, ...]:
     width, patch = vision.width, vision.patch_px
     embeddings = f"{root}.embeddings"
     rules = [
-        _rule("vision.patch.weight", (width, 3, patch, patch), f"{embeddings}.patch_embedding.weight"),
-        _rule("vision.class_embedding", (width,), f"{embeddings}.class_embedding"),
-        _rule("vision.positions", (vision.num_patches + 1, width), f"{embeddings}.position_embedding.weight"),
+        stacked("vision.patch.weight", (width, 3, patch, patch), f"{embeddings}.patch_embedding.weight"),
+        stacked("vision.class_embedding", (width,), f"{embeddings}.class_embedding"),
+        stacked("vision.positions", (vision.num_patches + 1, width), f"{embeddings}.position_embedding.weight"),
         *_norm("vision.embed_norm", f"{root}.pre_layrnorm", width),  # the published spelling
     ]
     for index in range(vision.num_layers):
@@ -61,17 +61,12 @@ def vision_rules(vision: VisionSpec, root: str) -> tuple[WeightRule, ...]:
     return tuple(rules)
 
 
-def _rule(target: str, shape: tuple[int, ...], *names: str) -> WeightRule:
-    """A parameter of tensors of this shape, one below the other."""
-    return WeightRule(target, (len(names) * shape[0], *shape[1:]), tuple(Source(name, shape) for name in names))
-
-
 def _norm(target: str, source: str, width: int) -> tuple[WeightRule, ...]:
-    return tuple(_rule(f"{target}.{name}", (width,), f"{source}.{name}") for name in ("weight", "bias"))
+    return tuple(stacked(f"{target}.{name}", (width,), f"{source}.{name}") for name in ("weight", "bias"))
 
 
 def _linear(target: str, sources: tuple[str, ...], out_width: int, in_width: int) -> tuple[WeightRule, ...]:
     return (
-        _rule(f"{target}.weight", (out_width, in_width), *(f"{source}.weight" for source in sources)),
-        _rule(f"{target}.bias", (out_width,), *(f"{source}.bias" for source in sources)),
+        stacked(f"{target}.weight", (out_width, in_width), *(f"{source}.weight" for source in sources)),
+        stacked(f"{target}.bias", (out_width,), *(f"{source}.bias" for source in sources)),
     )

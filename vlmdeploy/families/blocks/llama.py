@@ -6,7 +6,7 @@ Facts: transformers' LlamaForCausalLM and the defaults of its config.
 from vlmdeploy.errors import ConfigError
 from vlmdeploy.families.config import MOST_LAYERS, ConfigReader, check_divides
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
-from vlmdeploy.spec.weight_rules import Source, WeightRule
+from vlmdeploy.spec.weight_rules import Source, WeightRule, stacked
 
 IGNORED = ("layers.*.self_attn.rotary_emb.inv_freq",)  # below the model's name; the library computes them
 SIZES_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -52,9 +52,9 @@ def decoder_rules(decoder: DecoderSpec, root: str, head: str) -> tuple[WeightRul
     """The tensors. root: the name of the model; head: the head's."""
     hidden, vocab_size = decoder.hidden, decoder.vocab_size
     rules = [
-        _rule("embedding.weight", (vocab_size, hidden), f"{root}.embed_tokens.weight"),
-        _rule("decoder.norm.weight", (hidden,), f"{root}.norm.weight"),
-        _rule("lm_head.weight", (vocab_size, hidden), f"{head}.weight"),
+        stacked("embedding.weight", (vocab_size, hidden), f"{root}.embed_tokens.weight"),
+        stacked("decoder.norm.weight", (hidden,), f"{root}.norm.weight"),
+        stacked("lm_head.weight", (vocab_size, hidden), f"{head}.weight"),
     ]
     heads = {"q": decoder.num_heads, "k": decoder.num_kv_heads, "v": decoder.num_kv_heads}
     for index in range(decoder.num_layers):
@@ -66,16 +66,11 @@ def decoder_rules(decoder: DecoderSpec, root: str, head: str) -> tuple[WeightRul
         attention_width = decoder.num_heads * decoder.head_dim
         mlp = tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up"))
         rules += [
-            _rule(f"{ours}.attention_norm.weight", (hidden,), f"{theirs}.input_layernorm.weight"),
-            _rule(f"{ours}.mlp_norm.weight", (hidden,), f"{theirs}.post_attention_layernorm.weight"),
+            stacked(f"{ours}.attention_norm.weight", (hidden,), f"{theirs}.input_layernorm.weight"),
+            stacked(f"{ours}.mlp_norm.weight", (hidden,), f"{theirs}.post_attention_layernorm.weight"),
             WeightRule(f"{ours}.language.qkv.weight", (decoder.qkv_width, hidden), tuple(packed)),
-            _rule(f"{ours}.language.dense.weight", (hidden, attention_width), f"{theirs}.self_attn.o_proj.weight"),
-            _rule(f"{ours}.language.gate_up.weight", (decoder.mlp_width, hidden), *mlp),
-            _rule(f"{ours}.language.down.weight", (hidden, decoder.mlp_width), f"{theirs}.mlp.down_proj.weight"),
+            stacked(f"{ours}.language.dense.weight", (hidden, attention_width), f"{theirs}.self_attn.o_proj.weight"),
+            stacked(f"{ours}.language.gate_up.weight", (decoder.mlp_width, hidden), *mlp),
+            stacked(f"{ours}.language.down.weight", (hidden, decoder.mlp_width), f"{theirs}.mlp.down_proj.weight"),
         ]
     return tuple(rules)
-
-
-def _rule(target: str, shape: tuple[int, ...], *names: str) -> WeightRule:
-    """A parameter of tensors of this shape, one below the other."""
-    return WeightRule(target, (len(names) * shape[0], *shape[1:]), tuple(Source(name, shape) for name in names))
