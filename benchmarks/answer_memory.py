@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmdeploy.kernels import cpu
-from vlmdeploy.layout import Ints
+from vlmdeploy.layout import Ints, prompt_of
 from vlmdeploy.runtime.session import Session, open_bundle
 
 QUESTION, TOKENS = 17, 16
@@ -33,10 +33,9 @@ class Answered:
 
 def question(session: Session) -> Ints:
     """Ids of a prompt of one picture and some text."""
-    tokens, vocab_size = session.manifest.tokens, session.manifest.embedding.vocab_size
-    picture = np.full(tokens.rows_per_image, tokens.placeholder_id)
+    vocab_size = session.manifest.embedding.vocab_size
     text = np.random.default_rng(0).integers(vocab_size // 2, vocab_size, QUESTION)
-    return np.concatenate(([tokens.bos_id], picture, text))
+    return prompt_of(text, session.manifest.tokens, num_images=1)
 
 
 def new_pixels(session: Session, random: np.random.Generator) -> NDArray[np.float32]:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from vlmdeploy.families.cogvlm import CLIP_MEAN, CLIP_STD
 from vlmdeploy.records import Config
 
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, of pixels in 0..1
 F16 = gguf.LlamaFileType.MOSTLY_F16
 
 
@@ -59,8 +59,8 @@ def add_encoder_metadata(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_vision_block_count(vision["num_hidden_layers"])
     writer.add_vision_head_count(vision["num_heads"])
     writer.add_vision_attention_layernorm_eps(vision["layer_norm_eps"])
-    writer.add_vision_image_mean(MEAN)
-    writer.add_vision_image_std(STD)
+    writer.add_vision_image_mean(CLIP_MEAN)
+    writer.add_vision_image_std(CLIP_STD)
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, vocabulary: Path) -> None:

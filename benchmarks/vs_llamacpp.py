@@ -33,12 +33,13 @@ import torch
 from answer_memory import TOKENS, Answered, new_pixels, question
 from decode_speed import PlainReading
 from export_memory import config_of, write_random
-from llamacpp_model import MEAN, STD, write_gguf
+from llamacpp_model import write_gguf
 from numpy.typing import NDArray
 
 from vlmdeploy.bench.machine import cpu_model
 from vlmdeploy.export.exporter import export_bundle
 from vlmdeploy.export.options import ExportOptions
+from vlmdeploy.families.cogvlm import CLIP_MEAN, CLIP_STD
 from vlmdeploy.kernels import cpu
 from vlmdeploy.layout import Bools
 from vlmdeploy.model.load import load_model
@@ -271,7 +272,7 @@ def agreement(checkpoint: Path, ours: Ours, peer: Peer, work: Path) -> None:
     """Cosine of a picture's rows and of the logits behind a text to those of PyTorch in float32."""
     model, count, side = load_model(checkpoint), 64, ours.manifest.image.size_px
     values = np.frombuffer(peer.picture_file.read_bytes(), np.uint8).reshape(side, side, 3)
-    pixels = ((values / 255 - MEAN) / STD).astype(np.float32).transpose(2, 0, 1)[None].copy()
+    pixels = ((values / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32).transpose(2, 0, 1)[None].copy()
     rows = model.encode_images(torch.from_numpy(pixels))[0].numpy()
     ids = torch.arange(3, 3 + count)[None]
     logits = model(ids)[0, -1].numpy()

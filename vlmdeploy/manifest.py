@@ -313,24 +313,27 @@ class Manifest:
 
 def format_of(manifest: Manifest) -> str:
     """The version of the format that a bundle needs."""
-    tokens, plain = manifest.tokens, manifest.tokens.image_place == "after_bos" and manifest.image.resize == "squash"
-    has_new = any(getattr(one, each.name) != each.default for one in manifest.templates for each in _since_3(one))
-    if has_new or not plain or tokens.positions != "patches_share_one":
+    tokens = manifest.tokens
+    is_new = (
+        manifest.image.resize != "squash"
+        or tokens.image_place != "after_bos"
+        or tokens.positions != "patches_share_one"
+        or any(each.metadata == SINCE_3 for template in manifest.templates for each in _written(template))
+    )
+    if is_new:
         return PROMPT_FORMAT_VERSION
     return ROUTED_FORMAT_VERSION if manifest.plugin is not None else FORMAT_VERSION
 
 
-def _since_3(record: ChatTemplate) -> list[Field[Any]]:
-    return [each for each in fields(record) if each.metadata == SINCE_3]
+def _written(record: Any) -> list[Field[Any]]:
+    """The fields of a record that a manifest holds: those of format 3 only where they differ from their defaults."""
+    return [each for each in fields(record) if each.metadata != SINCE_3 or getattr(record, each.name) != each.default]
 
 
 def json_form(record: Any) -> Any:
     """A record as plain values, without fields of format 3 that have their defaults."""
     if is_dataclass(record):
-        kept = [
-            each for each in fields(record) if each.metadata != SINCE_3 or getattr(record, each.name) != each.default
-        ]
-        return {each.name: json_form(getattr(record, each.name)) for each in kept}
+        return {each.name: json_form(getattr(record, each.name)) for each in _written(record)}
     if isinstance(record, dict):
         return {key: json_form(value) for key, value in record.items()}
     return [json_form(value) for value in record] if isinstance(record, list | tuple) else record

@@ -23,7 +23,7 @@ from vlmdeploy.spec.connector import (
 from vlmdeploy.spec.decoder import DecoderSpec, ExpertSpec, RopeSpec
 from vlmdeploy.spec.model import ModelSpec
 from vlmdeploy.spec.vision import VisionSpec
-from vlmdeploy.spec.weight_rules import Source, WeightRule
+from vlmdeploy.spec.weight_rules import Source, WeightRule, stacked
 
 NAME = "cogvlm"
 ARCHITECTURE = "CogVLMForCausalLM"
@@ -249,12 +249,7 @@ def _norm(target: str, source: str, width: int) -> tuple[WeightRule, ...]:
 
 
 def _copy(target: str, source: str, *shape: int) -> WeightRule:
-    return WeightRule(target, shape, (Source(source, shape),))
-
-
-def _gate_up(target: str, gate: str, up: str, mlp_width: int, in_width: int) -> WeightRule:
-    shape = (mlp_width, in_width)
-    return WeightRule(target, (2 * mlp_width, in_width), (Source(gate, shape), Source(up, shape)))
+    return stacked(target, shape, source)
 
 
 def vision_rules(vision: VisionSpec) -> tuple[WeightRule, ...]:
@@ -292,7 +287,7 @@ def connector_rules(spec: ModelSpec) -> tuple[WeightRule, ...]:
             rules += _norm(name, f"{proj}.norm1", step.width)
         elif isinstance(step, GatedMlp):
             gate, up = f"{proj}.gate_proj.weight", f"{proj}.dense_h_to_4h.weight"
-            rules.append(_gate_up(f"{name}.gate_up.weight", gate, up, step.mlp_width, step.in_width))
+            rules.append(stacked(f"{name}.gate_up.weight", (step.mlp_width, step.in_width), gate, up))
             rules += _linear(f"{name}.down", f"{proj}.dense_4h_to_h", step.out_width, step.mlp_width, bias=False)
         elif isinstance(step, BoundaryRows):
             for ours, theirs in (("begin", "boi"), ("end", "eoi")):
@@ -322,7 +317,7 @@ def decoder_rules(decoder: DecoderSpec) -> tuple[WeightRule, ...]:
             )
             rules += _linear(f"{target}.dense", f"{attention}_dense", hidden, attention_width, bias=False)
             gate, up = f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"
-            rules.append(_gate_up(f"{target}.gate_up.weight", gate, up, decoder.mlp_width, hidden))
+            rules.append(stacked(f"{target}.gate_up.weight", (decoder.mlp_width, hidden), gate, up))
             rules += _linear(f"{target}.down", f"{mlp}.down_proj", hidden, decoder.mlp_width, bias=False)
     return tuple(rules)
 
